@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# Measures this program against the Python package on the same configs, batch and cores, in alternating runs.
+#   benches/compare.sh [ROUNDS] [CONFIG...]     default: 3 rounds of tt mt mm m2t t_1d mtt_3d
+# Needs Python 3 with venv; installs the package into target/peer once. Prints medians and their ratios.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+rounds=${1:-3}
+shift || true
+configs=("$@")
+[ ${#configs[@]} -gt 0 ] || configs=(tt mt mm m2t t_1d mtt_3d)
+
+cargo build --release --quiet
+peer=target/peer
+if [ ! -x "$peer/bin/python" ]; then
+    python3 -m venv "$peer"
+    "$peer/bin/pip" install --quiet mblm==0.4.2 torch==2.9.1
+fi
+out=target/compare
+rm -rf "$out" && mkdir -p "$out"
+for ((round = 1; round <= rounds; round++)); do
+    for config in "${configs[@]}"; do
+        prefix=1024
+        [ "$config" = mtt_3d ] && prefix=4096
+        yaml=benches/configs/$config.yaml
+        echo "round $round: $config" >&2
+        target/release/mblm bench "$yaml" --batch 4 --prefix $prefix --bytes 256 --json >>"$out/$config.ours"
+        "$peer/bin/python" benches/upstream.py "$yaml" --batch 4 --prefix $prefix 2>/dev/null >>"$out/$config.peer"
+    done
+done
+python3 - "$out" "${configs[@]}" <<'PYTHON'
+import json, statistics, sys
+
+out, *configs = sys.argv[1:]
+fields = ["train_bytes_per_s", "forward_bytes_per_s", "generate_bytes_per_s", "peak_rss_mb"]
+print("| config | " + " | ".join(f"{f.replace('_', ' ')}: ours / package (ratio)" for f in fields) + " |")
+print("|---" * (1 + len(fields)) + "|")
+for config in configs:
+    ours, peer = ([json.loads(line) for line in open(f"{out}/{config}.{side}")] for side in ("ours", "peer"))
+    cells = []
+    for field in fields:
+        a, b = (statistics.median(run[field] for run in side) for side in (ours, peer))
+        ratio = a / b
+        cells.append(f"{a:,.0f} / {b:,.0f} ({ratio:.2f}x)" if ratio < 10 else f"{a:,.0f} / {b:,.0f} ({ratio:.0f}x)")
+    print(f"| {config} | " + " | ".join(cells) + " |")
+PYTHON

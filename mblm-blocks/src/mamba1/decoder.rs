@@ -1,0 +1,97 @@
+//! The recurrent form: per layer the last inputs of the convolution and the state of the scan.
+
+use std::sync::Arc;
+
+use mblm_core::Result;
+use mblm_core::block::StageDecoder;
+use mblm_core::buffer::Buffer;
+use mblm_core::layer::Dims;
+use mblm_core::ops::conv1d::Conv1d;
+use mblm_core::ops::linear::{self, Into};
+use mblm_core::ops::selective_scan::SelectiveScan;
+
+use super::Sizes;
+use super::layer::MambaLayer;
+
+/// What a layer keeps from one position to the next.
+struct LayerState<'a> {
+    layer: &'a MambaLayer,
+    conv: Conv1d,
+    scan: SelectiveScan,
+    /// `(batch, K - 1, E)`
+    window: Buffer,
+    /// `(batch, G, N, 16)`
+    state: Buffer,
+}
+
+/// Memory of a step.
+struct Scratch {
+    normed: Buffer,
+    xz: Buffer,
+    x: Buffer,
+    dbc: Buffer,
+    low: Buffer,
+    dt: Buffer,
+    y: Buffer,
+}
+
+pub(super) struct Decoder<'a> {
+    layers: Vec<LayerState<'a>>,
+    sizes: Sizes,
+    scratch: Scratch,
+}
+
+impl<'a> Decoder<'a> {
+    pub(super) fn new(layers: &'a [Arc<MambaLayer>], sizes: Sizes, batch: usize) -> Self {
+        let state = |layer: &'a Arc<MambaLayer>| {
+            let (conv, scan) = (layer.conv(), layer.scan());
+            let (window, state) = (Buffer::zeros(conv.window_len(batch)), Buffer::zeros(batch * scan.state_len()));
+            LayerState { layer, conv, scan, window, state }
+        };
+        let take = |width: usize| Buffer::take(batch * width);
+        let scratch = Scratch {
+            normed: take(sizes.dim),
+            xz: take(2 * sizes.inner),
+            x: take(sizes.inner),
+            dbc: take(sizes.dbc()),
+            low: take(sizes.dt_rank),
+            dt: take(sizes.inner),
+            y: take(sizes.inner),
+        };
+        Decoder { layers: layers.iter().map(state).collect(), sizes, scratch }
+    }
+}
+
+impl StageDecoder for Decoder<'_> {
+    fn reset(&mut self) {
+        for layer in &mut self.layers {
+            layer.window.fill(0.0);
+            layer.state.fill(0.0);
+        }
+    }
+
+    fn step(&mut self, x: &[f32], y: &mut [f32]) -> Result<()> {
+        y.copy_from_slice(x);
+        self.layers.iter_mut().for_each(|layer| layer.step(self.sizes, &mut self.scratch, y));
+        Ok(())
+    }
+}
+
+impl LayerState<'_> {
+    /// Adds the mixer's output to `x`, `(batch, D)`.
+    fn step(&mut self, sizes: Sizes, scratch: &mut Scratch, x: &mut [f32]) {
+        let Sizes { dim, inner, dt_rank, .. } = sizes;
+        let Scratch { normed, xz, x: u, dbc, low, dt, y } = scratch;
+        let dims = Dims { batch: x.len() / dim, seq: 1, dim };
+        self.layer.norm(&self.layer.norm.values()).forward(x, dims, normed);
+        linear::step(normed, &self.layer.in_proj.values(), None, dim, Into::Set, xz);
+        self.conv.step(sizes.conv_input(xz), &mut self.window, u);
+        linear::step(u, &self.layer.x_proj.values(), None, inner, Into::Set, dbc);
+        for (low, dbc) in low.chunks_exact_mut(dt_rank).zip(dbc.chunks_exact(sizes.dbc())) {
+            low.copy_from_slice(&dbc[..dt_rank]);
+        }
+        linear::step(low, &self.layer.dt_weight.values(), None, dt_rank, Into::Set, dt);
+        self.scan.step(&sizes.inputs(xz, u, dt, dbc), &mut self.state, y);
+        linear::step(y, &self.layer.out_proj.values(), None, inner, Into::Add, x);
+    }
+}

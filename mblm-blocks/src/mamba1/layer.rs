@@ -1,0 +1,239 @@
+//! One layer, `x + mixer(norm(x))`, as one fused function with its backward.
+
+use std::sync::Arc;
+
+use candle_core::Tensor;
+use mblm_core::block::Mode;
+use mblm_core::buffer::Buffer;
+use mblm_core::gemm::{Mat, MatMut, Threads, matmul};
+use mblm_core::layer::{Context, Layer, param_like};
+use mblm_core::ops::conv1d::{Conv1d, conv1d_silu_composed};
+use mblm_core::ops::linear::{self, Into, linear_composed};
+use mblm_core::ops::rms_norm::{Eps, RmsNorm, rms_norm_composed};
+use mblm_core::ops::selective_scan::{Grads, Inputs, ParamGrads, SelectiveScan, selective_scan_composed};
+use mblm_core::parallel::Shared;
+use mblm_core::rows::{Rows, RowsMut};
+use mblm_core::{Init, Param, ParamScope, Result};
+
+use super::Sizes;
+
+const EPS: Eps = Eps::Inside(1e-5);
+
+/// The parameters of a layer.
+pub(super) struct MambaLayer {
+    pub(super) sizes: Sizes,
+    /// `(D)`
+    pub(super) norm: Arc<Param>,
+    /// `(2 E, D)`: the scan's input and the gate.
+    pub(super) in_proj: Arc<Param>,
+    /// `(E, 1, K)`
+    conv_weight: Arc<Param>,
+    /// `(E)`
+    conv_bias: Arc<Param>,
+    /// `(R + 2 N, E)`: step size, B and C.
+    pub(super) x_proj: Arc<Param>,
+    /// `(E, R)`
+    pub(super) dt_weight: Arc<Param>,
+    /// `(E)`
+    dt_bias: Arc<Param>,
+    /// `(E, N)`
+    a_log: Arc<Param>,
+    /// `(E)`
+    d: Arc<Param>,
+    /// `(D, E)`
+    pub(super) out_proj: Arc<Param>,
+}
+
+impl MambaLayer {
+    pub(super) fn new(sizes: Sizes, params: &mut ParamScope) -> Result<Self> {
+        let Sizes { dim, inner, d_state, d_conv, dt_rank } = sizes;
+        let norm = params.sub("norm").param("weight", &[dim], Init::Const(1.0))?;
+        let mut params = params.sub("mixer");
+        let dt_init = Init::Uniform((dt_rank as f32).powf(-0.5));
+        Ok(MambaLayer {
+            sizes,
+            norm,
+            in_proj: params.sub("in_proj").param("weight", &[2 * inner, dim], Init::linear(dim))?,
+            conv_weight: params.sub("conv1d").param("weight", &[inner, 1, d_conv], Init::linear(d_conv))?,
+            conv_bias: params.sub("conv1d").param("bias", &[inner], Init::linear(d_conv))?,
+            x_proj: params.sub("x_proj").param("weight", &[sizes.dbc(), inner], Init::linear(inner))?,
+            dt_weight: params.sub("dt_proj").param("weight", &[inner, dt_rank], dt_init)?,
+            dt_bias: params.sub("dt_proj").param("bias", &[inner], Init::InverseSoftplusDt)?,
+            a_log: params.param("A_log", &[inner, d_state], Init::LogRange)?,
+            d: params.param("D", &[inner], Init::Const(1.0))?,
+            out_proj: params.sub("out_proj").param("weight", &[dim, inner], Init::linear(inner))?,
+        })
+    }
+
+    pub(super) fn norm<'a>(&self, gain: &'a [f32]) -> RmsNorm<'a> {
+        RmsNorm { gain, eps: EPS, shift: false }
+    }
+
+    pub(super) fn conv(&self) -> Conv1d {
+        Conv1d::new(&self.conv_weight.values(), &self.conv_bias.values())
+    }
+
+    pub(super) fn scan(&self) -> SelectiveScan {
+        SelectiveScan::new(&self.a_log.values(), &self.d.values(), &self.dt_bias.values())
+    }
+
+    /// The layer's norm of the whole input.
+    fn normed(&self, x: &[f32], context: Context) -> Buffer {
+        let mut normed = Buffer::take(x.len());
+        self.norm(&self.norm.values()).forward(x, context.dims, &mut normed);
+        normed
+    }
+}
+
+impl Sizes {
+    /// The scan's inputs from the buffers they lie in.
+    pub(super) fn inputs<'a>(&self, xz: &'a [f32], x: &'a [f32], dt: &'a [f32], dbc: &'a [f32]) -> Inputs<'a> {
+        let (b, c) = (self.dt_rank..self.dt_rank + self.d_state, self.dt_rank + self.d_state..self.dbc());
+        Inputs {
+            x,
+            dt,
+            b: Rows::columns(dbc, self.dbc(), b),
+            c: Rows::columns(dbc, self.dbc(), c),
+            z: Rows::columns(xz, 2 * self.inner, self.inner..2 * self.inner),
+        }
+    }
+
+    /// The convolution's input.
+    pub(super) fn conv_input<'a>(&self, xz: &'a [f32]) -> Rows<'a> {
+        Rows::columns(xz, 2 * self.inner, 0..self.inner)
+    }
+}
+
+/// What forward keeps, `R = B S` rows each.
+pub(super) struct Tape {
+    /// `(R, 2 E)`
+    xz: Buffer,
+    /// `(R, E)`: after the convolution.
+    x: Buffer,
+    /// `(R, dt_rank + 2 N)`
+    dbc: Buffer,
+    /// `(R, E)`: step sizes before bias and softplus.
+    dt: Buffer,
+    /// `(R, E)`: after the gate.
+    y: Buffer,
+    /// The scan's states at chunk starts.
+    states: Buffer,
+}
+
+impl Layer for MambaLayer {
+    type Tape = Tape;
+
+    fn composed(&self, x: &Tensor, _: Option<&Tensor>, mode: Mode) -> Result<Tensor> {
+        let Sizes { inner, d_state, dt_rank, .. } = self.sizes;
+        let get = |param: &Arc<Param>| param_like(param, x, mode);
+        let normed = rms_norm_composed(x, &get(&self.norm)?, EPS)?;
+        let xz = linear_composed(&normed, &get(&self.in_proj)?, None)?;
+        let (u, z) = (xz.narrow(2, 0, inner)?, xz.narrow(2, inner, inner)?);
+        let u = conv1d_silu_composed(&u, &get(&self.conv_weight)?, &get(&self.conv_bias)?)?;
+        let dbc = linear_composed(&u, &get(&self.x_proj)?, None)?;
+        let (b, c) = (dbc.narrow(2, dt_rank, d_state)?, dbc.narrow(2, dt_rank + d_state, d_state)?);
+        let dt = linear_composed(&dbc.narrow(2, 0, dt_rank)?, &get(&self.dt_weight)?, None)?;
+        let y =
+            selective_scan_composed([&u, &dt, &b, &c, &z], &get(&self.a_log)?, &get(&self.d)?, &get(&self.dt_bias)?)?;
+        Ok((x + linear_composed(&y, &get(&self.out_proj)?, None)?)?)
+    }
+
+    fn forward(&self, x: &[f32], context: Context, y: &mut [f32]) -> Tape {
+        let sizes @ Sizes { dim, inner, dt_rank, .. } = self.sizes;
+        let (rows, seq) = (context.dims.rows(), context.dims.seq);
+        let mut xz = Buffer::take(rows * 2 * inner);
+        linear::forward(&self.normed(x, context), &self.in_proj.values(), dim, Into::Set, &mut xz);
+        let mut u = Buffer::take(rows * inner);
+        self.conv().forward(sizes.conv_input(&xz), seq, &mut u);
+        let mut dbc = Buffer::take(rows * sizes.dbc());
+        linear::forward(&u, &self.x_proj.values(), inner, Into::Set, &mut dbc);
+        let mut dt = Buffer::take(rows * inner);
+        let dt_weight = self.dt_weight.values();
+        let low = Rows::columns(&dbc, sizes.dbc(), 0..dt_rank).all();
+        let wide = Mat::new(&dt_weight, inner, dt_rank).t();
+        matmul(MatMut::new(&mut dt, rows, inner), false, 1.0, low, wide, Threads::All);
+        let mut gated = Buffer::take(rows * inner);
+        let states = self.scan().forward(&sizes.inputs(&xz, &u, &dt, &dbc), seq, &mut gated);
+        y.copy_from_slice(x);
+        linear::forward(&gated, &self.out_proj.values(), inner, Into::Add, y);
+        Tape { xz, x: u, dbc, dt, y: gated, states }
+    }
+
+    fn backward(&self, x: &[f32], context: Context, tape: Tape, dy: &[f32], dx: &mut [f32]) {
+        let Sizes { dim, inner, .. } = self.sizes;
+        let (rows, seq) = (context.dims.rows(), context.dims.seq);
+        let mut dgated = Buffer::take(rows * inner);
+        linear::backward_input(dy, &self.out_proj.values(), inner, Into::Set, &mut dgated);
+        linear::backward_weight(dy, &tape.y, inner, &mut self.out_proj.grad_mut());
+
+        let mut dxz = Buffer::take(rows * 2 * inner);
+        let mut du = Buffer::take(rows * inner);
+        self.backward_scan(&tape, seq, &dgated, &mut dxz, &mut du);
+        let first = RowsMut::columns(Shared::new(&mut dxz), 2 * inner, 0..inner);
+        let (mut dweight, mut dbias) = (self.conv_weight.grad_mut(), self.conv_bias.grad_mut());
+        self.conv().backward(self.sizes.conv_input(&tape.xz), seq, &mut du, first, &mut dweight, &mut dbias);
+
+        let normed = self.normed(x, context);
+        linear::backward_weight(&dxz, &normed, dim, &mut self.in_proj.grad_mut());
+        let mut dnormed = normed;
+        linear::backward_input(&dxz, &self.in_proj.values(), dim, Into::Set, &mut dnormed);
+        dx.copy_from_slice(dy);
+        self.norm(&self.norm.values()).backward(x, context.dims, &dnormed, dx, &mut self.norm.grad_mut());
+    }
+}
+
+impl MambaLayer {
+    /// From the gradient of the scan's gated output to those of its inputs: the gate's half of `dxz`, and `du`.
+    fn backward_scan(&self, tape: &Tape, seq: usize, dgated: &[f32], dxz: &mut [f32], du: &mut [f32]) {
+        let sizes @ Sizes { inner, d_state, dt_rank, .. } = self.sizes;
+        let rows = du.len() / inner;
+        let mut ddt = Buffer::take(rows * inner);
+        let mut ddbc = Buffer::take(rows * sizes.dbc());
+        let shared = Shared::new(&mut ddbc);
+        let grads = Grads {
+            x: du,
+            dt: &mut ddt,
+            b: RowsMut::columns(shared, sizes.dbc(), dt_rank..dt_rank + d_state),
+            c: RowsMut::columns(shared, sizes.dbc(), dt_rank + d_state..sizes.dbc()),
+            z: RowsMut::columns(Shared::new(dxz), 2 * inner, inner..2 * inner),
+        };
+        let (mut a_log, mut d, mut dt_bias) = (self.a_log.grad_mut(), self.d.grad_mut(), self.dt_bias.grad_mut());
+        let mut params = ParamGrads { a_log: &mut a_log, d: &mut d, dt_bias: &mut dt_bias };
+        let inputs = sizes.inputs(&tape.xz, &tape.x, &tape.dt, &tape.dbc);
+        self.scan().backward(&inputs, seq, &tape.states, dgated, grads, &mut params);
+
+        let low = Rows::columns(&tape.dbc, sizes.dbc(), 0..dt_rank).all();
+        let ddt = Mat::new(&ddt, rows, inner);
+        let mut dweight = self.dt_weight.grad_mut();
+        matmul(MatMut::new(&mut dweight, inner, dt_rank), true, 1.0, ddt.t(), low, Threads::All);
+        let weight = self.dt_weight.values();
+        let dlow = MatMut::strided(&mut ddbc, rows, dt_rank, sizes.dbc());
+        matmul(dlow, false, 1.0, ddt, Mat::new(&weight, inner, dt_rank), Threads::All);
+
+        linear::backward_weight(&ddbc, &tape.x, inner, &mut self.x_proj.grad_mut());
+        linear::backward_input(&ddbc, &self.x_proj.values(), inner, Into::Add, du);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use mblm_core::ParamStore;
+    use mblm_core::layer::Dims;
+    use mblm_core::testing::{check_layer, perturb};
+
+    use super::*;
+
+    #[test]
+    fn fused_equals_composed() {
+        for (batch, seq, dim, d_state, expand) in
+            [(1, 2, 3, 1, 1), (2, 9, 17, 5, 2), (1, 130, 8, 4, 3), (100, 9, 10, 3, 2), (2, 33, 32, 16, 2)]
+        {
+            let mut store = ParamStore::new(0);
+            let dt_rank = usize::div_ceil(dim, 16);
+            let sizes = Sizes { dim, inner: expand * dim, d_state, d_conv: 4, dt_rank };
+            let layer = Arc::new(MambaLayer::new(sizes, &mut store.root()).unwrap());
+            perturb(&store);
+            check_layer(&layer, &store, Dims { batch, seq, dim }, None, Mode::train(0));
+        }
+    }
+}

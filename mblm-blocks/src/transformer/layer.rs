@@ -1,0 +1,280 @@
+//! One Transformer layer as one fused op: `a = x + attend(shift(x))`, `y = a + feed_forward(shift(a))`, where both
+//! normalise their input first (MEGABYTE; Yu et al. 2023).
+
+use std::sync::Arc;
+
+use candle_core::Tensor;
+use mblm_core::Result;
+use mblm_core::block::{Cost, Dropout, Mode, stream};
+use mblm_core::buffer::Buffer;
+use mblm_core::gemm::{Mat, MatMut, Threads, matmul};
+use mblm_core::layer::{Context, Dims, Layer, param_like};
+use mblm_core::ops::attention::{Attention, attention_composed};
+use mblm_core::ops::dropout::dropout_composed;
+use mblm_core::ops::gelu;
+use mblm_core::ops::linear::{self, Into, linear_composed};
+use mblm_core::ops::rms_norm::{RmsNorm, rms_norm_composed, token_shift_composed};
+use mblm_core::ops::rotary::Rotary;
+use mblm_core::param::{Init, Param, ParamScope};
+
+use super::{EPS, TransformerConfig};
+
+/// What a layer sees.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// The past; with a token shift before each half.
+    Decoder,
+    /// The whole sequence.
+    Encoder,
+}
+
+pub(super) struct TransformerLayer {
+    kind: Kind,
+    pub(super) dim: usize,
+    pub(super) heads: usize,
+    pub(super) head_dim: usize,
+    attn_dropout: f32,
+    ff_dropout: f32,
+    stream: u64,
+    pub(super) rotary: Option<Arc<Rotary>>,
+    pub(super) attn_gain: Arc<Param>,
+    pub(super) to_q: Arc<Param>,
+    pub(super) to_kv: Arc<Param>,
+    pub(super) to_out: Arc<Param>,
+    pub(super) ff_gain: Arc<Param>,
+    pub(super) up: Arc<Param>,
+    pub(super) up_bias: Arc<Param>,
+    pub(super) down: Arc<Param>,
+    pub(super) down_bias: Arc<Param>,
+}
+
+/// What backward needs and cannot cheaply recompute.
+pub(super) struct Tape {
+    /// `(B, S, 3 H d)`, queries and keys rotated.
+    qkv: Buffer,
+    /// `(B, H, S)`
+    lse: Buffer,
+    /// Attention's output, `(B, S, H d)`.
+    attended: Buffer,
+    /// The stream between the two halves, `(B, S, D)`.
+    middle: Buffer,
+    /// Before GELU, `(B, S, F)`.
+    up: Buffer,
+}
+
+impl TransformerLayer {
+    pub(super) fn new(
+        config: &TransformerConfig,
+        kind: Kind,
+        dim: usize,
+        rotary: Option<Arc<Rotary>>,
+        params: &mut ParamScope,
+    ) -> Result<Self> {
+        let inner = config.attn_head_dims * config.attn_num_heads;
+        let wide = dim * config.ff_multiplier;
+        let stream = stream(params.prefix());
+        let mut attn = params.sub(0);
+        let attn_gain = attn.sub("norm").param("g", &[dim], Init::Const(1.0))?;
+        let to_q = attn.sub("to_q").param("weight", &[inner, dim], Init::linear(dim))?;
+        let to_kv = attn.sub("to_kv").param("weight", &[2 * inner, dim], Init::linear(dim))?;
+        let to_out = attn.sub("to_out").param("weight", &[dim, inner], Init::linear(inner))?;
+        let mut ff = params.sub(1);
+        Ok(TransformerLayer {
+            kind,
+            dim,
+            heads: config.attn_num_heads,
+            head_dim: config.attn_head_dims,
+            attn_dropout: config.attn_dropout,
+            ff_dropout: config.ff_dropout,
+            stream,
+            rotary,
+            attn_gain,
+            to_q,
+            to_kv,
+            to_out,
+            ff_gain: ff.sub(0).param("g", &[dim], Init::Const(1.0))?,
+            up: ff.sub(1).param("weight", &[wide, dim], Init::linear(dim))?,
+            up_bias: ff.sub(1).param("bias", &[wide], Init::linear(dim))?,
+            down: ff.sub(4).param("weight", &[dim, wide], Init::linear(wide))?,
+            down_bias: ff.sub(4).param("bias", &[dim], Init::linear(wide))?,
+        })
+    }
+
+    pub(super) fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    pub(super) fn inner(&self) -> usize {
+        self.heads * self.head_dim
+    }
+
+    pub(super) fn wide(&self) -> usize {
+        self.up_bias.len()
+    }
+
+    /// Matrix products and attention; norms and activations are counted by the bytes they keep.
+    pub(super) fn cost(&self, seq_len: usize) -> Cost {
+        let (dim, inner, wide) = (self.dim as f64, self.inner() as f64, self.wide() as f64);
+        let seen = if self.kind == Kind::Decoder { (seq_len as f64 + 1.0) / 2.0 } else { seq_len as f64 };
+        Cost {
+            flops: 2.0 * (4.0 * dim * inner + 2.0 * dim * wide) + 4.0 * seen * inner,
+            activations: 4.0 * inner + 2.0 * dim + wide + self.heads as f64,
+        }
+    }
+
+    fn norm<'a>(&self, gain: &'a [f32]) -> RmsNorm<'a> {
+        RmsNorm { gain, eps: EPS, shift: self.kind == Kind::Decoder }
+    }
+
+    fn attention<'a>(&self, context: Context<'a>) -> Attention<'a> {
+        Attention {
+            batch: context.dims.batch,
+            seq: context.dims.seq,
+            heads: self.heads,
+            head_dim: self.head_dim,
+            causal: self.kind == Kind::Decoder,
+            mask: context.mask,
+            dropout: context.mode.dropout(self.attn_dropout, self.stream),
+        }
+    }
+
+    fn ff_dropout(&self, mode: Mode) -> Option<Dropout> {
+        mode.dropout(self.ff_dropout, self.stream ^ 1)
+    }
+
+    /// `[q | k | v]` of the normalised rows `h`.
+    fn project_qkv(&self, h: &[f32], dims: Dims, qkv: &mut [f32]) {
+        let (rows, inner) = (dims.rows(), self.inner());
+        for (weight, first, count) in [(&self.to_q, 0, inner), (&self.to_kv, inner, 2 * inner)] {
+            let weight = weight.values();
+            let out = MatMut::strided(&mut qkv[first..], rows, count, 3 * inner);
+            let weight = Mat::new(&weight, count, self.dim);
+            matmul(out, false, 1.0, Mat::new(h, rows, self.dim), weight.t(), Threads::All);
+        }
+        self.rotate(qkv, dims.seq, false);
+    }
+
+    fn rotate(&self, qkv: &mut [f32], seq: usize, backward: bool) {
+        if let Some(rotary) = &self.rotary {
+            // Queries and keys lie side by side: twice as many heads.
+            rotary.rotate(qkv, 3 * self.inner(), 2 * self.heads, seq, 0, backward);
+        }
+    }
+
+    fn project_qkv_backward(&self, h: &[f32], dims: Dims, dqkv: &[f32], dh: &mut [f32]) {
+        let (rows, inner) = (dims.rows(), self.inner());
+        for (param, first, count) in [(&self.to_q, 0, inner), (&self.to_kv, inner, 2 * inner)] {
+            let grad = Mat::strided(&dqkv[first..], rows, count, 3 * inner);
+            let weight = param.values();
+            let out = MatMut::new(dh, rows, self.dim);
+            matmul(out, first > 0, 1.0, grad, Mat::new(&weight, count, self.dim), Threads::All);
+            let mut dweight = param.grad_mut();
+            let out = MatMut::new(&mut dweight, count, self.dim);
+            matmul(out, true, 1.0, grad.t(), Mat::new(h, rows, self.dim), Threads::All);
+        }
+    }
+
+    /// Adds the feed-forward half's gradient to `d`, which holds that of the output and becomes that of `middle`.
+    fn feed_forward_backward(&self, context: Context, tape: &Tape, dy: &[f32], d: &mut [f32]) {
+        let dims = context.dims;
+        let dropout = self.ff_dropout(context.mode);
+        let mut wide = Buffer::take(tape.up.len());
+        gelu::forward(&tape.up, dropout, &mut wide);
+        linear::backward_weight(dy, &wide, self.wide(), &mut self.down.grad_mut());
+        linear::backward_bias(dy, &mut self.down_bias.grad_mut());
+        linear::backward_input(dy, &self.down.values(), self.wide(), Into::Set, &mut wide);
+        gelu::backward(&tape.up, dropout, &mut wide);
+        let gain = self.ff_gain.values();
+        let mut h = Buffer::take(dims.len());
+        self.norm(&gain).forward(&tape.middle, dims, &mut h);
+        linear::backward_weight(&wide, &h, self.dim, &mut self.up.grad_mut());
+        linear::backward_bias(&wide, &mut self.up_bias.grad_mut());
+        linear::backward_input(&wide, &self.up.values(), self.dim, Into::Set, &mut h);
+        self.norm(&gain).backward(&tape.middle, dims, &h, d, &mut self.ff_gain.grad_mut());
+    }
+
+    /// Adds the attention half's gradient to `d`, which holds that of `middle` and becomes that of the input.
+    fn attention_backward(&self, x: &[f32], context: Context, tape: &Tape, d: &mut [f32]) {
+        let dims = context.dims;
+        let mut dattended = Buffer::take(tape.attended.len());
+        linear::backward_weight(d, &tape.attended, self.inner(), &mut self.to_out.grad_mut());
+        linear::backward_input(d, &self.to_out.values(), self.inner(), Into::Set, &mut dattended);
+        let mut dqkv = Buffer::take(tape.qkv.len());
+        self.attention(context).backward(&tape.qkv, &tape.attended, &tape.lse, &dattended, &mut dqkv);
+        self.rotate(&mut dqkv, dims.seq, true);
+        let gain = self.attn_gain.values();
+        let (mut h, mut dh) = (Buffer::take(dims.len()), Buffer::take(dims.len()));
+        self.norm(&gain).forward(x, dims, &mut h);
+        self.project_qkv_backward(&h, dims, &dqkv, &mut dh);
+        self.norm(&gain).backward(x, dims, &dh, d, &mut self.attn_gain.grad_mut());
+    }
+
+    fn shift_composed(&self, x: &Tensor) -> Result<Tensor> {
+        match self.kind {
+            Kind::Decoder => token_shift_composed(x),
+            Kind::Encoder => Ok(x.clone()),
+        }
+    }
+}
+
+impl Layer for TransformerLayer {
+    type Tape = Tape;
+
+    fn composed(&self, x: &Tensor, mask: Option<&Tensor>, mode: Mode) -> Result<Tensor> {
+        let (batch, seq, _) = x.dims3()?;
+        let p = |param: &Param| param_like(param, x, mode);
+        let h = rms_norm_composed(&self.shift_composed(x)?, &p(&self.attn_gain)?, EPS)?;
+        let q = linear_composed(&h, &p(&self.to_q)?, None)?;
+        let kv = linear_composed(&h, &p(&self.to_kv)?, None)?;
+        let heads = |t: &Tensor| t.reshape((batch, seq, self.heads, self.head_dim))?.transpose(1, 2)?.contiguous();
+        let mut q = heads(&q)?;
+        let mut k = heads(&kv.narrow(2, 0, self.inner())?)?;
+        let v = heads(&kv.narrow(2, self.inner(), self.inner())?)?;
+        if let Some(rotary) = &self.rotary {
+            (q, k) = (rotary.composed(&q)?, rotary.composed(&k)?);
+        }
+        let dropout = mode.dropout(self.attn_dropout, self.stream);
+        let attended = attention_composed(&q, &k, &v, self.kind == Kind::Decoder, mask, dropout)?;
+        let attended = attended.transpose(1, 2)?.reshape((batch, seq, self.inner()))?;
+        let middle = (x + linear_composed(&attended, &p(&self.to_out)?, None)?)?;
+
+        let h = rms_norm_composed(&self.shift_composed(&middle)?, &p(&self.ff_gain)?, EPS)?;
+        let up = linear_composed(&h, &p(&self.up)?, Some(&p(&self.up_bias)?))?;
+        let wide = dropout_composed(&up.gelu_erf()?, self.ff_dropout(mode))?;
+        Ok((middle + linear_composed(&wide, &p(&self.down)?, Some(&p(&self.down_bias)?))?)?)
+    }
+
+    fn forward(&self, x: &[f32], context: Context, y: &mut [f32]) -> Tape {
+        let dims = context.dims;
+        let rows = dims.rows();
+        let mut h = Buffer::take(dims.len());
+        self.norm(&self.attn_gain.values()).forward(x, dims, &mut h);
+        let mut tape = Tape {
+            qkv: Buffer::take(rows * 3 * self.inner()),
+            lse: Buffer::take(rows * self.heads),
+            attended: Buffer::take(rows * self.inner()),
+            middle: Buffer::take(dims.len()),
+            up: Buffer::take(rows * self.wide()),
+        };
+        self.project_qkv(&h, dims, &mut tape.qkv);
+        self.attention(context).forward(&tape.qkv, &mut tape.attended, &mut tape.lse);
+        tape.middle.copy_from_slice(x);
+        linear::forward(&tape.attended, &self.to_out.values(), self.inner(), Into::Add, &mut tape.middle);
+
+        self.norm(&self.ff_gain.values()).forward(&tape.middle, dims, &mut h);
+        linear::forward(&h, &self.up.values(), self.dim, Into::Set, &mut tape.up);
+        linear::add_bias(&self.up_bias.values(), &mut tape.up);
+        let mut wide = Buffer::take(tape.up.len());
+        gelu::forward(&tape.up, self.ff_dropout(context.mode), &mut wide);
+        y.copy_from_slice(&tape.middle);
+        linear::forward(&wide, &self.down.values(), self.wide(), Into::Add, y);
+        linear::add_bias(&self.down_bias.values(), y);
+        tape
+    }
+
+    fn backward(&self, x: &[f32], context: Context, tape: Tape, dy: &[f32], dx: &mut [f32]) {
+        dx.copy_from_slice(dy);
+        self.feed_forward_backward(context, &tape, dy, dx);
+        self.attention_backward(x, context, &tape, dx);
+    }
+}

@@ -1,0 +1,188 @@
+//! The Transformer as a stage: `transformer`, causal with token shift (MEGABYTE's decoder), and `transformerEncoder`,
+//! which sees the whole sequence and takes an attention mask.
+
+mod decoder;
+mod layer;
+
+use std::sync::Arc;
+
+use candle_core::Tensor;
+use mblm_core::block::{Cost, FieldError, Mode, PosEmb, StageBlock, StageDecoder, StageModel};
+use mblm_core::layer::apply;
+use mblm_core::ops::rms_norm::{Eps, RmsNormLayer};
+use mblm_core::ops::rotary::Rotary;
+use mblm_core::param::{Init, ParamScope};
+use mblm_core::{Error, Result, register_block};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use layer::{Kind, TransformerLayer};
+
+const EPS: Eps = Eps::Floor(1e-8);
+
+fn default_ff_multiplier() -> usize {
+    2
+}
+
+/// What both Transformer blocks are configured by.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+#[schemars(inline)]
+pub struct TransformerConfig {
+    /// How positions enter the stage: `fixed`, `rope` or none.
+    #[serde(default)]
+    pub pos_emb_type: Option<PosEmb>,
+    /// Width of an attention head.
+    pub attn_head_dims: usize,
+    /// Number of attention heads.
+    pub attn_num_heads: usize,
+    /// Whether queries and keys are rotated by their position.
+    pub attn_use_rot_embs: bool,
+    /// Dropout probability of the attention weights.
+    #[serde(default)]
+    pub attn_dropout: f32,
+    /// Width of the feed-forward layer as a multiple of the stage's width.
+    #[serde(default = "default_ff_multiplier")]
+    pub ff_multiplier: usize,
+    /// Dropout probability inside the feed-forward layer.
+    #[serde(default)]
+    pub ff_dropout: f32,
+    /// Accepted for the package's configs; attention is always computed in tiles.
+    #[serde(default)]
+    pub use_flash_attn: bool,
+}
+
+/// `transformer`: causal attention and a feed-forward layer, each after a token shift.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(transparent)]
+pub struct Transformer(pub TransformerConfig);
+
+/// `transformerEncoder`: attention over the whole sequence, with an attention mask, without token shift.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(transparent)]
+pub struct TransformerEncoder(pub TransformerConfig);
+
+register_block!(
+    Transformer,
+    name = "transformer",
+    about = "Causal attention and feed-forward layers with token shift (MEGABYTE's decoder)",
+    infer = true
+);
+
+#[typetag::serde(name = "transformer")]
+impl StageBlock for Transformer {
+    fn pos_emb_type(&self) -> Option<PosEmb> {
+        self.0.pos_emb_type
+    }
+
+    fn validate(&self, _dim: usize) -> Result<(), FieldError> {
+        self.0.validate()
+    }
+
+    fn build(&self, dim: usize, num_layers: usize, params: &mut ParamScope) -> Result<Box<dyn StageModel>> {
+        Ok(Box::new(TransformerModel::new(&self.0, Kind::Decoder, dim, num_layers, params)?))
+    }
+}
+
+register_block!(
+    TransformerEncoder,
+    name = "transformerEncoder",
+    about = "Attention over the whole sequence under a mask, and feed-forward layers; for encoders"
+);
+
+#[typetag::serde(name = "transformerEncoder")]
+impl StageBlock for TransformerEncoder {
+    fn pos_emb_type(&self) -> Option<PosEmb> {
+        self.0.pos_emb_type
+    }
+
+    fn validate(&self, _dim: usize) -> Result<(), FieldError> {
+        self.0.validate()
+    }
+
+    fn build(&self, dim: usize, num_layers: usize, params: &mut ParamScope) -> Result<Box<dyn StageModel>> {
+        Ok(Box::new(TransformerModel::new(&self.0, Kind::Encoder, dim, num_layers, params)?))
+    }
+}
+
+impl TransformerConfig {
+    fn validate(&self) -> Result<(), FieldError> {
+        let positive = |field, value: usize| match value {
+            0 => Err(FieldError::new(field, "expected a positive integer, found 0")),
+            _ => Ok(()),
+        };
+        positive("attn_head_dims", self.attn_head_dims)?;
+        positive("attn_num_heads", self.attn_num_heads)?;
+        positive("ff_multiplier", self.ff_multiplier)?;
+        for (field, p) in [("attn_dropout", self.attn_dropout), ("ff_dropout", self.ff_dropout)] {
+            if !(0.0..1.0).contains(&p) {
+                return Err(FieldError::new(field, format!("expected a probability in [0, 1), found {p}")));
+            }
+        }
+        if self.attn_use_rot_embs && self.attn_head_dims % 2 == 1 {
+            let message =
+                format!("rotary positions rotate halves: expected an even number, found {}", self.attn_head_dims);
+            return Err(FieldError::new("attn_head_dims", message));
+        }
+        Ok(())
+    }
+}
+
+/// The layers of a stage and the final norm.
+struct TransformerModel {
+    layers: Vec<Arc<TransformerLayer>>,
+    norm: Arc<RmsNormLayer>,
+    dim: usize,
+}
+
+impl TransformerModel {
+    fn new(
+        config: &TransformerConfig,
+        kind: Kind,
+        dim: usize,
+        num_layers: usize,
+        params: &mut ParamScope,
+    ) -> Result<Self> {
+        let rotary = config.attn_use_rot_embs.then(|| Arc::new(Rotary::new(config.attn_head_dims)));
+        let layers = (0..num_layers)
+            .map(|i| {
+                let mut scope = params.sub("layers");
+                Ok(Arc::new(TransformerLayer::new(config, kind, dim, rotary.clone(), &mut scope.sub(i))?))
+            })
+            .collect::<Result<_>>()?;
+        let gain = params.sub("norm").param("g", &[dim], Init::Const(1.0))?;
+        Ok(TransformerModel { layers, norm: Arc::new(RmsNormLayer { gain, eps: EPS }), dim })
+    }
+}
+
+impl StageModel for TransformerModel {
+    fn forward(&self, x: &Tensor, mask: Option<&Tensor>, mode: Mode) -> Result<Tensor> {
+        if mask.is_some() && self.is_causal() {
+            return Err(Error::Block(
+                "`transformer` is causal and takes no attention mask; use `transformerEncoder`".into(),
+            ));
+        }
+        let hidden = self.layers.iter().try_fold(x.clone(), |x, layer| apply(layer, &x, mask, mode))?;
+        apply(&self.norm, &hidden, None, mode)
+    }
+
+    fn is_causal(&self) -> bool {
+        self.layers.iter().all(|layer| layer.kind() == Kind::Decoder)
+    }
+
+    fn decoder(&self, batch: usize) -> Result<Box<dyn StageDecoder + '_>> {
+        if !self.is_causal() {
+            return Err(Error::Block("`transformerEncoder` sees the whole sequence and cannot generate".into()));
+        }
+        Ok(Box::new(decoder::TransformerDecoder::new(self, batch)))
+    }
+
+    fn cost(&self, seq_len: usize) -> Option<Cost> {
+        let layers = self.layers.iter().map(|layer| layer.cost(seq_len));
+        let sum = |a: Cost, b: Cost| Cost { flops: a.flops + b.flops, activations: a.activations + b.activations };
+        Some(layers.fold(Cost { flops: 4.0 * self.dim as f64, activations: self.dim as f64 }, sum))
+    }
+}
+
+#[cfg(test)]
+mod tests;

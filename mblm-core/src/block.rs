@@ -1,0 +1,239 @@
+//! The contracts of the hierarchy: a *block* is the configuration of what runs at a stage; it builds a *stage model*,
+//! which has an incremental form, its *decoder*.
+
+use std::fmt;
+
+use candle_core::{Device, Tensor};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+use crate::param::ParamScope;
+
+/// How positions enter a stage, before its start token is put in front.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum PosEmb {
+    /// A learned vector per position is added; the stage's sequence can then not be longer than its `seq_lens` entry.
+    Fixed,
+    /// Pairs of channels are rotated by the position (Su et al. 2021, eq. 34).
+    Rope,
+}
+
+/// Training keeps what backward needs and drops out; evaluation does neither.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// A forward pass that is followed by backward.
+    Train {
+        /// Decides which elements dropout drops: a new one for every forward pass.
+        seed: u64,
+    },
+    /// A forward pass alone.
+    Eval,
+}
+
+impl Mode {
+    /// Training with this dropout seed.
+    pub fn train(seed: u64) -> Self {
+        Mode::Train { seed }
+    }
+
+    /// The dropout of one place in the model, `stream`, with probability `p`; none outside training.
+    pub fn dropout(self, p: f32, stream: u64) -> Option<Dropout> {
+        match self {
+            Mode::Train { seed } if p > 0.0 => Some(Dropout::new(p, seed, stream)),
+            _ => None,
+        }
+    }
+}
+
+/// A dropout mask computed from element numbers, so that forward, backward and recomputation agree on any number of
+/// threads without storing it.
+#[derive(Clone, Copy, Debug)]
+pub struct Dropout {
+    key: u64,
+    /// Elements whose hash lies below are dropped.
+    threshold: u32,
+    scale: f32,
+}
+
+impl Dropout {
+    fn new(p: f32, seed: u64, stream: u64) -> Self {
+        let mut key = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ stream;
+        // SplitMix64's finaliser (Steele et al. 2014).
+        key = (key ^ (key >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        key = (key ^ (key >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        let threshold = (p as f64 * u32::MAX as f64) as u32;
+        Dropout { key: key ^ (key >> 31), threshold, scale: if p < 1.0 { 1.0 / (1.0 - p) } else { 0.0 } }
+    }
+
+    /// What element `index` is multiplied by: 0 with probability `p`, else `1 / (1 - p)`.
+    #[inline(always)]
+    pub fn factor(&self, index: usize) -> f32 {
+        let mixed = (index as u64).wrapping_add(self.key);
+        let mut hash = (mixed as u32) ^ ((mixed >> 32) as u32).wrapping_mul(0x9E37_79B9);
+        hash = (hash ^ (hash >> 16)).wrapping_mul(0x7FEB_352D);
+        hash = (hash ^ (hash >> 15) ^ (self.key >> 32) as u32).wrapping_mul(0x846C_A68B);
+        hash ^= hash >> 16;
+        if hash < self.threshold { 0.0 } else { self.scale }
+    }
+
+    /// The factors of `len` elements as a tensor, for compositions.
+    pub fn tensor(&self, shape: &[usize]) -> Result<Tensor> {
+        let factors: Vec<f32> = (0..shape.iter().product()).map(|i| self.factor(i)).collect();
+        Ok(Tensor::from_vec(factors, shape, &Device::Cpu)?)
+    }
+}
+
+/// A stream number for [`Mode::dropout`] from a module's parameter prefix.
+pub fn stream(prefix: &str) -> u64 {
+    // FNV-1a
+    prefix.bytes().fold(0xCBF2_9CE4_8422_2325, |hash, byte| (hash ^ byte as u64).wrapping_mul(0x0000_0100_0000_01B3))
+}
+
+/// A field of a block's configuration that does not fit where the block stands.
+#[derive(Clone, Debug, PartialEq)]
+pub struct FieldError {
+    /// The field, for example `headdim`.
+    pub field: &'static str,
+    /// What was found, what was expected and what to do.
+    pub message: String,
+}
+
+impl FieldError {
+    /// An error at `field`.
+    pub fn new(field: &'static str, message: impl Into<String>) -> Self {
+        FieldError { field, message: message.into() }
+    }
+}
+
+/// The configuration of a stage: names what runs there and builds it.
+#[typetag::serde(tag = "block_type")]
+pub trait StageBlock: fmt::Debug + Send + Sync {
+    /// How positions enter this stage.
+    fn pos_emb_type(&self) -> Option<PosEmb>;
+
+    /// Checks the configuration at width `dim`, before anything is built.
+    fn validate(&self, _dim: usize) -> Result<(), FieldError> {
+        Ok(())
+    }
+
+    /// Builds the model of one stage of width `dim`; parameters are created in `params` with PyTorch's names.
+    fn build(&self, dim: usize, num_layers: usize, params: &mut ParamScope) -> Result<Box<dyn StageModel>>;
+}
+
+/// What a stage costs, for `mblm inspect`. Counts are for one position of one sequence.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Cost {
+    /// Floating point operations of a forward pass; a multiply and an add are two.
+    pub flops: f64,
+    /// Floats that a training step keeps for backward.
+    pub activations: f64,
+}
+
+/// The differentiable function that runs a stage.
+pub trait StageModel: Send + Sync {
+    /// Runs whole sequences.
+    ///
+    /// # Shapes
+    /// - `x`: `(batch, seq, dim)`; returns the same shape
+    /// - `mask`: `(batch, seq)`, `u8`, 1 = attend
+    ///
+    /// # Errors
+    /// A causal block may refuse a mask.
+    fn forward(&self, x: &Tensor, mask: Option<&Tensor>, mode: Mode) -> Result<Tensor>;
+
+    /// Whether position t of the output depends on inputs up to t only. A block that is not causal runs in encoders
+    /// only, and cannot generate.
+    fn is_causal(&self) -> bool {
+        true
+    }
+
+    /// The incremental form, for `batch` sequences at once; gives the outputs of [`forward`](Self::forward), position
+    /// by position. The default keeps the inputs and runs `forward` over all of them for each position.
+    fn decoder(&self, batch: usize) -> Result<Box<dyn StageDecoder + '_>> {
+        Ok(Box::new(ReplayDecoder { forward: |x: &Tensor| self.forward(x, None, Mode::Eval), batch, inputs: vec![] }))
+    }
+
+    /// What one position costs when sequences are `seq_len` long. `None`: not known, and shown as such.
+    fn cost(&self, _seq_len: usize) -> Option<Cost> {
+        None
+    }
+}
+
+/// Incremental decoding of a batch of sequences that advance together.
+pub trait StageDecoder: Send {
+    /// Forgets everything: the next step is position 0.
+    fn reset(&mut self);
+
+    /// Advances by one position.
+    ///
+    /// # Shapes
+    /// - `x`, `y`: `(batch, dim)`; `y` is overwritten with the output at this position
+    fn step(&mut self, x: &[f32], y: &mut [f32]) -> Result<()>;
+
+    /// Advances by `seq` positions at once.
+    ///
+    /// # Shapes
+    /// - `x`, `y`: `(seq, batch, dim)`
+    fn prefill(&mut self, x: &[f32], y: &mut [f32], seq: usize) -> Result<()> {
+        let row = (x.len() / seq.max(1)).max(1);
+        for (x, y) in x.chunks_exact(row).zip(y.chunks_exact_mut(row)) {
+            self.step(x, y)?;
+        }
+        Ok(())
+    }
+}
+
+/// Re-runs the whole prefix at every step: slow and always right, so that a research block generates from day one.
+struct ReplayDecoder<F> {
+    forward: F,
+    batch: usize,
+    /// One entry `(batch, dim)` per position so far.
+    inputs: Vec<Tensor>,
+}
+
+impl<F: Fn(&Tensor) -> Result<Tensor> + Send> StageDecoder for ReplayDecoder<F> {
+    fn reset(&mut self) {
+        self.inputs.clear();
+    }
+
+    fn step(&mut self, x: &[f32], y: &mut [f32]) -> Result<()> {
+        let dim = x.len() / self.batch;
+        self.inputs.push(Tensor::from_slice(x, (self.batch, dim), &Device::Cpu)?);
+        let outputs = (self.forward)(&Tensor::stack(&self.inputs, 1)?)?;
+        let last = outputs.narrow(1, self.inputs.len() - 1, 1)?.flatten_all()?.to_vec1::<f32>()?;
+        if last.len() != y.len() {
+            return Err(Error::Block(format!(
+                "a stage model returned shape {:?} for {dim} wide input",
+                outputs.dims()
+            )));
+        }
+        y.copy_from_slice(&last);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dropout_drops_its_share_and_keeps_the_mean() {
+        let dropout = Mode::train(3).dropout(0.3, stream("stage_models.0")).unwrap();
+        let factors: Vec<f32> = (0..100_000).map(|i| dropout.factor(i)).collect();
+        let dropped = factors.iter().filter(|&&f| f == 0.0).count() as f64 / 1e5;
+        assert!((dropped - 0.3).abs() < 0.01, "{dropped}");
+        // Neighbours are independent: both of a pair are dropped with probability p².
+        let pairs = factors.windows(2).filter(|w| w[0] == 0.0 && w[1] == 0.0).count() as f64 / 1e5;
+        assert!((pairs - 0.09).abs() < 0.01, "{pairs}");
+        let other = Mode::train(4).dropout(0.3, stream("stage_models.0")).unwrap();
+        let same = (0..100_000).filter(|&i| (other.factor(i) == 0.0) == (factors[i] == 0.0)).count() as f64 / 1e5;
+        assert!((same - 0.58).abs() < 0.01, "masks of two seeds are independent, {same}");
+    }
+
+    #[test]
+    fn no_dropout_outside_training() {
+        assert!(Mode::Eval.dropout(0.5, 0).is_none() && Mode::train(0).dropout(0.0, 0).is_none());
+    }
+}

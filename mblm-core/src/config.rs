@@ -1,0 +1,413 @@
+//! The model's configuration, field by field that of the reference package.
+
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize, Serializer};
+use serde_yaml::Value;
+
+use crate::block::{PosEmb, StageBlock};
+use crate::registry::BlockRegistry;
+use crate::yaml::{ConfigError, Document, describe, join};
+
+/// The configuration of a [`Mblm`](crate::model::Mblm). Lists are ordered from the global stage to the local one.
+///
+/// In YAML, `block` is one mapping for all stages or a list with one per stage; see
+/// [`BlockRegistry::parse`] for how its type is found. Serialised, it is a list with every `block_type` filled in.
+#[derive(Clone, Debug, Serialize)]
+pub struct MblmConfig {
+    /// Vocabulary size `V`.
+    pub num_tokens: usize,
+    /// The id that pads sequences; its embedding is zero, and it is no target.
+    pub pad_token_id: usize,
+    /// Width `D_n` of each stage.
+    pub hidden_dims: Vec<usize>,
+    /// Layers of each stage.
+    pub num_layers: Vec<usize>,
+    /// Sequence length `P_n` of each stage.
+    pub seq_lens: Vec<usize>,
+    /// For each stage but the first: into how many chunks its patches are cut, each recomputed in backward.
+    pub train_checkpoint_chunks: Option<Vec<usize>>,
+    /// What runs at each stage.
+    #[serde(rename = "block", serialize_with = "serialize_blocks")]
+    pub blocks: Vec<Arc<dyn StageBlock>>,
+}
+
+impl MblmConfig {
+    /// The number of stages.
+    pub fn num_stages(&self) -> usize {
+        self.seq_lens.len()
+    }
+
+    /// The longest sequence in bytes, `P_1 · … · P_N`.
+    pub fn context_len(&self) -> usize {
+        self.seq_lens.iter().product()
+    }
+
+    /// The fields in YAML.
+    pub const FIELDS: [&str; 7] =
+        ["num_tokens", "pad_token_id", "hidden_dims", "num_layers", "seq_lens", "train_checkpoint_chunks", "block"];
+
+    /// Reads and checks the section `path` of a document; an empty path is the whole document.
+    pub fn from_document(document: &Document, path: &str, registry: &BlockRegistry) -> Result<Self, ConfigError> {
+        document.check_fields(path, &Self::FIELDS)?;
+        Self::from_section(document, path, registry)
+    }
+
+    /// As [`from_document`](Self::from_document), for a section in which other fields stand too: the caller checks
+    /// that there are no unknown ones.
+    pub fn from_section(document: &Document, path: &str, registry: &BlockRegistry) -> Result<Self, ConfigError> {
+        let numbers: Numbers = document.section(path)?;
+        let section = Section { document, path };
+        section.check_numbers(&numbers)?;
+        let blocks = section.blocks(&numbers.hidden_dims, registry)?;
+        let Numbers { num_tokens, pad_token_id, hidden_dims, num_layers, seq_lens, train_checkpoint_chunks } = numbers;
+        let train_checkpoint_chunks = train_checkpoint_chunks.filter(|chunks| !chunks.is_empty());
+        Ok(MblmConfig { num_tokens, pad_token_id, hidden_dims, num_layers, seq_lens, train_checkpoint_chunks, blocks })
+    }
+}
+
+fn serialize_blocks<S: Serializer>(blocks: &[Arc<dyn StageBlock>], serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_seq(blocks.iter().map(|block| &**block))
+}
+
+/// The fields of [`MblmConfig`] that are numbers.
+#[derive(Deserialize)]
+struct Numbers {
+    num_tokens: usize,
+    pad_token_id: usize,
+    hidden_dims: Vec<usize>,
+    num_layers: Vec<usize>,
+    seq_lens: Vec<usize>,
+    #[serde(default)]
+    train_checkpoint_chunks: Option<Vec<usize>>,
+}
+
+/// A model's section of a document.
+struct Section<'a> {
+    document: &'a Document,
+    path: &'a str,
+}
+
+impl Section<'_> {
+    fn error(&self, field: &str, message: String) -> ConfigError {
+        self.document.error(&join(self.path, field), message)
+    }
+
+    fn check_numbers(&self, numbers: &Numbers) -> Result<(), ConfigError> {
+        let Numbers { num_tokens, pad_token_id, hidden_dims, num_layers, seq_lens, train_checkpoint_chunks } = numbers;
+        check_token_id(self.document, &join(self.path, "pad_token_id"), *pad_token_id, *num_tokens)?;
+        let (dims, layers, lens) = (hidden_dims.len(), num_layers.len(), seq_lens.len());
+        if dims != layers || dims != lens {
+            let odd = match (dims == layers, dims == lens, layers == lens) {
+                (_, true, _) => "num_layers",
+                (_, _, true) => "hidden_dims",
+                _ => "seq_lens",
+            };
+            let found = format!("hidden_dims has {dims}, num_layers {layers}, seq_lens {lens}");
+            return Err(self.error(odd, format!("expected as many entries as the other lists, one per stage: {found}")));
+        }
+        if lens == 0 {
+            return Err(self.error("seq_lens", "expected one entry per stage, found none".into()));
+        }
+        for (field, list) in [("hidden_dims", hidden_dims), ("num_layers", num_layers), ("seq_lens", seq_lens)] {
+            self.check_positive(field, list)?;
+        }
+        if seq_lens.iter().try_fold(1usize, |product, &len| product.checked_mul(len)).is_none() {
+            return Err(self.error("seq_lens", "the product of the lengths does not fit 64 bits".into()));
+        }
+        match train_checkpoint_chunks {
+            Some(chunks) if !chunks.is_empty() && chunks.len() != lens - 1 => {
+                let found = chunks.len();
+                let message = format!("expected {}, one per stage but the first, or null; found {found}", lens - 1);
+                Err(self.error("train_checkpoint_chunks", message))
+            }
+            Some(chunks) => self.check_positive("train_checkpoint_chunks", chunks),
+            None => Ok(()),
+        }
+    }
+
+    fn check_positive(&self, field: &str, list: &[usize]) -> Result<(), ConfigError> {
+        match list.iter().position(|&number| number == 0) {
+            Some(i) => Err(self.error(&format!("{field}[{i}]"), "expected a positive integer, found 0".into())),
+            None => Ok(()),
+        }
+    }
+
+    fn blocks(&self, dims: &[usize], registry: &BlockRegistry) -> Result<Vec<Arc<dyn StageBlock>>, ConfigError> {
+        let path = join(self.path, "block");
+        let paths: Vec<String> = match self.document.require(&path)? {
+            Value::Sequence(blocks) if blocks.len() != dims.len() => {
+                let message = format!("expected {} blocks, one per stage, found {}", dims.len(), blocks.len());
+                return Err(self.document.error(&path, message));
+            }
+            Value::Sequence(blocks) => (0..blocks.len()).map(|i| format!("{path}[{i}]")).collect(),
+            Value::Mapping(_) => vec![path],
+            other => {
+                let message = format!("expected a block or a list with one per stage, found {}", describe(other));
+                return Err(self.document.error(&path, message));
+            }
+        };
+        let parsed = paths.iter().map(|path| registry.parse(self.document, path)).collect::<Result<Vec<_>, _>>()?;
+        let stage = |i: usize| i.min(parsed.len() - 1);
+        for (i, &dim) in dims.iter().enumerate() {
+            let block = &parsed[stage(i)];
+            if let Err(error) = block.validate(dim) {
+                return Err(self.document.error(&join(&paths[stage(i)], error.field), error.message));
+            }
+            if block.pos_emb_type() == Some(PosEmb::Rope) && dim % 2 == 1 {
+                let message = format!("`rope` rotates pairs of channels, so the width must be even; found {dim}");
+                return Err(self.error(&format!("hidden_dims[{i}]"), message));
+            }
+        }
+        Ok((0..dims.len()).map(|i| parsed[stage(i)].clone()).collect())
+    }
+}
+
+/// Checks that `id` is one of the vocabulary's.
+fn check_token_id(document: &Document, path: &str, id: usize, num_tokens: usize) -> Result<(), ConfigError> {
+    if id < num_tokens {
+        return Ok(());
+    }
+    Err(document.error(path, format!("expected an id below num_tokens, which is {num_tokens}, found {id}")))
+}
+
+/// How the attention mask of a patch follows from those of its bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum MaskReduce {
+    /// A patch is attended to if any of its bytes is.
+    #[default]
+    Any,
+    /// A patch is attended to if all of its bytes are.
+    All,
+}
+
+/// The configuration of a [`MblmEncoder`](crate::model::MblmEncoder).
+#[derive(Clone, Debug, Serialize)]
+pub struct MblmEncoderConfig {
+    /// The id that stands for a masked byte.
+    pub mask_token_id: usize,
+    /// How a patch's mask follows from its bytes'.
+    pub mask_reduce_strat: MaskReduce,
+    /// The hierarchy.
+    pub mblm_config: MblmConfig,
+}
+
+impl MblmEncoderConfig {
+    /// Reads and checks the section `path` of a document; an empty path is the whole document.
+    pub fn from_document(document: &Document, path: &str, registry: &BlockRegistry) -> Result<Self, ConfigError> {
+        #[derive(Deserialize)]
+        struct Fields {
+            mask_token_id: usize,
+            #[serde(default)]
+            mask_reduce_strat: MaskReduce,
+        }
+        document.check_fields(path, &["mask_token_id", "mask_reduce_strat", "mblm_config"])?;
+        let Fields { mask_token_id, mask_reduce_strat } = document.section(path)?;
+        let mblm_config = MblmConfig::from_document(document, &join(path, "mblm_config"), registry)?;
+        check_token_id(document, &join(path, "mask_token_id"), mask_token_id, mblm_config.num_tokens)?;
+        Ok(MblmEncoderConfig { mask_token_id, mask_reduce_strat, mblm_config })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::registry::tests::registry;
+
+    const MODEL: &str = "\
+num_tokens: 257
+pad_token_id: 256
+hidden_dims: [512, 256]
+num_layers: [6, 3]
+seq_lens: [256, 8]
+train_checkpoint_chunks: null
+block:
+- d_state: 64
+  d_conv: 4
+  expand: 2
+  headdim: 64
+  pos_emb_type: null
+- attn_head_dims: 64
+  attn_num_heads: 4
+  attn_use_rot_embs: true
+  pos_emb_type: fixed
+";
+
+    fn read(text: &str) -> Result<MblmConfig, ConfigError> {
+        MblmConfig::from_document(&Document::parse(text, "a.yaml")?, "", &registry())
+    }
+
+    #[test]
+    fn a_model_is_read_and_written_back() {
+        let config = read(MODEL).unwrap();
+        assert_eq!((config.num_stages(), config.context_len(), config.pad_token_id), (2, 2048, 256));
+        assert_eq!(config.blocks[1].pos_emb_type(), Some(PosEmb::Fixed));
+        let text = serde_yaml::to_string(&config).unwrap();
+        assert!(text.contains("- block_type: mamba2\n  d_state: 64\n"), "{text}");
+        assert!(text.contains("- block_type: transformer\n"), "{text}");
+        assert_eq!(serde_yaml::to_string(&read(&text).unwrap()).unwrap(), text);
+    }
+
+    #[test]
+    fn one_block_runs_every_stage() {
+        let block = "block: {block_type: mamba2, d_state: 64, d_conv: 4, expand: 2, headdim: 64}\n";
+        let text = MODEL.split_once("block:").unwrap().0.to_string() + block;
+        let config = read(&text).unwrap();
+        assert!(config.blocks.len() == 2 && Arc::ptr_eq(&config.blocks[0], &config.blocks[1]));
+        let error = read(&text.replace("headdim: 64", "headdim: 96")).unwrap_err().to_string();
+        assert_eq!(error, "a.yaml: block.headdim: expected a divisor of 1024, found 96 (line 7)");
+    }
+
+    #[test]
+    fn an_encoder_is_read() {
+        let indented: String = MODEL.lines().map(|line| format!("  {line}\n")).collect();
+        let read = |head: &str| {
+            let document = Document::parse(&format!("{head}\nmblm_config:\n{indented}"), "e.yaml")?;
+            MblmEncoderConfig::from_document(&document, "", &registry())
+        };
+        assert_eq!(read("mask_token_id: 3").unwrap().mask_reduce_strat, MaskReduce::Any);
+        let all = read("{mask_token_id: 3, mask_reduce_strat: all}").map(|_| ()).unwrap_err();
+        assert!(all.message.starts_with("not valid YAML"), "{all}");
+        let config = read("mask_token_id: 3\nmask_reduce_strat: all").unwrap();
+        assert_eq!((config.mask_token_id, config.mask_reduce_strat), (3, MaskReduce::All));
+        let error = read("mask_token_id: 257").unwrap_err().to_string();
+        assert_eq!(error, "e.yaml: mask_token_id: expected an id below num_tokens, which is 257, found 257 (line 1)");
+    }
+
+    #[test]
+    fn mistakes_are_named_with_their_line() {
+        let cases = [
+            ("num_tokens: 257", "num_tokens: many", "num_tokens: expected a positive integer, found \"many\" (line 1)"),
+            ("num_tokens: 257", "num_token: 257", "num_token: unknown field; did you mean `num_tokens`? (line 1)"),
+            ("num_tokens: 257\n", "", "missing field `num_tokens`"),
+            (
+                "pad_token_id: 256",
+                "pad_token_id: 257",
+                "pad_token_id: expected an id below num_tokens, which is 257, found 257 (line 2)",
+            ),
+            ("id: 256", "id: -1", "pad_token_id: expected a positive integer, found -1 (line 2)"),
+            ("[512, 256]", "512", "hidden_dims: expected a list, found 512 (line 3)"),
+            ("[512, 256]", "[512, 0]", "hidden_dims[1]: expected a positive integer, found 0 (line 3)"),
+            ("[512, 256]", "[512, 2.5]", "hidden_dims[1]: expected a positive integer, found 2.5 (line 3)"),
+            (
+                "[6, 3]",
+                "[6, 3, 1]",
+                "num_layers: expected as many entries as the other lists, one per stage: \
+                 hidden_dims has 2, num_layers 3, seq_lens 2 (line 4)",
+            ),
+            (
+                "[256, 8]",
+                "[256]",
+                "seq_lens: expected as many entries as the other lists, one per stage: \
+                 hidden_dims has 2, num_layers 2, seq_lens 1 (line 5)",
+            ),
+            ("[256, 8]", "[9e9, 9e9]", "seq_lens: the product of the lengths does not fit 64 bits (line 5)"),
+            (
+                "chunks: null",
+                "chunks: [2, 2]",
+                "train_checkpoint_chunks: expected 1, one per stage but the first, or null; found 2 (line 6)",
+            ),
+            (
+                "chunks: null",
+                "chunks: [0]",
+                "train_checkpoint_chunks[0]: expected a positive integer, found 0 (line 6)",
+            ),
+            ("- d_state: 64\n ", "- block_type: mamba2\n ", "block[0]: missing field `d_state` (line 8)"),
+            (
+                "- d_state: 64",
+                "- block_type: mambo2\n  d_state: 64",
+                "block[0].block_type: unknown block type \"mambo2\"; did you mean `mamba2`? (line 8)",
+            ),
+            (
+                "- d_state: 64",
+                "- block_type: rnn\n  d_state: 64",
+                "block[0].block_type: unknown block type \"rnn\"; expected one of `mamba1`, `mamba2`, `transformer` \
+                 (line 8)",
+            ),
+            (
+                "- d_state: 64",
+                "- block_type: 2\n  d_state: 64",
+                "block[0].block_type: expected the name of a block type, found 2 (line 8)",
+            ),
+            (
+                "- attn_head_dims: 64\n  attn_num_heads: 4",
+                "- block_type: transformer\n  attn_head_dims: 64\n  attn_num_heads: \"sixteen\"",
+                "block[1].attn_num_heads: expected a positive integer, found \"sixteen\" (line 15)",
+            ),
+            (
+                "- attn_head_dims: 64\n  attn_num_heads",
+                "- block_type: transformer\n  attn_head_dims: 64\n  attn_num_head",
+                "block[1].attn_num_head: unknown field; did you mean `attn_num_heads`? (line 15)",
+            ),
+            (
+                "- attn_head_dims: 64",
+                "- block_type: transformer\n  attn_head_dims: [64]",
+                "block[1].attn_head_dims: expected a positive integer, found a list (line 14)",
+            ),
+            (
+                "- attn_head_dims: 64",
+                "- {block_type: transformer}\n- attn_head_dims: 64",
+                "block: expected 2 blocks, one per stage, found 3 (line 7)",
+            ),
+            (
+                "- attn_head_dims: 64\n",
+                "- attn_heads: 64\n  block_type: transformer\n",
+                "block[1].attn_heads: unknown field; expected one of `attn_head_dims`, `attn_num_heads`, \
+                 `attn_use_rot_embs`, `attn_dropout`, `ff_multiplier`, `ff_dropout`, `use_flash_attn`, \
+                 `pos_emb_type` (line 13)",
+            ),
+            ("headdim: 64", "headdim: 96", "block[0].headdim: expected a divisor of 1024, found 96 (line 11)"),
+            (
+                "pos_emb_type: fixed",
+                "pos_emb_type: learned\n  block_type: transformer",
+                "block[1].pos_emb_type: unknown value \"learned\"; expected one of `fixed`, `rope` (line 16)",
+            ),
+            (
+                "attn_use_rot_embs: true",
+                "attn_use_rot_embs: 1",
+                "block[1]: these fields fit no block type; name the one you mean with `block_type` (or `mamba1`) \
+                 (line 13)\n  \
+                 mamba2: attn_head_dims: unknown field; expected one of `d_state`, `d_conv`, `expand`, `headdim`, \
+                 `dropout`, `pos_emb_type`\n  \
+                 transformer: attn_use_rot_embs: expected true or false, found 1",
+            ),
+            (
+                "hidden_dims: [512",
+                "hidden_dims: [511",
+                "block[0].headdim: expected a divisor of 1022, found 64 (line 11)",
+            ),
+            (
+                "[512, 256]\n",
+                "[512, 255]\n",
+                "hidden_dims[1]: `rope` rotates pairs of channels, so the width must be even; found 255 (line 3)",
+            ),
+            ("hidden_dims: [512, 256]", "hidden_dims: [512, 256", "not valid YAML: "),
+        ];
+        for (from, to, want) in cases {
+            assert!(MODEL.contains(from), "{from}");
+            let mut text = MODEL.replacen(from, to, 1);
+            if want.contains("`rope` rotates") {
+                text = text.replace("pos_emb_type: fixed", "pos_emb_type: rope");
+            }
+            let found = read(&text).unwrap_err().to_string();
+            let want = format!("a.yaml: {want}");
+            assert!(if want.ends_with(": ") { found.starts_with(&want) } else { found == want }, "{found}\n{want}");
+        }
+    }
+
+    #[test]
+    fn wrong_kinds_of_blocks_are_named() {
+        let head = MODEL.split_once("block:").unwrap().0;
+        let cases = [
+            ("block: 3", "a.yaml: block: expected a block or a list with one per stage, found 3 (line 7)"),
+            ("block: [1, 2]", "a.yaml: block[0]: expected a block, such as {block_type: …}, found 1 (line 7)"),
+            ("", "a.yaml: missing field `block`"),
+        ];
+        for (block, want) in cases {
+            assert_eq!(read(&format!("{head}{block}")).unwrap_err().to_string(), want);
+        }
+        assert_eq!(read("").unwrap_err().to_string(), "a.yaml: expected a mapping, found nothing");
+        assert_eq!(read("- 1").unwrap_err().to_string(), "a.yaml: expected a mapping, found a list");
+    }
+}

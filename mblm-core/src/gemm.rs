@@ -1,0 +1,154 @@
+//! Matrix products on slices, with bounds checked once and SIMD (AVX-512 included) chosen at run time by `gemm`.
+
+use std::marker::PhantomData;
+
+/// A read-only matrix view of a slice.
+#[derive(Clone, Copy)]
+pub struct Mat<'a> {
+    data: &'a [f32],
+    rows: usize,
+    cols: usize,
+    row_stride: usize,
+    col_stride: usize,
+}
+
+/// A mutable row-major matrix view. Between its rows may lie elements that are not its own.
+pub struct MatMut<'a> {
+    ptr: *mut f32,
+    rows: usize,
+    cols: usize,
+    row_stride: usize,
+    _borrow: PhantomData<&'a mut [f32]>,
+}
+
+impl<'a> Mat<'a> {
+    /// `rows x cols`, rows one after another.
+    pub fn new(data: &'a [f32], rows: usize, cols: usize) -> Self {
+        Self::strided(data, rows, cols, cols)
+    }
+
+    /// `rows x cols`, rows `row_stride` apart.
+    pub fn strided(data: &'a [f32], rows: usize, cols: usize, row_stride: usize) -> Self {
+        check(data.len(), rows, cols, row_stride);
+        Mat { data, rows, cols, row_stride, col_stride: 1 }
+    }
+
+    /// The transpose; nothing is moved.
+    pub fn t(self) -> Self {
+        Mat { rows: self.cols, cols: self.rows, row_stride: self.col_stride, col_stride: self.row_stride, ..self }
+    }
+}
+
+impl<'a> MatMut<'a> {
+    /// `rows x cols`, rows one after another.
+    pub fn new(data: &'a mut [f32], rows: usize, cols: usize) -> Self {
+        Self::strided(data, rows, cols, cols)
+    }
+
+    /// `rows x cols`, rows `row_stride` apart.
+    pub fn strided(data: &'a mut [f32], rows: usize, cols: usize, row_stride: usize) -> Self {
+        check(data.len(), rows, cols, row_stride);
+        // SAFETY: in bounds by the check, and the slice is borrowed mutably.
+        unsafe { Self::from_ptr(data.as_mut_ptr(), rows, cols, row_stride) }
+    }
+
+    /// A view of `rows x cols` floats at `ptr`, rows `row_stride` apart.
+    ///
+    /// # Safety
+    /// For `'a`, the rows must be valid for writes, and nothing else may touch them.
+    pub(crate) unsafe fn from_ptr(ptr: *mut f32, rows: usize, cols: usize, row_stride: usize) -> Self {
+        MatMut { ptr, rows, cols, row_stride, _borrow: PhantomData }
+    }
+
+    /// Row `i`.
+    #[inline(always)]
+    pub fn row(&mut self, i: usize) -> &mut [f32] {
+        assert!(i < self.rows, "row {i} of {}", self.rows);
+        // SAFETY: the row is in bounds and belongs to this view, which is borrowed mutably.
+        unsafe { std::slice::from_raw_parts_mut(self.ptr.add(i * self.row_stride), self.cols) }
+    }
+
+    /// The rows `start..start + rows` as a view of their own.
+    pub fn rows(&mut self, start: usize, rows: usize) -> MatMut<'_> {
+        assert!(start + rows <= self.rows, "rows {start}..{} of {}", start + rows, self.rows);
+        // SAFETY: these rows belong to this view, which is borrowed mutably.
+        unsafe { MatMut::from_ptr(self.ptr.add(start * self.row_stride), rows, self.cols, self.row_stride) }
+    }
+}
+
+pub(crate) fn check(len: usize, rows: usize, cols: usize, row_stride: usize) {
+    let needed = if rows == 0 || cols == 0 { 0 } else { (rows - 1) * row_stride + cols };
+    assert!(needed <= len, "a {rows} x {cols} matrix with row stride {row_stride} does not fit in {len} floats");
+}
+
+/// Who computes a product.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Threads {
+    /// The calling thread: for use inside a parallel loop.
+    One,
+    /// The whole pool.
+    All,
+}
+
+/// `out = scale * a b`, or `out += scale * a b` with `accumulate`.
+pub fn matmul(out: MatMut, accumulate: bool, scale: f32, a: Mat, b: Mat, threads: Threads) {
+    assert_eq!((out.rows, a.cols, out.cols), (a.rows, b.rows, b.cols), "matmul: shapes disagree");
+    if out.rows == 0 || out.cols == 0 {
+        return;
+    }
+    let small = out.rows * out.cols * a.cols < 64 * 64 * 64;
+    let parallelism = match threads {
+        Threads::All if !small => gemm::Parallelism::Rayon(0),
+        _ => gemm::Parallelism::None,
+    };
+    // SAFETY: `Mat` and `MatMut` checked at construction that their last element lies within their slice, the three
+    // slices are borrowed for the call, and `out` is borrowed mutably, so it overlaps neither input.
+    unsafe {
+        gemm::gemm(
+            out.rows,
+            out.cols,
+            a.cols,
+            out.ptr,
+            1,
+            out.row_stride as isize,
+            accumulate,
+            a.data.as_ptr(),
+            a.col_stride as isize,
+            a.row_stride as isize,
+            b.data.as_ptr(),
+            b.col_stride as isize,
+            b.row_stride as isize,
+            1.0,
+            scale,
+            false,
+            false,
+            false,
+            parallelism,
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn strided_transposed_accumulated_product() {
+        // a is 2x3 inside rows of 4, b is 2x3 transposed.
+        let a = [1., 2., 3., 9., 4., 5., 6., 9.];
+        let b = [1., 0., 2., 0., 1., 1.];
+        let mut out = vec![f32::NAN; 6];
+        out[0..2].fill(1.0);
+        out[3..5].fill(1.0);
+        let (a, b) = (Mat::strided(&a, 2, 3, 4), Mat::new(&b, 2, 3).t());
+        matmul(MatMut::strided(&mut out, 2, 2, 3), true, 2.0, a, b, Threads::One);
+        assert_eq!((&out[..2], &out[3..5]), (&[15., 11.][..], &[33., 23.][..]));
+        assert!(out[2].is_nan() && out[5].is_nan());
+    }
+
+    #[test]
+    #[should_panic(expected = "does not fit")]
+    fn a_view_past_the_slice_is_refused() {
+        Mat::strided(&[0.0; 6], 2, 3, 4);
+    }
+}

@@ -1,0 +1,224 @@
+//! Incremental decoding through the whole hierarchy: the local stage advances per byte, a stage above when one of its
+//! patches is complete. The logits are those of the full forward pass.
+
+use candle_core::{DType, Device, Tensor};
+
+use crate::block::{Mode, StageDecoder};
+use crate::error::{Error, Result};
+use crate::model::{Hierarchy, Mblm, Positions, Stage};
+use crate::ops::linear::{self, Into};
+
+/// The state of a batch of sequences of equal length that grow together.
+pub struct Decoder<'m> {
+    model: &'m Mblm,
+    batch: usize,
+    /// The bytes so far, `(L, B)`: only those of the current sequence of stage 2 on are ever read again.
+    history: Vec<u32>,
+    stages: Vec<StageState<'m>>,
+    logits: Vec<f32>,
+}
+
+struct StageState<'m> {
+    decoder: Box<dyn StageDecoder + 'm>,
+    /// Tokens of the current sequence that were fed, not counting the start token.
+    position: usize,
+    /// What the stage above says of each token of the current sequence, `(B, P_n, D_n)`; empty at stage 1.
+    above: Vec<f32>,
+    /// The output at the newest position, `(B, D_n)`.
+    output: Vec<f32>,
+}
+
+impl<'m> Decoder<'m> {
+    /// The state before any byte.
+    pub fn new(model: &'m Mblm, batch: usize) -> Result<Self> {
+        if batch == 0 {
+            return Err(Error::Input("a decoder needs a batch of at least one sequence".into()));
+        }
+        let stages = model.hierarchy().stages.iter().enumerate();
+        let stages = stages.map(|(n, stage)| StageState::new(stage, n > 0, batch)).collect::<Result<_>>()?;
+        let mut decoder = Decoder { model, batch, history: vec![], stages, logits: vec![] };
+        decoder.logits = decoder.empty_logits()?;
+        Ok(decoder)
+    }
+
+    /// Bytes of each sequence so far.
+    pub fn len(&self) -> usize {
+        self.history.len() / self.batch
+    }
+
+    /// True before the first byte.
+    pub fn is_empty(&self) -> bool {
+        self.history.is_empty()
+    }
+
+    /// How many bytes a sequence can have; `None`: no limit, since stage 1 has no fixed positions.
+    pub fn limit(&self) -> Option<usize> {
+        let hierarchy = self.model.hierarchy();
+        match hierarchy.stages[0].input.positions {
+            Positions::Fixed(_) => Some(hierarchy.config.context_len()),
+            _ => None,
+        }
+    }
+
+    /// The logits of the next byte, `(B, V)`.
+    pub fn logits(&self) -> &[f32] {
+        &self.logits
+    }
+
+    /// Feeds a prompt, `(B, L)`, to a state that holds nothing yet. Costs little more than a pass of the global stage:
+    /// of every other stage only the newest sequence is run.
+    ///
+    /// # Errors
+    /// If the state holds bytes already, if the prompt is too long, or has ids outside the vocabulary.
+    pub fn prefill(&mut self, prompt: &[u32]) -> Result<()> {
+        if !self.is_empty() {
+            return Err(Error::Input("prefill expects a decoder that holds no bytes yet".into()));
+        }
+        let len = prompt.len() / self.batch;
+        self.check(prompt, len)?;
+        if len == 0 {
+            return Ok(());
+        }
+        self.history = (0..len).flat_map(|l| (0..self.batch).map(move |b| prompt[b * len + l])).collect();
+        // From local to global: how many tokens each stage's newest sequence has. Only the local stage's may be full:
+        // it is completed by the byte that follows.
+        let hierarchy = self.model.hierarchy();
+        let (mut total, local) = (len, self.stages.len() - 1);
+        let mut counts = vec![0; self.stages.len()];
+        for n in (0..=local).rev() {
+            let seq = hierarchy.stages[n].seq_len;
+            counts[n] = match n {
+                0 => total,
+                _ if n == local => (total - 1) % seq + 1,
+                _ => total % seq,
+            };
+            total = (total - counts[n]) / seq;
+        }
+        let mut end = 0; // bytes that the tokens fed so far stand for
+        for (n, count) in counts.into_iter().enumerate() {
+            let patch = hierarchy.patch_len(n);
+            self.begin_sequence(n)?;
+            self.feed_tokens(n, end, count)?;
+            end += count * patch;
+        }
+        self.output_layer();
+        Ok(())
+    }
+
+    /// Feeds the next byte of each sequence, `(B)`.
+    pub fn step(&mut self, bytes: &[u32]) -> Result<()> {
+        self.check(bytes, 1)?;
+        if self.is_empty() {
+            (0..self.stages.len()).try_for_each(|n| self.begin_sequence(n))?;
+        }
+        let local = self.stages.len() - 1;
+        self.make_room(local)?;
+        self.history.extend_from_slice(bytes);
+        self.feed_tokens(local, self.len() - 1, 1)?;
+        self.output_layer();
+        Ok(())
+    }
+
+    fn check(&self, bytes: &[u32], more: usize) -> Result<()> {
+        let vocab = self.model.config().num_tokens;
+        if bytes.len() != self.batch * more {
+            let message = format!("expected {} x {more} ids, found {}", self.batch, bytes.len());
+            return Err(Error::Input(message));
+        }
+        if let Some(id) = bytes.iter().find(|id| **id as usize >= vocab) {
+            let message = format!("id {id} lies outside the vocabulary of {vocab} tokens (0 to {})", vocab - 1);
+            return Err(Error::Input(message));
+        }
+        match self.limit() {
+            Some(limit) if self.len() + more > limit => Err(Error::Input(format!(
+                "{} bytes are more than the context of {limit} bytes, at which the fixed positions of stage 1 end",
+                self.len() + more
+            ))),
+            _ => Ok(()),
+        }
+    }
+
+    /// Completes stage `n`'s sequence if it is full: its bytes become a token of the stage above, whose output then
+    /// opens the next sequence.
+    fn make_room(&mut self, n: usize) -> Result<()> {
+        if n == 0 || self.stages[n].position < self.model.hierarchy().stages[n].seq_len {
+            return Ok(());
+        }
+        let patch = self.model.hierarchy().patch_len(n - 1);
+        self.feed_tokens(n - 1, self.len() - patch, 1)?;
+        // The stage above may be full by this: then its last output speaks of nothing, and its next sequence opens.
+        self.make_room(n - 1)?;
+        self.begin_sequence(n)
+    }
+
+    /// Opens a sequence of stage `n`: asks the stage above about it and feeds the start token.
+    fn begin_sequence(&mut self, n: usize) -> Result<()> {
+        let hierarchy = self.model.hierarchy();
+        if let Some(next) = n.checked_sub(1).and_then(|above| hierarchy.stages[above].next.as_ref()) {
+            let (above, below) = self.stages.split_at_mut(n);
+            next.rows(&above[n - 1].output, &mut below[0].above);
+        }
+        let (stage, state) = (&hierarchy.stages[n], &mut self.stages[n]);
+        if state.position > 0 {
+            state.decoder.reset();
+        }
+        state.position = 0;
+        let Some(start) = &stage.input.start else { return Ok(()) };
+        let start = start.values().repeat(self.batch);
+        state.decoder.step(&start, &mut state.output)
+    }
+
+    /// Feeds `count` tokens to stage `n`, whose bytes begin at byte `first` of the history.
+    fn feed_tokens(&mut self, n: usize, first: usize, count: usize) -> Result<()> {
+        if count == 0 {
+            return Ok(());
+        }
+        let hierarchy: &Hierarchy = self.model.hierarchy();
+        let (stage, state, batch) = (&hierarchy.stages[n], &mut self.stages[n], self.batch);
+        let (dim, patch) = (stage.dim, hierarchy.patch_len(n));
+        let mut ids = Vec::with_capacity(count * batch * patch);
+        for token in 0..count {
+            for b in 0..batch {
+                ids.extend((0..patch).map(|i| self.history[(first + token * patch + i) * batch + b]));
+            }
+        }
+        let mut tokens = vec![0.0; count * batch * dim];
+        stage.embedding.rows(&ids, &mut tokens);
+        for (i, row) in tokens.chunks_exact_mut(dim).enumerate() {
+            let (position, b) = (state.position + i / batch, i % batch);
+            stage.input.positions.enter(position, row);
+            if !state.above.is_empty() {
+                let at = (b * stage.seq_len + position) * dim;
+                crate::simd::add(&state.above[at..at + dim], row);
+            }
+        }
+        let mut outputs = vec![0.0; tokens.len()];
+        state.decoder.prefill(&tokens, &mut outputs, count)?;
+        state.output.copy_from_slice(&outputs[(count - 1) * batch * dim..]);
+        state.position += count;
+        Ok(())
+    }
+
+    fn output_layer(&mut self) {
+        let hierarchy = self.model.hierarchy();
+        let hidden = &self.stages[self.stages.len() - 1].output;
+        let (weight, bias) = (hierarchy.out_weight.values(), hierarchy.out_bias.values());
+        linear::step(hidden, &weight, Some(&bias), hierarchy.out_weight.shape()[1], Into::Set, &mut self.logits);
+    }
+
+    fn empty_logits(&self) -> Result<Vec<f32>> {
+        let empty = Tensor::zeros((self.batch, 0), DType::U32, &Device::Cpu)?;
+        Ok(self.model.logits(&empty, Mode::Eval)?.flatten_all()?.to_vec1()?)
+    }
+}
+
+impl<'m> StageState<'m> {
+    fn new(stage: &'m Stage, has_above: bool, batch: usize) -> Result<Self> {
+        Ok(StageState {
+            decoder: stage.model.decoder(batch)?,
+            position: 0,
+            above: vec![0.0; if has_above { batch * stage.seq_len * stage.dim } else { 0 }],
+            output: vec![0.0; batch * stage.dim],
+        })
+    }
+}

@@ -1,0 +1,94 @@
+//! Generation: an incremental [`Decoder`], a [`Sampler`], and a [`TokenStream`] for the output.
+
+mod decoder;
+mod sampling;
+mod stream;
+
+pub use decoder::Decoder;
+pub use sampling::{Sampler, Sampling};
+pub use stream::{Format, TokenStream};
+
+use crate::error::Result;
+use crate::model::Mblm;
+
+/// When generation ends.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Until {
+    /// At most this many new tokens; `None`: up to the context length `P_1 · … · P_N`.
+    pub max_tokens: Option<usize>,
+    /// A sequence ends after this token.
+    pub stop_token: Option<u32>,
+}
+
+/// Why a sequence ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// It has as many tokens as were asked for.
+    MaxTokens,
+    /// It came to the stop token.
+    StopToken,
+    /// It fills the model's context.
+    ContextLength,
+    /// The receiver of the tokens asked to end.
+    Receiver,
+}
+
+/// Continues `prompts` (all of one length, possibly 0) until each has ended; hands over every new token with the number
+/// of its sequence. `receive` returns false to end.
+///
+/// # Errors
+/// If the prompts differ in length, have ids outside the vocabulary or do not fit the context.
+pub fn generate(
+    model: &Mblm,
+    prompts: &[Vec<u32>],
+    samplers: &mut [Sampler],
+    until: &Until,
+    mut receive: impl FnMut(usize, u32) -> Result<bool>,
+) -> Result<Vec<Ended>> {
+    let len = prompts.first().map_or(0, |p| p.len());
+    if prompts.iter().any(|p| p.len() != len) || samplers.len() != prompts.len() {
+        let lens: Vec<usize> = prompts.iter().map(|p| p.len()).collect();
+        return Err(crate::Error::Input(format!(
+            "sequences of a batch grow together: expected prompts of one length and a sampler each, found lengths \
+             {lens:?} and {} samplers",
+            samplers.len()
+        )));
+    }
+    let mut decoder = Decoder::new(model, prompts.len())?;
+    decoder.prefill(&prompts.concat())?;
+    let mut ended = vec![None; prompts.len()];
+    let vocab = model.config().num_tokens;
+    // Without fixed positions a sequence may grow past the context, but only if told how far.
+    let context = decoder.limit().or(until.max_tokens.is_none().then(|| model.config().context_len()));
+    let mut made = 0;
+    loop {
+        let all = match () {
+            () if until.max_tokens.is_some_and(|max| made >= max) => Some(Ended::MaxTokens),
+            () if context.is_some_and(|context| decoder.len() >= context) => Some(Ended::ContextLength),
+            () => None,
+        };
+        if let Some(reason) = all {
+            ended.iter_mut().for_each(|e| *e = e.or(Some(reason)));
+        }
+        if ended.iter().all(|e| e.is_some()) {
+            return Ok(ended.into_iter().flatten().collect());
+        }
+        let mut tokens = vec![0; prompts.len()];
+        for (b, logits) in decoder.logits().chunks_exact(vocab).enumerate() {
+            // A sequence that has ended goes on unheard: the others need their batch.
+            tokens[b] = samplers[b].sample(logits);
+            if ended[b].is_none() {
+                let go_on = receive(b, tokens[b])?;
+                ended[b] = match () {
+                    () if !go_on => Some(Ended::Receiver),
+                    () if until.stop_token == Some(tokens[b]) => Some(Ended::StopToken),
+                    () => None,
+                };
+            }
+        }
+        made += 1;
+        if ended.iter().any(|e| e.is_none()) && context.is_none_or(|context| decoder.len() < context) {
+            decoder.step(&tokens)?;
+        }
+    }
+}

@@ -1,0 +1,117 @@
+//! Layer-wide fused ops: a [`Layer`] owns its parameters, computes forward and backward over slices, and adds the
+//! gradients of its parameters straight to their buffers. [`apply`] makes it one node of candle's graph.
+//!
+//! The contract is that of a plugin's instance, with Rust types: forward leaves a tape, backward consumes it.
+
+use std::sync::Arc;
+
+use candle_core::{DType, Device, Shape, Tensor};
+
+use crate::block::Mode;
+use crate::error::Result;
+use crate::node::{Node, apply1};
+
+/// The shape `(batch, seq, dim)` of a layer's input and output.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Dims {
+    /// Number of sequences.
+    pub batch: usize,
+    /// Positions of each.
+    pub seq: usize,
+    /// Width.
+    pub dim: usize,
+}
+
+impl Dims {
+    /// The number of rows, `batch * seq`.
+    pub fn rows(&self) -> usize {
+        self.batch * self.seq
+    }
+
+    /// The number of floats.
+    pub fn len(&self) -> usize {
+        self.rows() * self.dim
+    }
+
+    /// True if there is no element.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// What comes with the input of a forward pass.
+#[derive(Clone, Copy, Debug)]
+pub struct Context<'a> {
+    /// Shape of input and output.
+    pub dims: Dims,
+    /// `(batch, seq)`, nonzero = attend.
+    pub mask: Option<&'a [u8]>,
+    /// Whether backward follows, and the dropout seed.
+    pub mode: Mode,
+}
+
+/// A shape-preserving function `(batch, seq, dim) -> (batch, seq, dim)` with parameters and a hand-written backward.
+pub trait Layer: Send + Sync + 'static {
+    /// What forward keeps for backward.
+    type Tape: Send + 'static;
+
+    /// The definition, in plain differentiable candle ops: the oracle in tests, and the path for other types and
+    /// devices. Parameters are to be read through [`param_like`].
+    fn composed(&self, x: &Tensor, mask: Option<&Tensor>, mode: Mode) -> Result<Tensor>;
+
+    /// Writes the output to `y` (which holds anything before) and returns the tape.
+    fn forward(&self, x: &[f32], context: Context, y: &mut [f32]) -> Self::Tape;
+
+    /// Writes the gradient of the input to `dx` (which holds anything before) and adds those of the parameters.
+    fn backward(&self, x: &[f32], context: Context, tape: Self::Tape, dy: &[f32], dx: &mut [f32]);
+}
+
+/// A parameter as a tensor of `x`'s type, for compositions.
+pub fn param_like(param: &crate::param::Param, x: &Tensor, mode: Mode) -> Result<Tensor> {
+    Ok(param.tensor(mode).to_dtype(x.dtype())?)
+}
+
+/// Runs `layer` on `x`, fused for `f32` on the CPU, composed elsewhere.
+///
+/// # Shapes
+/// - `x`: `(batch, seq, dim)`; returns the same shape
+/// - `mask`: `(batch, seq)`, `u8`
+pub fn apply<L: Layer>(layer: &Arc<L>, x: &Tensor, mask: Option<&Tensor>, mode: Mode) -> Result<Tensor> {
+    if x.dtype() != DType::F32 || !matches!(x.device(), Device::Cpu) {
+        return layer.composed(x, mask, mode);
+    }
+    let (batch, seq, dim) = x.dims3()?;
+    let dims = Dims { batch, seq, dim };
+    let mask = mask.map(|m| m.flatten_all()?.to_vec1::<u8>()).transpose()?;
+    let node = Fused { layer: layer.clone(), dims, mask, mode };
+    Ok(apply1(node, x, mode)?)
+}
+
+struct Fused<L: Layer> {
+    layer: Arc<L>,
+    dims: Dims,
+    mask: Option<Vec<u8>>,
+    mode: Mode,
+}
+
+impl<L: Layer> Fused<L> {
+    fn context(&self) -> Context<'_> {
+        Context { dims: self.dims, mask: self.mask.as_deref(), mode: self.mode }
+    }
+}
+
+impl<L: Layer> Node for Fused<L> {
+    type Tape = L::Tape;
+
+    fn shape(&self) -> Shape {
+        (self.dims.batch, self.dims.seq, self.dims.dim).into()
+    }
+
+    fn forward(&self, inputs: &[&[f32]], y: &mut [f32]) -> L::Tape {
+        self.layer.forward(inputs[0], self.context(), y)
+    }
+
+    fn backward(&self, inputs: &[&[f32]], tape: L::Tape, dy: &[f32], grads: &mut [Vec<f32>]) {
+        self.layer.backward(inputs[0], self.context(), tape, dy, &mut grads[0]);
+    }
+}

@@ -1,0 +1,32 @@
+//! The core of MBLM: a byte sequence is cut into patches of patches, and each level of that hierarchy, a *stage*, is
+//! run by a block of its own.
+//!
+//! Shape letters: `B` batch, `L` bytes, `P_n` sequence length of stage n, `D_n` its width, `V` vocabulary.
+#![warn(missing_docs)]
+
+pub mod block;
+pub mod buffer;
+pub mod config;
+pub mod error;
+pub mod gemm;
+pub mod generate;
+pub mod layer;
+pub mod model;
+pub mod nearest;
+pub mod node;
+pub mod ops;
+pub mod parallel;
+pub mod param;
+mod recompute;
+pub mod registry;
+pub mod rows;
+pub mod simd;
+pub mod testing;
+pub mod yaml;
+
+pub use block::{Mode, PosEmb, StageBlock, StageDecoder, StageModel};
+pub use error::{Error, Result};
+pub use param::{Init, Param, ParamScope, ParamStore};
+
+#[doc(hidden)]
+pub use {inventory, schemars, serde_json, typetag};

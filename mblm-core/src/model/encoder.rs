@@ -1,0 +1,140 @@
+//! The encoder: the hierarchy without start tokens, under an attention mask, trained to restore masked bytes.
+
+use candle_core::{Device, Tensor};
+
+use crate::block::{Mode, StageModel};
+use crate::config::{MaskReduce, MblmEncoderConfig};
+use crate::error::{Error, Result};
+use crate::node::apply1;
+use crate::ops::cross_entropy::{CrossEntropy, Target};
+use crate::param::ParamStore;
+
+use super::hierarchy::Hierarchy;
+use super::input::{Ids, to_u32};
+use super::nothing_to_predict;
+
+/// A Multiscale Byte Language Model that sees the whole sequence. Shapes as in [`Mblm`](super::Mblm).
+pub struct MblmEncoder {
+    config: MblmEncoderConfig,
+    hierarchy: Hierarchy,
+}
+
+impl MblmEncoder {
+    /// Builds the model with initial values that follow from `seed`.
+    pub fn new(config: &MblmEncoderConfig, seed: u64) -> Result<Self> {
+        Ok(MblmEncoder { hierarchy: Hierarchy::new(&config.mblm_config, seed, false)?, config: config.clone() })
+    }
+
+    /// What the model was built from.
+    pub fn config(&self) -> &MblmEncoderConfig {
+        &self.config
+    }
+
+    /// Its parameters.
+    pub fn params(&self) -> &ParamStore {
+        &self.hierarchy.params
+    }
+
+    /// The model of each stage, from global to local.
+    pub fn stage_models(&self) -> impl Iterator<Item = &dyn StageModel> {
+        self.hierarchy.stages.iter().map(|stage| &*stage.model)
+    }
+
+    /// The input of the output layer.
+    ///
+    /// # Shapes
+    /// - `ids`: `(B, L)` or folded; `attention_mask`: the same, nonzero = attend; returns `(B, L, D_N)` or folded
+    pub fn hidden_state(&self, ids: &Tensor, attention_mask: Option<&Tensor>, mode: Mode) -> Result<Tensor> {
+        let ids = self.read(ids)?;
+        let attend = attend(&ids, attention_mask)?;
+        self.per_byte(&ids, &self.run(&ids, &attend, mode)?)
+    }
+
+    /// The logits of the byte at every position.
+    pub fn logits(&self, ids: &Tensor, attention_mask: Option<&Tensor>, mode: Mode) -> Result<Tensor> {
+        self.hierarchy.logits(&self.hidden_state(ids, attention_mask, mode)?, mode)
+    }
+
+    /// The mean loss in nats over the positions that are attended to and whose weight is not zero.
+    ///
+    /// # Shapes
+    /// - `ids`, `labels`, `attention_mask`, `loss_mask`: `(B, L)` or folded; returns a scalar
+    pub fn loss(
+        &self,
+        ids: &Tensor,
+        labels: &Tensor,
+        attention_mask: Option<&Tensor>,
+        loss_mask: Option<&Tensor>,
+        mode: Mode,
+    ) -> Result<Tensor> {
+        let ids = self.read(ids)?;
+        let attend = attend(&ids, attention_mask)?;
+        let targets = self.targets(&ids, labels, &attend, loss_mask)?;
+        if targets.is_empty() {
+            return nothing_to_predict();
+        }
+        let local = self.run(&ids, &attend, mode)?;
+        let (weight, bias) = (self.hierarchy.out_weight.clone(), self.hierarchy.out_bias.clone());
+        Ok(apply1(CrossEntropy { weight, bias, targets, training: mode != Mode::Eval }, &local, mode)?)
+    }
+
+    fn read(&self, ids: &Tensor) -> Result<Ids> {
+        let ids = Ids::new(ids, &self.hierarchy.config)?;
+        if ids.len == 0 {
+            return Err(Error::Input("an encoder needs at least one byte".into()));
+        }
+        self.hierarchy.check_length(&ids)?;
+        Ok(ids)
+    }
+
+    fn run(&self, ids: &Ids, attend: &[u8], mode: Mode) -> Result<Tensor> {
+        let stages = 0..self.hierarchy.stages.len();
+        let masks = stages.map(|n| self.mask(ids, attend, n)).collect::<Result<Vec<_>>>()?;
+        self.hierarchy.run(ids, Some(&masks), mode)
+    }
+
+    /// The mask of stage `n`, `(sequences, P_n)`, from that of the bytes.
+    fn mask(&self, ids: &Ids, attend: &[u8], n: usize) -> Result<Tensor> {
+        let patch = self.hierarchy.patch_len(n);
+        let reduced: Vec<u8> = attend
+            .chunks_exact(patch)
+            .map(|bytes| match self.config.mask_reduce_strat {
+                MaskReduce::Any => bytes.iter().any(|b| *b != 0) as u8,
+                MaskReduce::All => bytes.iter().all(|b| *b != 0) as u8,
+            })
+            .collect();
+        let seq = if n > 0 { self.hierarchy.stages[n].seq_len } else { ids.padded_len / patch };
+        let sequences = reduced.len() / seq;
+        Ok(Tensor::from_vec(reduced, (sequences, seq), &Device::Cpu)?)
+    }
+
+    fn targets(&self, ids: &Ids, labels: &Tensor, attend: &[u8], loss_mask: Option<&Tensor>) -> Result<Vec<Target>> {
+        ids.beside("labels", labels)?;
+        let labels = to_u32(labels, self.hierarchy.config.num_tokens)?;
+        let weights = loss_mask.map(|mask| ids.beside("loss_mask", mask)).transpose()?;
+        let all = (0..ids.batch).flat_map(|b| (0..ids.len).map(move |l| (b * ids.padded_len + l, b * ids.len + l)));
+        let target = |(row, flat): (usize, usize)| {
+            let weight = weights.as_ref().map_or(1.0, |w| w[flat]) * (attend[row] != 0) as u8 as f32;
+            Target { row: row as u32, token: labels[flat], weight }
+        };
+        Ok(all.map(target).filter(|t| t.weight != 0.0).collect())
+    }
+
+    fn per_byte(&self, ids: &Ids, local: &Tensor) -> Result<Tensor> {
+        let dim = local.dims3()?.2;
+        let bytes = local.reshape((ids.batch, ids.padded_len, dim))?;
+        Ok(bytes.narrow(1, 0, ids.len)?.reshape(ids.result_shape(dim))?)
+    }
+}
+
+/// Which of the padded bytes are attended to; padding is not.
+fn attend(ids: &Ids, attention_mask: Option<&Tensor>) -> Result<Vec<u8>> {
+    let given = attention_mask.map(|mask| ids.beside("attention_mask", mask)).transpose()?;
+    let mut attend = vec![0; ids.batch * ids.padded_len];
+    for (b, row) in attend.chunks_exact_mut(ids.padded_len).enumerate() {
+        for (l, a) in row[..ids.len].iter_mut().enumerate() {
+            *a = given.as_ref().is_none_or(|g| g[b * ids.len + l] != 0.0) as u8;
+        }
+    }
+    Ok(attend)
+}

@@ -1,0 +1,161 @@
+//! What the decoder and the encoder share: stages from global to local, each with its embedding, positions, model and
+//! the projection to the stage below.
+
+use std::sync::Arc;
+
+use candle_core::Tensor;
+
+use crate::block::{Mode, PosEmb, StageModel};
+use crate::config::MblmConfig;
+use crate::error::{Error, Result};
+use crate::layer::param_like;
+use crate::ops::linear::linear_composed;
+use crate::param::{Init, Param, ParamStore};
+use crate::recompute::recompute;
+
+use super::input::Ids;
+use super::projection::NextStage;
+use super::stage_input::{Positions, StageInput};
+use super::token_embedding::{EmbeddingSizes, TokenEmbedding};
+
+/// One level of the hierarchy.
+pub(crate) struct Stage {
+    pub(crate) embedding: TokenEmbedding,
+    pub(crate) input: StageInput,
+    pub(crate) model: Arc<dyn StageModel>,
+    /// The model's parameters.
+    params: Vec<Arc<Param>>,
+    /// Into how many chunks the sequences are cut in training, if the model is to be recomputed in backward.
+    chunks: Option<usize>,
+    /// To the stage below; none at the local stage.
+    pub(crate) next: Option<NextStage>,
+    pub(crate) seq_len: usize,
+    pub(crate) dim: usize,
+}
+
+/// The stages and the output layer.
+pub(crate) struct Hierarchy {
+    pub(crate) config: MblmConfig,
+    pub(crate) params: ParamStore,
+    pub(crate) stages: Vec<Stage>,
+    pub(crate) out_weight: Arc<Param>,
+    pub(crate) out_bias: Arc<Param>,
+}
+
+impl Hierarchy {
+    /// Builds all stages; `starts`: with a start token before each sequence.
+    pub(crate) fn new(config: &MblmConfig, seed: u64, starts: bool) -> Result<Self> {
+        let mut params = ParamStore::new(seed);
+        let stages =
+            (0..config.num_stages()).map(|n| Stage::new(config, n, starts, &mut params)).collect::<Result<Vec<_>>>()?;
+        let dim = config.hidden_dims[config.num_stages() - 1];
+        let mut root = params.root();
+        let mut out = root.sub("to_logits");
+        let out_weight = out.param("weight", &[config.num_tokens, dim], Init::linear(dim))?;
+        let out_bias = out.param("bias", &[config.num_tokens], Init::linear(dim))?;
+        Ok(Hierarchy { config: config.clone(), params, stages, out_weight, out_bias })
+    }
+
+    /// Checks a padded length against the fixed positions of the global stage.
+    pub(crate) fn check_length(&self, ids: &Ids) -> Result<()> {
+        let patch = self.config.context_len() / self.config.seq_lens[0];
+        let (patches, limit) = (ids.padded_len / patch, self.config.seq_lens[0]);
+        if matches!(self.stages[0].input.positions, Positions::Fixed(_)) && patches > limit {
+            return Err(Error::Input(format!(
+                "a sequence of {} bytes makes {patches} patches of {patch} bytes, but the fixed positions of stage 1 end \
+                 at {limit} patches ({} bytes)",
+                ids.len,
+                self.config.context_len()
+            )));
+        }
+        Ok(())
+    }
+
+    /// Runs all stages and returns the local stage's output, `(local sequences, [1 +] P_N, D_N)`.
+    ///
+    /// `masks`: per stage, `(sequences, P_n)`.
+    pub(crate) fn run(&self, ids: &Ids, masks: Option<&[Tensor]>, mode: Mode) -> Result<Tensor> {
+        let values = Arc::new(ids.values.clone());
+        let mut above: Option<Tensor> = None;
+        let (mut sequences, mut seq) = (ids.batch, ids.padded_len / self.patch_len(0));
+        for (n, stage) in self.stages.iter().enumerate() {
+            let tokens = stage.embedding.forward(&values, mode)?.reshape((sequences, seq, stage.dim))?;
+            let input = stage.input.forward(&tokens, above.as_ref(), mode)?;
+            let output = stage.run(&input, masks.map(|m| &m[n]), mode)?;
+            if output.dims() != input.dims() {
+                return Err(Error::Block(format!(
+                    "the block of stage {} returned shape {:?} for {:?}",
+                    n + 1,
+                    output.dims(),
+                    input.dims()
+                )));
+            }
+            let Some(next) = &stage.next else { return Ok(output) };
+            // Of `1 + S` positions the last is dropped: position i speaks of token i of the stage below.
+            above = Some(next.forward(&output, seq, mode)?);
+            (sequences, seq) = (sequences * seq, self.stages[n + 1].seq_len);
+        }
+        unreachable!("the last stage has no next")
+    }
+
+    /// Bytes of one token of stage `n` (from 0).
+    pub(crate) fn patch_len(&self, n: usize) -> usize {
+        self.config.seq_lens[n + 1..].iter().product()
+    }
+
+    /// The output layer.
+    pub(crate) fn logits(&self, hidden: &Tensor, mode: Mode) -> Result<Tensor> {
+        let weight = param_like(&self.out_weight, hidden, mode)?;
+        linear_composed(&hidden.contiguous()?, &weight, Some(&param_like(&self.out_bias, hidden, mode)?))
+    }
+}
+
+impl Stage {
+    fn new(config: &MblmConfig, n: usize, starts: bool, params: &mut ParamStore) -> Result<Self> {
+        let last = config.num_stages() - 1;
+        let (dim, seq_len, block) = (config.hidden_dims[n], config.seq_lens[n], &config.blocks[n]);
+        let sizes = EmbeddingSizes {
+            vocab: config.num_tokens,
+            pad: config.pad_token_id,
+            local_dim: config.hidden_dims[last],
+            patch: config.seq_lens[n + 1..].iter().product(),
+            dim,
+            is_local: n == last,
+        };
+        let mut root = params.root();
+        let start = match starts {
+            true => Some(root.sub("start_tokens").param(&n.to_string(), &[dim], Init::Normal)?),
+            false => None,
+        };
+        let kind: Option<PosEmb> = block.pos_emb_type();
+        let positions = Positions::new(kind, seq_len, dim, &mut root.sub("pos_embs").sub(n))?;
+        let embedding = TokenEmbedding::new(&sizes, &mut root.sub("token_embs_rev").sub(last - n))?;
+        let model = block.build(dim, config.num_layers[n], &mut root.sub("stage_models").sub(n))?;
+        let next = match n == last {
+            true => None,
+            false => {
+                let (seq, width) = (config.seq_lens[n + 1], config.hidden_dims[n + 1]);
+                Some(NextStage::new(dim, seq, width, &mut root.sub("to_next_stage_proj").sub(n).sub(1))?)
+            }
+        };
+        let prefix = format!("stage_models.{n}.");
+        let chunks = config.train_checkpoint_chunks.as_ref().filter(|_| n > 0).map(|chunks| chunks[n - 1]);
+        Ok(Stage {
+            embedding,
+            input: StageInput { positions, start },
+            model: Arc::from(model),
+            params: params.iter().filter(|p| p.name().starts_with(&prefix)).cloned().collect(),
+            chunks,
+            next,
+            seq_len,
+            dim,
+        })
+    }
+
+    fn run(&self, input: &Tensor, mask: Option<&Tensor>, mode: Mode) -> Result<Tensor> {
+        match (mode, self.chunks, mask) {
+            (Mode::Train { seed }, Some(chunks), None) => recompute(&self.model, &self.params, input, chunks, seed),
+            _ => self.model.forward(input, mask, mode),
+        }
+    }
+}

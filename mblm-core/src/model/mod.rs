@@ -1,0 +1,171 @@
+//! The hierarchy: a decoder ([`Mblm`]) and an encoder ([`MblmEncoder`]) over the same stages.
+
+mod encoder;
+mod hierarchy;
+mod input;
+mod projection;
+mod stage_input;
+mod token_embedding;
+
+use candle_core::{Device, Tensor};
+
+use crate::block::{Mode, StageModel};
+use crate::config::MblmConfig;
+use crate::error::{Error, Result};
+use crate::node::apply1;
+use crate::ops::cross_entropy::{CrossEntropy, Target};
+use crate::param::ParamStore;
+
+pub use encoder::MblmEncoder;
+pub(crate) use hierarchy::{Hierarchy, Stage};
+pub(crate) use stage_input::Positions;
+
+use input::Ids;
+
+/// A Multiscale Byte Language Model: predicts each byte from all bytes before it.
+///
+/// Results come in the shape of the ids: flat ids `(B, L)` give `(B, L, …)`, folded ids `(B, P_1', P_2, …, P_N)` give
+/// `(B, P_1', P_2, …, P_N, …)`; start positions are dropped. An empty input, `(B, 0)`, gives one position, made from
+/// the start tokens.
+pub struct Mblm {
+    hierarchy: Hierarchy,
+}
+
+impl Mblm {
+    /// Builds the model with initial values that follow from `seed`.
+    ///
+    /// # Errors
+    /// If a block refuses its width, or is not causal.
+    pub fn new(config: &MblmConfig, seed: u64) -> Result<Self> {
+        let hierarchy = Hierarchy::new(config, seed, true)?;
+        match hierarchy.stages.iter().position(|stage| !stage.model.is_causal()) {
+            Some(n) => Err(Error::Block(format!(
+                "the block of stage {} sees later bytes than it predicts; it can run in an encoder only (`mblm_config`)",
+                n + 1
+            ))),
+            None => Ok(Mblm { hierarchy }),
+        }
+    }
+
+    /// What the model was built from.
+    pub fn config(&self) -> &MblmConfig {
+        &self.hierarchy.config
+    }
+
+    /// Its parameters.
+    pub fn params(&self) -> &ParamStore {
+        &self.hierarchy.params
+    }
+
+    /// The model of each stage, from global to local.
+    pub fn stage_models(&self) -> impl Iterator<Item = &dyn StageModel> {
+        self.hierarchy.stages.iter().map(|stage| &*stage.model)
+    }
+
+    pub(crate) fn hierarchy(&self) -> &Hierarchy {
+        &self.hierarchy
+    }
+
+    /// The input of the output layer: position l holds what predicts byte l + 1.
+    ///
+    /// # Shapes
+    /// - `ids`: `(B, L)` or `(B, P_1', P_2, …, P_N)`, integers; returns `(B, L, D_N)` or `(B, P_1', …, P_N, D_N)`
+    pub fn hidden_state(&self, ids: &Tensor, mode: Mode) -> Result<Tensor> {
+        let ids = self.read(ids)?;
+        match ids.len {
+            0 => self.empty(ids.batch, mode),
+            _ => self.per_byte(&ids, &self.hierarchy.run(&ids, None, mode)?),
+        }
+    }
+
+    /// The logits of the next byte at every position.
+    ///
+    /// # Shapes
+    /// - `ids`: `(B, L)` or folded; returns `(B, L, V)`, `(B, 1, V)` for `L = 0`, or folded likewise
+    pub fn logits(&self, ids: &Tensor, mode: Mode) -> Result<Tensor> {
+        self.hierarchy.logits(&self.hidden_state(ids, mode)?, mode)
+    }
+
+    /// The mean loss in nats over the bytes that are not the pad token and whose weight is not zero. The first byte is
+    /// predicted from the first start token. Without any such byte: 0, with a warning.
+    ///
+    /// # Shapes
+    /// - `ids`: `(B, L)` or folded; `loss_mask`: the same shape, weights; returns a scalar
+    pub fn loss(&self, ids: &Tensor, loss_mask: Option<&Tensor>, mode: Mode) -> Result<Tensor> {
+        let ids = self.read(ids)?;
+        let targets = self.targets(&ids, loss_mask)?;
+        match targets.is_empty() {
+            true => nothing_to_predict(),
+            false => self.cross_entropy(&self.hierarchy.run(&ids, None, mode)?, targets, mode),
+        }
+    }
+
+    /// [`loss`](Self::loss) and [`logits`](Self::logits) of one forward pass.
+    pub fn loss_and_logits(&self, ids: &Tensor, loss_mask: Option<&Tensor>, mode: Mode) -> Result<(Tensor, Tensor)> {
+        let read = self.read(ids)?;
+        let targets = self.targets(&read, loss_mask)?;
+        if targets.is_empty() {
+            return Ok((nothing_to_predict()?, self.logits(ids, mode)?));
+        }
+        let local = self.hierarchy.run(&read, None, mode)?;
+        let logits = self.hierarchy.logits(&self.per_byte(&read, &local)?, mode)?;
+        Ok((self.cross_entropy(&local, targets, mode)?, logits))
+    }
+
+    fn read(&self, ids: &Tensor) -> Result<Ids> {
+        let ids = Ids::new(ids, &self.hierarchy.config)?;
+        self.hierarchy.check_length(&ids)?;
+        Ok(ids)
+    }
+
+    fn cross_entropy(&self, local: &Tensor, targets: Vec<Target>, mode: Mode) -> Result<Tensor> {
+        let (weight, bias) = (self.hierarchy.out_weight.clone(), self.hierarchy.out_bias.clone());
+        Ok(apply1(CrossEntropy { weight, bias, targets, training: mode != Mode::Eval }, local, mode)?)
+    }
+
+    /// Which row of the local stage's output predicts which byte. Start positions predict nothing but the first byte
+    /// of all: every other byte is predicted from the one before it, across patch borders too.
+    fn targets(&self, ids: &Ids, loss_mask: Option<&Tensor>) -> Result<Vec<Target>> {
+        let weights = loss_mask.map(|mask| ids.beside("loss_mask", mask)).transpose()?;
+        let config = self.config();
+        // The one stage of a plain language model is as long as its input.
+        let local = if config.num_stages() == 1 { ids.padded_len } else { config.seq_lens[config.num_stages() - 1] };
+        let rows = ids.padded_len / local.max(1) * (1 + local);
+        let target = |b: usize, l: usize| {
+            let row = if l == 0 { 0 } else { (l - 1) / local * (1 + local) + 1 + (l - 1) % local };
+            let weight = weights.as_ref().map_or(1.0, |w| w[b * ids.len + l]);
+            Target { row: (b * rows + row) as u32, token: ids.values[b * ids.padded_len + l], weight }
+        };
+        let all = (0..ids.batch).flat_map(|b| (0..ids.len).map(move |l| (b, l)));
+        let wanted = |t: &Target| t.token as usize != config.pad_token_id && t.weight != 0.0;
+        Ok(all.map(|(b, l)| target(b, l)).filter(wanted).collect())
+    }
+
+    /// Drops start positions and padding from the local stage's output.
+    fn per_byte(&self, ids: &Ids, local: &Tensor) -> Result<Tensor> {
+        let (_, positions, dim) = local.dims3()?;
+        let bytes = local.narrow(1, 1, positions - 1)?.reshape((ids.batch, ids.padded_len, dim))?;
+        Ok(bytes.narrow(1, 0, ids.len)?.reshape(ids.result_shape(dim))?)
+    }
+
+    /// `L = 0`: each stage sees its start token alone, to which, here and only here, the stage above adds.
+    fn empty(&self, batch: usize, mode: Mode) -> Result<Tensor> {
+        let mut above: Option<Tensor> = None;
+        for stage in &self.hierarchy.stages {
+            let Some(start) = &stage.input.start else { continue };
+            let mut input = start.tensor(mode).reshape((1, 1, stage.dim))?.repeat((batch, 1, 1))?;
+            if let Some(above) = above {
+                input = (input + above)?;
+            }
+            let output = stage.model.forward(&input, None, mode)?;
+            let Some(next) = &stage.next else { return Ok(output) };
+            above = Some(next.forward(&output, 1, mode)?.narrow(1, 0, 1)?);
+        }
+        unreachable!("the last stage has no next")
+    }
+}
+
+fn nothing_to_predict() -> Result<Tensor> {
+    tracing::warn!("every target is padding or masked out; the loss is 0");
+    Ok(Tensor::new(0f32, &Device::Cpu)?)
+}

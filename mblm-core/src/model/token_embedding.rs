@@ -1,0 +1,171 @@
+//! How bytes become the tokens of a stage. The local stage looks bytes up; a stage above looks all bytes of a patch up
+//! in a table of its own and projects them: flatten, LayerNorm, Linear, LayerNorm.
+
+use std::sync::Arc;
+
+use candle_core::{Shape, Tensor};
+
+use crate::block::Mode;
+use crate::buffer::Buffer;
+use crate::error::Result;
+use crate::node::{Node, apply1};
+use crate::ops::layer_norm;
+use crate::ops::linear::{self, Into};
+use crate::parallel::{Shared, for_rows, reduce_rows};
+use crate::param::{Init, Param, ParamScope};
+use crate::simd;
+
+/// The token embedding of one stage.
+#[derive(Clone)]
+pub(crate) struct TokenEmbedding {
+    /// `(V, D_N)`
+    table: Arc<Param>,
+    /// Bytes of a token.
+    patch: usize,
+    projection: Option<Projection>,
+}
+
+#[derive(Clone)]
+struct Projection {
+    norm_in: [Arc<Param>; 2],
+    weight: Arc<Param>,
+    bias: Arc<Param>,
+    norm_out: [Arc<Param>; 2],
+}
+
+/// The sizes of a stage's embedding.
+pub(crate) struct EmbeddingSizes {
+    pub vocab: usize,
+    pub pad: usize,
+    /// Width of the local stage, which all tables share.
+    pub local_dim: usize,
+    /// Bytes of a token.
+    pub patch: usize,
+    /// Width of the stage.
+    pub dim: usize,
+    pub is_local: bool,
+}
+
+impl TokenEmbedding {
+    pub(crate) fn new(sizes: &EmbeddingSizes, params: &mut ParamScope) -> Result<Self> {
+        let table = params.sub("embedding").embedding(sizes.vocab, sizes.local_dim, Some(sizes.pad))?;
+        let flat = sizes.patch * sizes.local_dim;
+        let mut post = params.sub("_post");
+        let projection = match sizes.is_local {
+            true => None,
+            false => {
+                let norm = |width: usize, scope: &mut ParamScope| -> Result<_> {
+                    let weight = scope.param("weight", &[width], Init::Const(1.0))?;
+                    Ok([weight, scope.param("bias", &[width], Init::Const(0.0))?])
+                };
+                Some(Projection {
+                    norm_in: norm(flat, &mut post.sub(1))?,
+                    weight: post.sub(2).param("weight", &[sizes.dim, flat], Init::linear(flat))?,
+                    bias: post.sub(2).param("bias", &[sizes.dim], Init::linear(flat))?,
+                    norm_out: norm(sizes.dim, &mut post.sub(3))?,
+                })
+            }
+        };
+        Ok(TokenEmbedding { table, patch: sizes.patch, projection })
+    }
+
+    /// Width of the tokens.
+    pub(crate) fn dim(&self) -> usize {
+        self.projection.as_ref().map_or(self.table.shape()[1], |p| p.bias.len())
+    }
+
+    /// The tokens of `ids`, `(ids / patch, D)`.
+    pub(crate) fn forward(&self, ids: &Arc<Vec<u32>>, mode: Mode) -> Result<Tensor> {
+        Ok(apply1(Embed { embedding: self.clone(), ids: ids.clone() }, &self.table.tensor(mode), mode)?)
+    }
+
+    /// The tokens of `ids` as rows of `out`, for decoding.
+    pub(crate) fn rows(&self, ids: &[u32], out: &mut [f32]) {
+        self.run(&self.table.values(), ids, out);
+    }
+
+    fn look_up(&self, table: &[f32], ids: &[u32], out: &mut [f32]) {
+        let width = self.table.shape()[1];
+        let out = Shared::new(out);
+        for_rows(ids.len(), width, |range| {
+            // SAFETY: ranges of rows do not overlap.
+            let out = unsafe { out.slice(range.start * width..range.end * width) };
+            for (row, id) in out.chunks_exact_mut(width).zip(&ids[range]) {
+                row.copy_from_slice(&table[*id as usize * width..][..width]);
+            }
+        });
+    }
+
+    fn run(&self, table: &[f32], ids: &[u32], y: &mut [f32]) -> Tape {
+        let Some(p) = &self.projection else {
+            self.look_up(table, ids, y);
+            return Tape::default();
+        };
+        let mut flat = Buffer::take(ids.len() * self.table.shape()[1]);
+        self.look_up(table, ids, &mut flat);
+        let mut normed = Buffer::take(flat.len());
+        layer_norm::forward(&flat, &p.norm_in[0].values(), &p.norm_in[1].values(), &mut normed);
+        let inputs = p.norm_in[0].len();
+        let mut projected = Buffer::take(y.len());
+        linear::step(&normed, &p.weight.values(), Some(&p.bias.values()), inputs, Into::Set, &mut projected);
+        layer_norm::forward(&projected, &p.norm_out[0].values(), &p.norm_out[1].values(), y);
+        Tape { normed, projected }
+    }
+}
+
+/// Ids are constants, so the graph's input is the table: an op without a differentiable input gets no backward.
+struct Embed {
+    embedding: TokenEmbedding,
+    ids: Arc<Vec<u32>>,
+}
+
+#[derive(Default)]
+struct Tape {
+    /// `(R, patch · D_N)`, after the first LayerNorm.
+    normed: Buffer,
+    /// `(R, D)`, before the second.
+    projected: Buffer,
+}
+
+impl Embed {
+    /// Scatters the gradients of the looked-up rows, `d`: `(ids, D_N)`, into the table's.
+    fn scatter(&self, d: &[f32], table: &mut [f32]) {
+        let width = self.embedding.table.shape()[1];
+        reduce_rows(self.ids.len(), width, table, |range, table| {
+            for i in range {
+                simd::add(&d[i * width..][..width], &mut table[self.ids[i] as usize * width..][..width]);
+            }
+        });
+    }
+}
+
+impl Node for Embed {
+    type Tape = Tape;
+
+    fn shape(&self) -> Shape {
+        (self.ids.len() / self.embedding.patch, self.embedding.dim()).into()
+    }
+
+    fn forward(&self, inputs: &[&[f32]], y: &mut [f32]) -> Tape {
+        self.embedding.run(inputs[0], &self.ids, y)
+    }
+
+    fn backward(&self, inputs: &[&[f32]], tape: Tape, dy: &[f32], grads: &mut [Vec<f32>]) {
+        let Some(p) = &self.embedding.projection else { return self.scatter(dy, &mut grads[0]) };
+        let mut d = Buffer::take(dy.len());
+        d.copy_from_slice(dy);
+        let [weight, bias] = &p.norm_out;
+        let values = weight.values();
+        layer_norm::backward(&tape.projected, &values, &mut d, &mut weight.grad_mut(), &mut bias.grad_mut());
+        linear::backward_weight(&d, &tape.normed, p.norm_in[0].len(), &mut p.weight.grad_mut());
+        linear::backward_bias(&d, &mut p.bias.grad_mut());
+        let mut flat = Buffer::take(tape.normed.len());
+        self.embedding.look_up(inputs[0], &self.ids, &mut flat);
+        let mut dflat = tape.normed;
+        linear::backward_input(&d, &p.weight.values(), p.norm_in[0].len(), Into::Set, &mut dflat);
+        let [weight, bias] = &p.norm_in;
+        let values = weight.values();
+        layer_norm::backward(&flat, &values, &mut dflat, &mut weight.grad_mut(), &mut bias.grad_mut());
+        self.scatter(&dflat, &mut grads[0]);
+    }
+}

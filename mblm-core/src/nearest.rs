@@ -1,0 +1,68 @@
+//! "Did you mean …?": the known name that a mistyped one is closest to.
+
+/// The candidate nearest to `name`, if it is near enough to be what was meant.
+pub fn nearest<'a>(name: &str, candidates: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+    let near = (name.chars().count() / 3).max(1);
+    candidates
+        .into_iter()
+        .map(|candidate| (distance(name, candidate), candidate))
+        .filter(|&(distance, _)| distance <= near)
+        .min_by_key(|&(distance, _)| distance)
+        .map(|(_, candidate)| candidate)
+}
+
+/// What to add to "unknown …": the nearest name, or else all of them.
+pub fn suggestion(name: &str, candidates: &[&str]) -> String {
+    match nearest(name, candidates.iter().copied()) {
+        Some(candidate) => format!("did you mean `{candidate}`?"),
+        None if candidates.is_empty() => "none is expected here".into(),
+        None if candidates.len() == 1 => format!("expected `{}`", candidates[0]),
+        None => format!("expected one of {}", quoted(candidates)),
+    }
+}
+
+/// The names in backticks, separated by commas.
+pub fn quoted(names: &[&str]) -> String {
+    names.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ")
+}
+
+/// Edits that turn `a` into `b`, regardless of case; swapping two neighbours is one edit (optimal string alignment).
+fn distance(a: &str, b: &str) -> usize {
+    let (a, b): (Vec<char>, Vec<char>) = (a.to_lowercase().chars().collect(), b.to_lowercase().chars().collect());
+    let mut rows = vec![vec![0; b.len() + 1]; a.len() + 1];
+    for i in 0..=a.len() {
+        for j in 0..=b.len() {
+            if i == 0 || j == 0 {
+                rows[i][j] = i + j;
+                continue;
+            }
+            let replaced = rows[i - 1][j - 1] + usize::from(a[i - 1] != b[j - 1]);
+            rows[i][j] = replaced.min(rows[i - 1][j] + 1).min(rows[i][j - 1] + 1);
+            if i > 1 && j > 1 && a[i - 1] == b[j - 2] && a[i - 2] == b[j - 1] {
+                rows[i][j] = rows[i][j].min(rows[i - 2][j - 2] + 1);
+            }
+        }
+    }
+    rows[a.len()][b.len()]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counts_edits() {
+        for (a, b, want) in [("", "abc", 3), ("mamba", "mamba2", 1), ("trian", "train", 1), ("LSTM", "lstm", 0)] {
+            assert_eq!(distance(a, b), want, "{a} to {b}");
+        }
+    }
+
+    #[test]
+    fn suggests_the_nearest_or_lists_all() {
+        let names = ["attn_num_heads", "attn_head_dims", "ff_dropout"];
+        assert_eq!(suggestion("num_heads", &names[..1]), "expected `attn_num_heads`");
+        assert_eq!(suggestion("attn_num_head", &names), "did you mean `attn_num_heads`?");
+        assert_eq!(suggestion("d", &names), "expected one of `attn_num_heads`, `attn_head_dims`, `ff_dropout`");
+        assert_eq!(suggestion("d", &[]), "none is expected here");
+    }
+}

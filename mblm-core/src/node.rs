@@ -1,0 +1,133 @@
+//! Fused ops as nodes of candle's graph: one or two tensors in, one out, with a hand-written backward over slices.
+
+use std::sync::Mutex;
+
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, Device, Layout, Shape, Storage, Tensor};
+
+use crate::block::Mode;
+
+/// A differentiable function of `f32` CPU tensors. It may own parameters, whose gradients it deposits in backward.
+pub trait Node: Send + Sync + 'static {
+    /// What forward keeps for backward.
+    type Tape: Send + 'static;
+
+    /// The shape of the output.
+    fn shape(&self) -> Shape;
+
+    /// Writes the output to `y`, which arrives zeroed, and returns the tape.
+    fn forward(&self, inputs: &[&[f32]], y: &mut [f32]) -> Self::Tape;
+
+    /// Writes the gradient of each input to `grads`, which arrive zeroed, and adds those of the parameters.
+    fn backward(&self, inputs: &[&[f32]], tape: Self::Tape, dy: &[f32], grads: &mut [Vec<f32>]);
+}
+
+/// `node(x)`.
+pub fn apply1<N: Node>(node: N, x: &Tensor, mode: Mode) -> candle_core::Result<Tensor> {
+    let x = x.contiguous()?;
+    match mode {
+        Mode::Train { .. } => x.apply_op1(Op { node, keep: true, tape: Mutex::new(None) }),
+        Mode::Eval => x.apply_op1_no_bwd(&Op { node, keep: false, tape: Mutex::new(None) }),
+    }
+}
+
+/// `node(x, z)`.
+pub fn apply2<N: Node>(node: N, x: &Tensor, z: &Tensor, mode: Mode) -> candle_core::Result<Tensor> {
+    let (x, z) = (x.contiguous()?, z.contiguous()?);
+    match mode {
+        Mode::Train { .. } => x.apply_op2(&z, Op { node, keep: true, tape: Mutex::new(None) }),
+        Mode::Eval => x.apply_op2_no_bwd(&z, &Op { node, keep: false, tape: Mutex::new(None) }),
+    }
+}
+
+struct Op<N: Node> {
+    node: N,
+    keep: bool,
+    tape: Mutex<Option<N::Tape>>,
+}
+
+impl<N: Node> Op<N> {
+    fn run(&self, inputs: &[&[f32]]) -> (CpuStorage, Shape) {
+        let shape = self.node.shape();
+        let mut y = vec![0.0; shape.elem_count()];
+        let tape = self.node.forward(inputs, &mut y);
+        if self.keep {
+            *self.tape.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(tape);
+        }
+        (CpuStorage::F32(y), shape)
+    }
+
+    fn run_back(&self, inputs: &[&Tensor], dy: &Tensor) -> candle_core::Result<Vec<Tensor>> {
+        let tape = self.tape.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).take();
+        let Some(tape) = tape else { candle_core::bail!("{}: backward runs once per forward", self.label()) };
+        let dy = dy.contiguous()?;
+        let guards: Vec<_> = inputs.iter().map(|t| t.storage_and_layout()).collect();
+        let slices = guards.iter().map(|(storage, layout)| on_cpu(storage, layout)).collect::<Result<Vec<_>, _>>()?;
+        let (dy_storage, dy_layout) = dy.storage_and_layout();
+        let mut grads: Vec<Vec<f32>> = slices.iter().map(|s| vec![0.0; s.len()]).collect();
+        self.node.backward(&slices, tape, on_cpu(&dy_storage, dy_layout)?, &mut grads);
+        grads.into_iter().zip(inputs).map(|(grad, t)| Tensor::from_vec(grad, t.shape(), &Device::Cpu)).collect()
+    }
+
+    fn label(&self) -> &'static str {
+        std::any::type_name::<N>()
+    }
+}
+
+impl<N: Node> CustomOp1 for Op<N> {
+    fn name(&self) -> &'static str {
+        self.label()
+    }
+    fn cpu_fwd(&self, s: &CpuStorage, l: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        Ok(self.run(&[floats(s, l)?]))
+    }
+    fn bwd(&self, x: &Tensor, _: &Tensor, dy: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        Ok(self.run_back(&[x], dy)?.pop())
+    }
+}
+
+impl<N: Node> CustomOp2 for Op<N> {
+    fn name(&self) -> &'static str {
+        self.label()
+    }
+    fn cpu_fwd(
+        &self,
+        s1: &CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        Ok(self.run(&[floats(s1, l1)?, floats(s2, l2)?]))
+    }
+    fn bwd(
+        &self,
+        x: &Tensor,
+        z: &Tensor,
+        _: &Tensor,
+        dy: &Tensor,
+    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
+        let mut grads = self.run_back(&[x, z], dy)?.into_iter();
+        Ok((grads.next(), grads.next()))
+    }
+}
+
+fn on_cpu<'a>(storage: &'a Storage, layout: &Layout) -> candle_core::Result<&'a [f32]> {
+    match storage {
+        Storage::Cpu(cpu) => floats(cpu, layout),
+        _ => candle_core::bail!("expected a CPU tensor"),
+    }
+}
+
+/// Lends the elements of an `f32` CPU tensor.
+pub(crate) fn with_floats<R>(x: &Tensor, work: impl FnOnce(&[f32]) -> R) -> candle_core::Result<R> {
+    let x = x.contiguous()?;
+    let (storage, layout) = x.storage_and_layout();
+    Ok(work(on_cpu(&storage, layout)?))
+}
+
+/// The contiguous `f32` elements of a tensor's CPU storage.
+pub(crate) fn floats<'a>(storage: &'a CpuStorage, layout: &Layout) -> candle_core::Result<&'a [f32]> {
+    match layout.contiguous_offsets() {
+        Some((start, end)) => Ok(&storage.as_slice::<f32>()?[start..end]),
+        None => candle_core::bail!("expected a contiguous tensor"),
+    }
+}

@@ -1,0 +1,209 @@
+//! The output layer and cross-entropy as one op, chunk by chunk, so that the logits of all positions never exist at
+//! once. Gradients are computed on the way forward, while a chunk's softmax is at hand.
+
+use std::sync::Arc;
+
+use candle_core::{D, Shape, Tensor};
+
+use crate::buffer::Buffer;
+use crate::error::Result;
+use crate::gemm::{Mat, MatMut, Threads, matmul};
+use crate::node::Node;
+use crate::ops::linear::{self, Into, linear_composed};
+use crate::parallel::{Shared, row_ranges};
+use crate::param::Param;
+use crate::simd::{self, vectorize};
+
+/// Rows whose logits exist at the same time.
+const CHUNK: usize = 1024;
+
+/// A position that is predicted: which row of the hidden states predicts which token, and with what weight.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Target {
+    /// Row of the hidden states.
+    pub row: u32,
+    /// The token that should come out.
+    pub token: u32,
+    /// Weight of its loss.
+    pub weight: f32,
+}
+
+/// The definition: `Σ weight · -ln softmax(h Wᵀ + b)[token] / number of targets`.
+///
+/// # Shapes
+/// - `hidden`: `(R, D)`, `weight`: `(V, D)`, `bias`: `(V)`; returns a scalar
+pub fn cross_entropy_composed(hidden: &Tensor, weight: &Tensor, bias: &Tensor, targets: &[Target]) -> Result<Tensor> {
+    let device = hidden.device();
+    let rows: Vec<u32> = targets.iter().map(|t| t.row).collect();
+    let tokens: Vec<u32> = targets.iter().map(|t| t.token).collect();
+    let weights: Vec<f32> = targets.iter().map(|t| t.weight).collect();
+    let hidden = hidden.index_select(&Tensor::new(rows, device)?, 0)?;
+    let logits = linear_composed(&hidden, weight, Some(bias))?;
+    let shifted = logits.broadcast_sub(&logits.max_keepdim(D::Minus1)?.detach())?;
+    let log_sum = shifted.exp()?.sum(D::Minus1)?.log()?;
+    let chosen = shifted.gather(&Tensor::new(tokens, device)?.unsqueeze(1)?, 1)?.squeeze(1)?;
+    let losses = ((log_sum - chosen)? * Tensor::new(weights, device)?.to_dtype(hidden.dtype())?)?;
+    Ok((losses.sum_all()? / targets.len() as f64)?)
+}
+
+/// The fused op on hidden states `(R, D)` (any leading shape).
+pub struct CrossEntropy {
+    /// `(V, D)`
+    pub weight: Arc<Param>,
+    /// `(V)`
+    pub bias: Arc<Param>,
+    /// At least one.
+    pub targets: Vec<Target>,
+    /// Whether backward follows.
+    pub training: bool,
+}
+
+/// Gradients for a loss gradient of 1.
+#[derive(Default)]
+pub struct Tape {
+    /// Of the gathered hidden states, `(targets, D)`.
+    hidden: Buffer,
+    weight: Buffer,
+    bias: Buffer,
+}
+
+impl CrossEntropy {
+    fn dim(&self) -> usize {
+        self.weight.shape()[1]
+    }
+
+    /// Turns the logits of `targets` into gradients and returns the sum of their losses.
+    fn softmax(&self, targets: &[Target], logits: &mut [f32]) -> f64 {
+        let vocab = self.bias.len();
+        let scale = 1.0 / self.targets.len() as f32;
+        let ranges = row_ranges(targets.len(), vocab);
+        let mut sums = vec![0.0f64; ranges.len()];
+        let logits = Shared::new(logits);
+        rayon::scope(|scope| {
+            for (range, sum) in ranges.into_iter().zip(&mut sums) {
+                scope.spawn(move |_| {
+                    // SAFETY: ranges of rows do not overlap.
+                    let logits = unsafe { logits.slice(range.start * vocab..range.end * vocab) };
+                    vectorize(
+                        #[inline(always)]
+                        || {
+                            for (row, target) in logits.chunks_exact_mut(vocab).zip(&targets[range]) {
+                                let token = target.token as usize;
+                                let max = row.iter().fold(f32::NEG_INFINITY, |m, v| m.max(*v));
+                                let chosen = row[token] - max;
+                                for v in row.iter_mut() {
+                                    *v = simd::exp(*v - max);
+                                }
+                                let total = simd::sum(row);
+                                *sum += (target.weight * (total.ln() - chosen)) as f64;
+                                simd::scale(target.weight * scale / total, row);
+                                row[token] -= target.weight * scale;
+                            }
+                        },
+                    );
+                });
+            }
+        });
+        sums.iter().sum()
+    }
+}
+
+impl Node for CrossEntropy {
+    type Tape = Tape;
+
+    fn shape(&self) -> Shape {
+        Shape::from(())
+    }
+
+    fn forward(&self, inputs: &[&[f32]], y: &mut [f32]) -> Tape {
+        let (dim, vocab) = (self.dim(), self.bias.len());
+        let weight = self.weight.values();
+        let mut tape = Tape::default();
+        if self.training {
+            tape.hidden = Buffer::take(self.targets.len() * dim);
+            tape.weight = Buffer::zeros(vocab * dim);
+            tape.bias = Buffer::zeros(vocab);
+        }
+        let mut gathered = Buffer::take(CHUNK.min(self.targets.len()) * dim);
+        let mut logits = Buffer::take(CHUNK.min(self.targets.len()) * vocab);
+        let mut loss = 0.0;
+        for (i, targets) in self.targets.chunks(CHUNK).enumerate() {
+            let (rows, logits) = (&mut gathered[..targets.len() * dim], &mut logits[..targets.len() * vocab]);
+            for (row, target) in rows.chunks_exact_mut(dim).zip(targets) {
+                row.copy_from_slice(&inputs[0][target.row as usize * dim..][..dim]);
+            }
+            linear::forward(rows, &weight, dim, Into::Set, logits);
+            linear::add_bias(&self.bias.values(), logits);
+            loss += self.softmax(targets, logits);
+            if self.training {
+                linear::backward_weight(logits, rows, dim, &mut tape.weight);
+                linear::backward_bias(logits, &mut tape.bias);
+                let out = &mut tape.hidden[i * CHUNK * dim..][..targets.len() * dim];
+                let grad = Mat::new(logits, targets.len(), vocab);
+                let out = MatMut::new(out, targets.len(), dim);
+                matmul(out, false, 1.0, grad, Mat::new(&weight, vocab, dim), Threads::All);
+            }
+        }
+        y[0] = (loss / self.targets.len() as f64) as f32;
+        tape
+    }
+
+    fn backward(&self, _: &[&[f32]], tape: Tape, dy: &[f32], grads: &mut [Vec<f32>]) {
+        let dim = self.dim();
+        for (target, grad) in self.targets.iter().zip(tape.hidden.chunks_exact(dim)) {
+            simd::axpy(dy[0], grad, &mut grads[0][target.row as usize * dim..][..dim]);
+        }
+        simd::axpy(dy[0], &tape.weight, &mut self.weight.grad_mut());
+        simd::axpy(dy[0], &tape.bias, &mut self.bias.grad_mut());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{DType, Device, Var};
+
+    use super::*;
+    use crate::block::Mode;
+    use crate::layer::param_like;
+    use crate::node::apply1;
+    use crate::param::{Init, ParamStore};
+    use crate::testing::{assert_close, noise};
+
+    #[test]
+    fn fused_equals_composed() {
+        crate::buffer::poison_buffers();
+        let (dim, vocab) = (5, 37);
+        for rows in [1, 7, 2500] {
+            let mut store = ParamStore::new(1);
+            let weight = store.root().param("weight", &[vocab, dim], Init::Normal).unwrap();
+            let bias = store.root().param("bias", &[vocab], Init::Normal).unwrap();
+            let targets: Vec<Target> = (0..rows as u32)
+                .filter(|r| r % 3 != 1)
+                .map(|row| Target { row, token: row * 7 % vocab as u32, weight: 0.5 + (row % 2) as f32 })
+                .collect();
+            let run = |dtype: DType| {
+                store.zero_grad();
+                let x = Tensor::from_vec(noise(rows * dim, 2), (rows, dim), &Device::Cpu).unwrap();
+                let x = Var::from_tensor(&x.to_dtype(dtype).unwrap()).unwrap();
+                let mode = Mode::train(0);
+                let loss = if dtype == DType::F32 {
+                    let (weight, bias, targets) = (weight.clone(), bias.clone(), targets.clone());
+                    apply1(CrossEntropy { weight, bias, targets, training: true }, &x, mode).unwrap()
+                } else {
+                    let param = |p| param_like(p, &x, mode).unwrap();
+                    cross_entropy_composed(&x, &param(&weight), &param(&bias), &targets).unwrap()
+                };
+                // A gradient other than 1 comes in.
+                let grads = store.backward(&(&loss * 3.0).unwrap()).unwrap();
+                let flat =
+                    |t: &Tensor| t.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+                [flat(&loss), flat(grads.get(&x).unwrap()), weight.grad().clone(), bias.grad().clone()]
+            };
+            for (part, (got, want)) in
+                ["loss", "hidden", "weight", "bias"].iter().zip(run(DType::F32).iter().zip(run(DType::F64)))
+            {
+                assert_close(&format!("{rows} rows, {part}"), got, &want, 1e-5);
+            }
+        }
+    }
+}

@@ -1,0 +1,15 @@
+//! Kernels over slices that fused layers are made of. Each file starts with its definition in plain candle ops.
+
+pub mod attention;
+pub mod conv1d;
+pub mod cross_entropy;
+pub mod dropout;
+pub mod gated_rms_norm;
+pub mod gelu;
+pub mod layer_norm;
+pub mod linear;
+pub mod rms_norm;
+pub mod rotary;
+pub mod selective_scan;
+pub mod ssd;
+mod tasks;

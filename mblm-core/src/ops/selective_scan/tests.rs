@@ -1,0 +1,116 @@
+//! The scan against its definition, and its one-step form.
+
+use std::sync::Arc;
+
+use super::*;
+use crate::block::Mode;
+use crate::layer::{Context, Dims, Layer, param_like};
+use crate::param::{Init, Param, ParamStore};
+use crate::rows::RowsMut;
+use crate::testing::{assert_close, check_layer, noise, perturb};
+
+/// A scan whose inputs are packed into one row: x, dt, z, B, C. The output is `(y, 0)`.
+struct Packed {
+    channels: usize,
+    d_state: usize,
+    a_log: Arc<Param>,
+    d: Arc<Param>,
+    dt_bias: Arc<Param>,
+}
+
+impl Packed {
+    fn new(channels: usize, d_state: usize) -> (ParamStore, Arc<Self>) {
+        let mut store = ParamStore::new(0);
+        let a_log = store.root().param("a_log", &[channels, d_state], Init::LogRange).unwrap();
+        let d = store.root().param("d", &[channels], Init::Const(1.0)).unwrap();
+        let dt_bias = store.root().param("dt_bias", &[channels], Init::Uniform(2.0)).unwrap();
+        perturb(&store);
+        (store, Arc::new(Packed { channels, d_state, a_log, d, dt_bias }))
+    }
+    fn dim(&self) -> usize {
+        3 * self.channels + 2 * self.d_state
+    }
+    fn kernel(&self) -> SelectiveScan {
+        SelectiveScan::new(&self.a_log.values(), &self.d.values(), &self.dt_bias.values())
+    }
+    /// x and dt, contiguous.
+    fn split(&self, packed: &[f32]) -> [Vec<f32>; 2] {
+        let (e, dim) = (self.channels, self.dim());
+        [0, e].map(|at| packed.chunks_exact(dim).flat_map(|row| row[at..at + e].to_vec()).collect())
+    }
+    fn inputs<'a>(&self, packed: &'a [f32], [x, dt]: &'a [Vec<f32>; 2]) -> Inputs<'a> {
+        let (e, n, dim) = (self.channels, self.d_state, self.dim());
+        let columns = |range| Rows::columns(packed, dim, range);
+        let (z, b, c) = (columns(2 * e..3 * e), columns(3 * e..3 * e + n), columns(3 * e + n..dim));
+        Inputs { x, dt, b, c, z }
+    }
+}
+
+impl Layer for Packed {
+    type Tape = Buffer;
+    fn composed(&self, packed: &Tensor, _: Option<&Tensor>, mode: Mode) -> Result<Tensor> {
+        let (e, n) = (self.channels, self.d_state);
+        let part = |at, len| packed.narrow(2, at, len);
+        let (x, dt, z) = (part(0, e)?, part(e, e)?, part(2 * e, e)?);
+        let (b, c) = (part(3 * e, n)?, part(3 * e + n, n)?);
+        let [a_log, d, dt_bias] = [&self.a_log, &self.d, &self.dt_bias].map(|p| param_like(p, packed, mode));
+        let y = selective_scan_composed([&x, &dt, &b, &c, &z], &a_log?, &d?, &dt_bias?)?;
+        Ok(y.pad_with_zeros(2, 0, self.dim() - e)?)
+    }
+    fn forward(&self, packed: &[f32], context: Context, y: &mut [f32]) -> Buffer {
+        let parts = self.split(packed);
+        let mut out = vec![f32::NAN; context.dims.rows() * self.channels];
+        let tape = self.kernel().forward(&self.inputs(packed, &parts), context.dims.seq, &mut out);
+        y.fill(0.0);
+        for (y, out) in y.chunks_exact_mut(self.dim()).zip(out.chunks_exact(self.channels)) {
+            y[..self.channels].copy_from_slice(out);
+        }
+        tape
+    }
+    fn backward(&self, packed: &[f32], context: Context, tape: Buffer, dy: &[f32], dx: &mut [f32]) {
+        let (e, n, dim, parts) = (self.channels, self.d_state, self.dim(), self.split(packed));
+        let dy: Vec<f32> = dy.chunks_exact(dim).flat_map(|row| row[..e].to_vec()).collect();
+        let (mut x, mut dt) = (vec![f32::NAN; dy.len()], vec![f32::NAN; dy.len()]);
+        let (mut a_log, mut d, mut bias) = (self.a_log.grad_mut(), self.d.grad_mut(), self.dt_bias.grad_mut());
+        let mut params = ParamGrads { a_log: &mut a_log, d: &mut d, dt_bias: &mut bias };
+        let shared = Shared::new(dx);
+        let columns = |range| RowsMut::columns(shared, dim, range);
+        let (z, b, c) = (columns(2 * e..3 * e), columns(3 * e..3 * e + n), columns(3 * e + n..dim));
+        let grads = Grads { x: &mut x, dt: &mut dt, b, c, z };
+        self.kernel().backward(&self.inputs(packed, &parts), context.dims.seq, &tape, &dy, grads, &mut params);
+        for (i, row) in dx.chunks_exact_mut(dim).enumerate() {
+            row[..e].copy_from_slice(&x[i * e..(i + 1) * e]);
+            row[e..2 * e].copy_from_slice(&dt[i * e..(i + 1) * e]);
+        }
+    }
+}
+
+#[test]
+fn fused_equals_composed() {
+    // Odd sizes, chunk borders, many short sequences, few channels and several groups per thread.
+    for (batch, seq, channels, d_state) in
+        [(2, 7, 5, 3), (1, 33, 16, 16), (3, 70, 40, 8), (64, 9, 20, 4), (5, 64, 33, 5)]
+    {
+        let (store, layer) = Packed::new(channels, d_state);
+        check_layer(&layer, &store, Dims { batch, seq, dim: layer.dim() }, None, Mode::train(0));
+    }
+}
+
+#[test]
+fn steps_give_forward() {
+    let (batch, seq, channels, d_state) = (2, 5, 19, 3);
+    let layer = Packed::new(channels, d_state).1;
+    let (kernel, dim) = (layer.kernel(), layer.dim());
+    let packed = noise(batch * seq * dim, 1);
+    let mut want = vec![f32::NAN; batch * seq * channels];
+    kernel.forward(&layer.inputs(&packed, &layer.split(&packed)), seq, &mut want);
+    let mut state = vec![0.0; batch * kernel.state_len()];
+    for t in 0..seq {
+        let at = |v: &[f32], width: usize| -> Vec<f32> {
+            (0..batch).flat_map(|b| v[(b * seq + t) * width..][..width].to_vec()).collect()
+        };
+        let (now, mut y) = (at(&packed, dim), vec![f32::NAN; batch * channels]);
+        kernel.step(&layer.inputs(&now, &layer.split(&now)), &mut state, &mut y);
+        assert_close("step", &y, &at(&want, channels), 1e-6);
+    }
+}

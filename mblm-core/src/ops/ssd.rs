@@ -1,0 +1,422 @@
+//! The state space dual of Mamba-2 (Dao & Gu 2024, §6 and listing 1) with one group of B and C, as matrix products
+//! over chunks of positions.
+//!
+//! With `δ = softplus(dt + dt_bias)`, `a = -exp(a_log)` per head and `s_i = Σ_{k≤i} δ_k a` within a chunk:
+//! `y_i = Σ_{j≤i} (C_i·B_j) e^{s_i - s_j} δ_j x_j + e^{s_i} C_i S + D x_i`, where S is the state at the chunk's start,
+//! which becomes `e^{s_Q} S + Σ_j e^{s_Q - s_j} δ_j B_j x_jᵀ` at its end.
+
+use std::ops::Range;
+
+use candle_core::Tensor;
+
+use super::selective_scan::softplus_composed;
+use super::tasks::{Task, Tasks};
+use crate::buffer::Buffer;
+use crate::error::Result;
+use crate::gemm::{Mat, MatMut, Threads, matmul};
+use crate::parallel::{MIN_PARALLEL, Shared, for_rows};
+use crate::rows::{Rows, RowsMut};
+use crate::simd::{self, exp_decay, softplus, vectorize};
+
+mod backward;
+pub use backward::{Grads, ParamGrads};
+
+/// The definition: `h_t = exp(δ_t a) h_{t-1} + δ_t B_t x_tᵀ`, `y_t = C_t h_t + D x_t`, head by head.
+///
+/// # Shapes
+/// - `x`: `(B, S, H P)`, `dt`: `(B, S, H)`, `b`, `c`: `(B, S, N)`; returns `(B, S, H P)`
+/// - `a_log`, `d`, `dt_bias`: `(H)`
+pub fn ssd_composed(inputs: [&Tensor; 4], a_log: &Tensor, d: &Tensor, dt_bias: &Tensor) -> Result<Tensor> {
+    let [x, dt, b, c] = inputs;
+    let (batch, seq, inner) = x.dims3()?;
+    let (heads, d_state) = (d.elem_count(), b.dim(2)?);
+    let x = x.reshape((batch, seq, heads, inner / heads))?;
+    let delta = softplus_composed(&dt.broadcast_add(dt_bias)?)?;
+    let decay = delta.broadcast_mul(&a_log.exp()?.neg()?)?.exp()?;
+    let mut h = Tensor::zeros((batch, heads, inner / heads, d_state), x.dtype(), x.device())?;
+    let mut ys = Vec::with_capacity(seq);
+    for t in 0..seq {
+        let at = |v: &Tensor| v.narrow(1, t, 1)?.squeeze(1);
+        let input = at(&x)?.broadcast_mul(&at(&delta)?.unsqueeze(2)?)?.unsqueeze(3)?;
+        let input = input.broadcast_mul(&at(b)?.reshape((batch, 1, 1, d_state))?)?;
+        h = h.broadcast_mul(&at(&decay)?.reshape((batch, heads, 1, 1))?)?.add(&input)?;
+        ys.push(h.broadcast_mul(&at(c)?.reshape((batch, 1, 1, d_state))?)?.sum(3)?);
+    }
+    let y = (Tensor::stack(&ys, 1)? + x.broadcast_mul(&d.reshape((heads, 1))?)?)?;
+    Ok(y.reshape((batch, seq, inner))?)
+}
+
+/// Positions of a chunk, Q.
+pub const CHUNK: usize = 64;
+
+/// The inputs over `(B, S)` positions.
+#[derive(Clone, Copy)]
+pub struct Inputs<'a> {
+    /// `(B * S, H P)`
+    pub x: Rows<'a>,
+    /// `(B * S, H)`, before bias and softplus.
+    pub dt: Rows<'a>,
+    /// `(B * S, N)`
+    pub b: Rows<'a>,
+    /// `(B * S, N)`
+    pub c: Rows<'a>,
+}
+
+/// The parameters, one number per head each.
+#[derive(Clone, Copy)]
+pub struct Ssd<'a> {
+    /// `(H)`
+    pub a_log: &'a [f32],
+    /// `(H)`
+    pub d: &'a [f32],
+    /// `(H)`
+    pub dt_bias: &'a [f32],
+}
+
+/// What forward keeps for backward.
+pub struct Tape {
+    /// `(B S, H)`: step sizes.
+    delta: Buffer,
+    /// `(B S, H)`: `s_i`, sums of `δ a` from the chunk's start.
+    sums: Buffer,
+    /// `C Bᵀ` of every chunk; a chunk whose first row is r starts at `r * CHUNK`.
+    cb: Buffer,
+    /// The state at the start of every chunk, `(B, chunks, parts of the heads, N, columns of the part)`.
+    states: Buffer,
+    /// The parts of the heads that forward ran, and backward must run too.
+    tasks: Tasks,
+}
+
+/// The sizes that follow from inputs and parameters.
+#[derive(Clone, Copy)]
+struct Sizes {
+    batch: usize,
+    seq: usize,
+    heads: usize,
+    headdim: usize,
+    d_state: usize,
+}
+
+impl Sizes {
+    fn inner(&self) -> usize {
+        self.heads * self.headdim
+    }
+
+    fn chunks(&self) -> usize {
+        self.seq.div_ceil(CHUNK)
+    }
+
+    /// The rows of a chunk, counted over all sequences.
+    fn rows(&self, sequence: usize, chunk: usize) -> Range<usize> {
+        sequence * self.seq + chunk * CHUNK..sequence * self.seq + self.seq.min((chunk + 1) * CHUNK)
+    }
+
+    /// The columns of some heads.
+    fn columns(&self, heads: &Range<usize>) -> Range<usize> {
+        heads.start * self.headdim..heads.end * self.headdim
+    }
+
+    /// Where the state `(N, columns)` of a part of the heads at a chunk's start lies.
+    fn state(&self, sequence: usize, chunk: usize, heads: &Range<usize>) -> Range<usize> {
+        let (index, columns) = (sequence * self.chunks() + chunk, self.columns(heads));
+        let start = index * self.d_state * self.inner();
+        start + columns.start * self.d_state..start + columns.end * self.d_state
+    }
+
+    /// Floats of `C Bᵀ` over all chunks.
+    fn cb_len(&self) -> usize {
+        self.batch * self.seq * CHUNK.min(self.seq)
+    }
+
+    /// Where the `q x q` matrix `C Bᵀ` of a chunk lies.
+    fn cb(&self, rows: &Range<usize>) -> Range<usize> {
+        let start = rows.start * CHUNK.min(self.seq);
+        start..start + rows.len() * rows.len()
+    }
+}
+
+impl Ssd<'_> {
+    fn sizes(&self, inputs: &Inputs, seq: usize) -> Sizes {
+        let heads = self.d.len();
+        let (batch, headdim) = (inputs.x.rows() / seq, inputs.x.width() / heads);
+        Sizes { batch, seq, heads, headdim, d_state: inputs.b.width() }
+    }
+
+    /// Step sizes, and their sums times `a` from the start of each chunk.
+    fn steps(&self, inputs: &Inputs, sizes: Sizes) -> (Buffer, Buffer) {
+        let Sizes { seq, heads, .. } = sizes;
+        let rows = inputs.dt.rows();
+        let (mut delta, mut sums) = (Buffer::take(rows * heads), Buffer::take(rows * heads));
+        vectorize(
+            #[inline(always)]
+            || {
+                for row in 0..rows {
+                    let here = row * heads..(row + 1) * heads;
+                    let (before, rest) = sums.split_at_mut(here.start);
+                    let before = if (row % seq) % CHUNK == 0 { None } else { Some(&before[here.start - heads..]) };
+                    let delta = &mut delta[here];
+                    for ((delta, dt), bias) in delta.iter_mut().zip(inputs.dt.row(row)).zip(self.dt_bias) {
+                        *delta = softplus(dt + bias);
+                    }
+                    for (h, sum) in rest[..heads].iter_mut().enumerate() {
+                        *sum = before.map_or(0.0, |b| b[h]) - delta[h] * simd::exp(self.a_log[h]);
+                    }
+                }
+            },
+        );
+        (delta, sums)
+    }
+
+    /// `C Bᵀ` of every chunk, which all heads share.
+    fn products(inputs: &Inputs, sizes: Sizes) -> Buffer {
+        let mut cb = Buffer::take(sizes.cb_len());
+        let shared = Shared::new(&mut cb);
+        for_rows(sizes.batch * sizes.chunks(), CHUNK.min(sizes.seq) * sizes.d_state, |range| {
+            for i in range {
+                let rows = sizes.rows(i / sizes.chunks(), i % sizes.chunks());
+                // SAFETY: every chunk has a place of its own.
+                let cb = unsafe { shared.slice(sizes.cb(&rows)) };
+                let (q, n) = (rows.len(), sizes.d_state);
+                let (b, c) = (inputs.b.mat(rows.clone(), 0..n), inputs.c.mat(rows, 0..n));
+                matmul(MatMut::new(cb, q, q), false, 1.0, c, b.t(), Threads::One);
+            }
+        });
+        cb
+    }
+
+    /// Runs whole sequences from zero states, without `D x`, which [`add_skip`](Self::add_skip) adds: backward is more
+    /// accurate from the output without it.
+    ///
+    /// # Shapes
+    /// - `y`: `(B, S, H P)`, overwritten
+    pub fn forward(&self, inputs: &Inputs, seq: usize, y: &mut [f32]) -> Tape {
+        let sizes = self.sizes(inputs, seq);
+        let (delta, sums) = self.steps(inputs, sizes);
+        let cb = Self::products(inputs, sizes);
+        // A sequence of one chunk starts from zeros, and its last state is nobody's start.
+        let kept = if sizes.chunks() > 1 { sizes.batch * sizes.chunks() * sizes.d_state * sizes.inner() } else { 0 };
+        let mut states = Buffer::take(kept);
+        let pass = Forward {
+            inputs,
+            sizes,
+            delta: &delta,
+            sums: &sums,
+            cb: &cb,
+            states: Shared::new(&mut states),
+            y: RowsMut::new(y, sizes.inner()),
+        };
+        let tasks = Tasks::new(sizes.batch, sizes.heads, seq * sizes.headdim * 16);
+        tasks.run(|Task { sequences, groups: heads, .. }| {
+            let wide = CHUNK.min(seq) * sizes.columns(&heads).len();
+            let (weights, wide, out) = (Buffer::take(CHUNK * CHUNK), Buffer::take(wide), Buffer::take(wide));
+            let mut scratch = Scratch { weights, wide, out };
+            for sequence in sequences {
+                for chunk in 0..sizes.chunks() {
+                    pass.chunk(sequence, chunk, &heads, &mut scratch);
+                }
+            }
+        });
+        Tape { delta, sums, cb, states, tasks }
+    }
+
+    /// `y += D x`.
+    pub fn add_skip(&self, x: Rows, y: &mut [f32]) {
+        let (inner, headdim) = (x.width(), x.width() / self.d.len());
+        let y = RowsMut::new(y, inner);
+        for_rows(x.rows(), inner, |rows| {
+            vectorize(
+                #[inline(always)]
+                || {
+                    for row in rows {
+                        // SAFETY: ranges of rows do not overlap.
+                        let y = unsafe { y.row(row, 0..inner) };
+                        let heads = y.chunks_exact_mut(headdim).zip(x.row(row).chunks_exact(headdim));
+                        heads.zip(self.d).for_each(|((y, x), d)| simd::axpy(*d, x, y));
+                    }
+                },
+            );
+        });
+    }
+
+    /// Advances by one position.
+    ///
+    /// # Shapes
+    /// - `inputs`: of `B` rows; `state`: `(B, H P, N)`, zeros at first; `y`: `(B, H P)`, overwritten
+    pub fn step(&self, inputs: &Inputs, state: &mut [f32], y: &mut [f32]) {
+        let Sizes { batch, heads, headdim, d_state, .. } = self.sizes(inputs, 1);
+        let (state, y) = (Shared::new(state), Shared::new(y));
+        let per_head = headdim * d_state;
+        // A thread is worth waking for about 64 K states.
+        for_rows(batch * heads, (per_head * MIN_PARALLEL).div_ceil(64 * 1024), |range| {
+            vectorize(
+                #[inline(always)]
+                || {
+                    for i in range {
+                        let (row, head) = (i / heads, i % heads);
+                        // SAFETY: a head of a sequence is in one range only.
+                        let h = unsafe { state.slice(i * per_head..(i + 1) * per_head) };
+                        // SAFETY: as above.
+                        let y = unsafe { y.slice(i * headdim..(i + 1) * headdim) };
+                        let delta = softplus(inputs.dt.row(row)[head] + self.dt_bias[head]);
+                        let decay = exp_decay(-delta * simd::exp(self.a_log[head]));
+                        let x = &inputs.x.row(row)[head * headdim..(head + 1) * headdim];
+                        let (b, c) = (inputs.b.row(row), inputs.c.row(row));
+                        for ((h, x), y) in h.chunks_exact_mut(d_state).zip(x).zip(y) {
+                            let input = delta * x;
+                            h.iter_mut().zip(b).for_each(|(h, b)| *h = decay.mul_add(*h, input * b));
+                            *y = simd::dot(h, c) + self.d[head] * x;
+                        }
+                    }
+                },
+            );
+        });
+    }
+}
+
+/// Everything a forward task reads, and the shared views of what it writes.
+struct Forward<'a> {
+    inputs: &'a Inputs<'a>,
+    sizes: Sizes,
+    delta: &'a [f32],
+    sums: &'a [f32],
+    cb: &'a [f32],
+    states: Shared<'a>,
+    y: RowsMut<'a>,
+}
+
+/// A task's own memory.
+struct Scratch {
+    /// `(Q, Q)`
+    weights: Buffer,
+    /// `(Q, columns)`
+    wide: Buffer,
+    /// `(Q, columns)`
+    out: Buffer,
+}
+
+impl Forward<'_> {
+    /// One chunk of a sequence, for some heads.
+    fn chunk(&self, sequence: usize, chunk: usize, heads: &Range<usize>, scratch: &mut Scratch) {
+        let sizes = self.sizes;
+        let (rows, columns) = (sizes.rows(sequence, chunk), sizes.columns(heads));
+        let (q, n, width) = (rows.len(), sizes.d_state, columns.len());
+        let Scratch { weights, wide, out } = scratch;
+        let (weights, wide, out) = (&mut weights[..q * q], &mut wide[..q * width], &mut out[..q * width]);
+        for head in heads.clone() {
+            let steps = Steps::gather(self.delta, self.sums, sizes.heads, &rows, head);
+            vectorize(
+                #[inline(always)]
+                || steps.weights(&self.cb[sizes.cb(&rows)], weights),
+            );
+            let x = self.inputs.x.mat(rows.clone(), sizes.columns(&(head..head + 1)));
+            let out = &mut out[(head - heads.start) * sizes.headdim..];
+            let out = MatMut::strided(out, q, sizes.headdim, width);
+            matmul(out, false, 1.0, Mat::new(weights, q, q), x, Threads::One);
+        }
+        let state = |chunk: usize| {
+            // SAFETY: the state of these heads of this sequence is this task's alone, and taken once at a time.
+            unsafe { self.states.slice(sizes.state(sequence, chunk, heads)) }
+        };
+        if chunk > 0 {
+            let c = self.inputs.c.mat(rows.clone(), 0..n);
+            matmul(MatMut::new(wide, q, width), false, 1.0, c, Mat::new(state(chunk), n, width), Threads::One);
+        }
+        vectorize(
+            #[inline(always)]
+            || self.finish(&rows, heads, (chunk > 0).then_some(&*wide), out),
+        );
+        if chunk + 1 < sizes.chunks() {
+            let next = state(chunk + 1);
+            match chunk {
+                0 => next.fill(0.0),
+                _ => next.copy_from_slice(state(chunk)),
+            }
+            vectorize(
+                #[inline(always)]
+                || self.weigh_inputs(&rows, heads, next, wide),
+            );
+            let b = self.inputs.b.mat(rows, 0..n);
+            matmul(MatMut::new(next, n, width), true, 1.0, b.t(), Mat::new(wide, q, width), Threads::One);
+        }
+    }
+
+    /// Writes `out + e^{s_i} (C S)` to the output.
+    #[inline(always)]
+    fn finish(&self, rows: &Range<usize>, heads: &Range<usize>, from_state: Option<&[f32]>, out: &[f32]) {
+        let (p, width) = (self.sizes.headdim, self.sizes.columns(heads).len());
+        for (i, row) in rows.clone().enumerate() {
+            for head in heads.clone() {
+                let here = i * width + (head - heads.start) * p..i * width + (head - heads.start + 1) * p;
+                // SAFETY: a head of a sequence is one task's.
+                let y = unsafe { self.y.row(row, head * p..(head + 1) * p) };
+                y.copy_from_slice(&out[here.clone()]);
+                if let Some(from_state) = from_state {
+                    simd::axpy(exp_decay(self.sums[row * self.sizes.heads + head]), &from_state[here], y);
+                }
+            }
+        }
+    }
+
+    /// Decays `state` over the chunk and writes `e^{s_Q - s_j} δ_j x_j` to `wide`.
+    #[inline(always)]
+    fn weigh_inputs(&self, rows: &Range<usize>, heads: &Range<usize>, state: &mut [f32], wide: &mut [f32]) {
+        let (p, width, all) = (self.sizes.headdim, self.sizes.columns(heads).len(), self.sizes.heads);
+        let last = &self.sums[(rows.end - 1) * all..rows.end * all];
+        for state in state.chunks_exact_mut(width) {
+            for (head, state) in heads.clone().zip(state.chunks_exact_mut(p)) {
+                simd::scale(exp_decay(last[head]), state);
+            }
+        }
+        for (row, wide) in rows.clone().zip(wide.chunks_exact_mut(width)) {
+            for (head, wide) in heads.clone().zip(wide.chunks_exact_mut(p)) {
+                let weight = exp_decay(last[head] - self.sums[row * all + head]) * self.delta[row * all + head];
+                let x = &self.inputs.x.row(row)[head * p..(head + 1) * p];
+                wide.iter_mut().zip(x).for_each(|(w, x)| *w = weight * x);
+            }
+        }
+    }
+}
+
+/// Step sizes and their sums over a chunk, of one head.
+struct Steps {
+    len: usize,
+    delta: [f32; CHUNK],
+    sums: [f32; CHUNK],
+}
+
+impl Steps {
+    fn gather(delta: &[f32], sums: &[f32], heads: usize, rows: &Range<usize>, head: usize) -> Self {
+        let mut steps = Steps { len: rows.len(), delta: [0.0; CHUNK], sums: [0.0; CHUNK] };
+        for (i, row) in rows.clone().enumerate() {
+            steps.delta[i] = delta[row * heads + head];
+            steps.sums[i] = sums[row * heads + head];
+        }
+        steps
+    }
+
+    /// `(C_i·B_j) e^{s_i - s_j} δ_j` for j <= i, else 0.
+    #[inline(always)]
+    fn weights(&self, cb: &[f32], weights: &mut [f32]) {
+        let q = self.len;
+        for (i, (weights, cb)) in weights.chunks_exact_mut(q).zip(cb.chunks_exact(q)).enumerate() {
+            let (seen, unseen) = weights.split_at_mut(i + 1);
+            for (((w, cb), s), delta) in seen.iter_mut().zip(cb).zip(&self.sums).zip(&self.delta) {
+                *w = cb * exp_decay(self.sums[i] - s) * delta;
+            }
+            unseen.fill(0.0);
+        }
+    }
+
+    /// `e^{s_i - s_j}` for j <= i, else 0.
+    #[inline(always)]
+    fn decays(&self, decays: &mut [f32]) {
+        for (i, decays) in decays.chunks_exact_mut(self.len).enumerate() {
+            let (seen, unseen) = decays.split_at_mut(i + 1);
+            seen.iter_mut().zip(&self.sums).for_each(|(d, s)| *d = exp_decay(self.sums[i] - s));
+            unseen.fill(0.0);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

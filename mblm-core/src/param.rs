@@ -1,0 +1,390 @@
+//! Parameters: values, gradient buffers that accumulate, and reproducible initial values.
+//!
+//! Names are those of the reference package's `state_dict`, so weights travel both ways unchanged.
+
+use std::collections::BTreeMap;
+use std::ops::Deref;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use candle_core::backprop::GradStore;
+use candle_core::{CpuStorage, Device, InplaceOp1, Layout, Storage, StorageRef, Tensor, Var};
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{RngCore, SeedableRng};
+use sha2::{Digest, Sha256};
+
+use crate::block::Mode;
+use crate::error::{Error, Result};
+
+/// How a parameter starts. The random ones draw from a stream of their own, keyed by seed and parameter name.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Init {
+    /// Every element the same.
+    Const(f32),
+    /// Normal with mean 0 and standard deviation 1 (`torch.nn.Embedding`, `torch.randn`).
+    Normal,
+    /// Uniform in `[-bound, bound]`.
+    Uniform(f32),
+    /// `ln u` with `u` uniform in `[low, high]` (Mamba-2's `A_log`).
+    LogUniform(f32, f32),
+    /// `ln(1), …, ln(n)` along the last dimension (Mamba-1's `A_log`, the S4D-real initialisation).
+    LogRange,
+    /// The inverse softplus of a step size drawn log-uniformly from `[0.001, 0.1]`, at least 1e-4 (Mamba's `dt` bias).
+    InverseSoftplusDt,
+}
+
+impl Init {
+    /// PyTorch's default for the weight and the bias of `Linear` and `Conv1d`: uniform within `1 / sqrt(fan_in)`.
+    pub fn linear(fan_in: usize) -> Self {
+        Init::Uniform(1.0 / (fan_in as f32).sqrt())
+    }
+
+    fn values(self, shape: &[usize], rng: &mut ChaCha8Rng) -> Vec<f32> {
+        let last = shape.last().copied().unwrap_or(1);
+        let uniform = |rng: &mut ChaCha8Rng| (rng.next_u32() >> 8) as f64 / (1u32 << 24) as f64;
+        let draw = |i: usize, rng: &mut ChaCha8Rng| -> f64 {
+            match self {
+                Init::Const(value) => value as f64,
+                Init::Normal => {
+                    // Box & Muller 1958; 1 - u keeps the logarithm finite.
+                    let (u, v) = (1.0 - uniform(rng), uniform(rng));
+                    (-2.0 * u.ln()).sqrt() * (2.0 * std::f64::consts::PI * v).cos()
+                }
+                Init::Uniform(bound) => (2.0 * uniform(rng) - 1.0) * bound as f64,
+                Init::LogUniform(low, high) => (low as f64 + uniform(rng) * (high - low) as f64).ln(),
+                Init::LogRange => ((i % last + 1) as f64).ln(),
+                Init::InverseSoftplusDt => {
+                    let (low, high) = (0.001f64.ln(), 0.1f64.ln());
+                    let dt = (low + uniform(rng) * (high - low)).exp().max(1e-4);
+                    dt + (-(-dt).exp_m1()).ln()
+                }
+            }
+        };
+        (0..shape.iter().product()).map(|i| draw(i, rng) as f32).collect()
+    }
+}
+
+/// One learned tensor: its value, and the gradient that backward passes add to.
+pub struct Param {
+    name: String,
+    var: Var,
+    grad: Mutex<Vec<f32>>,
+    version: AtomicU64,
+    zero_row: Option<usize>,
+    weight_decay: bool,
+}
+
+impl std::fmt::Debug for Param {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Param({} {:?})", self.name, self.shape())
+    }
+}
+
+/// A parameter's values, borrowed as a slice.
+pub struct Values<'a>(StorageRef<'a>);
+
+impl Deref for Values<'_> {
+    type Target = [f32];
+    fn deref(&self) -> &[f32] {
+        match &*self.0 {
+            Storage::Cpu(CpuStorage::F32(values)) => values,
+            _ => unreachable!("parameters are created as f32 on the CPU"),
+        }
+    }
+}
+
+impl Param {
+    /// The name in checkpoints, for example `stage_models.0.norm.g`.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The shape, outermost dimension first.
+    pub fn shape(&self) -> &[usize] {
+        self.var.dims()
+    }
+
+    /// The number of elements.
+    pub fn len(&self) -> usize {
+        self.var.elem_count()
+    }
+
+    /// True for a parameter without elements.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// False for the parameters that weight decay must leave alone: biases, gains, embeddings, `A_log`, `D`.
+    pub fn weight_decay(&self) -> bool {
+        self.weight_decay
+    }
+
+    /// The value as a tensor: a node of the graph in training, detached otherwise.
+    pub fn tensor(&self, mode: Mode) -> Tensor {
+        match mode {
+            Mode::Train { .. } => self.var.as_tensor().clone(),
+            Mode::Eval => self.var.as_detached_tensor(),
+        }
+    }
+
+    /// The value as a slice. Do not update the parameter while the borrow lives.
+    pub fn values(&self) -> Values<'_> {
+        Values(self.var.storage_and_layout().0)
+    }
+
+    /// The accumulated gradient; empty until something was added.
+    pub fn grad(&self) -> MutexGuard<'_, Vec<f32>> {
+        self.grad.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// The accumulated gradient, allocated, for a backward pass to add to.
+    pub fn grad_mut(&self) -> MutexGuard<'_, Vec<f32>> {
+        let mut grad = self.grad();
+        if grad.is_empty() {
+            grad.resize(self.len(), 0.0);
+        }
+        grad
+    }
+
+    /// Grows with every update, so that whoever keeps a copy knows when it is stale.
+    pub fn version(&self) -> u64 {
+        self.version.load(Ordering::Acquire)
+    }
+
+    /// Changes the value in place.
+    pub fn update(&self, change: impl FnMut(&mut [f32])) -> Result<()> {
+        struct Change<F>(Mutex<F>);
+        impl<F: FnMut(&mut [f32])> InplaceOp1 for Change<F> {
+            fn name(&self) -> &'static str {
+                "param-update"
+            }
+            fn cpu_fwd(&self, storage: &mut CpuStorage, _: &Layout) -> candle_core::Result<()> {
+                let CpuStorage::F32(values) = storage else { candle_core::bail!("parameters are f32") };
+                (*self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner()))(values);
+                Ok(())
+            }
+        }
+        self.var.as_tensor().inplace_op1(&Change(Mutex::new(change)))?;
+        self.version.fetch_add(1, Ordering::AcqRel);
+        Ok(())
+    }
+}
+
+/// All parameters of a model, sorted by name.
+pub struct ParamStore {
+    params: BTreeMap<String, Arc<Param>>,
+    seed: u64,
+}
+
+impl ParamStore {
+    /// An empty store whose initial values follow from `seed`.
+    pub fn new(seed: u64) -> Self {
+        ParamStore { params: BTreeMap::new(), seed }
+    }
+
+    /// The scope without a prefix.
+    pub fn root(&mut self) -> ParamScope<'_> {
+        ParamScope { store: self, prefix: String::new() }
+    }
+
+    /// The parameters, sorted by name.
+    pub fn iter(&self) -> impl Iterator<Item = &Arc<Param>> {
+        self.params.values()
+    }
+
+    /// The parameter called `name`.
+    pub fn get(&self, name: &str) -> Option<&Arc<Param>> {
+        self.params.get(name)
+    }
+
+    /// The number of learned numbers.
+    pub fn num_elements(&self) -> usize {
+        self.iter().map(|p| p.len()).sum()
+    }
+
+    /// Runs backward from `loss` and adds the gradient of every parameter to its buffer.
+    ///
+    /// Fused layers deposit theirs on the way; those that candle's graph holds are folded in here, and only here. The
+    /// row of the pad token gets none. Returns the graph's own gradients, of inputs for example.
+    pub fn backward(&self, loss: &Tensor) -> Result<GradStore> {
+        let grads = loss.backward()?;
+        fold_gradients(self.iter(), &grads)?;
+        for param in self.iter() {
+            if let Some(row) = param.zero_row {
+                let width = param.shape()[1];
+                if let Some(row) = param.grad().get_mut(row * width..(row + 1) * width) {
+                    row.fill(0.0);
+                }
+            }
+        }
+        Ok(grads)
+    }
+
+    /// Sets every gradient to zero.
+    pub fn zero_grad(&self) {
+        self.iter().for_each(|p| p.grad().fill(0.0));
+    }
+
+    /// Replaces all values. Names and shapes must agree exactly; an error lists what does not.
+    pub fn load(&self, weights: &BTreeMap<String, (Vec<usize>, Vec<f32>)>) -> Result<()> {
+        let mut wrong = Vec::new();
+        for param in self.iter() {
+            match weights.get(param.name()) {
+                None => wrong.push(format!("missing {}", param.name())),
+                Some((shape, _)) if shape != param.shape() => {
+                    wrong.push(format!("{}: expected shape {:?}, found {shape:?}", param.name(), param.shape()));
+                }
+                Some(_) => {}
+            }
+        }
+        wrong.extend(weights.keys().filter(|n| !self.params.contains_key(*n)).map(|n| format!("unknown {n}")));
+        if !wrong.is_empty() {
+            return Err(Error::Weights(format!("the weights do not fit this model: {}", wrong.join("; "))));
+        }
+        for param in self.iter() {
+            let (_, values) = &weights[param.name()];
+            param.update(|slot| slot.copy_from_slice(values))?;
+        }
+        Ok(())
+    }
+}
+
+/// Adds the gradients that candle's graph holds to the buffers of their parameters.
+pub(crate) fn fold_gradients<'a>(params: impl Iterator<Item = &'a Arc<Param>>, grads: &GradStore) -> Result<()> {
+    for param in params {
+        if let Some(from_graph) = grads.get(param.var.as_tensor()) {
+            crate::node::with_floats(from_graph, |grad| crate::simd::add(grad, &mut param.grad_mut()))?;
+        }
+    }
+    Ok(())
+}
+
+/// Where a module creates its parameters: a store and a name prefix.
+pub struct ParamScope<'a> {
+    store: &'a mut ParamStore,
+    prefix: String,
+}
+
+impl ParamScope<'_> {
+    /// The scope `prefix.name`.
+    pub fn sub(&mut self, name: impl std::fmt::Display) -> ParamScope<'_> {
+        let prefix = if self.prefix.is_empty() { name.to_string() } else { format!("{}.{name}", self.prefix) };
+        ParamScope { store: self.store, prefix }
+    }
+
+    /// The prefix of this scope: with the model's seed, it tells a module's random stream from all others.
+    pub fn prefix(&self) -> &str {
+        &self.prefix
+    }
+
+    /// Creates a parameter. Matrices named `weight` decay, everything else does not.
+    pub fn param(&mut self, name: &str, shape: &[usize], init: Init) -> Result<Arc<Param>> {
+        self.create(name, shape, init, None, 1.0)
+    }
+
+    /// Creates a parameter whose initial values are multiplied by `gain`.
+    pub fn scaled_param(&mut self, name: &str, shape: &[usize], init: Init, gain: f32) -> Result<Arc<Param>> {
+        self.create(name, shape, init, None, gain)
+    }
+
+    /// Creates an embedding table `(rows, dim)` whose row `zero_row` is zero and stays so.
+    pub fn embedding(&mut self, rows: usize, dim: usize, zero_row: Option<usize>) -> Result<Arc<Param>> {
+        self.create("weight", &[rows, dim], Init::Normal, zero_row, 1.0)
+    }
+
+    fn create(
+        &mut self,
+        name: &str,
+        shape: &[usize],
+        init: Init,
+        zero_row: Option<usize>,
+        gain: f32,
+    ) -> Result<Arc<Param>> {
+        let name = self.sub(name).prefix;
+        if self.store.params.contains_key(&name) {
+            return Err(Error::Weights(format!("parameter {name} is created twice")));
+        }
+        let mut hash = Sha256::new();
+        hash.update(self.store.seed.to_le_bytes());
+        hash.update(name.as_bytes());
+        let mut values = init.values(shape, &mut ChaCha8Rng::from_seed(hash.finalize().into()));
+        values.iter_mut().for_each(|v| *v *= gain);
+        if let Some(row) = zero_row {
+            values[row * shape[1]..(row + 1) * shape[1]].fill(0.0);
+        }
+        let var = Var::from_tensor(&Tensor::from_vec(values, shape, &Device::Cpu)?)?;
+        let param = Arc::new(Param {
+            weight_decay: shape.len() >= 2 && name.ends_with("weight") && !name.contains("emb"),
+            name: name.clone(),
+            var,
+            grad: Mutex::default(),
+            version: AtomicU64::new(0),
+            zero_row,
+        });
+        self.store.params.insert(name, param.clone());
+        Ok(param)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_follow_seed_and_name_alone() {
+        let make = |names: &[&str], seed| {
+            let mut store = ParamStore::new(seed);
+            names.iter().for_each(|n| drop(store.root().param(n, &[4, 3], Init::Normal).unwrap()));
+            store.get("b").unwrap().values().to_vec()
+        };
+        let alone = make(&["b"], 7);
+        assert_eq!(alone, make(&["a", "b", "c"], 7), "other parameters must not change this one");
+        assert_ne!(alone, make(&["b"], 8));
+    }
+
+    #[test]
+    fn normal_and_uniform_have_their_moments() {
+        let mut store = ParamStore::new(0);
+        let normal = store.root().param("n", &[100_000], Init::Normal).unwrap().values().to_vec();
+        let mean = normal.iter().sum::<f32>() / 1e5;
+        let variance = normal.iter().map(|v| v * v).sum::<f32>() / 1e5;
+        assert!(mean.abs() < 0.02 && (variance - 1.0).abs() < 0.02, "mean {mean}, variance {variance}");
+        let uniform = store.root().param("u", &[10_000], Init::linear(16)).unwrap().values().to_vec();
+        assert!(uniform.iter().all(|v| v.abs() <= 0.25) && uniform.iter().any(|v| v.abs() > 0.249));
+    }
+
+    #[test]
+    fn gradients_accumulate_and_the_zero_row_gets_none() {
+        let mut store = ParamStore::new(0);
+        let table = store.root().embedding(3, 2, Some(1)).unwrap();
+        assert_eq!(&table.values()[2..4], [0.0, 0.0]);
+        for _ in 0..2 {
+            let loss = (table.tensor(Mode::train(0)) * 3.0).unwrap().sum_all().unwrap();
+            store.backward(&loss).unwrap();
+        }
+        assert_eq!(*table.grad(), [6.0, 6.0, 0.0, 0.0, 6.0, 6.0]);
+        store.zero_grad();
+        assert_eq!(*table.grad(), [0.0; 6]);
+    }
+
+    #[test]
+    fn load_lists_everything_that_does_not_fit() {
+        let mut store = ParamStore::new(0);
+        store.root().param("a", &[2], Init::Normal).unwrap();
+        store.root().param("b", &[2], Init::Normal).unwrap();
+        let weights = BTreeMap::from([("b".into(), (vec![3], vec![0.0; 3])), ("c".into(), (vec![1], vec![0.0]))]);
+        let message = store.load(&weights).unwrap_err().to_string();
+        for part in ["missing a", "b: expected shape [2], found [3]", "unknown c"] {
+            assert!(message.contains(part), "{message}");
+        }
+    }
+
+    #[test]
+    fn an_update_changes_the_version() {
+        let mut store = ParamStore::new(0);
+        let param = store.root().param("a", &[2], Init::Const(1.0)).unwrap();
+        let before = param.version();
+        param.update(|v| v[0] = 5.0).unwrap();
+        assert_eq!((&param.values()[..], param.version() > before), (&[5.0, 1.0][..], true));
+    }
+}

@@ -1,0 +1,108 @@
+//! Memory for time: a stage runs its sequences in chunks and keeps their inputs alone; backward runs each chunk forward
+//! once more (Chen et al. 2016). What the package calls `train_checkpoint_chunks`.
+
+use std::sync::Arc;
+
+use candle_core::{CpuStorage, CustomOp1, Device, Layout, Shape, Tensor, Var};
+
+use crate::block::{Mode, StageModel};
+use crate::error::Result;
+use crate::node::{Node, apply1};
+use crate::param::{Param, fold_gradients};
+
+/// Runs `model` on `x` in `chunks` chunks of sequences. Gradients are those of one pass over all; with dropout, each
+/// chunk draws a mask of its own.
+///
+/// # Shapes
+/// - `x`: `(R, S, D)`; returns the same
+///
+/// `params` are the model's: those that candle's graph differentiates get their gradients here.
+pub(crate) fn recompute(
+    model: &Arc<dyn StageModel>,
+    params: &[Arc<Param>],
+    x: &Tensor,
+    chunks: usize,
+    seed: u64,
+) -> Result<Tensor> {
+    let rows = x.dim(0)?;
+    let op = Recompute { model: model.clone(), params: params.to_vec(), rows: rows.div_ceil(chunks).max(1), seed };
+    Ok(x.contiguous()?.apply_op1(op)?)
+}
+
+struct Recompute {
+    model: Arc<dyn StageModel>,
+    params: Vec<Arc<Param>>,
+    /// Sequences of a chunk.
+    rows: usize,
+    seed: u64,
+}
+
+impl Recompute {
+    /// The chunks as (first row, rows, mode).
+    fn chunks(&self, rows: usize) -> impl Iterator<Item = (usize, usize, Mode)> + use<'_> {
+        (0..rows).step_by(self.rows).map(move |first| {
+            let mode = Mode::train(self.seed.wrapping_add((first as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15)));
+            (first, self.rows.min(rows - first), mode)
+        })
+    }
+
+    fn forward(&self, x: &Tensor) -> Result<Vec<f32>> {
+        let mut out = Vec::with_capacity(x.elem_count());
+        for (first, rows, mode) in self.chunks(x.dim(0)?) {
+            // Not a variable of the graph: the chunk's tape goes with its output.
+            let y = self.model.forward(&x.narrow(0, first, rows)?.contiguous()?, None, mode)?;
+            crate::node::with_floats(&y, |y| out.extend_from_slice(y))?;
+        }
+        Ok(out)
+    }
+
+    fn backward(&self, x: &Tensor, dy: &Tensor) -> Result<Tensor> {
+        let mut grads = Vec::new();
+        for (first, rows, mode) in self.chunks(x.dim(0)?) {
+            let x = Var::from_tensor(&x.narrow(0, first, rows)?.contiguous()?)?;
+            let y = self.model.forward(x.as_tensor(), None, mode)?;
+            let dy = dy.narrow(0, first, rows)?.contiguous()?;
+            let found = apply1(Seed(dy), &y, mode)?.backward()?;
+            fold_gradients(self.params.iter(), &found)?;
+            grads.push(match found.get(x.as_tensor()) {
+                Some(grad) => grad.clone(),
+                None => x.as_detached_tensor().zeros_like()?,
+            });
+        }
+        Ok(Tensor::cat(&grads, 0)?)
+    }
+}
+
+impl CustomOp1 for Recompute {
+    fn name(&self) -> &'static str {
+        "recompute"
+    }
+
+    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        let x = Tensor::from_slice(crate::node::floats(storage, layout)?, layout.shape(), &Device::Cpu)?;
+        Ok((CpuStorage::F32(self.forward(&x)?), layout.shape().clone()))
+    }
+
+    fn bwd(&self, x: &Tensor, _: &Tensor, dy: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        Ok(Some(self.backward(&x.detach(), dy)?))
+    }
+}
+
+/// A scalar whose gradient with respect to its input is what it holds: the start of a chunk's backward pass.
+struct Seed(Tensor);
+
+impl Node for Seed {
+    type Tape = ();
+
+    fn shape(&self) -> Shape {
+        Shape::from(())
+    }
+
+    fn forward(&self, _: &[&[f32]], _: &mut [f32]) {}
+
+    fn backward(&self, _: &[&[f32]], (): (), _: &[f32], grads: &mut [Vec<f32>]) {
+        // A contiguous f32 CPU tensor by construction.
+        let copied = crate::node::with_floats(&self.0, |dy| grads[0].copy_from_slice(dy));
+        debug_assert!(copied.is_ok());
+    }
+}

@@ -1,0 +1,440 @@
+//! Which block types there are, and which one a mapping in YAML means.
+//!
+//! typetag and inventory know the blocks of one linked binary; a [`BlockSource`] adds others, such as plugins loaded at
+//! run time.
+
+use std::sync::Arc;
+
+use serde_yaml::{Mapping, Value};
+
+use crate::block::StageBlock;
+use crate::error::{Error, Result};
+use crate::nearest::{quoted, suggestion};
+use crate::yaml::{ConfigError, Document, ValueError, describe, from_value, join};
+
+/// The field that names a block type.
+pub const TAG: &str = "block_type";
+
+/// A block type that is linked into this binary. Made by [`register_block!`](crate::register_block).
+#[doc(hidden)]
+pub struct Registration {
+    pub name: &'static str,
+    pub about: &'static str,
+    pub aliases: &'static [&'static str],
+    pub infers: bool,
+    pub schema: fn() -> schemars::Schema,
+    pub file: &'static str,
+    pub line: u32,
+}
+
+inventory::collect!(Registration);
+
+/// Registers a block type under the name that its `#[typetag::serde(name = …)]` gives it.
+///
+/// ```ignore
+/// register_block!(Lstm, name = "lstm", about = "A stack of LSTM layers", infer = true);
+/// ```
+///
+/// After `name`, in this order: `about`, a line for `mblm blocks`, by default the first line of the struct's docs;
+/// `infer = true`, which lets YAML leave out `block_type` where only this type accepts the fields; `aliases = ["…"]`,
+/// other names that YAML may use.
+#[macro_export]
+macro_rules! register_block {
+    (
+        $block:ty, name = $name:literal
+        $(, about = $about:literal)? $(, infer = $infer:literal)? $(, aliases = [$($alias:literal),* $(,)?])? $(,)?
+    ) => {
+        $crate::inventory::submit! {
+            $crate::registry::Registration {
+                name: $name,
+                about: concat!($($about)?),
+                aliases: &[$($($alias),*)?],
+                infers: false $(|| $infer)?,
+                schema: || $crate::schemars::schema_for!($block),
+                file: file!(),
+                line: line!(),
+            }
+        }
+    };
+}
+
+/// A block type.
+#[derive(Clone, Debug, PartialEq)]
+pub struct BlockInfo {
+    /// Its `block_type`.
+    pub name: String,
+    /// What it is, in a line.
+    pub about: String,
+    /// Other names that YAML may use.
+    pub aliases: Vec<String>,
+    /// Whether YAML may leave out `block_type` where only this type accepts the fields.
+    pub infers: bool,
+    /// The JSON Schema of its fields.
+    pub schema: serde_json::Value,
+    /// Where it comes from: a source file and line, or a shared library.
+    pub location: String,
+}
+
+/// Somewhere block types come from.
+pub trait BlockSource: Send + Sync {
+    /// The types.
+    fn blocks(&self) -> Vec<BlockInfo>;
+
+    /// Makes a block from its fields, a mapping without `block_type`. Unknown fields are an error.
+    fn parse(&self, block_type: &str, fields: &Value) -> std::result::Result<Arc<dyn StageBlock>, ValueError>;
+}
+
+/// The types that are linked into this binary.
+struct Builtin;
+
+impl BlockSource for Builtin {
+    fn blocks(&self) -> Vec<BlockInfo> {
+        let info = |block: &Registration| {
+            let schema = (block.schema)().to_value();
+            let docs = schema["description"].as_str().and_then(|text| text.lines().next()).unwrap_or_default();
+            BlockInfo {
+                name: block.name.into(),
+                about: if block.about.is_empty() { docs } else { block.about }.into(),
+                aliases: block.aliases.iter().map(|alias| alias.to_string()).collect(),
+                infers: block.infers,
+                schema,
+                location: format!("{}:{}", block.file, block.line),
+            }
+        };
+        inventory::iter::<Registration>.into_iter().map(info).collect()
+    }
+
+    fn parse(&self, block_type: &str, fields: &Value) -> std::result::Result<Arc<dyn StageBlock>, ValueError> {
+        // The tag goes first: typetag then reads the other fields straight from the mapping, and errors keep their path.
+        let mut tagged = Mapping::from_iter([(Value::from(TAG), Value::from(block_type))]);
+        tagged.extend(fields.as_mapping().into_iter().flatten().map(|(name, value)| (name.clone(), value.clone())));
+        from_value::<Box<dyn StageBlock>>(&Value::Mapping(tagged)).map(Arc::from)
+    }
+}
+
+/// All block types that a configuration may use.
+pub struct BlockRegistry {
+    sources: Vec<Box<dyn BlockSource>>,
+    /// Sorted by name, each with the index of its source.
+    blocks: Vec<(BlockInfo, usize)>,
+}
+
+impl BlockRegistry {
+    /// The types that are linked into this binary.
+    ///
+    /// # Errors
+    /// Two types with one name; says where both stand.
+    pub fn builtin() -> Result<Self> {
+        BlockRegistry { sources: vec![], blocks: vec![] }.with_source(Builtin)
+    }
+
+    /// Adds the types of a source.
+    ///
+    /// # Errors
+    /// Two types with one name; says where both come from.
+    pub fn with_source(mut self, source: impl BlockSource + 'static) -> Result<Self> {
+        for block in source.blocks() {
+            for name in std::iter::once(&block.name).chain(&block.aliases) {
+                if let Some(other) = self.get(name) {
+                    return Err(Error::Block(format!(
+                        "the block type `{name}` is registered twice: in {} and in {}",
+                        other.location, block.location
+                    )));
+                }
+            }
+            let at = self.blocks.partition_point(|(other, _)| other.name < block.name);
+            self.blocks.insert(at, (block, self.sources.len()));
+        }
+        self.sources.push(Box::new(source));
+        Ok(self)
+    }
+
+    /// The types, sorted by name.
+    pub fn blocks(&self) -> impl Iterator<Item = &BlockInfo> {
+        self.blocks.iter().map(|(block, _)| block)
+    }
+
+    /// The type with this name or alias.
+    pub fn get(&self, name: &str) -> Option<&BlockInfo> {
+        self.blocks().find(|block| block.name == name || block.aliases.iter().any(|alias| alias == name))
+    }
+
+    /// What to add to "unknown block type".
+    pub fn suggestion(&self, name: &str) -> String {
+        suggestion(name, &self.names().collect::<Vec<_>>())
+    }
+
+    /// The block at `path` of a document: the type that `block_type` names, or else the only one that accepts the
+    /// fields, among those that opt in to that.
+    pub fn parse(&self, document: &Document, path: &str) -> std::result::Result<Arc<dyn StageBlock>, ConfigError> {
+        let value = document.require(path)?;
+        let Some(fields) = value.as_mapping() else {
+            let message = format!("expected a block, such as {{block_type: …}}, found {}", describe(value));
+            return Err(document.error(path, message));
+        };
+        let mut fields = fields.clone();
+        match fields.shift_remove(TAG) {
+            Some(Value::String(name)) => {
+                let Some(block) = self.get(&name) else {
+                    let message = format!("unknown block type {name:?}; {}", self.suggestion(&name));
+                    return Err(document.error(&join(path, TAG), message));
+                };
+                self.parse_as(block, &Value::Mapping(fields)).map_err(|error| document.error_in(path, error))
+            }
+            Some(other) => {
+                let message = format!("expected the name of a block type, found {}", describe(&other));
+                Err(document.error(&join(path, TAG), message))
+            }
+            None => self.infer(&Value::Mapping(fields)).map_err(|message| document.error(path, message)),
+        }
+    }
+
+    fn parse_as(&self, block: &BlockInfo, fields: &Value) -> std::result::Result<Arc<dyn StageBlock>, ValueError> {
+        let source = self.blocks.iter().find(|(other, _)| other.name == block.name).map(|&(_, source)| source);
+        match source.and_then(|source| self.sources.get(source)) {
+            Some(source) => source.parse(&block.name, fields),
+            None => Err(ValueError { path: TAG.into(), message: format!("unknown block type {:?}", block.name) }),
+        }
+    }
+
+    fn infer(&self, fields: &Value) -> std::result::Result<Arc<dyn StageBlock>, String> {
+        let mut fitting = Vec::new();
+        let mut misfits = String::new();
+        for block in self.blocks().filter(|block| block.infers) {
+            match self.parse_as(block, fields) {
+                Ok(parsed) => fitting.push((block.name.as_str(), parsed)),
+                Err(error) => misfits.push_str(&format!("\n  {}: {error}", block.name)),
+            }
+        }
+        match fitting.len() {
+            1 => Ok(fitting.remove(0).1),
+            0 => {
+                let others: Vec<&str> = self.blocks().filter(|b| !b.infers).map(|b| b.name.as_str()).collect();
+                let others = if others.is_empty() { String::new() } else { format!(" (or {})", quoted(&others)) };
+                Err(format!("these fields fit no block type; name the one you mean with `{TAG}`{others}{misfits}"))
+            }
+            _ => {
+                let names: Vec<&str> = fitting.iter().map(|&(name, _)| name).collect();
+                Err(format!("these fields fit several block types, {}; name one with `{TAG}`", quoted(&names)))
+            }
+        }
+    }
+
+    fn names(&self) -> impl Iterator<Item = &str> {
+        self.blocks().map(|block| block.name.as_str())
+    }
+}
+
+/// The `block_type` of a block.
+pub fn block_type(block: &dyn StageBlock) -> &'static str {
+    block.typetag_name()
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use schemars::JsonSchema;
+    use serde::{Deserialize, Serialize};
+    use serde_json::json;
+
+    use super::*;
+    use crate::block::{FieldError, PosEmb, StageModel};
+    use crate::param::ParamScope;
+
+    /// Transformer layers.
+    ///
+    /// More text.
+    #[derive(Debug, Serialize, Deserialize, JsonSchema)]
+    #[serde(deny_unknown_fields)]
+    struct Transformer {
+        attn_head_dims: usize,
+        attn_num_heads: usize,
+        attn_use_rot_embs: bool,
+        #[serde(default)]
+        attn_dropout: f32,
+        #[serde(default = "two")]
+        ff_multiplier: usize,
+        #[serde(default)]
+        ff_dropout: f32,
+        #[serde(default)]
+        use_flash_attn: bool,
+        #[serde(default)]
+        pos_emb_type: Option<PosEmb>,
+    }
+
+    fn two() -> usize {
+        2
+    }
+
+    #[derive(Debug, Serialize, Deserialize, JsonSchema)]
+    #[serde(deny_unknown_fields)]
+    struct Mamba {
+        d_state: usize,
+        d_conv: usize,
+        expand: usize,
+        headdim: usize,
+        #[serde(default)]
+        dropout: f32,
+        #[serde(default)]
+        pos_emb_type: Option<PosEmb>,
+    }
+
+    #[derive(Debug, Serialize, Deserialize, JsonSchema)]
+    #[serde(transparent)]
+    struct Mamba1(Mamba);
+
+    register_block!(Transformer, name = "transformer", infer = true);
+    register_block!(Mamba, name = "mamba2", about = "State space layers", infer = true, aliases = ["mamba"]);
+    register_block!(Mamba1, name = "mamba1", about = "Older layers");
+
+    fn build() -> Result<Box<dyn StageModel>> {
+        Err(Error::Block("blocks of tests build nothing".into()))
+    }
+
+    #[typetag::serde(name = "transformer")]
+    impl StageBlock for Transformer {
+        fn pos_emb_type(&self) -> Option<PosEmb> {
+            self.pos_emb_type
+        }
+        fn build(&self, _: usize, _: usize, _: &mut ParamScope) -> Result<Box<dyn StageModel>> {
+            build()
+        }
+    }
+
+    #[typetag::serde(name = "mamba2")]
+    impl StageBlock for Mamba {
+        fn pos_emb_type(&self) -> Option<PosEmb> {
+            self.pos_emb_type
+        }
+        fn validate(&self, dim: usize) -> std::result::Result<(), FieldError> {
+            let (inner, headdim) = (dim * self.expand, self.headdim);
+            match inner.is_multiple_of(headdim) {
+                true => Ok(()),
+                false => Err(FieldError::new("headdim", format!("expected a divisor of {inner}, found {headdim}"))),
+            }
+        }
+        fn build(&self, _: usize, _: usize, _: &mut ParamScope) -> Result<Box<dyn StageModel>> {
+            build()
+        }
+    }
+
+    #[typetag::serde(name = "mamba1")]
+    impl StageBlock for Mamba1 {
+        fn pos_emb_type(&self) -> Option<PosEmb> {
+            self.0.pos_emb_type
+        }
+        fn build(&self, _: usize, _: usize, _: &mut ParamScope) -> Result<Box<dyn StageModel>> {
+            build()
+        }
+    }
+
+    pub(crate) fn registry() -> BlockRegistry {
+        BlockRegistry::builtin().unwrap()
+    }
+
+    /// A source as a plugin host would be one: its types are not known to typetag.
+    struct Plugin(&'static str);
+
+    #[derive(Debug, Serialize)]
+    #[serde(transparent)]
+    struct PluginBlock {
+        fields: Value,
+        #[serde(skip)]
+        name: &'static str,
+    }
+
+    impl StageBlock for PluginBlock {
+        fn typetag_name(&self) -> &'static str {
+            self.name
+        }
+        fn typetag_deserialize(&self) {}
+        fn pos_emb_type(&self) -> Option<PosEmb> {
+            None
+        }
+        fn build(&self, _: usize, _: usize, _: &mut ParamScope) -> Result<Box<dyn StageModel>> {
+            build()
+        }
+    }
+
+    impl BlockSource for Plugin {
+        fn blocks(&self) -> Vec<BlockInfo> {
+            vec![BlockInfo {
+                name: self.0.into(),
+                about: "From a plugin".into(),
+                aliases: vec![],
+                infers: true,
+                schema: json!({}),
+                location: "plugins/lib.so".into(),
+            }]
+        }
+        fn parse(&self, _: &str, fields: &Value) -> std::result::Result<Arc<dyn StageBlock>, ValueError> {
+            match fields.get("gates") {
+                Some(_) => Ok(Arc::new(PluginBlock { fields: fields.clone(), name: self.0 })),
+                None => Err(ValueError { path: "gates".into(), message: "missing".into() }),
+            }
+        }
+    }
+
+    fn parse(registry: &BlockRegistry, text: &str) -> std::result::Result<String, String> {
+        let document = Document::parse(&format!("block: {{{text}}}"), "b.yaml").unwrap();
+        let block = registry.parse(&document, "block").map_err(|error| error.to_string())?;
+        assert!(format!("{:?}", serde_yaml::to_value(&*block).unwrap()).contains(block_type(&*block)));
+        Ok(block_type(&*block).into())
+    }
+
+    #[test]
+    fn built_in_types_describe_themselves() {
+        let registry = registry();
+        let about: Vec<_> = registry.blocks().map(|b| (b.name.as_str(), b.about.as_str(), b.infers)).collect();
+        let want = [
+            ("mamba1", "Older layers", false),
+            ("mamba2", "State space layers", true),
+            ("transformer", "Transformer layers.", true),
+        ];
+        assert_eq!(about, want);
+        let transformer = registry.get("transformer").unwrap();
+        assert!(transformer.location.contains("registry.rs:"), "{}", transformer.location);
+        assert_eq!(transformer.schema["required"], json!(["attn_head_dims", "attn_num_heads", "attn_use_rot_embs"]));
+    }
+
+    #[test]
+    fn the_type_is_named_aliased_or_inferred() {
+        let mamba = "d_state: 1, d_conv: 1, expand: 1, headdim: 1";
+        let registry = registry();
+        for (tag, want) in [("block_type: mamba1,", "mamba1"), ("block_type: mamba,", "mamba2"), ("", "mamba2")] {
+            assert_eq!(parse(&registry, &format!("{tag} {mamba}")).as_deref(), Ok(want));
+        }
+        let transformer = "attn_head_dims: 1, attn_num_heads: 1, attn_use_rot_embs: true, attn_dropout: 0";
+        assert_eq!(parse(&registry, transformer).as_deref(), Ok("transformer"));
+        assert_eq!(parse(&registry, &format!("{transformer}, block_type: transformer")).as_deref(), Ok("transformer"));
+    }
+
+    #[test]
+    fn a_source_adds_types() {
+        let registry = registry().with_source(Plugin("lstm")).unwrap();
+        assert_eq!(parse(&registry, "block_type: lstm, gates: 4").as_deref(), Ok("lstm"));
+        assert_eq!(parse(&registry, "gates: 4").as_deref(), Ok("lstm"));
+        let error = parse(&registry, "block_type: lstm, gaits: 4").unwrap_err();
+        assert_eq!(error, "b.yaml: block.gates: missing (line 1)");
+        let written = registry.parse(&Document::parse("{block_type: lstm, gates: 4}", "").unwrap(), "").unwrap();
+        assert_eq!(serde_yaml::to_string(&*written).unwrap(), "block_type: lstm\ngates: 4\n");
+    }
+
+    #[test]
+    fn fields_of_several_types_need_a_name() {
+        let registry = registry().with_source(Plugin("lstm")).unwrap().with_source(Plugin("gru")).unwrap();
+        let error = parse(&registry, "gates: 4").unwrap_err();
+        let want =
+            "b.yaml: block: these fields fit several block types, `gru`, `lstm`; name one with `block_type` (line 1)";
+        assert_eq!(error, want);
+    }
+
+    #[test]
+    fn a_name_is_taken_once() {
+        for name in ["mamba2", "mamba"] {
+            let Err(error) = registry().with_source(Plugin(name)) else { panic!("{name} was taken twice") };
+            let error = error.to_string();
+            let start = format!("the block type `{name}` is registered twice: in mblm-core/src/registry.rs:");
+            assert!(error.starts_with(&start) && error.ends_with(" and in plugins/lib.so"), "{error}");
+        }
+    }
+}

@@ -1,0 +1,141 @@
+//! Checks that every block should pass: fused equals composed, gradients included; decoder equals forward; causality.
+//! Public, because an author of a block runs them too.
+
+use std::sync::Arc;
+
+use candle_core::{DType, Device, Tensor, Var};
+
+use crate::block::{Mode, StageModel};
+use crate::error::Result;
+use crate::layer::{Dims, Layer, apply};
+use crate::param::{Param, ParamStore};
+
+/// Reproducible noise, uniform in `[-1, 1]`.
+pub fn noise(len: usize, seed: u64) -> Vec<f32> {
+    let mut state = seed.wrapping_add(1).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 40) as f32 / (1u32 << 23) as f32 - 1.0
+    };
+    (0..len).map(|_| next()).collect()
+}
+
+/// Moves every parameter away from special values such as 0 and 1, which hide errors.
+pub fn perturb(store: &ParamStore) {
+    for (i, param) in store.iter().enumerate() {
+        let noise = noise(param.len(), i as u64);
+        param.update(|v| v.iter_mut().zip(&noise).for_each(|(v, n)| *v += 0.1 * n)).expect("an in-place update");
+    }
+}
+
+/// Panics unless `got` is within `tolerance` of `want`, relative to the largest element of `want`.
+pub fn assert_close(what: &str, got: &[f32], want: &[f32], tolerance: f32) {
+    assert_eq!(got.len(), want.len(), "{what}: length");
+    let scale = want.iter().fold(1e-3f32, |m, v| m.max(v.abs()));
+    for (i, (g, w)) in got.iter().zip(want).enumerate() {
+        assert!((g - w).abs() <= tolerance * scale, "{what}[{i}]: got {g}, want {w} (scale {scale})");
+    }
+}
+
+/// What a forward and a backward pass gave.
+struct Pass {
+    output: Vec<f32>,
+    dx: Vec<f32>,
+    /// One per parameter.
+    grads: Vec<Vec<f32>>,
+}
+
+/// Runs `forward` in f32 or f64 on the same noise and returns output, input gradient and parameter gradients of the
+/// loss `Σ output · weights`.
+fn run(
+    params: &[Arc<Param>],
+    store: &ParamStore,
+    dims: Dims,
+    dtype: DType,
+    forward: impl Fn(&Tensor) -> Result<Tensor>,
+) -> Result<Pass> {
+    let shape = (dims.batch, dims.seq, dims.dim);
+    let x = Var::from_tensor(&Tensor::from_vec(noise(dims.len(), 11), shape, &Device::Cpu)?.to_dtype(dtype)?)?;
+    let weights = Tensor::from_vec(noise(dims.len(), 12), shape, &Device::Cpu)?.to_dtype(dtype)?;
+    let y = forward(x.as_tensor())?;
+    let loss = (&y * weights)?.sum_all()?;
+    store.zero_grad();
+    let dx = store.backward(&loss)?.get(x.as_tensor()).cloned();
+    let flat = |t: &Tensor| t.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>();
+    let dx = dx.map(|t| flat(&t)).transpose()?.unwrap_or_default();
+    Ok(Pass { output: flat(&y)?, dx, grads: params.iter().map(|p| p.grad().clone()).collect() })
+}
+
+/// Holds a fused layer against its composition in f64: output, gradient of the input and of every parameter, each
+/// within `tolerance` of its largest element; every parameter must get a finite, non-zero gradient.
+pub fn check_layer<L: Layer>(layer: &Arc<L>, store: &ParamStore, dims: Dims, mask: Option<&Tensor>, mode: Mode) {
+    const TOLERANCE: f32 = 2e-5;
+    crate::buffer::poison_buffers();
+    let params: Vec<_> = store.iter().cloned().collect();
+    let what = |part: &str| format!("{} {dims:?} {mode:?}: {part}", std::any::type_name::<L>());
+    let fused = run(&params, store, dims, DType::F32, |x| apply(layer, x, mask, mode)).expect("fused");
+    let composed = run(&params, store, dims, DType::F64, |x| layer.composed(x, mask, mode)).expect("composed");
+    assert_close(&what("output"), &fused.output, &composed.output, TOLERANCE);
+    assert_close(&what("gradient of x"), &fused.dx, &composed.dx, TOLERANCE);
+    for ((param, got), want) in params.iter().zip(&fused.grads).zip(&composed.grads) {
+        assert_close(&what(param.name()), got, want, TOLERANCE);
+        let live = got.iter().all(|g| g.is_finite()) && got.iter().any(|g| *g != 0.0);
+        assert!(live, "{}: no finite, non-zero gradient", what(param.name()));
+    }
+}
+
+/// Panics unless every parameter gets a finite, non-zero gradient through `model`.
+pub fn check_gradients(model: &dyn StageModel, store: &ParamStore, dims: Dims) {
+    crate::buffer::poison_buffers();
+    let params: Vec<_> = store.iter().cloned().collect();
+    let Pass { dx, grads, .. } =
+        run(&params, store, dims, DType::F32, |x| model.forward(x, None, Mode::train(1))).expect("a training pass");
+    assert!(dx.iter().any(|g| *g != 0.0), "the input gets no gradient");
+    for (param, grad) in params.iter().zip(grads) {
+        assert!(!grad.is_empty() && grad.iter().all(|g| g.is_finite()), "{}: not finite", param.name());
+        assert!(grad.iter().any(|g| *g != 0.0), "{}: the gradient is zero", param.name());
+    }
+}
+
+/// Panics unless the decoder gives the outputs of `forward` position by position, also after a reset.
+pub fn check_decoder(model: &dyn StageModel, dims: Dims, tolerance: f32) {
+    crate::buffer::poison_buffers();
+    let Dims { batch, seq, dim } = dims;
+    let x = noise(dims.len(), 21);
+    let input = Tensor::from_slice(&x, (batch, seq, dim), &Device::Cpu).expect("input");
+    let forward = model.forward(&input, None, Mode::Eval).expect("forward");
+    let want = forward.transpose(0, 1).and_then(|t| t.flatten_all()?.to_vec1::<f32>()).expect("outputs");
+    let steps = input.transpose(0, 1).and_then(|t| t.flatten_all()?.to_vec1::<f32>()).expect("inputs");
+    let mut decoder = model.decoder(batch).expect("a decoder");
+    let split = seq / 2;
+    for round in 0..2 {
+        let mut got = vec![f32::NAN; dims.len()];
+        let (first, rest) = got.split_at_mut(split * batch * dim);
+        decoder.prefill(&steps[..first.len()], first, split).expect("prefill");
+        for (x, y) in steps[first.len()..].chunks_exact(batch * dim).zip(rest.chunks_exact_mut(batch * dim)) {
+            decoder.step(x, y).expect("a step");
+        }
+        assert_close(&format!("decoder {dims:?}, round {round}"), &got, &want, tolerance);
+        decoder.reset();
+    }
+}
+
+/// Panics if an output depends on a later input.
+pub fn check_causality(model: &dyn StageModel, dims: Dims) {
+    let Dims { batch, seq, dim } = dims;
+    let forward = |x: &[f32]| {
+        let x = Tensor::from_slice(x, (batch, seq, dim), &Device::Cpu).expect("input");
+        model.forward(&x, None, Mode::Eval).and_then(|y| Ok(y.flatten_all()?.to_vec1::<f32>()?)).expect("forward")
+    };
+    let mut x = noise(dims.len(), 31);
+    let before = forward(&x);
+    for t in (0..seq).rev() {
+        x[t * dim..(t + 1) * dim].iter_mut().for_each(|v| *v += 1.0);
+        let after = forward(&x);
+        // Matrix products may round differently by a little; a leak moves outputs by far more.
+        assert_close(&format!("outputs before position {t}"), &after[..t * dim], &before[..t * dim], 1e-5);
+        assert_ne!(after[t * dim..(t + 1) * dim], before[t * dim..(t + 1) * dim], "position {t} ignores its input");
+    }
+}

@@ -1,0 +1,117 @@
+//! A stand-in for tests: the logits of a byte are a row of a table, picked by the byte before.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use candle_core::{D, Tensor};
+use mblm_core::block::stream;
+use mblm_core::config::MblmConfig;
+use mblm_core::{Init, Mode, ParamStore};
+
+use crate::config::{IoSection, Params, RunConfig, TargetStrategy, TrainSection};
+use crate::trainer::TrainModel;
+
+pub const VOCABULARY: usize = 8;
+
+type Hook = Box<dyn Fn(u64)>;
+
+pub struct Bigram {
+    params: ParamStore,
+    /// Training passes so far.
+    passes: AtomicU64,
+    /// The training pass, counted from 0, whose loss is multiplied by the number.
+    pub spoiled: Option<(u64, f64)>,
+    /// Called with each training pass's number.
+    pub hook: Option<Hook>,
+    /// Called before each evaluation.
+    pub eval_hook: Option<Box<dyn Fn()>>,
+}
+
+impl Bigram {
+    pub fn new() -> Self {
+        let mut params = ParamStore::new(3);
+        let created = params.root().param("table.weight", &[VOCABULARY, VOCABULARY], Init::Normal);
+        created.unwrap();
+        params.root().param("bias", &[VOCABULARY], Init::Const(0.0)).unwrap();
+        Bigram { params, passes: AtomicU64::new(0), spoiled: None, hook: None, eval_hook: None }
+    }
+
+    pub fn weights(&self) -> Vec<u32> {
+        self.params.iter().flat_map(|p| p.values().iter().map(|v| v.to_bits()).collect::<Vec<_>>()).collect()
+    }
+}
+
+impl TrainModel for Bigram {
+    fn params(&self) -> &ParamStore {
+        &self.params
+    }
+
+    fn loss(&self, ids: &Tensor, _: Option<&Tensor>, mode: Mode) -> mblm_core::Result<Tensor> {
+        let seq_len = ids.dim(1)?;
+        if seq_len > 64 {
+            return Err(mblm_core::Error::Input(format!("{seq_len} bytes, expected at most 64")));
+        }
+        let inputs = ids.narrow(1, 0, seq_len - 1)?.flatten_all()?;
+        let targets = ids.narrow(1, 1, seq_len - 1)?.flatten_all()?.unsqueeze(1)?;
+        let param = |name: &str| self.params.get(name).unwrap().tensor(mode);
+        let mut logits = param("table.weight").index_select(&inputs, 0)?.broadcast_add(&param("bias"))?;
+        if let Some(dropout) = mode.dropout(0.2, stream("bigram")) {
+            logits = (&logits * dropout.tensor(logits.dims())?)?;
+        }
+        let right = logits.gather(&targets, D::Minus1)?.squeeze(1)?;
+        let loss = (logits.log_sum_exp(1)? - right)?.mean_all()?;
+        if mode == Mode::Eval {
+            self.eval_hook.iter().for_each(|hook| hook());
+            return Ok(loss);
+        }
+        let pass = self.passes.fetch_add(1, Ordering::Relaxed);
+        self.hook.iter().for_each(|hook| hook(pass));
+        match self.spoiled {
+            Some((spoiled, factor)) if spoiled == pass => Ok((loss * factor)?),
+            _ => Ok(loss),
+        }
+    }
+}
+
+/// A run of 20 batches with accumulation, clipping, shuffling and several epochs.
+pub fn config() -> RunConfig {
+    RunConfig {
+        params: Params {
+            model: MblmConfig {
+                num_tokens: VOCABULARY,
+                pad_token_id: VOCABULARY,
+                hidden_dims: vec![],
+                num_layers: vec![],
+                seq_lens: vec![],
+                train_checkpoint_chunks: None,
+                blocks: vec![],
+            },
+            input_seq_len: 16,
+        },
+        train: TrainSection {
+            target_elements: 20 * 4 * 16,
+            target_elements_strategy: TargetStrategy::Sequence,
+            warmup_steps_perc: 0.1,
+            batch_size: 4,
+            shuffle_train: true,
+            shuffle_eval: false,
+            max_eval_steps: None,
+            learning_rate: 0.1,
+            gradient_clipping: Some(0.5),
+            gradient_accumulate_every: 3,
+            weight_decay: 0.01,
+            seed: 11,
+        },
+        io: IoSection {
+            name_model: "bigram".into(),
+            output_dir: "unset".into(),
+            dataset_dir: "unset".into(),
+            dataset_id: "bytes".into(),
+            dataset_args: None,
+            num_models_to_save: 2,
+            validate_amount: 4,
+            log_train_loss_amount: 20,
+            enabled_loss_log_for_gpus: None,
+            description: None,
+        },
+    }
+}

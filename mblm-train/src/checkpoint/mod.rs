@@ -1,0 +1,354 @@
+//! A checkpoint: everything a run needs to go on, in a folder that is either whole or not there.
+//!
+//! | file | holds |
+//! |---|---|
+//! | `weights.safetensors` | the parameters |
+//! | `optimizer.safetensors` | `m.X` and `v.X` for each parameter X; `grad.X` too while gradients accumulate |
+//! | `state.json` | [`TrainState`] |
+//! | `config.yaml` | the run's configuration |
+//! | `manifest.json` | size and SHA-256 of each file |
+//!
+//! It is written under a temporary name beside its place, every file is synced and read back, then the folder is
+//! renamed and its parent synced.
+
+mod shelf;
+mod tensors;
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+
+use mblm_core::ParamStore;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+pub(crate) use self::shelf::FOLDER;
+pub use self::shelf::{Shelf, Which, find};
+pub use self::tensors::Tensors;
+
+use self::tensors::Named;
+use crate::data::batches::Cursor;
+use crate::error::{AtPath, Error, Result};
+use crate::optimizer::{Adam, Moments};
+
+const WEIGHTS: &str = "weights.safetensors";
+const OPTIMIZER: &str = "optimizer.safetensors";
+const STATE: &str = "state.json";
+const CONFIG: &str = "config.yaml";
+const MANIFEST: &str = "manifest.json";
+const FILES: [&str; 4] = [WEIGHTS, OPTIMIZER, STATE, CONFIG];
+
+/// The version of this layout.
+const FORMAT: u32 = 1;
+
+/// Where a run stands.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TrainState {
+    /// Gradient steps taken.
+    pub step: u64,
+    /// Batches seen.
+    pub batches: u64,
+    /// Batches whose gradients wait for the next step.
+    pub accumulated: u64,
+    /// The batch that comes next.
+    pub next: Cursor,
+    /// Elements seen, as `target_elements_strategy` counts them.
+    pub elements_seen: u64,
+    /// The seed of order and dropout.
+    pub seed: u64,
+    /// The fingerprint of the data.
+    pub data: String,
+    /// The validation loss of these weights; none if they were saved when the run was interrupted.
+    pub valid_loss: Option<f64>,
+    /// The lowest validation loss of the run so far.
+    pub best_valid_loss: Option<f64>,
+    /// The mean gradient of the last step before and after clipping, -1 before the first step.
+    pub avg_grad: (f64, f64),
+}
+
+/// What a checkpoint is made from.
+#[derive(Clone, Copy)]
+pub struct Snapshot<'a> {
+    /// The parameters and their gradients.
+    pub store: &'a ParamStore,
+    /// The optimizer.
+    pub adam: &'a Adam,
+    /// Where the run stands.
+    pub state: &'a TrainState,
+    /// The run's configuration.
+    pub config_yaml: &'a str,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Manifest {
+    format: u32,
+    files: BTreeMap<String, FileSum>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct FileSum {
+    bytes: u64,
+    sha256: String,
+}
+
+impl Snapshot<'_> {
+    /// Writes the checkpoint's folder, which must not exist yet. Whoever calls renames it into place.
+    fn write(&self, folder: &Path) -> Result<()> {
+        fs::create_dir(folder).at(folder)?;
+        let weights = self.store.iter().map(|p| (p.name().into(), Named { shape: p.shape(), values: p.values() }));
+        tensors::write(&folder.join(WEIGHTS), weights.collect())?;
+        self.write_optimizer(&folder.join(OPTIMIZER))?;
+        let state = serde_json::to_string_pretty(self.state).map_err(std::io::Error::from).at(folder)?;
+        fs::write(folder.join(STATE), state).at(&folder.join(STATE))?;
+        fs::write(folder.join(CONFIG), self.config_yaml).at(&folder.join(CONFIG))?;
+        let mut files = BTreeMap::new();
+        for name in FILES {
+            let path = folder.join(name);
+            files.insert(name.to_string(), sum(&fs::read(&path).at(&path)?));
+            File::open(&path).and_then(|file| file.sync_all()).at(&path)?;
+        }
+        let path = folder.join(MANIFEST);
+        let manifest = serde_json::to_string_pretty(&Manifest { format: FORMAT, files });
+        fs::write(&path, manifest.map_err(std::io::Error::from).at(&path)?).at(&path)?;
+        File::open(&path).and_then(|file| file.sync_all()).at(&path)?;
+        sync_folder(folder)
+    }
+
+    fn write_optimizer(&self, path: &Path) -> Result<()> {
+        let grads: Vec<_> = self.store.iter().map(|param| param.grad()).collect();
+        let mut tensors = Vec::new();
+        for ((param, Moments { m, v }), grad) in self.store.iter().zip(self.adam.moments()).zip(&grads) {
+            let mut add = |kind: &str, values| {
+                tensors.push((format!("{kind}.{}", param.name()), Named { shape: param.shape(), values }));
+            };
+            add("m", &m[..]);
+            add("v", &v[..]);
+            if self.state.accumulated > 0 && !grad.is_empty() {
+                add("grad", &grad[..]);
+            }
+        }
+        tensors::write(path, tensors)
+    }
+}
+
+/// A checkpoint on disk whose manifest fits its files' sizes. What is read from it is checked against its sum.
+#[derive(Debug)]
+pub struct Checkpoint {
+    path: PathBuf,
+    manifest: BTreeMap<String, FileSum>,
+}
+
+impl std::fmt::Debug for FileSum {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} bytes, {}", self.bytes, self.sha256)
+    }
+}
+
+impl Checkpoint {
+    /// Opens the folder of a checkpoint.
+    ///
+    /// # Errors
+    /// A file is missing or has another size than the manifest says; names the file.
+    pub fn open(path: &Path) -> Result<Self> {
+        let file = path.join(MANIFEST);
+        let text = fs::read(&file).at(&file)?;
+        let manifest: Manifest = serde_json::from_slice(&text)
+            .map_err(|error| Error::checkpoint(&file, format!("not a checkpoint's manifest: {error}")))?;
+        if manifest.format != FORMAT {
+            let message = format!("format {}, expected {FORMAT}: written by another version", manifest.format);
+            return Err(Error::checkpoint(&file, message));
+        }
+        for name in FILES {
+            let file = path.join(name);
+            let expected = manifest.files.get(name).ok_or_else(|| {
+                Error::checkpoint(&path.join(MANIFEST), format!("does not list {name}: the manifest is damaged"))
+            })?;
+            let found = fs::metadata(&file)
+                .map_err(|error| Error::checkpoint(&file, format!("listed in {MANIFEST}, but {error}")))?
+                .len();
+            if found != expected.bytes {
+                let message = format!("{found} bytes, {MANIFEST} says {}: the file is damaged", expected.bytes);
+                return Err(Error::checkpoint(&file, message));
+            }
+        }
+        Ok(Checkpoint { path: path.into(), manifest: manifest.files })
+    }
+
+    /// The folder.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Checks the sum of every file.
+    pub fn verify(&self) -> Result<()> {
+        FILES.iter().try_for_each(|name| self.read(name).map(drop))
+    }
+
+    /// The parameters.
+    pub fn weights(&self) -> Result<Tensors> {
+        tensors::parse(&self.path.join(WEIGHTS), &self.read(WEIGHTS)?)
+    }
+
+    /// The configuration of the run that wrote it.
+    pub fn config_yaml(&self) -> Result<String> {
+        String::from_utf8(self.read(CONFIG)?)
+            .map_err(|error| Error::checkpoint(&self.path.join(CONFIG), error.to_string()))
+    }
+
+    /// Where the run stood.
+    pub fn state(&self) -> Result<TrainState> {
+        serde_json::from_slice(&self.read(STATE)?)
+            .map_err(|error| Error::checkpoint(&self.path.join(STATE), format!("not a run's state: {error}")))
+    }
+
+    /// Puts weights, moments and waiting gradients back, and tells where the run stood.
+    pub fn restore(&self, store: &ParamStore, adam: &mut Adam) -> Result<TrainState> {
+        let state = self.state()?;
+        let path = self.path.join(OPTIMIZER);
+        let mut saved = tensors::parse(&path, &self.read(OPTIMIZER)?)?;
+        let mut take = |kind: &str, name: &str, len: usize| match saved.remove(&format!("{kind}.{name}")) {
+            Some((_, values)) if values.len() == len => Ok(Some(values)),
+            Some((shape, _)) => {
+                Err(Error::checkpoint(&path, format!("{kind}.{name} has shape {shape:?}, expected {len} values")))
+            }
+            None => Ok(None),
+        };
+        let mut moments = Vec::new();
+        let mut grads = Vec::new();
+        for param in store.iter() {
+            let (name, len) = (param.name(), param.len());
+            let (m, v) = (take("m", name, len)?, take("v", name, len)?);
+            let (Some(m), Some(v)) = (m, v) else {
+                return Err(Error::checkpoint(&path, format!("no moments of {name}: the model is another one")));
+            };
+            moments.push(Moments { m, v });
+            grads.push(take("grad", name, len)?);
+        }
+        store.load(&self.weights()?)?;
+        adam.restore(moments, state.step);
+        store.zero_grad();
+        for (param, grad) in store.iter().zip(grads) {
+            if let Some(grad) = grad {
+                param.grad_mut().copy_from_slice(&grad);
+            }
+        }
+        Ok(state)
+    }
+
+    fn read(&self, name: &str) -> Result<Vec<u8>> {
+        let path = self.path.join(name);
+        let bytes = fs::read(&path).at(&path)?;
+        let (found, expected) = (sum(&bytes).sha256, &self.manifest[name].sha256);
+        if found != *expected {
+            let message = format!("SHA-256 {found}, {MANIFEST} says {expected}: the file is damaged");
+            return Err(Error::checkpoint(&path, message));
+        }
+        Ok(bytes)
+    }
+}
+
+fn sum(bytes: &[u8]) -> FileSum {
+    let hash = Sha256::digest(bytes);
+    FileSum { bytes: bytes.len() as u64, sha256: hash.iter().map(|byte| format!("{byte:02x}")).collect() }
+}
+
+/// Makes what was created or renamed in `folder` survive a power cut.
+pub(crate) fn sync_folder(folder: &Path) -> Result<()> {
+    if cfg!(unix) {
+        File::open(folder).and_then(|folder| folder.sync_all()).at(folder)?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use mblm_core::Init;
+
+    use super::*;
+    use crate::optimizer::AdamConfig;
+
+    pub(crate) fn state(batches: u64, valid_loss: Option<f64>) -> TrainState {
+        TrainState {
+            step: 3,
+            batches,
+            accumulated: 1,
+            next: Cursor { epoch: 1, batch: 2 },
+            elements_seen: 40,
+            seed: 5,
+            data: "d".into(),
+            valid_loss,
+            best_valid_loss: Some(0.1 + 0.2),
+            avg_grad: (-1.0, 1e-9 / 3.0),
+        }
+    }
+
+    pub(crate) fn store(value: f32) -> ParamStore {
+        let mut store = ParamStore::new(0);
+        store.root().param("a", &[2, 2], Init::Const(value)).unwrap().grad_mut()[1] = 0.5;
+        store.root().param("b", &[3], Init::Const(-value)).unwrap();
+        store
+    }
+
+    fn written() -> (tempfile::TempDir, PathBuf) {
+        let folder = tempfile::tempdir().unwrap();
+        let store = store(1.5);
+        let mut adam = Adam::new(&store, AdamConfig::default());
+        adam.step(&store, 0.1).unwrap();
+        let state = state(7, None);
+        let path = folder.path().join("c");
+        Snapshot { store: &store, adam: &adam, state: &state, config_yaml: "params: {}\n" }.write(&path).unwrap();
+        (folder, path)
+    }
+
+    #[test]
+    fn everything_comes_back_bit_for_bit() {
+        let (_folder, path) = written();
+        let checkpoint = Checkpoint::open(&path).unwrap();
+        checkpoint.verify().unwrap();
+        let other = store(9.0);
+        other.get("b").unwrap().grad_mut()[0] = 1.0;
+        let mut adam = Adam::new(&other, AdamConfig::default());
+        assert_eq!(checkpoint.restore(&other, &mut adam).unwrap(), state(7, None));
+        let trained = store(1.5);
+        let mut want = Adam::new(&trained, AdamConfig::default());
+        want.step(&trained, 0.1).unwrap();
+        assert_eq!((adam.moments(), adam.step_count()), (want.moments(), 3));
+        assert_eq!(*other.get("a").unwrap().values(), *trained.get("a").unwrap().values());
+        assert_eq!(*other.get("a").unwrap().grad(), [0.0, 0.5, 0.0, 0.0]);
+        assert_eq!(*other.get("b").unwrap().grad(), [0.0; 3], "a gradient of before must not survive");
+        assert_eq!(checkpoint.config_yaml().unwrap(), "params: {}\n");
+    }
+
+    #[test]
+    fn every_damage_names_the_file_and_the_check() {
+        for name in FILES {
+            let (_folder, path) = written();
+            let file = path.join(name);
+            let mut bytes = fs::read(&file).unwrap();
+            *bytes.last_mut().unwrap() ^= 1;
+            fs::write(&file, &bytes).unwrap();
+            let error = Checkpoint::open(&path).unwrap().verify().unwrap_err().to_string();
+            assert!(error.contains(name) && error.contains("SHA-256"), "{error}");
+            fs::write(&file, &bytes[1..]).unwrap();
+            let error = Checkpoint::open(&path).unwrap_err().to_string();
+            assert!(error.contains(name) && error.contains("manifest.json says"), "{error}");
+            fs::remove_file(&file).unwrap();
+            let error = Checkpoint::open(&path).unwrap_err().to_string();
+            assert!(error.contains(name) && error.contains("listed in manifest.json"), "{error}");
+        }
+        let (_folder, path) = written();
+        fs::write(path.join(MANIFEST), "{}").unwrap();
+        assert!(Checkpoint::open(&path).unwrap_err().to_string().contains("not a checkpoint's manifest"));
+    }
+
+    #[test]
+    fn another_model_is_refused_before_anything_changes() {
+        let (_folder, path) = written();
+        let mut other = ParamStore::new(0);
+        let param = other.root().param("z", &[2], Init::Const(4.0)).unwrap();
+        let mut adam = Adam::new(&other, AdamConfig::default());
+        let error = Checkpoint::open(&path).unwrap().restore(&other, &mut adam).unwrap_err().to_string();
+        assert!(error.contains("no moments of z"), "{error}");
+        assert_eq!(*param.values(), [4.0, 4.0]);
+    }
+}

@@ -1,0 +1,419 @@
+//! The training configuration: the reference package's YAML, with optional additions.
+
+use std::path::PathBuf;
+
+use mblm_core::block::PosEmb;
+use mblm_core::config::MblmConfig;
+use mblm_core::registry::BlockRegistry;
+use mblm_core::yaml::{ConfigError, Document};
+use serde::{Deserialize, Serialize};
+
+/// A whole training YAML: `params`, `train`, `io`. Serialised, it reads back as the same.
+#[derive(Clone, Debug, Serialize)]
+pub struct RunConfig {
+    /// The model and its training sequence length.
+    pub params: Params,
+    /// How to train.
+    pub train: TrainSection,
+    /// What to read and where to write.
+    pub io: IoSection,
+}
+
+/// Section `params`.
+#[derive(Clone, Debug, Serialize)]
+pub struct Params {
+    /// The model.
+    #[serde(flatten)]
+    pub model: MblmConfig,
+    /// Bytes of one training sequence.
+    pub input_seq_len: usize,
+}
+
+/// How elements count towards `target_elements`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum TargetStrategy {
+    /// One per sequence of a batch.
+    Batch,
+    /// One per byte of a batch.
+    Sequence,
+}
+
+/// Section `train`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TrainSection {
+    /// Elements to train on; a lower bound, rounded up to whole batches.
+    pub target_elements: u64,
+    /// How elements count.
+    pub target_elements_strategy: TargetStrategy,
+    /// The share of gradient steps that warm up.
+    #[serde(default = "default_warmup")]
+    pub warmup_steps_perc: f64,
+    /// Sequences per batch.
+    pub batch_size: usize,
+    /// Whether training sequences come in random order.
+    #[serde(default)]
+    pub shuffle_train: bool,
+    /// Whether validation sequences come in random order.
+    #[serde(default)]
+    pub shuffle_eval: bool,
+    /// At most this many validation batches.
+    #[serde(default)]
+    pub max_eval_steps: Option<usize>,
+    /// The peak learning rate.
+    pub learning_rate: f64,
+    /// Gradients are clipped to this global norm.
+    #[serde(default)]
+    pub gradient_clipping: Option<f64>,
+    /// Batches per gradient step.
+    pub gradient_accumulate_every: usize,
+    /// Decoupled weight decay of matrices (addition; the package has none).
+    #[serde(default)]
+    pub weight_decay: f64,
+    /// Seed of initial values, shuffling and dropout (addition).
+    #[serde(default)]
+    pub seed: u64,
+}
+
+fn default_warmup() -> f64 {
+    0.1
+}
+
+/// Section `io`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct IoSection {
+    /// Name of the model, part of the run folder's name.
+    pub name_model: String,
+    /// Where run folders are made.
+    pub output_dir: PathBuf,
+    /// The data: a file, a folder or a glob for `bytes`.
+    pub dataset_dir: String,
+    /// Which data set reads it.
+    pub dataset_id: String,
+    /// Options of the data set.
+    #[serde(default)]
+    pub dataset_args: Option<serde_json::Value>,
+    /// At most this many best models are kept.
+    pub num_models_to_save: usize,
+    /// How often to validate (and save) in all.
+    pub validate_amount: usize,
+    /// How often to log the training loss in all.
+    pub log_train_loss_amount: usize,
+    /// Only the first worker logs here; accepted for the package's configs.
+    #[serde(default)]
+    pub enabled_loss_log_for_gpus: Option<Vec<usize>>,
+    /// Anything worth remembering.
+    #[serde(default)]
+    pub description: Option<String>,
+}
+
+/// Sections that the package's own output configurations hold and that say nothing about a new run.
+const IGNORED: [(&str, &str); 2] = [
+    ("resume", "a run resumes from its run folder, not from this section"),
+    ("summary", "it tells how an earlier run went"),
+];
+
+impl RunConfig {
+    /// Reads and checks a whole document.
+    pub fn from_document(document: &Document, registry: &BlockRegistry) -> Result<Self, ConfigError> {
+        document.check_fields("", &["params", "train", "io", IGNORED[0].0, IGNORED[1].0])?;
+        let config = RunConfig {
+            params: Params::from_document(document, registry)?,
+            train: document.section("train")?,
+            io: document.section("io")?,
+        };
+        config.train.check(document)?;
+        config.io.check(document)?;
+        Ok(config)
+    }
+
+    /// What a document holds that [`from_document`](Self::from_document) accepts and ignores, in a sentence each.
+    pub fn notes(document: &Document) -> Vec<String> {
+        let given = IGNORED.iter().filter(|(section, _)| document.get(section).is_some_and(|value| !value.is_null()));
+        given.map(|(section, why)| document.error(section, format!("ignored: {why}")).to_string()).collect()
+    }
+
+    /// The configuration as YAML, with every default and `block_type` filled in.
+    pub fn to_yaml(&self) -> mblm_core::Result<String> {
+        serde_yaml::to_string(self)
+            .map_err(|error| mblm_core::Error::Block(format!("a block's configuration cannot be written: {error}")))
+    }
+}
+
+impl Params {
+    fn from_document(document: &Document, registry: &BlockRegistry) -> Result<Self, ConfigError> {
+        const PATH: &str = "params.input_seq_len";
+        document.check_fields("params", &[MblmConfig::FIELDS.as_slice(), &["input_seq_len"]].concat())?;
+        let model = MblmConfig::from_section(document, "params", registry)?;
+        let input_seq_len: usize = document.section(PATH)?;
+        check(document, PATH, input_seq_len > 0, "a positive integer", input_seq_len)?;
+        let is_limited = model.blocks.first().is_some_and(|block| block.pos_emb_type() == Some(PosEmb::Fixed));
+        let context_len = model.context_len();
+        if is_limited && input_seq_len > context_len {
+            let lens: Vec<String> = model.seq_lens.iter().map(usize::to_string).collect();
+            let product = if lens.len() == 1 { String::new() } else { format!("{} = ", lens.join(" · ")) };
+            let message = format!(
+                "expected at most {product}{context_len}, found {input_seq_len}: the first stage has fixed positions \
+                 for seq_lens[0] = {} patches; raise that, or shorten the input",
+                lens[0]
+            );
+            return Err(document.error(PATH, message));
+        }
+        Ok(Params { model, input_seq_len })
+    }
+}
+
+impl TrainSection {
+    fn check(&self, document: &Document) -> Result<(), ConfigError> {
+        let positive = [
+            ("train.target_elements", self.target_elements),
+            ("train.batch_size", self.batch_size as u64),
+            ("train.gradient_accumulate_every", self.gradient_accumulate_every as u64),
+            ("train.max_eval_steps", self.max_eval_steps.unwrap_or(1) as u64),
+        ];
+        for (path, number) in positive {
+            check(document, path, number > 0, "a positive integer", number)?;
+        }
+        let is_positive = |number: f64| number > 0.0 && number.is_finite();
+        let clipping = self.gradient_clipping.unwrap_or(1.0);
+        check(
+            document,
+            "train.learning_rate",
+            is_positive(self.learning_rate),
+            "a positive number",
+            self.learning_rate,
+        )?;
+        check(document, "train.gradient_clipping", is_positive(clipping), "a positive number or null", clipping)?;
+        let warmup = self.warmup_steps_perc;
+        check(document, "train.warmup_steps_perc", (0.0..=1.0).contains(&warmup), "a share from 0 to 1", warmup)?;
+        let decay = self.weight_decay;
+        check(document, "train.weight_decay", decay >= 0.0 && decay.is_finite(), "a number of at least 0", decay)
+    }
+}
+
+impl IoSection {
+    fn check(&self, document: &Document) -> Result<(), ConfigError> {
+        let name = &self.name_model;
+        let is_name = !name.trim().is_empty() && !name.contains(['/', '\\', '\0']) && name != "." && name != "..";
+        let expected = "a name for the run folder, without slashes";
+        check(document, "io.name_model", is_name, expected, format!("{name:?}"))?;
+        let (validate, log) = (self.validate_amount, self.log_train_loss_amount);
+        check(document, "io.validate_amount", validate > 0, "a positive integer", validate)?;
+        check(document, "io.log_train_loss_amount", log > 0, "a positive integer", log)?;
+        match &self.dataset_args {
+            Some(args) if !args.is_object() => check(document, "io.dataset_args", false, "a mapping or nothing", args),
+            _ => Ok(()),
+        }
+    }
+}
+
+fn check(
+    document: &Document,
+    path: &str,
+    fits: bool,
+    expected: &str,
+    found: impl std::fmt::Display,
+) -> Result<(), ConfigError> {
+    if fits { Ok(()) } else { Err(document.error(path, format!("expected {expected}, found {found}"))) }
+}
+
+#[cfg(test)]
+mod tests {
+    use mblm_core::block::{StageBlock, StageModel};
+    use mblm_core::{ParamScope, register_block, schemars};
+    use schemars::JsonSchema;
+
+    use super::*;
+
+    #[derive(Debug, Serialize, Deserialize, JsonSchema)]
+    #[serde(deny_unknown_fields)]
+    struct Toy {
+        toy_size: usize,
+        #[serde(default)]
+        pos_emb_type: Option<PosEmb>,
+    }
+
+    register_block!(Toy, name = "toy", infer = true);
+
+    #[typetag::serde(name = "toy")]
+    impl StageBlock for Toy {
+        fn pos_emb_type(&self) -> Option<PosEmb> {
+            self.pos_emb_type
+        }
+        fn build(&self, _: usize, _: usize, _: &mut ParamScope) -> mblm_core::Result<Box<dyn StageModel>> {
+            Err(mblm_core::Error::Block("blocks of tests build nothing".into()))
+        }
+    }
+
+    const RUN: &str = "\
+io:
+  name_model: toy
+  output_dir: runs < set this!
+  dataset_dir: data/*.bin
+  dataset_id: bytes
+  dataset_args: {mode: a, mask: [0.0, 1]}
+  num_models_to_save: 5
+  validate_amount: 100
+  log_train_loss_amount: 1_000
+params:
+  num_tokens: 256
+  pad_token_id: 0
+  input_seq_len: 1_024
+  seq_lens: [64, 16]
+  hidden_dims: [32, 16]
+  num_layers: [1, 1]
+  train_checkpoint_chunks: null
+  block:
+    toy_size: 3
+    pos_emb_type: fixed
+train:
+  target_elements: 200_000_000_000
+  target_elements_strategy: sequence
+  batch_size: 2
+  max_eval_steps: 10
+  learning_rate: 1e-3
+  gradient_clipping: 1
+  gradient_accumulate_every: 4
+";
+
+    fn read(text: &str) -> Result<RunConfig, ConfigError> {
+        let registry = BlockRegistry::builtin().unwrap();
+        RunConfig::from_document(&Document::parse(text, "run.yaml")?, &registry)
+    }
+
+    #[test]
+    fn a_run_is_read_and_written_back() {
+        let config = read(RUN).unwrap();
+        assert_eq!((config.train.target_elements, config.train.learning_rate), (200_000_000_000, 1e-3));
+        assert_eq!((config.train.warmup_steps_perc, config.train.gradient_clipping), (0.1, Some(1.0)));
+        assert_eq!((config.params.input_seq_len, config.io.log_train_loss_amount), (1024, 1000));
+        assert_eq!(config.io.output_dir, PathBuf::from("runs < set this!"));
+        let text = config.to_yaml().unwrap();
+        assert_eq!(text.matches("block_type: toy").count(), 2, "{text}");
+        assert_eq!(read(&text).unwrap().to_yaml().unwrap(), text);
+    }
+
+    #[test]
+    fn sections_of_the_packages_outputs_are_noted() {
+        let text = format!("{RUN}resume:\n  next_epoch_index: 1\nsummary: null\n");
+        read(&text).unwrap();
+        let notes = RunConfig::notes(&Document::parse(&text, "run.yaml").unwrap());
+        let want = "run.yaml: resume: ignored: a run resumes from its run folder, not from this section (line 29)";
+        assert_eq!(notes, [want]);
+        assert!(RunConfig::notes(&Document::parse(RUN, "run.yaml").unwrap()).is_empty());
+    }
+
+    #[test]
+    fn an_override_is_checked_as_the_file_is() {
+        let mut document = Document::parse(RUN, "run.yaml").unwrap();
+        let registry = BlockRegistry::builtin().unwrap();
+        document.set("train.learning_rate=3e-4").unwrap();
+        assert_eq!(RunConfig::from_document(&document, &registry).unwrap().train.learning_rate, 3e-4);
+        document.set("train.warmup_steps_perc=10").unwrap();
+        let error = RunConfig::from_document(&document, &registry).unwrap_err().to_string();
+        let want = "expected a share from 0 to 1, found 10 (--set train.warmup_steps_perc=10)";
+        assert_eq!(error, format!("run.yaml: train.warmup_steps_perc: {want}"));
+    }
+
+    #[test]
+    fn longer_inputs_need_positions_that_are_not_fixed() {
+        let text = RUN.replace("1_024", "1_025");
+        let want = "run.yaml: params.input_seq_len: expected at most 64 · 16 = 1024, found 1025: the first stage has \
+                    fixed positions for seq_lens[0] = 64 patches; raise that, or shorten the input (line 13)";
+        assert_eq!(read(&text).unwrap_err().to_string(), want);
+        assert_eq!(read(&text.replace("fixed", "null")).unwrap().params.input_seq_len, 1025);
+    }
+
+    #[test]
+    fn mistakes_are_named_with_their_line() {
+        let cases = [
+            ("io:\n", "in:\n", "in: unknown field; did you mean `io`? (line 1)"),
+            (
+                "input_seq_len",
+                "input_len",
+                "params.input_len: unknown field; expected one of `num_tokens`, \
+             `pad_token_id`, `hidden_dims`, `num_layers`, `seq_lens`, `train_checkpoint_chunks`, `block`, \
+             `input_seq_len` (line 13)",
+            ),
+            ("  input_seq_len: 1_024\n", "", "params: missing field `input_seq_len` (line 10)"),
+            ("1_024", "0", "params.input_seq_len: expected a positive integer, found 0 (line 13)"),
+            (
+                "toy_size: 3",
+                "toy_sizes: 3",
+                "params.block: these fields fit no block type; name the one you mean \
+             with `block_type` (line 18)\n  toy: toy_sizes: unknown field; did you mean `toy_size`?",
+            ),
+            (
+                "toy_size: 3",
+                "toy_size: many\n    block_type: toy",
+                "params.block.toy_size: expected a positive integer, found \"many\" (line 19)",
+            ),
+            ("200_000_000_000", "0", "train.target_elements: expected a positive integer, found 0 (line 22)"),
+            (
+                "y: sequence",
+                "y: byte",
+                "train.target_elements_strategy: unknown value \"byte\"; expected one of \
+             `batch`, `sequence` (line 23)",
+            ),
+            ("batch_size: 2", "batch_size: 0", "train.batch_size: expected a positive integer, found 0 (line 24)"),
+            (
+                "max_eval_steps: 10",
+                "max_eval_steps: 0",
+                "train.max_eval_steps: expected a positive integer, found 0 (line 25)",
+            ),
+            ("1e-3", "-1e-3", "train.learning_rate: expected a positive number, found -0.001 (line 26)"),
+            ("1e-3", "fast", "train.learning_rate: expected a number, found \"fast\" (line 26)"),
+            ("1e-3", ".nan", "train.learning_rate: expected a positive number, found NaN (line 26)"),
+            (
+                "clipping: 1",
+                "clipping: 0",
+                "train.gradient_clipping: expected a positive number or null, found 0 \
+             (line 27)",
+            ),
+            ("every: 4", "every: 0", "train.gradient_accumulate_every: expected a positive integer, found 0 (line 28)"),
+            (
+                "batch_size: 2\n",
+                "batch_size: 2\n  weight_decay: -1\n",
+                "train.weight_decay: expected a number of at least 0, found -1 (line 25)",
+            ),
+            (
+                "batch_size: 2\n",
+                "batch_size: 2\n  shuffle_train: 1\n",
+                "train.shuffle_train: expected true or false, found 1 (line 25)",
+            ),
+            ("  batch_size: 2\n", "", "train: missing field `batch_size` (line 21)"),
+            ("batch_size", "batchsize", "train.batchsize: unknown field; did you mean `batch_size`? (line 24)"),
+            (
+                "validate_amount: 100",
+                "validate_amount: 0",
+                "io.validate_amount: expected a positive integer, found 0 (line 8)",
+            ),
+            ("1_000", "0", "io.log_train_loss_amount: expected a positive integer, found 0 (line 9)"),
+            (
+                "model: toy",
+                "model: a/b",
+                "io.name_model: expected a name for the run folder, without slashes, found \
+             \"a/b\" (line 2)",
+            ),
+            ("model: toy", "model: 2024", "io.name_model: expected a string, found 2024 (line 2)"),
+            ("{mode: a, mask: [0.0, 1]}", "a", "io.dataset_args: expected a mapping or nothing, found \"a\" (line 6)"),
+        ];
+        for (from, to, want) in cases {
+            assert!(RUN.contains(from), "{from}");
+            let found = read(&RUN.replacen(from, to, 1)).unwrap_err().to_string();
+            assert_eq!(found, format!("run.yaml: {want}"));
+        }
+    }
+
+    #[test]
+    fn a_section_is_missing() {
+        let text = RUN.split_once("train:").unwrap().0;
+        assert_eq!(read(text).unwrap_err().to_string(), "run.yaml: missing field `train`");
+        assert_eq!(
+            read(&format!("{text}train: 3")).unwrap_err().to_string(),
+            "run.yaml: train: expected a mapping, found 3 (line 21)"
+        );
+    }
+}

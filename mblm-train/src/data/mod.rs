@@ -1,0 +1,156 @@
+//! Data sets: what a training run reads. A data set is registered under its id by one line beside it,
+//! [`register_dataset!`](crate::register_dataset), and found by `io.dataset_id`.
+
+pub mod batches;
+pub mod bytes;
+pub mod clevr;
+pub mod corpus;
+pub mod order;
+pub mod pg19;
+
+use crate::error::{Error, Result};
+
+/// One split of a data set: sequences of a fixed length, in a fixed order.
+///
+/// As in the reference package, sequential data is read with an offset that grows by one with every epoch, so that
+/// the borders between sequences move; hence `epoch`.
+pub trait Dataset: Send + Sync {
+    /// The number of sequences in epoch `epoch`.
+    fn num_sequences(&self, epoch: u64) -> u64;
+
+    /// Reads sequence `index` of epoch `epoch` into `ids`, which is one sequence long. If the data set
+    /// [has one](Self::has_loss_mask), the weight of each position's loss goes to `loss_mask`; else that is empty.
+    fn sample(&self, epoch: u64, index: u64, ids: &mut [u32], loss_mask: &mut [f32]) -> Result<()>;
+
+    /// Whether sequences come with a loss mask.
+    fn has_loss_mask(&self) -> bool {
+        false
+    }
+
+    /// How often each byte value occurs, for the entropy a model must beat; `None` if the data are not bytes, or too
+    /// many to count in passing.
+    fn byte_counts(&self) -> Option<[u64; 256]> {
+        None
+    }
+}
+
+/// A data set, opened and checked.
+pub struct Splits {
+    /// What is trained on.
+    pub train: Box<dyn Dataset>,
+    /// What is validated on.
+    pub valid: Box<dyn Dataset>,
+    /// What a trained model is measured on, if the data set has such a split.
+    pub test: Option<Box<dyn Dataset>>,
+    /// What was read and how it was split, in a line for the log.
+    pub about: String,
+    /// Changes when the data do, so that a run is not resumed on other data.
+    pub fingerprint: String,
+}
+
+/// What a data set is opened with.
+#[derive(Clone, Copy, Debug)]
+pub struct DatasetOptions<'a> {
+    /// `io.dataset_dir`.
+    pub dir: &'a str,
+    /// `io.dataset_args`.
+    pub args: Option<&'a serde_json::Value>,
+    /// `params.input_seq_len`.
+    pub seq_len: usize,
+    /// The model's vocabulary size.
+    pub num_tokens: usize,
+    /// The token after the end of a sample that is shorter than a sequence.
+    pub pad_token_id: usize,
+}
+
+/// A registered kind of data set.
+pub struct DatasetKind {
+    /// The name in `io.dataset_id`.
+    pub id: &'static str,
+    /// What it reads, in a line.
+    pub about: &'static str,
+    /// Opens and checks it.
+    pub open: fn(&DatasetOptions) -> Result<Splits>,
+    /// Where it is registered.
+    pub place: &'static str,
+}
+
+inventory::collect!(DatasetKind);
+
+/// Registers a kind of data set: `register_dataset!("bytes", "files as they are", open)`.
+#[macro_export]
+macro_rules! register_dataset {
+    ($id:expr, $about:expr, $open:expr) => {
+        $crate::inventory::submit! {
+            $crate::data::DatasetKind {
+                id: $id,
+                about: $about,
+                open: $open,
+                place: concat!(file!(), ":", line!()),
+            }
+        }
+    };
+}
+
+/// The registered kinds, sorted by id.
+///
+/// # Errors
+/// Two kinds with the same id.
+pub fn kinds() -> Result<Vec<&'static DatasetKind>> {
+    let mut kinds: Vec<&DatasetKind> = inventory::iter::<DatasetKind>.into_iter().collect();
+    kinds.sort_by_key(|kind| kind.id);
+    match kinds.windows(2).find(|pair| pair[0].id == pair[1].id) {
+        Some(pair) => Err(Error::Config(format!(
+            "data set {:?} is registered twice: at {} and at {}",
+            pair[0].id, pair[0].place, pair[1].place
+        ))),
+        None => Ok(kinds),
+    }
+}
+
+/// Opens the data set called `id`.
+pub fn open(id: &str, options: &DatasetOptions) -> Result<Splits> {
+    let kinds = kinds()?;
+    match kinds.iter().find(|kind| kind.id == id) {
+        Some(kind) => (kind.open)(options),
+        None => {
+            let known: Vec<String> = kinds.iter().map(|kind| format!("{} ({})", kind.id, kind.about)).collect();
+            Err(Error::Config(format!(
+                "io.dataset_id: found {id:?}, expected one of the known data sets: {}",
+                known.join("; ")
+            )))
+        }
+    }
+}
+
+/// The entropy in bits per byte of the distribution `counts`: what a model reaches that knows only how often each
+/// byte occurs.
+pub fn unigram_entropy(counts: &[u64; 256]) -> f64 {
+    let total = counts.iter().sum::<u64>() as f64;
+    let share = |&count: &u64| count as f64 / total;
+    counts.iter().filter(|&&count| count > 0).map(share).map(|p| -p * p.log2()).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_unknown_id_lists_the_known() {
+        let options = DatasetOptions { dir: "x", args: None, seq_len: 1, num_tokens: 256, pad_token_id: 0 };
+        let error = open("pg20", &options).err().unwrap();
+        assert!(error.is_configuration());
+        let message = error.to_string();
+        assert!(message.contains("found \"pg20\"") && message.contains("bytes ("), "{message}");
+    }
+
+    #[test]
+    fn entropy_of_known_distributions() {
+        let mut counts = [0; 256];
+        counts[7] = 5;
+        assert_eq!(unigram_entropy(&counts), 0.0);
+        counts[8] = 5;
+        assert_eq!(unigram_entropy(&counts), 1.0);
+        assert_eq!(unigram_entropy(&[3; 256]), 8.0);
+    }
+}

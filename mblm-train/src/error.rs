@@ -1,0 +1,75 @@
+//! The library's one error type. Messages say what was found, what was expected and what to do.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// Everything that can go wrong in `mblm-train`.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The configuration, or the data it names, cannot be trained on.
+    #[error("{0}")]
+    Config(String),
+    /// A file could not be read or written.
+    #[error("{path}: {source}")]
+    Io {
+        /// The file or folder.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// A checkpoint is missing, damaged, or belongs to another run.
+    #[error("{path}: {message}")]
+    Checkpoint {
+        /// The checkpoint, or the file in it.
+        path: PathBuf,
+        /// Which check failed.
+        message: String,
+    },
+    /// A loss or a gradient was infinite or not a number; the weights are those of before the step.
+    #[error(
+        "training stopped at gradient step {step} (batch {batch}), before the weights changed: {what}; lower \
+         train.learning_rate or set train.gradient_clipping, then resume from the last checkpoint"
+    )]
+    NonFinite {
+        /// Gradient steps taken before.
+        step: u64,
+        /// The batch it happened in, counted from 0 over the whole run.
+        batch: u64,
+        /// The first tensor that is not finite.
+        what: String,
+    },
+    /// The model failed.
+    #[error(transparent)]
+    Core(#[from] mblm_core::Error),
+}
+
+/// A result with this crate's [`Error`].
+pub type Result<T> = std::result::Result<T, Error>;
+
+impl Error {
+    /// Whether the user must change the configuration, the data or the command line; the program then exits with 2.
+    pub fn is_configuration(&self) -> bool {
+        matches!(self, Error::Config(_) | Error::Core(mblm_core::Error::Config(_)))
+    }
+
+    pub(crate) fn checkpoint(path: &Path, message: impl Into<String>) -> Self {
+        Error::Checkpoint { path: path.into(), message: message.into() }
+    }
+}
+
+impl From<candle_core::Error> for Error {
+    fn from(error: candle_core::Error) -> Self {
+        Error::Core(error.into())
+    }
+}
+
+/// Names the file in an I/O error.
+pub(crate) trait AtPath<T> {
+    fn at(self, path: &Path) -> Result<T>;
+}
+
+impl<T> AtPath<T> for io::Result<T> {
+    fn at(self, path: &Path) -> Result<T> {
+        self.map_err(|source| Error::Io { path: path.into(), source })
+    }
+}

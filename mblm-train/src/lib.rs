@@ -1,0 +1,23 @@
+//! Data, optimizer, schedule, trainer and checkpoints of MBLM.
+#![warn(missing_docs)]
+
+#[cfg(test)]
+mod bigram;
+pub mod checkpoint;
+pub mod config;
+pub mod data;
+pub mod error;
+pub mod evaluate;
+pub mod optimizer;
+pub mod plan;
+pub mod progress;
+pub mod run;
+pub mod schedule;
+pub mod session;
+mod timestamp;
+pub mod trainer;
+
+pub use error::{Error, Result};
+
+#[doc(hidden)]
+pub use inventory;

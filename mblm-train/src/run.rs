@@ -1,0 +1,299 @@
+//! A run's folder: `output_dir/name_model-YYYYMMDD-HHMMSS` (UTC), with
+//!
+//! | file | holds |
+//! |---|---|
+//! | `config.yaml` | the configuration as the run was started |
+//! | `train.log` | what the terminal showed, with the time |
+//! | `loss.csv` | the losses, in the reference package's columns |
+//! | `checkpoints/` | [checkpoints](crate::checkpoint) |
+//!
+//! It appears under its name only when it is complete.
+
+use std::fs::{self, File, OpenOptions, TryLockError};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::checkpoint::{self, Shelf, sync_folder};
+use crate::error::{AtPath, Error, Result};
+use crate::timestamp::Timestamp;
+
+const CONFIG: &str = "config.yaml";
+const LOG: &str = "train.log";
+const LOSSES: &str = "loss.csv";
+
+/// The folder of a run that this process alone trains in.
+#[derive(Debug)]
+pub struct RunFolder {
+    path: PathBuf,
+    log: File,
+}
+
+impl RunFolder {
+    /// Makes the folder of a new run.
+    pub fn create(output_dir: &Path, name_model: &str, config_yaml: &str) -> Result<Self> {
+        let cannot = |error: io::Error| {
+            let place = output_dir.display();
+            Error::Config(format!(
+                "io.output_dir: cannot make a run folder in {place}: {error}; choose a writable folder"
+            ))
+        };
+        fs::create_dir_all(output_dir).map_err(cannot)?;
+        let base = format!("{name_model}-{}", Timestamp::now().compact());
+        let names = std::iter::once(base.clone()).chain((2..).map(|n| format!("{base}-{n}")));
+        for name in names {
+            let (place, making) = (output_dir.join(&name), output_dir.join(format!(".making-{name}")));
+            if place.exists() {
+                continue;
+            }
+            match fs::create_dir(&making) {
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => continue,
+                made => made.map_err(cannot)?,
+            }
+            let filled = fill(&making, config_yaml).and_then(|log| {
+                fs::rename(&making, &place).at(&place)?;
+                sync_folder(output_dir)?;
+                Ok(log)
+            });
+            return match filled {
+                Ok(log) => Ok(RunFolder { path: place, log }),
+                Err(error) => {
+                    let _ = fs::remove_dir_all(&making); // the error that matters is the first
+                    Err(error)
+                }
+            };
+        }
+        unreachable!("there is always another number")
+    }
+
+    /// Opens the folder of an existing run to go on with it.
+    ///
+    /// # Errors
+    /// It is no run's folder, or another process is training in it.
+    pub fn open(path: &Path) -> Result<Self> {
+        for name in [CONFIG, LOG, checkpoint::FOLDER] {
+            if !path.join(name).exists() {
+                let path = path.display();
+                return Err(Error::Config(format!("{path}: expected the folder of a run, found no {name} in it")));
+            }
+        }
+        let log = open_log(&path.join(LOG))?;
+        Ok(RunFolder { path: path.into(), log })
+    }
+
+    /// The folder.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The configuration the run was started with.
+    pub fn config_yaml(path: &Path) -> Result<String> {
+        let path = path.join(CONFIG);
+        match fs::read_to_string(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Err(Error::Config(format!(
+                "{}: not found; expected the folder of a run, which holds {CONFIG}",
+                path.display()
+            ))),
+            text => text.at(&path),
+        }
+    }
+
+    /// Its checkpoints.
+    pub fn checkpoints(&self) -> Shelf {
+        Shelf::new(self.path.join(checkpoint::FOLDER))
+    }
+
+    /// A handle to append to `train.log`.
+    pub fn log(&self) -> Result<File> {
+        self.log.try_clone().at(&self.path.join(LOG))
+    }
+
+    /// The losses, without what lies at or after batch `batches`, which a resumed run will see again.
+    pub fn losses(&self, batches: u64) -> Result<LossLog> {
+        LossLog::open(&self.path.join(LOSSES), batches)
+    }
+}
+
+fn fill(folder: &Path, config_yaml: &str) -> Result<File> {
+    fs::write(folder.join(CONFIG), config_yaml).at(&folder.join(CONFIG))?;
+    let checkpoints = folder.join(checkpoint::FOLDER);
+    fs::create_dir(&checkpoints).at(&checkpoints)?;
+    LossLog::open(&folder.join(LOSSES), 0)?;
+    open_log(&folder.join(LOG))
+}
+
+/// Opens `train.log`, whose lock says that somebody trains here.
+fn open_log(path: &Path) -> Result<File> {
+    let log = OpenOptions::new().create(true).append(true).open(path).at(path)?;
+    match log.try_lock() {
+        Ok(()) => Ok(log),
+        Err(TryLockError::WouldBlock) => {
+            Err(Error::Config(format!("{}: another process is training in this folder", path.display())))
+        }
+        // Some network file systems have no locks; that is no reason not to train.
+        Err(TryLockError::Error(error)) if error.kind() == io::ErrorKind::Unsupported => Ok(log),
+        Err(TryLockError::Error(source)) => Err(Error::Io { path: path.into(), source }),
+    }
+}
+
+/// A row of `loss.csv`; the columns are the reference package's.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LossEntry {
+    /// Always 0: one process trains.
+    pub gpu_rank: u32,
+    /// When, in UTC.
+    pub timestamp: String,
+    /// Elements seen, as `target_elements_strategy` counts them.
+    pub elements_seen: u64,
+    /// `train` or `valid`.
+    pub kind: String,
+    /// The epoch.
+    pub epoch: u64,
+    /// The batch in the epoch.
+    pub batch: u64,
+    /// The batch in the run.
+    pub cum_batch: u64,
+    /// The mean loss in nats.
+    pub loss: f64,
+    /// The learning rate of the next gradient step, -1 in validation.
+    pub lr: f64,
+    /// The mean gradient of the last step, -1 in validation and before the first step.
+    pub avg_grad: f64,
+    /// The same after clipping.
+    pub avg_grad_clipped: f64,
+}
+
+/// `loss.csv`, open for more rows.
+pub struct LossLog {
+    path: PathBuf,
+    writer: csv::Writer<File>,
+}
+
+const COLUMNS: [&str; 11] = [
+    "gpu_rank",
+    "timestamp",
+    "elements_seen",
+    "kind",
+    "epoch",
+    "batch",
+    "cum_batch",
+    "loss",
+    "lr",
+    "avg_grad",
+    "avg_grad_clipped",
+];
+
+impl LossLog {
+    /// Opens or makes the file at `path`, keeping the rows of batches below `batches`.
+    fn open(path: &Path, batches: u64) -> Result<Self> {
+        let kept = if path.exists() { read_losses(path)? } else { Vec::new() };
+        let fresh = path.with_extension("csv.new");
+        let file = File::create(&fresh).at(&fresh)?;
+        let writer = csv::WriterBuilder::new().has_headers(false).from_writer(file);
+        let mut log = LossLog { path: path.into(), writer };
+        let header = log.writer.write_record(COLUMNS);
+        log.finish(header)?;
+        for entry in kept.iter().filter(|entry| entry.cum_batch < batches) {
+            log.add(entry)?;
+        }
+        fs::rename(&fresh, path).at(path)?;
+        Ok(log)
+    }
+
+    /// Adds a row.
+    pub fn add(&mut self, entry: &LossEntry) -> Result<()> {
+        let added = self.writer.serialize(entry);
+        self.finish(added)
+    }
+
+    fn finish(&mut self, written: csv::Result<()>) -> Result<()> {
+        written.map_err(io::Error::from).at(&self.path)?;
+        self.writer.flush().at(&self.path)
+    }
+}
+
+/// The rows of a `loss.csv`; a last one cut short by a crash is left out.
+pub fn read_losses(path: &Path) -> Result<Vec<LossEntry>> {
+    let mut reader = csv::Reader::from_path(path).map_err(io::Error::from).at(path)?;
+    Ok(reader.deserialize().filter_map(|row| row.ok()).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(cum_batch: u64) -> LossEntry {
+        LossEntry {
+            gpu_rank: 0,
+            timestamp: Timestamp::now().to_string(),
+            elements_seen: 5,
+            kind: "train".into(),
+            epoch: 0,
+            batch: cum_batch,
+            cum_batch,
+            loss: 0.1 + 0.2,
+            lr: 1e-4 / 3.0,
+            avg_grad: -1.0,
+            avg_grad_clipped: -1.0,
+        }
+    }
+
+    #[test]
+    fn runs_of_the_same_second_get_numbers() {
+        let output = tempfile::tempdir().unwrap();
+        let make = || RunFolder::create(&output.path().join("deep"), "m", "a: 1\n").unwrap();
+        let runs: Vec<RunFolder> = (0..3).map(|_| make()).collect();
+        let mut names: Vec<String> = fs::read_dir(output.path().join("deep"))
+            .unwrap()
+            .map(|e| e.unwrap().file_name().into_string().unwrap())
+            .collect();
+        names.sort();
+        assert_eq!(names.len(), 3, "{names:?}");
+        assert!(names.iter().all(|name| name.starts_with("m-2")), "{names:?}");
+        assert_eq!(RunFolder::config_yaml(runs[1].path()).unwrap(), "a: 1\n");
+        let header = fs::read_to_string(runs[0].path().join(LOSSES)).unwrap();
+        assert_eq!(
+            header,
+            "gpu_rank,timestamp,elements_seen,kind,epoch,batch,cum_batch,loss,lr,avg_grad,avg_grad_clipped\n"
+        );
+    }
+
+    #[test]
+    fn a_run_is_trained_in_by_one_process_at_a_time() {
+        let output = tempfile::tempdir().unwrap();
+        let run = RunFolder::create(output.path(), "m", "").unwrap();
+        let error = RunFolder::open(run.path()).unwrap_err().to_string();
+        assert!(error.contains("another process is training"), "{error}");
+        let path = run.path().to_path_buf();
+        drop(run);
+        RunFolder::open(&path).unwrap();
+        let error = RunFolder::open(output.path()).unwrap_err();
+        assert!(error.is_configuration() && error.to_string().contains("found no config.yaml"), "{error}");
+    }
+
+    #[test]
+    fn rows_that_will_be_seen_again_are_dropped() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join(LOSSES);
+        let mut log = LossLog::open(&path, 0).unwrap();
+        let entries: Vec<LossEntry> = (0..4).map(entry).collect();
+        entries.iter().for_each(|e| log.add(e).unwrap());
+        drop(log);
+        let mut text = fs::read_to_string(&path).unwrap();
+        text.push_str("0,2024-01-01,5,tra");
+        fs::write(&path, text).unwrap();
+        let mut log = LossLog::open(&path, 2).unwrap();
+        log.add(&entry(2)).unwrap();
+        let read = read_losses(&path).unwrap();
+        assert_eq!(read[..2], entries[..2]);
+        assert_eq!(read.len(), 3);
+    }
+
+    #[test]
+    fn an_output_folder_that_cannot_be_made_is_a_mistake_of_the_configuration() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let error = RunFolder::create(&file.path().join("x"), "m", "").unwrap_err();
+        assert!(error.is_configuration() && error.to_string().contains("io.output_dir"), "{error}");
+    }
+}

@@ -1,0 +1,229 @@
+//! Whole runs of the bigram stand-in.
+
+use std::fs;
+use std::path::Path;
+use std::sync::Arc;
+
+use super::*;
+use crate::bigram::{Bigram, VOCABULARY, config};
+use crate::checkpoint::{Which, find};
+use crate::run::{RunFolder, read_losses};
+use crate::session::{open_data, resume_model, train_model};
+
+/// A folder with data, in which each byte follows from the one before in three of four cases, and an `output` folder.
+fn workplace() -> (tempfile::TempDir, RunConfig) {
+    let folder = tempfile::tempdir().unwrap();
+    let mut state = 1u64;
+    let mut byte = 0;
+    let data: Vec<u8> = std::iter::repeat_with(|| {
+        state = mix(state);
+        byte = if state.is_multiple_of(4) { state >> 8 } else { byte * 3 + 1 } % VOCABULARY as u64;
+        byte as u8
+    })
+    .take(900)
+    .collect();
+    fs::write(folder.path().join("data.bin"), data).unwrap();
+    let mut config = config();
+    config.io.dataset_dir = folder.path().join("data.bin").to_str().unwrap().into();
+    config.io.dataset_args = Some(serde_json::json!({"validation_fraction": 0.5}));
+    config.io.output_dir = folder.path().join("output");
+    (folder, config)
+}
+
+fn train(model: &Bigram, config: &RunConfig, stop: &AtomicBool) -> Result<(PathBuf, Outcome)> {
+    train_model(model, open_data(config)?, config, "yaml", stop)
+}
+
+fn resume(model: &Bigram, run: &Path, config: &RunConfig, stop: &AtomicBool) -> Result<Outcome> {
+    resume_model(model, open_data(config)?, RunFolder::open(run)?, config, "yaml", stop)
+}
+
+fn never() -> AtomicBool {
+    AtomicBool::new(false)
+}
+
+/// The rows of `loss.csv` without the times.
+fn losses(run: &Path) -> Vec<LossEntry> {
+    let entries = read_losses(&run.join("loss.csv")).unwrap();
+    entries.into_iter().map(|entry| LossEntry { timestamp: String::new(), ..entry }).collect()
+}
+
+fn outputs(config: &RunConfig) -> usize {
+    fs::read_dir(&config.io.output_dir).map_or(0, |entries| entries.count())
+}
+
+#[test]
+fn a_run_learns_and_leaves_what_it_promises() {
+    let (_folder, mut config) = workplace();
+    config.train.target_elements *= 10;
+    let model = Bigram::new();
+    let (run, outcome) = train(&model, &config, &never()).unwrap();
+    assert_eq!((outcome.interrupted, outcome.state.batches, outcome.state.step), (false, 200, 66));
+    assert_eq!(outcome.state.elements_seen, 200 * 64);
+    // 450 training bytes: 7 batches an epoch in the first epochs, 28 sequences; one fewer where the offset costs one.
+    assert!(outcome.state.next.epoch >= 28, "{:?}", outcome.state.next);
+    let rows = losses(&run);
+    let valid: Vec<&LossEntry> = rows.iter().filter(|row| row.kind == "valid").collect();
+    assert_eq!(valid.iter().map(|row| row.cum_batch).collect::<Vec<_>>(), [0, 66, 132, 199]);
+    assert_eq!(rows.iter().filter(|row| row.kind == "train").count(), 20);
+    // Uniform bytes cost ln 8 = 2.08; the source's entropy is 0.97 nats, and the table starts at random.
+    assert!(valid[0].loss > 2.0 && valid[3].loss < 1.4, "{valid:?}");
+    assert_eq!(outcome.state.valid_loss, Some(valid[3].loss));
+    assert_eq!((rows[0].lr, rows[0].avg_grad), (config.train.learning_rate * 0.1, -1.0));
+    let last = rows.iter().rfind(|row| row.kind == "train").unwrap();
+    assert!(last.avg_grad != -1.0 && last.avg_grad_clipped.abs() <= last.avg_grad.abs());
+    assert_eq!(fs::read_to_string(run.join("config.yaml")).unwrap(), "yaml");
+    let log = fs::read_to_string(run.join("train.log")).unwrap();
+    for part in ["byte-unigram entropy", "model: 72 parameters", "ETA", "valid loss", "finished: saved"] {
+        assert!(log.contains(part), "no {part:?} in {log}");
+    }
+    assert!(fs::read_dir(run.join("checkpoints")).unwrap().count() <= 3);
+    let best = find(&run, Which::Best).unwrap().state().unwrap();
+    assert_eq!(best.valid_loss, outcome.state.best_valid_loss);
+}
+
+/// Interrupts a run in training pass `at` (or in the evaluation after it) and resumes it; all of it must agree with
+/// `straight`, bit for bit.
+fn interrupt_and_resume(config: &RunConfig, at: u64, in_evaluation: bool, straight: &(Vec<u32>, Vec<LossEntry>)) {
+    let stop = Arc::new(never());
+    let mut model = Bigram::new();
+    let raised = stop.clone();
+    let reached = Arc::new(never());
+    let reached_too = reached.clone();
+    model.hook = Some(Box::new(move |pass| {
+        reached.store(pass == at, Ordering::Relaxed);
+        if pass == at && !in_evaluation {
+            raised.store(true, Ordering::Relaxed);
+        }
+    }));
+    let raised = stop.clone();
+    model.eval_hook = Some(Box::new(move || {
+        if in_evaluation && reached_too.load(Ordering::Relaxed) {
+            raised.store(true, Ordering::Relaxed);
+        }
+    }));
+    let (run, outcome) = train(&model, config, &stop).unwrap();
+    assert_eq!((outcome.interrupted, outcome.state.batches), (true, at + 1));
+    let resumed = Bigram::new();
+    let outcome = resume(&resumed, &run, config, &never()).unwrap();
+    assert!(!outcome.interrupted);
+    assert_eq!(resumed.weights(), straight.0, "weights, interrupted at {at}");
+    assert_eq!(losses(&run), straight.1, "losses, interrupted at {at}");
+}
+
+#[test]
+fn a_resumed_run_is_bit_identical_wherever_it_was_interrupted() {
+    let (_folder, config) = workplace();
+    let model = Bigram::new();
+    let (run, _) = train(&model, &config, &never()).unwrap();
+    let straight = (model.weights(), losses(&run));
+    // Batch 8 ends an accumulation window, 6 the first epoch; validation follows 0, 6, 12 and 19.
+    for at in [0, 4, 5, 6, 8, 18] {
+        interrupt_and_resume(&config, at, false, &straight);
+    }
+    for at in [6, 19] {
+        interrupt_and_resume(&config, at, true, &straight);
+    }
+}
+
+#[test]
+fn a_crashed_run_goes_on_from_its_last_checkpoint() {
+    let (_folder, config) = workplace();
+    let model = Bigram::new();
+    let (run, _) = train(&model, &config, &never()).unwrap();
+    let straight = (model.weights(), losses(&run));
+    let mut crashing = Bigram::new();
+    crashing.hook = Some(Box::new(|pass| assert!(pass < 10, "crash")));
+    let crashed = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| train(&crashing, &config, &never())));
+    assert!(crashed.is_err());
+    let mut runs: Vec<PathBuf> = fs::read_dir(&config.io.output_dir).unwrap().map(|e| e.unwrap().path()).collect();
+    runs.retain(|path| *path != run);
+    let resumed = Bigram::new();
+    resume(&resumed, &runs[0], &config, &never()).unwrap();
+    assert_eq!((resumed.weights(), losses(&runs[0])), straight);
+}
+
+#[test]
+fn the_seed_decides_and_another_one_differs() {
+    let (_folder, mut config) = workplace();
+    let weights = |config: &RunConfig| {
+        let model = Bigram::new();
+        train(&model, config, &never()).unwrap();
+        model.weights()
+    };
+    let first = weights(&config);
+    assert_eq!(first, weights(&config));
+    config.train.seed += 1;
+    assert_ne!(first, weights(&config));
+}
+
+#[test]
+fn a_loss_or_gradient_that_is_not_finite_stops_before_the_weights_change() {
+    let (_folder, config) = workplace();
+    for (factor, want) in [(f64::NAN, "the loss is NaN, while all parameters are finite"), (1e300, "the loss is inf")] {
+        let mut model = Bigram::new();
+        model.spoiled = Some((10, factor));
+        let error = train(&model, &config, &never()).unwrap_err();
+        assert!(matches!(error, Error::NonFinite { step: 3, batch: 10, .. }), "{error}");
+        assert!(error.to_string().contains(want), "{error}");
+        assert!(model.weights().iter().all(|&bits| f32::from_bits(bits).is_finite()));
+    }
+    // A finite loss whose gradient is not: stands in for an overflow in backward.
+    let model = Bigram::new();
+    let mut trainer = Trainer::new(&model, open_data(&config).unwrap(), &config, "").unwrap();
+    let before = model.weights();
+    model.params().get("bias").unwrap().grad_mut()[3] = f32::INFINITY;
+    let error = trainer.gradient_step().unwrap_err().to_string();
+    assert!(error.contains("the gradient of bias is not finite"), "{error}");
+    assert_eq!(model.weights(), before);
+}
+
+#[test]
+fn mistakes_leave_no_run_folder() {
+    type Change = fn(&mut RunConfig);
+    let cases: [(Change, &str); 8] = [
+        (|c| c.io.dataset_dir += ".missing", "names nothing"),
+        (|c| c.io.dataset_dir = c.io.dataset_dir.replace("data.bin", "*.txt"), "names nothing"),
+        (|c| c.io.dataset_id = "pg20".into(), "expected one of the known data sets: bytes"),
+        (|c| c.params.input_seq_len = 500, "sequences of 500 bytes do not fit the 900 bytes"),
+        (
+            |c| c.params.input_seq_len = 100,
+            "the model does not take sequences of 100 bytes: 100 bytes, expected at most 64",
+        ),
+        (|c| c.params.model.num_tokens = 5, "num_tokens: found 5"),
+        (|c| c.train.batch_size = 29, "the training data are 28 sequence(s) of 16 bytes"),
+        (|c| c.train.target_elements = 1, "not one gradient step"),
+    ];
+    for (change, want) in cases {
+        let (_folder, mut config) = workplace();
+        change(&mut config);
+        let error = train(&Bigram::new(), &config, &never()).unwrap_err();
+        assert!(error.is_configuration() && error.to_string().contains(want), "{error}");
+        assert_eq!(outputs(&config), 0, "{want}");
+    }
+}
+
+#[test]
+fn resuming_with_other_data_or_settings_is_refused() {
+    let (folder, config) = workplace();
+    let (run, _) = train(&Bigram::new(), &config, &never()).unwrap();
+    let message = |config: &RunConfig| resume(&Bigram::new(), &run, config, &never()).unwrap_err().to_string();
+    let mut other = config.clone();
+    other.train.seed = 12;
+    assert!(message(&other).contains("train.seed: found 12, expected 11"));
+    let mut data = fs::read(folder.path().join("data.bin")).unwrap();
+    data.push(0);
+    fs::write(folder.path().join("data.bin"), data).unwrap();
+    assert!(message(&config).contains("the data are not those of"));
+}
+
+#[test]
+fn resuming_a_finished_run_changes_nothing() {
+    let (_folder, config) = workplace();
+    let model = Bigram::new();
+    let (run, first) = train(&model, &config, &never()).unwrap();
+    let before = losses(&run);
+    let again = Bigram::new();
+    let outcome = resume(&again, &run, &config, &never()).unwrap();
+    assert_eq!((outcome, again.weights(), losses(&run)), (first, model.weights(), before));
+}

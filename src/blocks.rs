@@ -1,0 +1,36 @@
+//! `mblm blocks`: the block types that a configuration can use.
+
+use std::io::Write;
+
+use mblm_core::registry::BlockRegistry;
+
+use crate::Usage;
+
+/// Arguments of `mblm blocks`.
+#[derive(clap::Args)]
+pub struct Args {
+    /// Print the JSON Schema of this type's fields instead
+    #[arg(long, value_name = "NAME")]
+    schema: Option<String>,
+}
+
+/// Runs `mblm blocks`.
+pub fn run(args: &Args, registry: &BlockRegistry) -> anyhow::Result<()> {
+    let mut out = std::io::stdout().lock();
+    if let Some(name) = &args.schema {
+        let Some(block) = registry.get(name) else {
+            return Err(Usage(format!("unknown block type {name:?}; {}", registry.suggestion(name))).into());
+        };
+        writeln!(out, "{}", serde_json::to_string_pretty(&block.schema)?)?;
+        return Ok(());
+    }
+    let names = |block: &mblm_core::registry::BlockInfo| match block.aliases.as_slice() {
+        [] => block.name.clone(),
+        aliases => format!("{} ({})", block.name, aliases.join(", ")),
+    };
+    let width = registry.blocks().map(|block| names(block).len()).max().unwrap_or(0);
+    for block in registry.blocks() {
+        writeln!(out, "{:width$}  {}", names(block), block.about)?;
+    }
+    Ok(())
+}

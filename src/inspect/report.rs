@@ -1,0 +1,442 @@
+//! The numbers of `mblm inspect`, and the table that shows them.
+
+use std::fmt;
+
+use mblm_core::config::MblmConfig;
+use mblm_core::registry::block_type;
+use mblm_core::{ParamStore, StageModel};
+use serde::Serialize;
+
+/// Everything is held in 32 bit floats.
+const FLOAT_BYTES: f64 = 4.0;
+/// Gradients and AdamW's two moments lie beside the weights.
+const TRAINED_COPIES: f64 = 4.0;
+/// A backward pass costs about twice its forward pass.
+const STEP_PER_FORWARD: f64 = 3.0;
+
+/// What one training step reads.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Step {
+    /// Sequences.
+    pub batch: usize,
+    /// Bytes of each.
+    pub bytes: usize,
+}
+
+/// What a part of the model costs. `None` where a block does not say.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+struct Part {
+    parameters: usize,
+    /// Floating point operations of a forward pass.
+    flops_per_byte: Option<f64>,
+    /// What a training step keeps for backward, in bytes.
+    activation_bytes: Option<f64>,
+}
+
+/// A stage and its cost.
+#[derive(Debug, Serialize)]
+struct Stage {
+    block_type: &'static str,
+    seq_len: usize,
+    hidden_dim: usize,
+    num_layers: usize,
+    #[serde(flatten)]
+    part: Part,
+}
+
+/// A model's costs.
+#[derive(Debug, Serialize)]
+pub struct Report {
+    step: Step,
+    context_len: usize,
+    num_tokens: usize,
+    stages: Vec<Stage>,
+    /// Token embeddings with their projections, positions and start tokens.
+    embeddings: Part,
+    /// From each stage to the next.
+    projections: Part,
+    /// The logits.
+    head: Part,
+    total: Part,
+}
+
+impl Report {
+    /// The costs of a model that was built from `config`.
+    pub fn new(config: &MblmConfig, params: &ParamStore, models: &[&dyn StageModel], step: Step) -> Self {
+        let counts = Counts { config, params, step };
+        let stages: Vec<Stage> = (0..config.num_stages())
+            .map(|n| Stage {
+                block_type: block_type(&*config.blocks[n]),
+                seq_len: config.seq_lens[n],
+                hidden_dim: config.hidden_dims[n],
+                num_layers: config.num_layers[n],
+                part: counts.stage(n, models.get(n).copied()),
+            })
+            .collect();
+        let (embeddings, projections, head) = (counts.embeddings(), counts.projections(), counts.head());
+        let parts: Vec<&Part> =
+            stages.iter().map(|stage| &stage.part).chain([&embeddings, &projections, &head]).collect();
+        let total = Part {
+            parameters: params.num_elements(),
+            flops_per_byte: parts.iter().map(|part| part.flops_per_byte).sum(),
+            activation_bytes: parts.iter().map(|part| part.activation_bytes).sum(),
+        };
+        let (context_len, num_tokens) = (config.context_len(), config.num_tokens);
+        Report { step, context_len, num_tokens, stages, embeddings, projections, head, total }
+    }
+}
+
+/// Counts what a model needs.
+struct Counts<'a> {
+    config: &'a MblmConfig,
+    params: &'a ParamStore,
+    step: Step,
+}
+
+impl Counts<'_> {
+    /// Bytes that one token of stage `n` (from 0) stands for.
+    fn patch_bytes(&self, n: usize) -> f64 {
+        self.config.seq_lens[n + 1..].iter().map(|&len| len as f64).product()
+    }
+
+    /// Tokens in a sequence of stage `n`: as many as the input needs at the first stage, `P_n` at the others.
+    fn seq_len(&self, n: usize) -> f64 {
+        match n {
+            0 => (self.step.bytes as f64 / self.patch_bytes(0)).ceil(),
+            _ => self.config.seq_lens[n] as f64,
+        }
+    }
+
+    /// Bytes in a training step, padded to whole patches.
+    fn step_bytes(&self) -> f64 {
+        self.step.batch as f64 * self.seq_len(0) * self.patch_bytes(0)
+    }
+
+    fn parameters(&self, prefixes: &[&str]) -> usize {
+        let counted = self.params.iter().filter(|p| prefixes.iter().any(|prefix| p.name().starts_with(prefix)));
+        counted.map(|p| p.len()).sum()
+    }
+
+    fn stage(&self, n: usize, model: Option<&dyn StageModel>) -> Part {
+        // The start token is a position too.
+        let positions = self.seq_len(n) + 1.0;
+        let sequences = self.step_bytes() / (self.seq_len(n) * self.patch_bytes(n));
+        let cost = model.and_then(|model| model.cost(positions as usize));
+        // A recomputed stage keeps its inputs, and the rest of one chunk at a time.
+        let chunks = self.config.train_checkpoint_chunks.as_ref().filter(|_| n > 0).map(|chunks| chunks[n - 1]);
+        let kept = |per_position: f64| match chunks {
+            Some(chunks) => {
+                sequences * self.config.hidden_dims[n] as f64 + (sequences / chunks as f64).ceil() * per_position
+            }
+            None => sequences * per_position,
+        };
+        Part {
+            parameters: self.parameters(&[&format!("stage_models.{n}.")]),
+            flops_per_byte: cost.map(|cost| cost.flops * positions / (self.seq_len(n) * self.patch_bytes(n))),
+            activation_bytes: cost.map(|cost| kept(cost.activations) * positions * FLOAT_BYTES),
+        }
+    }
+
+    /// Floating point operations per byte of the matrices under `prefix`. `every` tells, from the number in the name,
+    /// how many bytes lie between two applications.
+    fn matrix_flops(&self, prefix: &str, every: impl Fn(usize) -> f64) -> f64 {
+        let matrices = self.params.iter().filter(|p| p.name().starts_with(prefix) && p.shape().len() == 2);
+        let used = matrices.filter(|p| !p.name().contains("embedding"));
+        let number = |name: &str| name.split('.').nth(1).and_then(|part| part.parse().ok()).unwrap_or(0);
+        sum(used.map(|p| 2.0 * p.len() as f64 / every(number(p.name()))))
+    }
+
+    fn embeddings(&self) -> Part {
+        let (last, dims) = (self.config.num_stages() - 1, &self.config.hidden_dims);
+        // Of a stage above the local one: its patches' byte vectors before and after the norm, and its own twice.
+        let above = |n: usize| 2.0 * dims[last] as f64 + 2.0 * dims[n] as f64 / self.patch_bytes(n);
+        let floats_per_byte = dims[last] as f64 + sum((0..last).map(above));
+        Part {
+            parameters: self.parameters(&["token_embs_rev.", "pos_embs.", "start_tokens."]),
+            // Named from the local stage up.
+            flops_per_byte: Some(self.matrix_flops("token_embs_rev.", |i| self.patch_bytes(last - i.min(last)))),
+            activation_bytes: Some(floats_per_byte * self.step_bytes() * FLOAT_BYTES),
+        }
+    }
+
+    fn projections(&self) -> Part {
+        let last = self.config.num_stages() - 1;
+        let next = |n: usize| self.config.hidden_dims[n + 1] as f64 / self.patch_bytes(n + 1);
+        Part {
+            parameters: self.parameters(&["to_next_stage_proj."]),
+            flops_per_byte: Some(self.matrix_flops("to_next_stage_proj.", |n| self.patch_bytes(n.min(last)))),
+            activation_bytes: Some(sum((0..last).map(next)) * self.step_bytes() * FLOAT_BYTES),
+        }
+    }
+
+    fn head(&self) -> Part {
+        Part {
+            parameters: self.parameters(&["to_logits."]),
+            flops_per_byte: Some(self.matrix_flops("to_logits.", |_| 1.0)),
+            activation_bytes: Some(2.0 * self.config.num_tokens as f64 * self.step_bytes() * FLOAT_BYTES),
+        }
+    }
+}
+
+/// `Iterator::sum` of nothing is -0, which a table would show.
+fn sum(numbers: impl Iterator<Item = f64>) -> f64 {
+    numbers.fold(0.0, |sum, number| sum + number)
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let header = ["stage", "block", "sequence", "width", "layers", "parameters", "FLOP/byte", "activations"];
+        let mut rows = vec![header.map(String::from)];
+        for (n, stage) in self.stages.iter().enumerate() {
+            let [seq_len, dim, layers] = [stage.seq_len, stage.hidden_dim, stage.num_layers].map(|n| n.to_string());
+            let [parameters, flops, activations] = stage.part.cells();
+            let name = (n + 1).to_string();
+            rows.push([name, stage.block_type.into(), seq_len, dim, layers, parameters, flops, activations]);
+        }
+        let rest = [("embeddings", &self.embeddings), ("projections", &self.projections), ("head", &self.head)];
+        for (name, part) in rest.into_iter().chain([("total", &self.total)]) {
+            let [parameters, flops, activations] = part.cells();
+            let none = String::new;
+            rows.push([name.into(), none(), none(), none(), none(), parameters, flops, activations]);
+        }
+        write_table(f, &rows)?;
+
+        let lens: Vec<String> = self.stages.iter().map(|stage| stage.seq_len.to_string()).collect();
+        let weights = self.total.parameters as f64 * FLOAT_BYTES;
+        let step_bytes = (self.step.batch * self.step.bytes) as f64;
+        let step_flops = self.total.flops_per_byte.map(|flops| flops * step_bytes * STEP_PER_FORWARD);
+        writeln!(f)?;
+        writeln!(f, "context    {} bytes ({}), vocabulary {}", self.context_len, lens.join(" · "), self.num_tokens)?;
+        writeln!(
+            f,
+            "weights    {}; with gradients and AdamW's moments {}",
+            bytes(weights),
+            bytes(weights * TRAINED_COPIES)
+        )?;
+        let flops = step_flops.map_or("an unknown number of FLOP".into(), |n| format!("about {}FLOP", metric(n)));
+        let activations = self.total.activation_bytes.map_or("unknown".into(), bytes);
+        writeln!(f, "one step   {} × {} bytes: {flops}, activations {activations}", self.step.batch, self.step.bytes)
+    }
+}
+
+impl Part {
+    fn cells(&self) -> [String; 3] {
+        let parameters = metric(self.parameters as f64).trim_end().to_string();
+        let flops = or_unknown(self.flops_per_byte, metric).trim_end().to_string();
+        [parameters, flops, or_unknown(self.activation_bytes, bytes)]
+    }
+}
+
+/// Columns as wide as needed; the first two are text and start at the left.
+fn write_table<const N: usize>(f: &mut fmt::Formatter<'_>, rows: &[[String; N]]) -> fmt::Result {
+    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+    let widths: [usize; N] = std::array::from_fn(width);
+    for row in rows {
+        let mut line = String::new();
+        for (column, (cell, width)) in row.iter().zip(widths).enumerate() {
+            line += &if column < 2 { format!("{cell:width$}  ") } else { format!("{cell:>width$}  ") };
+        }
+        writeln!(f, "{}", line.trim_end())?;
+    }
+    Ok(())
+}
+
+fn or_unknown(number: Option<f64>, show: impl Fn(f64) -> String) -> String {
+    number.map_or("unknown".into(), show)
+}
+
+/// Three digits and a metric prefix, `12.3 M`.
+fn metric(number: f64) -> String {
+    scaled(number, 1000.0, &["", "k", "M", "G", "T", "P", "E"])
+}
+
+/// Three digits and a binary unit, `1.50 GiB`.
+fn bytes(number: f64) -> String {
+    scaled(number, 1024.0, &["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"])
+}
+
+fn scaled(number: f64, base: f64, units: &[&str]) -> String {
+    let (mut number, mut unit) = (number, 0);
+    // What would round up to the base takes the next unit.
+    while number >= base - 0.5 && unit + 1 < units.len() {
+        number /= base;
+        unit += 1;
+    }
+    let decimals = match number {
+        _ if unit == 0 => 0,
+        n if n < 9.995 => 2,
+        n if n < 99.95 => 1,
+        _ => 0,
+    };
+    format!("{number:.decimals$} {}", units[unit])
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use candle_core::Tensor;
+    use mblm_core::block::Cost;
+    use mblm_core::{Init, Mode, ParamScope, PosEmb, Result, StageBlock};
+
+    use super::*;
+
+    #[derive(Debug, Serialize)]
+    struct Toy {}
+
+    impl StageBlock for Toy {
+        fn typetag_name(&self) -> &'static str {
+            "toy"
+        }
+        fn typetag_deserialize(&self) {}
+        fn pos_emb_type(&self) -> Option<PosEmb> {
+            None
+        }
+        fn build(&self, _: usize, _: usize, _: &mut ParamScope) -> Result<Box<dyn StageModel>> {
+            Ok(Box::new(ToyModel(None)))
+        }
+    }
+
+    struct ToyModel(Option<Cost>);
+
+    impl StageModel for ToyModel {
+        fn forward(&self, x: &Tensor, _: Option<&Tensor>, _: Mode) -> Result<Tensor> {
+            Ok(x.clone())
+        }
+        fn cost(&self, seq_len: usize) -> Option<Cost> {
+            self.0.map(|cost| Cost { flops: cost.flops * seq_len as f64, ..cost })
+        }
+    }
+
+    /// Three stages of 4, 3 and 2, with the parameters that the hierarchy creates.
+    fn report(chunks: Option<Vec<usize>>, costs: [Option<f64>; 3], step: Step) -> Report {
+        let config = MblmConfig {
+            num_tokens: 10,
+            pad_token_id: 0,
+            hidden_dims: vec![8, 6, 4],
+            num_layers: vec![3, 2, 1],
+            seq_lens: vec![4, 3, 2],
+            train_checkpoint_chunks: chunks,
+            blocks: vec![Arc::new(Toy {}), Arc::new(Toy {}), Arc::new(Toy {})],
+        };
+        let mut params = ParamStore::new(0);
+        let shapes: [(&str, &[usize]); 12] = [
+            ("stage_models.0.w", &[5]),
+            ("stage_models.1.w", &[6]),
+            ("stage_models.2.w", &[7]),
+            ("token_embs_rev.0.embedding.weight", &[10, 4]),
+            ("token_embs_rev.1._post.2.weight", &[6, 8]),
+            ("token_embs_rev.2._post.2.weight", &[8, 24]),
+            ("token_embs_rev.2._post.2.bias", &[8]),
+            ("pos_embs.1.weight", &[3, 6]),
+            ("start_tokens.0", &[8]),
+            ("to_next_stage_proj.0.1.weight", &[18, 8]),
+            ("to_next_stage_proj.1.1.weight", &[8, 6]),
+            ("to_logits.weight", &[10, 4]),
+        ];
+        for (name, shape) in shapes {
+            params.root().param(name, shape, Init::Const(0.0)).unwrap();
+        }
+        let model = |cost: Option<f64>| {
+            let cost = cost.map(|cost| Cost { flops: cost, activations: 100.0 });
+            Box::new(ToyModel(cost)) as Box<dyn StageModel>
+        };
+        let models = costs.map(model);
+        Report::new(&config, &params, &models.each_ref().map(|model| &**model), step)
+    }
+
+    const STEP: Step = Step { batch: 2, bytes: 24 };
+
+    #[test]
+    fn parts_add_up() {
+        let report = report(None, [Some(1.0), Some(10.0), Some(100.0)], STEP);
+        let stages: Vec<Part> = report.stages.iter().map(|stage| stage.part).collect();
+        let part = |parameters, flops, floats| Part {
+            parameters,
+            flops_per_byte: Some(flops),
+            activation_bytes: Some(floats * 4.0),
+        };
+        // Positions · FLOP of a position / bytes of a sequence; sequences · positions · 100 floats.
+        assert_eq!(stages[0], part(5, 5.0 * 5.0 / 24.0, 2.0 * 5.0 * 100.0));
+        assert_eq!(stages[1], part(6, 4.0 * 40.0 / 6.0, 8.0 * 4.0 * 100.0));
+        assert_eq!(stages[2], part(7, 3.0 * 300.0 / 2.0, 24.0 * 3.0 * 100.0));
+        // Per byte: 4 at the local stage, 2 · 4 + 2 · 6 / 2 and 2 · 4 + 2 · 8 / 6 above.
+        let floats = 48.0 * (4.0 + (8.0 + 16.0 / 6.0) + 14.0);
+        let embeddings = part(40 + 48 + 192 + 8 + 18 + 8, 2.0 * 48.0 / 2.0 + 2.0 * 192.0 / 6.0, floats);
+        assert_eq!(report.embeddings, embeddings);
+        let projections = part(144 + 48, 2.0 * 144.0 / 6.0 + 2.0 * 48.0 / 2.0, 48.0 * (6.0 / 2.0 + 4.0));
+        assert_eq!(report.projections, projections);
+        assert_eq!(report.head, part(40, 80.0, 48.0 * 20.0));
+        assert_eq!(report.total.parameters, 5 + 6 + 7 + 314 + 192 + 40);
+        let flops = 25.0 / 24.0 + 160.0 / 6.0 + 450.0 + 112.0 + 96.0 + 80.0;
+        assert!((report.total.flops_per_byte.unwrap() - flops).abs() < 1e-9);
+    }
+
+    #[test]
+    fn one_stage_has_no_projections() {
+        let config = MblmConfig {
+            num_tokens: 10,
+            pad_token_id: 0,
+            hidden_dims: vec![8],
+            num_layers: vec![1],
+            seq_lens: vec![4],
+            train_checkpoint_chunks: None,
+            blocks: vec![Arc::new(Toy {})],
+        };
+        let table = Report::new(&config, &ParamStore::new(0), &[], Step { batch: 1, bytes: 4 }).to_string();
+        let row = table.lines().find(|line| line.starts_with("projections")).unwrap();
+        assert_eq!(row.split_whitespace().collect::<Vec<_>>(), ["projections", "0", "0", "0", "B"]);
+    }
+
+    #[test]
+    fn a_shorter_input_needs_fewer_patches() {
+        let report = report(None, [Some(1.0); 3], Step { batch: 1, bytes: 7 });
+        // 7 bytes are 2 patches of 6.
+        assert_eq!(report.stages[0].part.flops_per_byte, Some(3.0 * 3.0 / 12.0));
+        assert_eq!(report.stages[2].part.activation_bytes, Some(6.0 * 3.0 * 100.0 * 4.0));
+    }
+
+    #[test]
+    fn the_table_is_aligned_and_says_what_is_unknown() {
+        let want = "\
+stage        block  sequence  width  layers  parameters  FLOP/byte  activations
+1            toy           4      8       3           5          1     3.91 KiB
+2            toy           3      6       2           6    unknown      unknown
+3            toy           2      4       1           7        450     28.1 KiB
+embeddings                                          314        112     5.38 KiB
+projections                                         192         96     1.31 KiB
+head                                                 40         80     3.75 KiB
+total                                               564    unknown      unknown
+
+context    24 bytes (4 · 3 · 2), vocabulary 10
+weights    2.20 KiB; with gradients and AdamW's moments 8.81 KiB
+one step   2 × 24 bytes: an unknown number of FLOP, activations unknown
+";
+        assert_eq!(report(None, [Some(1.0), None, Some(100.0)], STEP).to_string(), want);
+        let json = serde_json::to_value(report(None, [Some(1.0), None, Some(100.0)], STEP)).unwrap();
+        assert_eq!((&json["stages"][1]["flops_per_byte"], &json["stages"][2]["parameters"]), (&().into(), &7.into()));
+    }
+
+    #[test]
+    fn a_recomputed_stage_keeps_one_chunk() {
+        let report = report(Some(vec![3, 24]), [Some(1.0); 3], STEP);
+        let kept: Vec<_> = report.stages.iter().map(|stage| stage.part.activation_bytes.unwrap() / 4.0).collect();
+        assert_eq!(kept, [1000.0, 4.0 * (8.0 * 6.0 + 3.0 * 100.0), 3.0 * (24.0 * 4.0 + 100.0)]);
+    }
+
+    #[test]
+    fn numbers_keep_three_digits() {
+        let cases = [
+            (0.0, "0 "),
+            (999.0, "999 "),
+            (999.6, "1.00 k"),
+            (12_345.0, "12.3 k"),
+            (360e6, "360 M"),
+            (9.996e9, "10.0 G"),
+        ];
+        for (number, want) in cases {
+            assert_eq!(metric(number), want);
+        }
+        assert_eq!([bytes(1023.0), bytes(1536.0), bytes(3.0 * 1024f64.powi(3))], ["1023 B", "1.50 KiB", "3.00 GiB"]);
+    }
+}

@@ -1,0 +1,6 @@
+//! MBLM: Multiscale Byte Language Models. This crate gathers the library: the core, the built-in blocks and training.
+#![warn(missing_docs)]
+
+pub use mblm_blocks as blocks;
+pub use mblm_core::*;
+pub use mblm_train as train;

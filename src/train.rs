@@ -1,0 +1,124 @@
+//! `mblm train`: start a run, or go on with one.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use anyhow::{Context, Result};
+use mblm::generate::{Format, Sampler, Sampling, TokenStream, Until, generate};
+use mblm::model::Mblm;
+use mblm::registry::BlockRegistry;
+use mblm::train::config::RunConfig;
+use mblm::train::data::{Splits, unigram_entropy};
+use mblm::train::evaluate::bpb;
+use mblm::train::run::RunFolder;
+use mblm::train::session;
+use mblm::train::trainer::Outcome;
+use mblm::yaml::Document;
+
+use crate::{Usage, model};
+
+/// Bytes of validation data that the sample at a run's end continues, and bytes that it makes.
+const PROMPT: usize = 100;
+const SAMPLE: usize = 200;
+
+/// Arguments of `mblm train`.
+#[derive(clap::Args)]
+pub struct Args {
+    /// The training configuration
+    #[arg(required_unless_present = "resume")]
+    config: Option<PathBuf>,
+    /// Go on with this run from its newest checkpoint
+    #[arg(long, value_name = "RUN", conflicts_with_all = ["config", "set"])]
+    resume: Option<PathBuf>,
+    /// Override a field of the configuration, as in `--set train.learning_rate=3e-4`
+    #[arg(long, value_name = "FIELD=VALUE")]
+    set: Vec<String>,
+}
+
+/// Runs `mblm train`.
+pub fn run(args: &Args, registry: &BlockRegistry) -> Result<()> {
+    let stop = stop_flag()?;
+    let (run, outcome) = match (&args.resume, &args.config) {
+        (Some(run), _) => {
+            let document =
+                Document::parse(&RunFolder::config_yaml(run)?, &run.join("config.yaml").display().to_string())?;
+            let config = RunConfig::from_document(&document, registry)?;
+            (run.clone(), session::resume(run, &config, &config.to_yaml()?, &stop)?)
+        }
+        (None, Some(path)) => {
+            let mut document = Document::read(path)?;
+            args.set.iter().try_for_each(|assignment| document.set(assignment))?;
+            let config = RunConfig::from_document(&document, registry)?;
+            RunConfig::notes(&document).iter().for_each(|note| eprintln!("note: {note}"));
+            session::train(&config, &config.to_yaml()?, &stop)?
+        }
+        (None, None) => return Err(Usage("expected a configuration, or --resume RUN".into()).into()),
+    };
+    match outcome.interrupted {
+        true => eprintln!("go on with: mblm train --resume {}", run.display()),
+        false => conclude(&run, &outcome, registry)?,
+    }
+    Ok(())
+}
+
+/// Raised by Ctrl-C and by SIGTERM; a second one ends the program at once.
+fn stop_flag() -> Result<Arc<AtomicBool>> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let raised = stop.clone();
+    ctrlc::set_handler(move || {
+        if raised.swap(true, Ordering::SeqCst) {
+            std::process::exit(130);
+        }
+        eprintln!("\nending after this batch, with a checkpoint; once more to end at once");
+    })
+    .context("cannot catch Ctrl-C")?;
+    Ok(stop)
+}
+
+/// Says what was reached, shows what the model writes, and how to have it write more.
+fn conclude(run: &Path, outcome: &Outcome, registry: &BlockRegistry) -> Result<()> {
+    let trained = model::load(&model::Args { run: run.into(), best: false }, registry)?;
+    let data = session::open_data(&trained.config)?;
+    println!();
+    if let Some(loss) = outcome.state.valid_loss {
+        print!("validation: {:.3} bpb", bpb(loss));
+        match data.train.byte_counts() {
+            Some(counts) => println!("; the entropy of single bytes is {:.3} bits", unigram_entropy(&counts)),
+            None => println!(),
+        }
+    }
+    sample(&trained.model, &prompt(&data, trained.config.params.input_seq_len)?)?;
+    println!("\nmore:\n  {} generate {} --prompt \"//! \"", program(), run.display());
+    Ok(())
+}
+
+/// The beginning of the validation data.
+fn prompt(data: &Splits, seq_len: usize) -> Result<Vec<u32>> {
+    let mut ids = vec![0; seq_len];
+    let mut mask = vec![0.0; if data.valid.has_loss_mask() { seq_len } else { 0 }];
+    data.valid.sample(0, 0, &mut ids, &mut mask)?;
+    ids.truncate(PROMPT.min(seq_len / 2));
+    Ok(ids)
+}
+
+fn sample(model: &Mblm, prompt: &[u32]) -> Result<()> {
+    let mut stream = TokenStream::new(std::io::stdout().lock(), Format::Utf8);
+    println!("\na sample: {} bytes of the validation data, then what the model makes of them", prompt.len());
+    println!("{}", "─".repeat(78));
+    prompt.iter().try_for_each(|token| stream.write(*token))?;
+    let mut samplers = [Sampler::new(Sampling { temperature: 0.7, ..Sampling::default() })?];
+    let until = Until { max_tokens: Some(SAMPLE), stop_token: None };
+    generate(model, &[prompt.to_vec()], &mut samplers, &until, |_, token| {
+        stream.write(token)?;
+        Ok(true)
+    })?;
+    drop(stream.finish()?);
+    println!("\n{}", "─".repeat(78));
+    Ok(())
+}
+
+/// How this program was called, so that the printed command works as it is.
+fn program() -> String {
+    std::env::args().next().unwrap_or_else(|| "mblm".into())
+}

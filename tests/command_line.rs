@@ -1,0 +1,81 @@
+//! What the program prints, and its exit codes.
+
+use std::fs;
+
+use assert_cmd::Command;
+
+const MODEL: &str = "\
+num_tokens: 257
+pad_token_id: 256
+hidden_dims: [64, 32]
+num_layers: [2, 1]
+seq_lens: [16, 8]
+block:
+  block_type: transformer
+  attn_head_dims: 16
+  attn_num_heads: 2
+  attn_use_rot_embs: true
+  pos_emb_type: fixed
+";
+
+/// Exit code, standard output and error of `mblm` in a folder that holds `model.yaml`.
+fn mblm(args: &[&str]) -> (i32, String, String) {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("model.yaml"), MODEL).unwrap();
+    let output = Command::cargo_bin("mblm").unwrap().current_dir(&folder).args(args).output().unwrap();
+    let text = |bytes| String::from_utf8(bytes).unwrap();
+    (output.status.code().unwrap(), text(output.stdout), text(output.stderr))
+}
+
+#[test]
+fn a_mistake_in_a_configuration_exits_with_2() {
+    let cases = [
+        (
+            vec!["inspect", "no.yaml"],
+            "error: no.yaml: there is no such file; check the path, which starts at the current directory\n",
+        ),
+        (
+            vec!["inspect", "model.yaml", "--set", "block.attn_num_heads=sixteen"],
+            "error: model.yaml: block.attn_num_heads: expected a positive integer, found \"sixteen\" \
+             (--set block.attn_num_heads=sixteen)\n",
+        ),
+        (
+            vec!["inspect", "model.yaml", "--set", "pad_token_id"],
+            "error: model.yaml: expected NAME=VALUE, such as train.learning_rate=3e-4 (--set pad_token_id)\n",
+        ),
+        (
+            vec!["blocks", "--schema", "transfomer"],
+            "error: unknown block type \"transfomer\"; did you mean `transformer`?\n",
+        ),
+    ];
+    for (args, want) in cases {
+        assert_eq!(mblm(&args), (2, String::new(), want.into()), "{args:?}");
+    }
+    assert_eq!(mblm(&["inspect", "model.yaml", "--batch", "0"]).0, 2);
+    assert_eq!(mblm(&["inspekt"]).0, 2);
+}
+
+#[test]
+fn blocks_are_listed_and_described() {
+    let (code, list, _) = mblm(&["blocks"]);
+    let names: Vec<&str> = list.lines().filter_map(|line| line.split(' ').next()).collect();
+    assert_eq!((code, names), (0, vec!["mamba1", "mamba2", "transformer", "transformerEncoder"]));
+    assert!(list.lines().all(|line| line.split_whitespace().count() > 2), "each has a description\n{list}");
+    let (code, schema, _) = mblm(&["blocks", "--schema", "transformer"]);
+    let schema: serde_json::Value = serde_json::from_str(&schema).unwrap();
+    assert_eq!((code, &schema["properties"]["attn_num_heads"]["type"]), (0, &"integer".into()));
+}
+
+#[test]
+fn inspect_shows_every_stage() {
+    let (code, table, _) = mblm(&["inspect", "model.yaml", "--batch", "3", "--set", "num_layers=[5, 1]"]);
+    assert_eq!(code, 0);
+    let cells = |row: usize| table.lines().nth(row).unwrap().split_whitespace().take(5).collect::<Vec<_>>();
+    assert_eq!(cells(1), ["1", "transformer", "16", "64", "5"]);
+    assert_eq!(cells(2), ["2", "transformer", "8", "32", "1"]);
+    assert!(table.contains("context    128 bytes (16 · 8), vocabulary 257\n"), "{table}");
+    assert!(table.contains("one step   3 × 128 bytes: "), "{table}");
+    let (code, json, _) = mblm(&["inspect", "model.yaml", "--json"]);
+    let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+    assert_eq!((code, &json["stages"][1]["hidden_dim"], &json["step"]["bytes"]), (0, &32.into(), &128.into()));
+}

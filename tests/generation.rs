@@ -1,0 +1,139 @@
+//! Cached decoding equals the full forward pass: random mixes of blocks and lengths, at patch borders, from the empty
+//! prompt, past the prompt's padding, in batches.
+
+use candle_core::{Device, Tensor};
+use mblm::Mode;
+use mblm::config::MblmConfig;
+use mblm::generate::{Decoder, Ended, Sampler, Sampling, Until, generate};
+use mblm::model::Mblm;
+use mblm::registry::BlockRegistry;
+use mblm::testing::{assert_close, noise, perturb};
+use mblm::yaml::Document;
+
+/// Blocks that generate, at width 16; positions by letter: none, fixed, rope.
+fn block(kind: usize, positions: usize) -> String {
+    let positions = ["null", "fixed", "rope"][positions % 3];
+    let fields = match kind % 4 {
+        0 => "block_type: transformer, attn_head_dims: 4, attn_num_heads: 3, attn_use_rot_embs: true",
+        1 => "block_type: transformer, attn_head_dims: 5, attn_num_heads: 2, attn_use_rot_embs: false",
+        2 => "block_type: mamba1, d_state: 5, d_conv: 4, expand: 2",
+        _ => "block_type: mamba2, d_state: 6, d_conv: 3, expand: 2, headdim: 8",
+    };
+    format!("{{{fields}, pos_emb_type: {positions}}}")
+}
+
+fn model(seq_lens: &[usize], blocks: &[String], layers: usize) -> Mblm {
+    let stages = seq_lens.len();
+    let yaml = format!(
+        "num_tokens: 259\npad_token_id: 256\nhidden_dims: {:?}\nnum_layers: {:?}\nseq_lens: {seq_lens:?}\nblock: [{}]\n",
+        vec![16; stages],
+        vec![layers; stages],
+        blocks.join(", ")
+    );
+    let document = Document::parse(&yaml, "test.yaml").unwrap();
+    let config = MblmConfig::from_document(&document, "", &BlockRegistry::builtin().unwrap()).unwrap();
+    let model = Mblm::new(&config, 1).unwrap();
+    perturb(model.params());
+    model
+}
+
+fn bytes(len: usize, seed: u64) -> Vec<u32> {
+    noise(len, seed).iter().map(|v| ((v + 1.0) * 128.0) as u32 % 256).collect()
+}
+
+/// The full pass's logits for the byte after `sequences`, `(B, V)`.
+fn full(model: &Mblm, sequences: &[Vec<u32>]) -> Vec<f32> {
+    let (batch, len) = (sequences.len(), sequences[0].len());
+    let ids = Tensor::from_vec(sequences.concat(), (batch, len), &Device::Cpu).unwrap();
+    let logits = model.logits(&ids, Mode::Eval).unwrap();
+    let last = logits.dim(1).unwrap() - 1;
+    logits.narrow(1, last, 1).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+}
+
+/// Decodes up to `len` bytes after a prompt of `prompt` bytes, and holds every step against the full pass.
+fn check(model: &Mblm, what: &str, batch: usize, prompt: usize, len: usize) {
+    let sequences: Vec<Vec<u32>> = (0..batch).map(|b| bytes(len, 7 + b as u64)).collect();
+    let prefix = |len: usize| sequences.iter().map(|s| s[..len].to_vec()).collect::<Vec<_>>();
+    let mut decoder = Decoder::new(model, batch).unwrap();
+    decoder.prefill(&prefix(prompt).concat()).unwrap();
+    for at in prompt..=len {
+        assert_close(&format!("{what}, {at} bytes"), decoder.logits(), &full(model, &prefix(at)), 2e-5);
+        if at < len {
+            decoder.step(&sequences.iter().map(|s| s[at]).collect::<Vec<_>>()).unwrap();
+        }
+    }
+}
+
+#[test]
+fn decoding_equals_the_full_pass_for_mixes_of_blocks() {
+    let shapes: [&[usize]; 7] = [&[40], &[7, 4], &[5, 1], &[3, 3, 4], &[4, 1, 3], &[2, 2, 3, 2], &[2, 3, 1, 4]];
+    for (i, seq_lens) in shapes.iter().enumerate() {
+        for round in 0..4 {
+            let blocks: Vec<String> =
+                (0..seq_lens.len()).map(|n| block(i + round * 3 + n * (1 + round), i + n + round)).collect();
+            let model = model(seq_lens, &blocks, 1 + round % 2);
+            let len = seq_lens.iter().product::<usize>();
+            let prompts = [0, 1, len / 2, len - 1, len];
+            let (batch, prompt) = (1 + (i + round) % 3, prompts[(i * 2 + round) % 5]);
+            check(&model, &format!("{seq_lens:?} {blocks:?}"), batch, prompt, len);
+        }
+    }
+}
+
+#[test]
+fn every_prompt_length_continues_alike() {
+    let model = model(&[3, 2, 3], &[block(0, 1), block(2, 0), block(3, 1)], 1);
+    for prompt in 0..=18 {
+        check(&model, &format!("prompt of {prompt}"), 2, prompt, 18);
+    }
+}
+
+#[test]
+fn without_fixed_positions_a_sequence_may_grow_past_the_context() {
+    let model = model(&[2, 3], &[block(3, 0), block(0, 1)], 1);
+    check(&model, "past the context", 1, 5, 14);
+}
+
+fn tokens(model: &Mblm, prompt: &[u32], sampling: Sampling, until: Until) -> (Vec<u32>, Ended) {
+    let mut out = vec![];
+    let mut samplers = [Sampler::new(sampling).unwrap()];
+    let ended = generate(model, &[prompt.to_vec()], &mut samplers, &until, |_, token| {
+        out.push(token);
+        Ok(true)
+    });
+    (out, ended.unwrap()[0])
+}
+
+#[test]
+fn generation_ends_where_it_should() {
+    let model = model(&[3, 4], &[block(0, 1), block(1, 1)], 1);
+    let prompt = bytes(5, 3);
+    let all = Until { max_tokens: None, stop_token: None };
+    let (whole, ended) = tokens(&model, &prompt, Sampling::default(), all.clone());
+    assert_eq!((whole.len(), ended), (7, Ended::ContextLength));
+    let (same, ended) = tokens(&model, &prompt, Sampling::default(), Until { max_tokens: Some(3), ..all.clone() });
+    assert_eq!((same, ended), (whole[..3].to_vec(), Ended::MaxTokens));
+    let stop = whole[4];
+    let first = whole.iter().position(|t| *t == stop).unwrap();
+    let (same, ended) = tokens(&model, &prompt, Sampling::default(), Until { stop_token: Some(stop), ..all.clone() });
+    assert_eq!((same, ended), (whole[..=first].to_vec(), Ended::StopToken));
+    let (more, ended) = tokens(&model, &prompt, Sampling::default(), Until { max_tokens: Some(100), ..all });
+    assert_eq!((more.len(), ended), (7, Ended::ContextLength));
+}
+
+#[test]
+fn bad_input_is_named() {
+    let model = model(&[2, 3], &[block(0, 1), block(1, 1)], 1);
+    let mut decoder = Decoder::new(&model, 1).unwrap();
+    let message = decoder.prefill(&[1; 7]).unwrap_err().to_string();
+    assert!(message.contains("7 bytes are more than the context of 6 bytes"), "{message}");
+    let message = decoder.prefill(&[1, 300]).unwrap_err().to_string();
+    assert!(message.contains("id 300 lies outside the vocabulary of 259 tokens"), "{message}");
+    let ids = |values: &[i64], shape: &[usize]| Tensor::from_slice(values, shape, &Device::Cpu).unwrap();
+    let message = model.logits(&ids(&[1; 7], &[1, 7]), Mode::Eval).unwrap_err().to_string();
+    assert!(message.contains("a sequence of 7 bytes makes 3 patches of 3 bytes"), "{message}");
+    let message = model.logits(&ids(&[1, -1], &[1, 2]), Mode::Eval).unwrap_err().to_string();
+    assert!(message.contains("id -1 at flat position 1"), "{message}");
+    let message = model.logits(&ids(&[1; 8], &[1, 2, 4]), Mode::Eval).unwrap_err().to_string();
+    assert!(message.contains("[1, 2, 4]; expected (batch, bytes) or (batch, patches, 3)"), "{message}");
+}
