@@ -24,7 +24,7 @@ for ((round = 1; round <= rounds; round++)); do
         yaml=benches/configs/$config.yaml
         echo "round $round: $config" >&2
         target/release/mblm bench "$yaml" --batch 4 --prefix $prefix --bytes 256 --json >>"$out/$config.ours"
-        "$peer/bin/python" benches/upstream.py "$yaml" --batch 4 --prefix $prefix 2>/dev/null >>"$out/$config.peer"
+        "$peer/bin/python" benches/upstream.py "$yaml" --batch 4 --prefix $prefix >>"$out/$config.peer"
     done
 done
 python3 - "$out" "${configs[@]}" <<'PYTHON'

@@ -8,12 +8,13 @@ use candle_core::{Device, Tensor};
 use mblm::config::MblmConfig;
 use mblm::generate::Decoder;
 use mblm::model::Mblm;
-use mblm::registry::BlockRegistry;
 use mblm::testing::noise;
 use mblm::train::optimizer::{Adam, AdamConfig, clip_grad_norm};
 use mblm::yaml::Document;
 use mblm::{Mode, buffer};
 use serde::Serialize;
+
+use crate::plugins::Plugins;
 
 /// Measure training, forward and generation on random bytes
 #[derive(clap::Args)]
@@ -66,7 +67,8 @@ struct Report {
     peak_rss_mb: Option<u64>,
 }
 
-pub fn run(args: &Args, registry: &BlockRegistry) -> Result<()> {
+pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
+    let registry = &plugins.registry(Some(&args.config))?;
     let document = Document::read(&args.config)?;
     let config = match document.get("params") {
         Some(_) => MblmConfig::from_section(&document, "params", registry)?,

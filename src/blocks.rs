@@ -2,9 +2,8 @@
 
 use std::io::Write;
 
-use mblm_core::registry::BlockRegistry;
-
 use crate::Usage;
+use crate::plugins::Plugins;
 
 /// Arguments of `mblm blocks`.
 #[derive(clap::Args)]
@@ -15,7 +14,8 @@ pub struct Args {
 }
 
 /// Runs `mblm blocks`.
-pub fn run(args: &Args, registry: &BlockRegistry) -> anyhow::Result<()> {
+pub fn run(args: &Args, plugins: &Plugins) -> anyhow::Result<()> {
+    let registry = plugins.registry(None)?;
     let mut out = std::io::stdout().lock();
     if let Some(name) = &args.schema {
         let Some(block) = registry.get(name) else {

@@ -1,10 +1,10 @@
 //! `mblm eval`: the bits per byte of a model on data.
 
 use anyhow::Result;
-use mblm::registry::BlockRegistry;
 use mblm::train::evaluate::{EvaluateOptions, evaluate};
 
 use crate::model;
+use crate::plugins::Plugins;
 
 /// Arguments of `mblm eval`.
 #[derive(clap::Args)]
@@ -25,8 +25,8 @@ pub struct Args {
 }
 
 /// Runs `mblm eval`.
-pub fn run(args: &Args, registry: &BlockRegistry) -> Result<()> {
-    let trained = model::load(&args.model, registry)?;
+pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
+    let trained = model::load(&args.model, plugins)?;
     let options = EvaluateOptions {
         num_tokens: trained.config.params.model.num_tokens,
         seq_len: trained.config.params.input_seq_len,

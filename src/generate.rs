@@ -6,8 +6,8 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 use mblm::generate::{Ended, Format, Sampler, Sampling, TokenStream, Until, generate};
-use mblm::registry::BlockRegistry;
 
+use crate::plugins::Plugins;
 use crate::{Usage, model};
 
 /// Arguments of `mblm generate`.
@@ -61,9 +61,9 @@ enum Output {
 }
 
 /// Runs `mblm generate`.
-pub fn run(args: &Args, registry: &BlockRegistry) -> Result<()> {
+pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
     let mut samplers = [Sampler::new(sampling(args))?];
-    let trained = model::load(&args.model, registry)?;
+    let trained = model::load(&args.model, plugins)?;
     let prompt: Vec<u32> = prompt(args)?.into_iter().map(u32::from).collect();
     let format = match args.format {
         Output::Text => Format::Utf8,

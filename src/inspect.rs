@@ -11,6 +11,7 @@ use mblm_core::registry::BlockRegistry;
 use mblm_core::yaml::Document;
 use mblm_train::config::RunConfig;
 
+use crate::plugins::Plugins;
 use report::{Report, Step};
 
 /// Arguments of `mblm inspect`.
@@ -30,10 +31,11 @@ pub struct Args {
 }
 
 /// Runs `mblm inspect`.
-pub fn run(args: &Args, registry: &BlockRegistry) -> anyhow::Result<()> {
+pub fn run(args: &Args, plugins: &Plugins) -> anyhow::Result<()> {
     let mut document = Document::read(&args.config)?;
     args.set.iter().try_for_each(|assignment| document.set(assignment))?;
-    let (config, mut step) = read(&document, registry)?;
+    let registry = plugins.registry(Some(&args.config))?;
+    let (config, mut step) = read(&document, &registry)?;
     if let Some(batch) = args.batch {
         step.batch = batch as usize;
     }

@@ -5,15 +5,18 @@ mod blocks;
 mod eval;
 mod generate;
 mod inspect;
+mod log;
 mod model;
+mod plugin;
+mod plugins;
 mod train;
 
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use mblm::registry::BlockRegistry;
 use mblm::{Error, train as training};
 use mblm_blocks as _;
+use plugins::Plugins;
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -28,6 +31,8 @@ const EXIT_USAGE: u8 = 2;
 #[derive(Parser)]
 #[command(version)]
 struct Cli {
+    #[command(flatten)]
+    plugins: Plugins,
     #[command(subcommand)]
     command: Command,
 }
@@ -46,15 +51,21 @@ enum Command {
     Blocks(blocks::Args),
     /// Measure training, forward and generation on random bytes
     Bench(bench::Args),
+    /// List, check and make plugins: blocks that are compiled apart from this program
+    Plugin(plugin::Args),
+    /// Open a plugin and say how that went
+    #[command(name = plugins::PROBE, hide = true)]
+    Probe(plugin::ProbeArgs),
 }
 
 fn main() -> ExitCode {
     // SAFETY: sets an integer option of the allocator, before any other thread exists. -1: memory that was used once
     // is kept, since giving it back and getting it again costs more than the copy that fills it.
     unsafe { libmimalloc_sys::mi_option_set(PURGE_DELAY, -1) };
-    let command = Cli::parse().command;
+    log::start();
+    let cli = Cli::parse();
     // On a thread of the pool, so that a parallel loop starts by handing out work, not by waking a thread and sleeping.
-    match rayon::scope(|_| run(command)) {
+    match rayon::scope(|_| run(cli)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if is_closed_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
@@ -64,15 +75,19 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(command: Command) -> anyhow::Result<()> {
-    let registry = BlockRegistry::builtin()?;
+fn run(Cli { plugins, command }: Cli) -> anyhow::Result<()> {
     match command {
-        Command::Train(args) => train::run(&args, &registry),
-        Command::Generate(args) => generate::run(&args, &registry),
-        Command::Eval(args) => eval::run(&args, &registry),
-        Command::Inspect(args) => inspect::run(&args, &registry),
-        Command::Blocks(args) => blocks::run(&args, &registry),
-        Command::Bench(args) => bench::run(&args, &registry),
+        Command::Train(args) => train::run(&args, &plugins),
+        Command::Generate(args) => generate::run(&args, &plugins),
+        Command::Eval(args) => eval::run(&args, &plugins),
+        Command::Inspect(args) => inspect::run(&args, &plugins),
+        Command::Blocks(args) => blocks::run(&args, &plugins),
+        Command::Bench(args) => bench::run(&args, &plugins),
+        Command::Plugin(args) => plugin::run(&args, &plugins),
+        Command::Probe(args) => {
+            plugin::probe(&args);
+            Ok(())
+        }
     }
 }
 

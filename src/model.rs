@@ -4,10 +4,11 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use mblm::model::Mblm;
-use mblm::registry::BlockRegistry;
-use mblm::train::checkpoint::{self, Which};
+use mblm::train::checkpoint::{self, TrainState, Which};
 use mblm::train::config::RunConfig;
 use mblm::yaml::Document;
+
+use crate::plugins::Plugins;
 
 /// Which model to load.
 #[derive(clap::Args)]
@@ -17,6 +18,9 @@ pub struct Args {
     /// The checkpoint with the lowest validation loss rather than the newest
     #[arg(long)]
     pub best: bool,
+    /// Use a plugin although its file is not the one that the run was trained with
+    #[arg(long)]
+    pub allow_plugin_change: bool,
 }
 
 /// A model with its trained weights.
@@ -27,16 +31,32 @@ pub struct Trained {
 }
 
 /// Loads a checkpoint; every file of it is checked against its sum.
-pub fn load(args: &Args, registry: &BlockRegistry) -> Result<Trained> {
+pub fn load(args: &Args, plugins: &Plugins) -> Result<Trained> {
     let which = if args.best { Which::Best } else { Which::Newest };
     let checkpoint = checkpoint::find(&args.run, which)?;
-    let document = Document::parse(&checkpoint.config_yaml()?, &name(checkpoint.path()))?;
-    let config = RunConfig::from_document(&document, registry)?;
+    let name = checkpoint.path().join("config.yaml").display().to_string();
+    let document = Document::parse(&checkpoint.config_yaml()?, &name)?;
+    let config = config_of_run(&args.run, &checkpoint.state()?, &document, args.allow_plugin_change, plugins)?;
     let model = Mblm::new(&config.params.model, 0)?;
     model.params().load(&checkpoint.weights()?)?;
     Ok(Trained { model, config, checkpoint: checkpoint.path().into() })
 }
 
-fn name(checkpoint: &Path) -> String {
-    checkpoint.join("config.yaml").display().to_string()
+/// The configuration of a run, with the plugins that it was trained with.
+///
+/// # Errors
+/// A plugin is missing, or is another one and `allow_change` is not set.
+pub fn config_of_run(
+    run: &Path,
+    state: &TrainState,
+    document: &Document,
+    allow_change: bool,
+    plugins: &Plugins,
+) -> Result<RunConfig> {
+    let registry = plugins.registry_of_run(run, &state.plugins)?;
+    let config = RunConfig::from_document(document, &registry)?;
+    if !allow_change {
+        state.check_plugins(&config.plugins())?;
+    }
+    Ok(config)
 }

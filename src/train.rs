@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use anyhow::{Context, Result};
 use mblm::generate::{Format, Sampler, Sampling, TokenStream, Until, generate};
 use mblm::model::Mblm;
-use mblm::registry::BlockRegistry;
+use mblm::train as training;
 use mblm::train::config::RunConfig;
 use mblm::train::data::{Splits, unigram_entropy};
 use mblm::train::evaluate::bpb;
@@ -16,6 +16,7 @@ use mblm::train::session;
 use mblm::train::trainer::Outcome;
 use mblm::yaml::Document;
 
+use crate::plugins::Plugins;
 use crate::{Usage, model};
 
 /// Bytes of validation data that the sample at a run's end continues, and bytes that it makes.
@@ -34,32 +35,49 @@ pub struct Args {
     /// Override a field of the configuration, as in `--set train.learning_rate=3e-4`
     #[arg(long, value_name = "FIELD=VALUE")]
     set: Vec<String>,
+    /// Go on although a plugin's file is not the one that the run was trained with
+    #[arg(long, requires = "resume")]
+    allow_plugin_change: bool,
 }
 
 /// Runs `mblm train`.
-pub fn run(args: &Args, registry: &BlockRegistry) -> Result<()> {
+pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
     let stop = stop_flag()?;
     let (run, outcome) = match (&args.resume, &args.config) {
-        (Some(run), _) => {
-            let document =
-                Document::parse(&RunFolder::config_yaml(run)?, &run.join("config.yaml").display().to_string())?;
-            let config = RunConfig::from_document(&document, registry)?;
-            (run.clone(), session::resume(run, &config, &config.to_yaml()?, &stop)?)
-        }
+        (Some(run), _) => (run.clone(), resume(run, args.allow_plugin_change, plugins, &stop)?),
         (None, Some(path)) => {
             let mut document = Document::read(path)?;
             args.set.iter().try_for_each(|assignment| document.set(assignment))?;
-            let config = RunConfig::from_document(&document, registry)?;
+            let config = RunConfig::from_document(&document, &plugins.registry(Some(path))?)?;
             RunConfig::notes(&document).iter().for_each(|note| eprintln!("note: {note}"));
-            session::train(&config, &config.to_yaml()?, &stop)?
+            session::train(&config, &config.to_yaml()?, &stop).map_err(|error| located(error, &document))?
         }
         (None, None) => return Err(Usage("expected a configuration, or --resume RUN".into()).into()),
     };
     match outcome.interrupted {
         true => eprintln!("go on with: mblm train --resume {}", run.display()),
-        false => conclude(&run, &outcome, registry)?,
+        false => conclude(&run, &outcome, args.allow_plugin_change, plugins)?,
     }
     Ok(())
+}
+
+/// Errors of the data and of the plan begin with the field that is at fault; here its file and line are known.
+fn located(error: training::Error, document: &Document) -> anyhow::Error {
+    let training::Error::Config(text) = &error else { return error.into() };
+    match text.split_once(": ") {
+        Some((field, message)) if document.get(field).is_some() => document.error(field, message).into(),
+        _ => error.into(),
+    }
+}
+
+/// Goes on with a run.
+fn resume(path: &Path, allow_plugin_change: bool, plugins: &Plugins, stop: &AtomicBool) -> Result<Outcome> {
+    let run = RunFolder::open(path)?;
+    run.checkpoints().recover()?;
+    let state = run.checkpoints().newest()?.state()?;
+    let document = Document::parse(&RunFolder::config_yaml(path)?, &path.join("config.yaml").display().to_string())?;
+    let config = model::config_of_run(path, &state, &document, allow_plugin_change, plugins)?;
+    Ok(session::resume(run, &config, &config.to_yaml()?, stop)?)
 }
 
 /// Raised by Ctrl-C and by SIGTERM; a second one ends the program at once.
@@ -77,8 +95,8 @@ fn stop_flag() -> Result<Arc<AtomicBool>> {
 }
 
 /// Says what was reached, shows what the model writes, and how to have it write more.
-fn conclude(run: &Path, outcome: &Outcome, registry: &BlockRegistry) -> Result<()> {
-    let trained = model::load(&model::Args { run: run.into(), best: false }, registry)?;
+fn conclude(run: &Path, outcome: &Outcome, allow_plugin_change: bool, plugins: &Plugins) -> Result<()> {
+    let trained = model::load(&model::Args { run: run.into(), best: false, allow_plugin_change }, plugins)?;
     let data = session::open_data(&trained.config)?;
     println!();
     if let Some(loss) = outcome.state.valid_loss {

@@ -1,6 +1,8 @@
 //! The reference cases: every `NAME.yaml` + `NAME.safetensors` in `tests/golden/`, and in the folder that
 //! `MBLM_GOLDEN_DIR` names, against the numbers of the Python package. Tolerances are those of `tests/golden/README.md`.
 
+mod compiled;
+
 use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::Path;
@@ -9,6 +11,7 @@ use candle_core::{DType, Device, Tensor};
 use mblm::config::{MblmConfig, MblmEncoderConfig};
 use mblm::generate::{Sampler, Sampling, Until, generate};
 use mblm::model::{Mblm, MblmEncoder};
+use mblm::plugin::host::{Library, PluginSource};
 use mblm::registry::BlockRegistry;
 use mblm::train::optimizer::{Adam, AdamConfig, clip_grad_norm};
 use mblm::yaml::Document;
@@ -159,7 +162,9 @@ fn check_folder(folder: &Path) {
     paths.retain(|p| p.extension().is_some_and(|e| e == "yaml") && p.with_extension("safetensors").exists());
     paths.sort();
     assert!(!paths.is_empty(), "no case in {}", folder.display());
-    let registry = BlockRegistry::builtin().unwrap();
+    // The LSTM is a plugin, and comes through the loaded library.
+    let lstm = Library::open(&compiled::lstm()).unwrap();
+    let registry = BlockRegistry::builtin().unwrap().with_source(PluginSource(lstm)).unwrap();
     let mut passed = 0;
     for path in paths {
         let document = Document::read(&path).unwrap();

@@ -1,7 +1,9 @@
 //! The contracts of the hierarchy: a *block* is the configuration of what runs at a stage; it builds a *stage model*,
 //! which has an incremental form, its *decoder*.
 
+use std::borrow::Cow;
 use std::fmt;
+use std::path::PathBuf;
 
 use candle_core::{Device, Tensor};
 use schemars::JsonSchema;
@@ -95,15 +97,15 @@ pub fn stream(prefix: &str) -> u64 {
 #[derive(Clone, Debug, PartialEq)]
 pub struct FieldError {
     /// The field, for example `headdim`.
-    pub field: &'static str,
+    pub field: Cow<'static, str>,
     /// What was found, what was expected and what to do.
     pub message: String,
 }
 
 impl FieldError {
     /// An error at `field`.
-    pub fn new(field: &'static str, message: impl Into<String>) -> Self {
-        FieldError { field, message: message.into() }
+    pub fn new(field: impl Into<Cow<'static, str>>, message: impl Into<String>) -> Self {
+        FieldError { field: field.into(), message: message.into() }
     }
 }
 
@@ -113,6 +115,11 @@ pub trait StageBlock: fmt::Debug + Send + Sync {
     /// How positions enter this stage.
     fn pos_emb_type(&self) -> Option<PosEmb>;
 
+    /// The plugin that this block comes from; none for a type that is linked into the program.
+    fn plugin(&self) -> Option<&PluginOrigin> {
+        None
+    }
+
     /// Checks the configuration at width `dim`, before anything is built.
     fn validate(&self, _dim: usize) -> Result<(), FieldError> {
         Ok(())
@@ -120,6 +127,19 @@ pub trait StageBlock: fmt::Debug + Send + Sync {
 
     /// Builds the model of one stage of width `dim`; parameters are created in `params` with PyTorch's names.
     fn build(&self, dim: usize, num_layers: usize, params: &mut ParamScope) -> Result<Box<dyn StageModel>>;
+}
+
+/// Which plugin a block comes from, for a run to record and to find again.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PluginOrigin {
+    /// The plugin's name.
+    pub name: String,
+    /// Its version.
+    pub version: String,
+    /// The library's file.
+    pub path: PathBuf,
+    /// The SHA-256 of the file, in hexadecimal.
+    pub sha256: String,
 }
 
 /// What a stage costs, for `mblm inspect`. Counts are for one position of one sequence.
@@ -152,7 +172,7 @@ pub trait StageModel: Send + Sync {
     /// The incremental form, for `batch` sequences at once; gives the outputs of [`forward`](Self::forward), position
     /// by position. The default keeps the inputs and runs `forward` over all of them for each position.
     fn decoder(&self, batch: usize) -> Result<Box<dyn StageDecoder + '_>> {
-        Ok(Box::new(ReplayDecoder { forward: |x: &Tensor| self.forward(x, None, Mode::Eval), batch, inputs: vec![] }))
+        Ok(replay(self, batch))
     }
 
     /// What one position costs when sequences are `seq_len` long. `None`: not known, and shown as such.
@@ -183,6 +203,27 @@ pub trait StageDecoder: Send {
         }
         Ok(())
     }
+
+    /// Appends all that decides what the next steps give, as numbers.
+    ///
+    /// # Errors
+    /// Always, unless a decoder has it.
+    fn save(&self, _state: &mut Vec<f32>) -> Result<()> {
+        Err(Error::Block("this block's decoder cannot be saved".into()))
+    }
+
+    /// Puts back what [`save`](Self::save) gave.
+    ///
+    /// # Errors
+    /// The state is not one of a decoder like this; always, unless a decoder has it.
+    fn load(&mut self, _state: &[f32]) -> Result<()> {
+        Err(Error::Block("this block's decoder cannot be loaded".into()))
+    }
+}
+
+/// The decoder of a block that has none of its own.
+pub(crate) fn replay<M: StageModel + ?Sized>(model: &M, batch: usize) -> Box<dyn StageDecoder + '_> {
+    Box::new(ReplayDecoder { forward: move |x: &Tensor| model.forward(x, None, Mode::Eval), batch, inputs: vec![] })
 }
 
 /// Re-runs the whole prefix at every step: slow and always right, so that a research block generates from day one.
@@ -210,6 +251,29 @@ impl<F: Fn(&Tensor) -> Result<Tensor> + Send> StageDecoder for ReplayDecoder<F> 
             )));
         }
         y.copy_from_slice(&last);
+        Ok(())
+    }
+
+    fn save(&self, state: &mut Vec<f32>) -> Result<()> {
+        state.push(self.inputs.len() as f32);
+        for input in &self.inputs {
+            state.extend(input.flatten_all()?.to_vec1::<f32>()?);
+        }
+        Ok(())
+    }
+
+    fn load(&mut self, state: &[f32]) -> Result<()> {
+        let (positions, inputs) = match state.split_first() {
+            Some((&positions, inputs)) if positions >= 0.0 => (positions as usize, inputs),
+            _ => (usize::MAX, state),
+        };
+        let row = inputs.len().checked_div(positions).unwrap_or(0);
+        if row * positions != inputs.len() || row % self.batch != 0 || (positions > 0) == inputs.is_empty() {
+            let len = state.len();
+            return Err(Error::Block(format!("{len} numbers are no saved state of {} sequences", self.batch)));
+        }
+        let input = |x| Tensor::from_slice(x, (self.batch, row / self.batch), &Device::Cpu);
+        self.inputs = inputs.chunks_exact(row.max(1)).map(input).collect::<Result<_, _>>()?;
         Ok(())
     }
 }

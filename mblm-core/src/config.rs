@@ -152,7 +152,7 @@ impl Section<'_> {
         for (i, &dim) in dims.iter().enumerate() {
             let block = &parsed[stage(i)];
             if let Err(error) = block.validate(dim) {
-                return Err(self.document.error(&join(&paths[stage(i)], error.field), error.message));
+                return Err(self.document.error(&join(&paths[stage(i)], &error.field), error.message));
             }
             if block.pos_emb_type() == Some(PosEmb::Rope) && dim % 2 == 1 {
                 let message = format!("`rope` rotates pairs of channels, so the width must be even; found {dim}");

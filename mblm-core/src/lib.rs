@@ -17,6 +17,7 @@ pub mod node;
 pub mod ops;
 pub mod parallel;
 pub mod param;
+pub mod plugin;
 mod recompute;
 pub mod registry;
 pub mod rows;

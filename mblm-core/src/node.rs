@@ -2,6 +2,7 @@
 
 use std::sync::Mutex;
 
+use candle_core::backprop::GradStore;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, Device, Layout, Shape, Storage, Tensor};
 
 use crate::block::Mode;
@@ -36,6 +37,30 @@ pub fn apply2<N: Node>(node: N, x: &Tensor, z: &Tensor, mode: Mode) -> candle_co
     match mode {
         Mode::Train { .. } => x.apply_op2(&z, Op { node, keep: true, tape: Mutex::new(None) }),
         Mode::Eval => x.apply_op2_no_bwd(&z, &Op { node, keep: false, tape: Mutex::new(None) }),
+    }
+}
+
+/// Backward from `y` when the gradient of the loss with respect to it is `dy`.
+pub(crate) fn backward_from(y: &Tensor, dy: Tensor) -> candle_core::Result<GradStore> {
+    apply1(Seed(dy), y, Mode::train(0))?.backward()
+}
+
+/// A scalar whose gradient with respect to its input is what it holds.
+struct Seed(Tensor);
+
+impl Node for Seed {
+    type Tape = ();
+
+    fn shape(&self) -> Shape {
+        Shape::from(())
+    }
+
+    fn forward(&self, _: &[&[f32]], _: &mut [f32]) {}
+
+    fn backward(&self, _: &[&[f32]], (): (), _: &[f32], grads: &mut [Vec<f32>]) {
+        // A contiguous f32 CPU tensor by construction.
+        let copied = with_floats(&self.0, |dy| grads[0].copy_from_slice(dy));
+        debug_assert!(copied.is_ok());
     }
 }
 

@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 use std::ops::Deref;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard};
 
 use candle_core::backprop::GradStore;
 use candle_core::{CpuStorage, Device, InplaceOp1, Layout, Storage, StorageRef, Tensor, Var};
@@ -72,6 +72,16 @@ pub struct Param {
     version: AtomicU64,
     zero_row: Option<usize>,
     weight_decay: bool,
+    start: Start,
+}
+
+/// How a parameter started: its distribution, times a gain.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Start {
+    /// The distribution.
+    pub init: Init,
+    /// What its draws are multiplied by.
+    pub gain: f32,
 }
 
 impl std::fmt::Debug for Param {
@@ -117,6 +127,16 @@ impl Param {
     /// False for the parameters that weight decay must leave alone: biases, gains, embeddings, `A_log`, `D`.
     pub fn weight_decay(&self) -> bool {
         self.weight_decay
+    }
+
+    /// How the initial values were drawn.
+    pub fn start(&self) -> Start {
+        self.start
+    }
+
+    /// The row of an embedding that stays zero.
+    pub(crate) fn zero_row(&self) -> Option<usize> {
+        self.zero_row
     }
 
     /// The value as a tensor: a node of the graph in training, detached otherwise.
@@ -304,6 +324,7 @@ impl ParamScope<'_> {
         if self.store.params.contains_key(&name) {
             return Err(Error::Weights(format!("parameter {name} is created twice")));
         }
+        check_memory(&name, shape, self.store.num_elements())?;
         let mut hash = Sha256::new();
         hash.update(self.store.seed.to_le_bytes());
         hash.update(name.as_bytes());
@@ -320,11 +341,33 @@ impl ParamScope<'_> {
             grad: Mutex::default(),
             version: AtomicU64::new(0),
             zero_row,
+            start: Start { init, gain },
         });
         self.store.params.insert(name, param.clone());
         Ok(param)
     }
 }
+
+/// Refuses a parameter that cannot fit in this machine's memory, where the system would end the process.
+fn check_memory(name: &str, shape: &[usize], before: usize) -> Result<()> {
+    let elements = shape.iter().try_fold(1usize, |product, &dim| product.checked_mul(dim));
+    let bytes = elements.and_then(|elements| elements.checked_add(before)?.checked_mul(size_of::<f32>()));
+    match (bytes, *MEMORY) {
+        (Some(bytes), memory) if memory.is_none_or(|memory| bytes <= memory) => Ok(()),
+        (_, memory) => Err(Error::Input(format!(
+            "parameter {name} of shape {shape:?} does not fit: the model's parameters alone would be larger than the \
+             memory of this machine{}; make the model smaller",
+            memory.map_or(String::new(), |memory| format!(" ({:.1} GiB)", memory as f64 / (1u64 << 30) as f64))
+        ))),
+    }
+}
+
+/// Bytes of memory of this machine, where the system tells.
+static MEMORY: LazyLock<Option<usize>> = LazyLock::new(|| {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find(|line| line.starts_with("MemTotal:"))?;
+    line.split_whitespace().nth(1)?.parse::<usize>().ok()?.checked_mul(1024)
+});
 
 #[cfg(test)]
 mod tests {
@@ -376,6 +419,15 @@ mod tests {
         let message = store.load(&weights).unwrap_err().to_string();
         for part in ["missing a", "b: expected shape [2], found [3]", "unknown c"] {
             assert!(message.contains(part), "{message}");
+        }
+    }
+
+    #[test]
+    fn a_parameter_larger_than_memory_is_an_error() {
+        let mut store = ParamStore::new(0);
+        for shape in [vec![1 << 45], vec![usize::MAX, 3]] {
+            let error = store.root().param("a", &shape, Init::Const(1.0)).unwrap_err().to_string();
+            assert!(error.starts_with("parameter a of shape") && error.contains("memory of this machine"), "{error}");
         }
     }
 

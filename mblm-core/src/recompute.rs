@@ -7,7 +7,7 @@ use candle_core::{CpuStorage, CustomOp1, Device, Layout, Shape, Tensor, Var};
 
 use crate::block::{Mode, StageModel};
 use crate::error::Result;
-use crate::node::{Node, apply1};
+use crate::node::backward_from;
 use crate::param::{Param, fold_gradients};
 
 /// Runs `model` on `x` in `chunks` chunks of sequences. Gradients are those of one pass over all; with dropout, each
@@ -62,7 +62,7 @@ impl Recompute {
             let x = Var::from_tensor(&x.narrow(0, first, rows)?.contiguous()?)?;
             let y = self.model.forward(x.as_tensor(), None, mode)?;
             let dy = dy.narrow(0, first, rows)?.contiguous()?;
-            let found = apply1(Seed(dy), &y, mode)?.backward()?;
+            let found = backward_from(&y, dy)?;
             fold_gradients(self.params.iter(), &found)?;
             grads.push(match found.get(x.as_tensor()) {
                 Some(grad) => grad.clone(),
@@ -85,24 +85,5 @@ impl CustomOp1 for Recompute {
 
     fn bwd(&self, x: &Tensor, _: &Tensor, dy: &Tensor) -> candle_core::Result<Option<Tensor>> {
         Ok(Some(self.backward(&x.detach(), dy)?))
-    }
-}
-
-/// A scalar whose gradient with respect to its input is what it holds: the start of a chunk's backward pass.
-struct Seed(Tensor);
-
-impl Node for Seed {
-    type Tape = ();
-
-    fn shape(&self) -> Shape {
-        Shape::from(())
-    }
-
-    fn forward(&self, _: &[&[f32]], _: &mut [f32]) {}
-
-    fn backward(&self, _: &[&[f32]], (): (), _: &[f32], grads: &mut [Vec<f32>]) {
-        // A contiguous f32 CPU tensor by construction.
-        let copied = crate::node::with_floats(&self.0, |dy| grads[0].copy_from_slice(dy));
-        debug_assert!(copied.is_ok());
     }
 }

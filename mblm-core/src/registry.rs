@@ -29,6 +29,24 @@ pub struct Registration {
 
 inventory::collect!(Registration);
 
+impl Registration {
+    /// The JSON Schema of the fields, and a line that says what it is: `about`, or else the first line of the docs.
+    pub(crate) fn describe(&self) -> (serde_json::Value, String) {
+        let schema = (self.schema)().to_value();
+        let docs = schema["description"].as_str().and_then(|text| text.lines().next()).unwrap_or_default();
+        let about = if self.about.is_empty() { docs } else { self.about }.to_string();
+        (schema, about)
+    }
+
+    /// Makes a block from its fields, a mapping without `block_type`.
+    pub(crate) fn parse(&self, fields: &Value) -> std::result::Result<Box<dyn StageBlock>, ValueError> {
+        // The tag goes first: typetag then reads the other fields straight from the mapping, and errors keep their path.
+        let mut tagged = Mapping::from_iter([(Value::from(TAG), Value::from(self.name))]);
+        tagged.extend(fields.as_mapping().into_iter().flatten().map(|(name, value)| (name.clone(), value.clone())));
+        from_value(&Value::Mapping(tagged))
+    }
+}
+
 /// Registers a block type under the name that its `#[typetag::serde(name = …)]` gives it.
 ///
 /// ```ignore
@@ -90,11 +108,10 @@ struct Builtin;
 impl BlockSource for Builtin {
     fn blocks(&self) -> Vec<BlockInfo> {
         let info = |block: &Registration| {
-            let schema = (block.schema)().to_value();
-            let docs = schema["description"].as_str().and_then(|text| text.lines().next()).unwrap_or_default();
+            let (schema, about) = block.describe();
             BlockInfo {
                 name: block.name.into(),
-                about: if block.about.is_empty() { docs } else { block.about }.into(),
+                about,
                 aliases: block.aliases.iter().map(|alias| alias.to_string()).collect(),
                 infers: block.infers,
                 schema,
@@ -105,10 +122,9 @@ impl BlockSource for Builtin {
     }
 
     fn parse(&self, block_type: &str, fields: &Value) -> std::result::Result<Arc<dyn StageBlock>, ValueError> {
-        // The tag goes first: typetag then reads the other fields straight from the mapping, and errors keep their path.
-        let mut tagged = Mapping::from_iter([(Value::from(TAG), Value::from(block_type))]);
-        tagged.extend(fields.as_mapping().into_iter().flatten().map(|(name, value)| (name.clone(), value.clone())));
-        from_value::<Box<dyn StageBlock>>(&Value::Mapping(tagged)).map(Arc::from)
+        let known = inventory::iter::<Registration>.into_iter().find(|block| block.name == block_type);
+        let block = known.ok_or_else(|| ValueError { path: TAG.into(), message: "is not linked in".into() })?;
+        block.parse(fields).map(Arc::from)
     }
 }
 
@@ -120,33 +136,50 @@ pub struct BlockRegistry {
 }
 
 impl BlockRegistry {
+    /// No types at all: [`with_source`](Self::with_source) adds them.
+    pub fn empty() -> Self {
+        BlockRegistry { sources: vec![], blocks: vec![] }
+    }
+
     /// The types that are linked into this binary.
     ///
     /// # Errors
     /// Two types with one name; says where both stand.
     pub fn builtin() -> Result<Self> {
-        BlockRegistry { sources: vec![], blocks: vec![] }.with_source(Builtin)
+        Self::empty().with_source(Builtin)
     }
 
-    /// Adds the types of a source.
+    /// These types and those of a source.
     ///
     /// # Errors
     /// Two types with one name; says where both come from.
     pub fn with_source(mut self, source: impl BlockSource + 'static) -> Result<Self> {
+        self.add_source(source)?;
+        Ok(self)
+    }
+
+    /// Adds the types of a source, all of them or, if it fails, none.
+    ///
+    /// # Errors
+    /// Two types with one name; says where both come from.
+    pub fn add_source(&mut self, source: impl BlockSource + 'static) -> Result<()> {
+        let before = self.blocks.clone();
         for block in source.blocks() {
             for name in std::iter::once(&block.name).chain(&block.aliases) {
                 if let Some(other) = self.get(name) {
-                    return Err(Error::Block(format!(
+                    let message = format!(
                         "the block type `{name}` is registered twice: in {} and in {}",
                         other.location, block.location
-                    )));
+                    );
+                    self.blocks = before;
+                    return Err(Error::Block(message));
                 }
             }
             let at = self.blocks.partition_point(|(other, _)| other.name < block.name);
             self.blocks.insert(at, (block, self.sources.len()));
         }
         self.sources.push(Box::new(source));
-        Ok(self)
+        Ok(())
     }
 
     /// The types, sorted by name.

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use mblm_core::block::PosEmb;
+use mblm_core::block::{PluginOrigin, PosEmb};
 use mblm_core::config::MblmConfig;
 use mblm_core::registry::BlockRegistry;
 use mblm_core::yaml::{ConfigError, Document};
@@ -133,6 +133,14 @@ impl RunConfig {
     pub fn notes(document: &Document) -> Vec<String> {
         let given = IGNORED.iter().filter(|(section, _)| document.get(section).is_some_and(|value| !value.is_null()));
         given.map(|(section, why)| document.error(section, format!("ignored: {why}")).to_string()).collect()
+    }
+
+    /// The plugins that blocks of the model come from, each once.
+    pub fn plugins(&self) -> Vec<PluginOrigin> {
+        let mut plugins: Vec<_> = self.params.model.blocks.iter().filter_map(|block| block.plugin().cloned()).collect();
+        plugins.sort_by(|a, b| (&a.name, &a.path).cmp(&(&b.name, &b.path)));
+        plugins.dedup();
+        plugins
     }
 
     /// The configuration as YAML, with every default and `block_type` filled in.

@@ -49,7 +49,8 @@ pub type Result<T> = std::result::Result<T, Error>;
 impl Error {
     /// Whether the user must change the configuration, the data or the command line; the program then exits with 2.
     pub fn is_configuration(&self) -> bool {
-        matches!(self, Error::Config(_) | Error::Core(mblm_core::Error::Config(_)))
+        use mblm_core::Error as Core;
+        matches!(self, Error::Config(_) | Error::Core(Core::Config(_) | Core::Input(_)))
     }
 
     pub(crate) fn checkpoint(path: &Path, message: impl Into<String>) -> Self {

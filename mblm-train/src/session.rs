@@ -1,6 +1,6 @@
 //! A run from start to end: what the program's `train` does. Nothing is written before everything is known to be good.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 
 use mblm_core::model::Mblm;
@@ -22,13 +22,12 @@ pub fn train(config: &RunConfig, config_yaml: &str, stop: &AtomicBool) -> Result
     train_model(&model, splits, config, config_yaml, stop)
 }
 
-/// Goes on with the run in `folder` from its newest checkpoint. `config` is what the run's
+/// Goes on with a run from its newest checkpoint. `config` is what the run's
 /// [`config.yaml`](RunFolder::config_yaml) says.
 ///
 /// # Errors
-/// The folder is no run's, another process trains in it, its newest checkpoint is damaged, or the data changed.
-pub fn resume(folder: &Path, config: &RunConfig, config_yaml: &str, stop: &AtomicBool) -> Result<Outcome> {
-    let run = RunFolder::open(folder)?;
+/// Its newest checkpoint is damaged, or the data changed.
+pub fn resume(run: RunFolder, config: &RunConfig, config_yaml: &str, stop: &AtomicBool) -> Result<Outcome> {
     let splits = open_data(config)?;
     let model = Mblm::new(&config.params.model, config.train.seed)?;
     resume_model(&model, splits, run, config, config_yaml, stop)

@@ -112,6 +112,7 @@ impl<'a> Trainer<'a> {
             valid_loss: None,
             best_valid_loss: None,
             avg_grad: (-1.0, -1.0),
+            plugins: config.plugins(),
         };
         let adam = Adam::new(model.params(), adam_config);
         Ok(Trainer { model, config, config_yaml, train, valid, plan, adam, state })
@@ -144,7 +145,8 @@ impl<'a> Trainer<'a> {
                 self.train.num_batches(saved.next.epoch)
             )));
         }
-        self.state = checkpoint.restore(self.model.params(), &mut self.adam)?;
+        let plugins = std::mem::take(&mut self.state.plugins);
+        self.state = TrainState { plugins, ..checkpoint.restore(self.model.params(), &mut self.adam)? };
         Ok(())
     }
 

@@ -19,6 +19,7 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use mblm_core::ParamStore;
+use mblm_core::block::PluginOrigin;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -64,6 +65,37 @@ pub struct TrainState {
     pub best_valid_loss: Option<f64>,
     /// The mean gradient of the last step before and after clipping, -1 before the first step.
     pub avg_grad: (f64, f64),
+    /// The plugins that trained it.
+    #[serde(default)]
+    pub plugins: Vec<PluginOrigin>,
+}
+
+impl TrainState {
+    /// Holds the plugins that were found against those that trained: same names, same files.
+    ///
+    /// # Errors
+    /// Names the first that is missing or another one.
+    pub fn check_plugins(&self, found: &[PluginOrigin]) -> Result<()> {
+        let shown = |plugin: &PluginOrigin| {
+            let PluginOrigin { name, version, path, sha256 } = plugin;
+            format!("{name} {version} ({}, sha256 {}…)", path.display(), sha256.get(..12).unwrap_or(sha256))
+        };
+        for saved in &self.plugins {
+            match found.iter().find(|plugin| plugin.name == saved.name) {
+                Some(plugin) if plugin.sha256 == saved.sha256 => {}
+                other => {
+                    let other = other.map_or("none".into(), &shown);
+                    return Err(Error::Config(format!(
+                        "plugin {}: expected the file that trained, {}; found {other}: put the old one back, or accept \
+                         the change with --allow-plugin-change",
+                        saved.name,
+                        shown(saved)
+                    )));
+                }
+            }
+        }
+        Ok(())
+    }
 }
 
 /// What a checkpoint is made from.
@@ -279,7 +311,24 @@ pub(crate) mod tests {
             valid_loss,
             best_valid_loss: Some(0.1 + 0.2),
             avg_grad: (-1.0, 1e-9 / 3.0),
+            plugins: vec![plugin("aa")],
         }
+    }
+
+    fn plugin(sha256: &str) -> PluginOrigin {
+        PluginOrigin { name: "p".into(), version: "1".into(), path: "libp.so".into(), sha256: sha256.into() }
+    }
+
+    #[test]
+    fn another_plugin_is_noticed() {
+        let state = state(1, None);
+        state.check_plugins(&[plugin("aa")]).unwrap();
+        let error = state.check_plugins(&[plugin("bb")]).unwrap_err().to_string();
+        assert!(
+            error.contains("found p 1 (libp.so, sha256 bb…)") && error.contains("--allow-plugin-change"),
+            "{error}"
+        );
+        assert!(state.check_plugins(&[]).unwrap_err().to_string().contains("found none"));
     }
 
     pub(crate) fn store(value: f32) -> ParamStore {

@@ -141,7 +141,7 @@ pub(crate) fn check_vocabulary(corpus: &Corpus, num_tokens: usize) -> Result<()>
     match corpus.first_at_least(num_tokens) {
         None => Ok(()),
         Some((byte, path, place)) => Err(Error::Config(format!(
-            "num_tokens: found {num_tokens}, but {} holds the byte {byte} (at offset {place}); expected more than the \
+            "params.num_tokens: found {num_tokens}, but {} holds the byte {byte} (at offset {place}); expected more than the \
              largest byte, and 256 suffices for all",
             path.display()
         ))),
@@ -206,7 +206,10 @@ mod tests {
         let short = message(7, 4, None, 256);
         assert!(short.contains("sequences of 4 bytes do not fit the 7 bytes"), "{short}");
         let small = message(100, 4, None, 64);
-        assert!(small.contains("num_tokens: found 64") && small.contains("the byte 64 (at offset 64)"), "{small}");
+        assert!(
+            small.contains("params.num_tokens: found 64") && small.contains("the byte 64 (at offset 64)"),
+            "{small}"
+        );
         let args = message(100, 4, Some(json!({"fraction": 0.2})), 256);
         assert!(args.contains("unknown field `fraction`"), "{args}");
         assert!(message(100, 4, Some(json!({"validation_fraction": 1.0})), 256).contains("found 1"));

@@ -145,7 +145,7 @@ impl ClevrSplit {
         }
         match parts.iter().flatten().max() {
             Some(&token) if token as usize >= self.num_tokens => Err(Error::Config(format!(
-                "num_tokens: found {}, but question {index} of {path} has the token {token}; expected more than the \
+                "params.num_tokens: found {}, but question {index} of {path} has the token {token}; expected more than the \
                  largest token, and 256 suffices for bytes",
                 self.num_tokens
             ))),

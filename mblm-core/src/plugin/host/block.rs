@@ -1,0 +1,136 @@
+//! A plugin's block as a [`StageBlock`], and a plugin as a source of blocks for the registry.
+
+use std::sync::Arc;
+
+use serde::Serialize;
+use serde_yaml::Value;
+
+use super::calls::{Failure, call};
+use super::instance::Instance;
+use super::library::{Library, LibraryBlock};
+use super::model::PluginModel;
+use crate::block::{FieldError, PluginOrigin, PosEmb, StageBlock, StageModel};
+use crate::error::{Error, Result};
+use crate::param::ParamScope;
+use crate::plugin::abi::{self, Text};
+use crate::registry::{BlockInfo, BlockSource};
+use crate::yaml::ValueError;
+
+/// The blocks of a plugin.
+pub struct PluginSource(pub Arc<Library>);
+
+impl BlockSource for PluginSource {
+    fn blocks(&self) -> Vec<BlockInfo> {
+        let info = |block: &LibraryBlock| BlockInfo {
+            name: block.block_type.into(),
+            about: block.about.clone(),
+            aliases: vec![],
+            infers: true,
+            schema: block.schema.clone(),
+            location: self.0.origin().path.display().to_string(),
+        };
+        self.0.blocks().iter().map(info).collect()
+    }
+
+    fn parse(&self, block_type: &str, fields: &Value) -> std::result::Result<Arc<dyn StageBlock>, ValueError> {
+        let invalid = |message: String| ValueError { path: String::new(), message };
+        let Some(index) = self.0.blocks().iter().position(|block| block.block_type == block_type) else {
+            return Err(invalid(format!("{} has no such block", self.0.origin().path.display())));
+        };
+        let config = serde_json::to_string(fields).map_err(|error| invalid(error.to_string()))?;
+        let mut block =
+            PluginBlock { fields: fields.clone(), library: self.0.clone(), index, config, pos_emb_type: None };
+        block.pos_emb_type = block.check(0).map_err(|failure| block.value_error(failure))?;
+        Ok(Arc::new(block))
+    }
+}
+
+/// A block's configuration, of which the plugin knows the meaning.
+#[derive(Serialize)]
+#[serde(transparent)]
+struct PluginBlock {
+    fields: Value,
+    #[serde(skip)]
+    library: Arc<Library>,
+    /// Among the library's blocks.
+    #[serde(skip)]
+    index: usize,
+    /// `fields` as JSON.
+    #[serde(skip)]
+    config: String,
+    #[serde(skip)]
+    pos_emb_type: Option<PosEmb>,
+}
+
+impl std::fmt::Debug for PluginBlock {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}({})", self.block().block_type, self.config)
+    }
+}
+
+impl PluginBlock {
+    fn block(&self) -> &LibraryBlock {
+        &self.library.blocks()[self.index]
+    }
+
+    /// Asks the plugin; `dim` is 0 if it is not known yet.
+    fn check(&self, dim: usize) -> std::result::Result<Option<PosEmb>, Failure> {
+        let table = self.block().table;
+        let mut positions = abi::POS_NONE;
+        let failed = |message: String| Failure { status: abi::FAILED, field: String::new(), message };
+        let check = table.check.ok_or_else(|| failed("it has no check".into()))?;
+        let config = Text::of(&self.config);
+        // SAFETY: as the contract says; the text lives during the call.
+        call(|| unsafe { check(table, config, dim as u64, &mut positions) })?;
+        match positions {
+            abi::POS_NONE => Ok(None),
+            abi::POS_FIXED => Ok(Some(PosEmb::Fixed)),
+            abi::POS_ROPE => Ok(Some(PosEmb::Rope)),
+            other => Err(failed(format!("unknown kind of positions, {other}"))),
+        }
+    }
+
+    /// What the plugin says of a configuration is the user's to mend; anything else is the plugin's author's.
+    fn value_error(&self, failure: Failure) -> ValueError {
+        match failure.status {
+            abi::INVALID if !failure.message.is_empty() => ValueError { path: failure.field, message: failure.message },
+            _ => {
+                let origin = self.library.origin();
+                let message = format!("plugin {} ({}): check: {failure}", origin.name, origin.path.display());
+                ValueError { path: String::new(), message }
+            }
+        }
+    }
+}
+
+impl StageBlock for PluginBlock {
+    fn typetag_name(&self) -> &'static str {
+        self.block().block_type
+    }
+
+    fn typetag_deserialize(&self) {}
+
+    fn pos_emb_type(&self) -> Option<PosEmb> {
+        self.pos_emb_type
+    }
+
+    fn plugin(&self) -> Option<&PluginOrigin> {
+        Some(self.library.origin())
+    }
+
+    fn validate(&self, dim: usize) -> std::result::Result<(), FieldError> {
+        self.check(dim).map(drop).map_err(|failure| {
+            let ValueError { path, message } = self.value_error(failure);
+            FieldError::new(path, message)
+        })
+    }
+
+    fn build(&self, dim: usize, num_layers: usize, params: &mut ParamScope) -> Result<Box<dyn StageModel>> {
+        let instance = Instance::new(&self.library, self.block(), &self.config, params.prefix(), dim, num_layers)?;
+        let create = |spec: &super::instance::ParamSpec| {
+            params.scaled_param(&spec.name, &spec.shape, spec.start.init, spec.start.gain)
+        };
+        let params = instance.params().iter().map(create).collect::<Result<Vec<_>, Error>>()?;
+        Ok(Box::new(PluginModel::new(instance, params)))
+    }
+}

@@ -1,0 +1,65 @@
+//! `mblm plugin`: list, check and make plugins.
+
+mod check;
+mod list;
+mod new;
+mod schema;
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+use mblm::plugin::host::Library;
+use mblm::plugin::host::probe::Probe;
+
+use crate::Usage;
+use crate::plugins::{PROBE, Plugins};
+
+/// Arguments of `mblm plugin`.
+#[derive(clap::Args)]
+pub struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(clap::Subcommand)]
+enum Command {
+    /// Show which plugins are found, where, and which files are not loaded and why
+    List(list::Args),
+    /// Hold a plugin against the contract, item by item
+    Check(check::Args),
+    /// Write a new plugin that builds and passes `check` as it is
+    New(new::Args),
+    /// Print the JSON Schema of a block of a plugin
+    Schema(schema::Args),
+}
+
+/// Runs `mblm plugin`.
+pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
+    match &args.command {
+        Command::List(args) => list::run(args, plugins),
+        Command::Check(args) => check::run(args),
+        Command::New(args) => new::run(args),
+        Command::Schema(args) => schema::run(args),
+    }
+}
+
+/// Opens a file that was named, after a probe.
+fn open(file: &Path) -> Result<std::sync::Arc<Library>> {
+    let opened = match file.canonicalize() {
+        Ok(path) if path.is_dir() => Err("a folder; expected a shared library".into()),
+        Ok(path) => Probe::new(std::env::current_exe()?, &[PROBE]).run(&path).and_then(|()| Library::open(&path)),
+        Err(error) => Err(error.to_string()),
+    };
+    opened.map_err(|reason| Usage(format!("{}: {reason}", file.display())).into())
+}
+
+/// Arguments of the probe, which runs in a process of its own.
+#[derive(clap::Args)]
+pub struct ProbeArgs {
+    file: PathBuf,
+}
+
+/// Runs the probe.
+pub fn probe(args: &ProbeArgs) {
+    mblm::plugin::host::probe::answer(&args.file);
+}

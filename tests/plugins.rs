@@ -1,0 +1,290 @@
+//! Plugins as a user meets them: found, checked, trained, generated from, resumed; and every way in which one can be
+//! broken is caught by name.
+
+mod compiled;
+
+use std::fs;
+use std::path::Path;
+
+use assert_cmd::Command;
+use compiled::{broken, compile, lstm};
+
+struct Ran {
+    code: i32,
+    out: String,
+    err: String,
+}
+
+fn mblm(folder: &Path, args: &[&str]) -> Ran {
+    let output = Command::cargo_bin("mblm")
+        .unwrap()
+        .current_dir(folder)
+        .args(args)
+        .env("XDG_DATA_HOME", folder.join("no-data"))
+        .env_remove("MBLM_PLUGIN_PATH")
+        .output()
+        .unwrap();
+    let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
+    let code = output.status.code().unwrap_or_else(|| panic!("mblm {args:?} was killed"));
+    Ran { code, out: text(output.stdout), err: text(output.stderr) }
+}
+
+fn path(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+/// A run's configuration with these blocks, and the data it reads.
+fn write_config(folder: &Path, blocks: &[&str], layers: usize) {
+    let text: String = (0..3000).map(|i| format!("line {i} of {}\n", i * i % 97)).collect();
+    fs::write(folder.join("data.txt"), text).unwrap();
+    let stages = blocks.len();
+    let lens = if stages == 2 { "[16, 4]" } else { "[4, 4, 4]" };
+    let dims = vec!["32"; stages].join(", ");
+    let layers = vec![layers.to_string(); stages].join(", ");
+    let blocks: String = blocks.iter().map(|block| format!("    - {block}\n")).collect();
+    let yaml = format!(
+        "io: {{name_model: toy, output_dir: runs, dataset_dir: data.txt, dataset_id: bytes, num_models_to_save: 1, \
+         validate_amount: 4, log_train_loss_amount: 10}}\n\
+         params:\n  num_tokens: 257\n  pad_token_id: 256\n  input_seq_len: 64\n  seq_lens: {lens}\n  hidden_dims: \
+         [{dims}]\n  num_layers: [{layers}]\n  block:\n{blocks}\
+         train: {{target_elements: 61440, target_elements_strategy: sequence, batch_size: 8, max_eval_steps: 3, \
+         learning_rate: 0.01, gradient_clipping: 1.0, gradient_accumulate_every: 2, shuffle_train: true}}\n"
+    );
+    fs::write(folder.join("run.yaml"), yaml).unwrap();
+}
+
+const TRANSFORMER: &str = "{attn_head_dims: 8, attn_num_heads: 4, attn_use_rot_embs: true, pos_emb_type: fixed}";
+
+fn run_of(ran: &Ran) -> String {
+    ran.err.lines().find_map(|line| line.strip_prefix("run: ")).unwrap_or_else(|| panic!("{}", ran.err)).to_string()
+}
+
+#[test]
+fn the_shipped_plugins_pass_every_check() {
+    let folder = tempfile::tempdir().unwrap();
+    let mingru = compile("plugins/mingru/mingru.c", folder.path(), "mingru", &["-O2", "-Wall", "-Wextra", "-Werror"]);
+    let leaky = compile("tests/plugins/broken.c", folder.path(), "leaky", &[]);
+    for (library, skipped) in [(lstm(), 0), (mingru, 1), (leaky, 1)] {
+        let ran = mblm(folder.path(), &["plugin", "check", path(&library)]);
+        assert_eq!(ran.code, 0, "{}\n{}", ran.out, ran.err);
+        let count = |word: &str| ran.out.lines().filter(|line| line.starts_with(&format!("  {word} "))).count();
+        // Nothing panics on demand in C.
+        assert_eq!((count("FAILED"), count("skipped"), count("passed")), (0, skipped, 16 - skipped), "{}", ran.out);
+    }
+}
+
+#[test]
+fn every_fault_is_caught_by_the_check_of_its_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let faults = [
+        ("HEADER", "header", "no version"),
+        ("SCHEMA", "schema", "additionalProperties"),
+        ("CONFIGS", "configs", "is accepted"),
+        ("CONFIGS_CRASH", "configs", "crashed by signal 6 (abort)"),
+        ("PARAMS", "params", "different parameters"),
+        ("OUTPUTS", "outputs", "y was filled with NaN before"),
+        ("OUTPUTS_GUARD", "outputs", "y: something was written after the buffer"),
+        ("OUTPUTS_INPUT", "outputs", "x is an input, but was written to"),
+        ("SIZES", "sizes", "batch 1, length 1"),
+        ("CAUSALITY", "causality", "a change at position 1 shows before it"),
+        ("DETERMINISTIC", "deterministic", "the output has other bits"),
+        ("GRADIENTS", "gradients", "the input: along a random direction"),
+        ("GRADIENTS_PARAM", "gradients", "mix gets no gradient"),
+        ("ACCUMULATION", "accumulation", "scale: the buffer held 3 before"),
+        ("TAPES", "tapes", "two tapes, backward of number 2"),
+        ("DECODING", "decoding", "batch 1, 1 positions, prefill: forward gives other outputs"),
+        ("STATES", "states", "a clone goes on differently"),
+        ("STATES_LOAD", "states", "state_load accepts"),
+        ("THREADS", "threads", "from several threads at once"),
+        ("LEAKS", "leaks", "1000 rounds grew memory"),
+        ("HANG", "outputs", "did not end within 2 s"),
+    ];
+    for (fault, check, want) in faults {
+        let library = broken(folder.path(), fault);
+        let ran = mblm(folder.path(), &["plugin", "check", path(&library), "--only", check, "--limit", "2"]);
+        let line = ran.out.lines().skip_while(|line| !line.starts_with("  FAILED")).nth(1).unwrap_or_default();
+        assert!(ran.code == 1 && line.contains(want), "{fault}: {}\n{}", ran.out, ran.err);
+    }
+}
+
+#[test]
+fn a_plugin_beside_the_configuration_trains_generates_and_resumes() {
+    let folder = tempfile::tempdir().unwrap();
+    let plugins = folder.path().join("plugins");
+    fs::create_dir(&plugins).unwrap();
+    fs::copy(lstm(), plugins.join("liblstm.so")).unwrap();
+    compile("plugins/mingru/mingru.c", &plugins, "mingru", &["-O2"]);
+    // The type of the first is found by its fields; two plugins, one of them twice.
+    let blocks = ["{dropout: 0.1, pos_emb_type: null}", "{block_type: lstm}", "{block_type: mingru, expand: 2}"];
+    write_config(folder.path(), &blocks, 2);
+    let ran = mblm(folder.path(), &["train", "run.yaml"]);
+    assert_eq!(ran.code, 0, "{}", ran.err);
+    let run = run_of(&ran);
+    let bpb: f64 = ran.out.split_once("validation: ").unwrap().1.split_once(' ').unwrap().0.parse().unwrap();
+    let entropy: f64 = ran.out.split_once("single bytes is ").unwrap().1.split_once(' ').unwrap().0.parse().unwrap();
+    assert!(bpb < entropy, "{bpb} bpb, single bytes {entropy}");
+
+    let generate = |run: &str| mblm(folder.path(), &["generate", run, "--prompt", "line 1", "--max-bytes", "30"]);
+    let made = generate(&run);
+    assert!(made.code == 0 && made.out.starts_with("line 1"), "{}", made.err);
+    assert_eq!(mblm(folder.path(), &["eval", &run, "data.txt", "--max-bytes", "2000"]).code, 0);
+    let table = mblm(folder.path(), &["inspect", "run.yaml"]).out;
+    assert!(table.contains("mingru") && table.contains("lstm"), "{table}");
+    let listed = mblm(folder.path(), &["blocks", "--plugin-dir", "plugins"]).out;
+    assert!(listed.contains("mingru") && listed.contains("transformerEncoder"), "{listed}");
+    let listed = mblm(folder.path(), &["plugin", "list", "run.yaml"]).out;
+    assert!(listed.contains("mblm-lstm 0.1.0") && listed.contains("sha256") && listed.contains("  mingru"), "{listed}");
+
+    // The run knows its plugins: other ones, or none, are refused.
+    let mut changed = fs::read(plugins.join("mingru.so")).unwrap();
+    changed.extend(b"another build");
+    fs::remove_file(plugins.join("mingru.so")).unwrap();
+    let gone = generate(&run);
+    assert!(gone.code == 2 && gone.err.contains("was trained with plugin mingru 1.0.0"), "{}", gone.err);
+    fs::write(plugins.join("mingru.so"), changed).unwrap();
+    for command in ["generate", "--resume"] {
+        let args = if command == "generate" { vec!["generate", &run] } else { vec!["train", "--resume", &run] };
+        let other = mblm(folder.path(), &args);
+        assert!(
+            other.code == 2 && other.err.contains("plugin mingru: expected the file that trained"),
+            "{}",
+            other.err
+        );
+        let allowed = mblm(folder.path(), &[args, vec!["--allow-plugin-change"]].concat());
+        assert_eq!(allowed.code, 0, "{}", allowed.err);
+    }
+}
+
+#[test]
+fn recomputed_chunks_change_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::create_dir(folder.path().join("plugins")).unwrap();
+    fs::copy(lstm(), folder.path().join("plugins/liblstm.so")).unwrap();
+    write_config(folder.path(), &[TRANSFORMER, "{block_type: lstm}"], 1);
+    let losses = |chunks: &str| {
+        let ran =
+            mblm(folder.path(), &["train", "run.yaml", "--set", &format!("params.train_checkpoint_chunks={chunks}")]);
+        assert_eq!(ran.code, 0, "{}", ran.err);
+        let csv = fs::read_to_string(folder.path().join(run_of(&ran)).join("loss.csv")).unwrap();
+        let last = csv.lines().last().unwrap().split(',').nth(7).unwrap().parse::<f64>().unwrap();
+        assert!(last > 0.0, "{csv}");
+        last
+    };
+    let (whole, chunks) = (losses("null"), losses("[3]"));
+    assert!((whole - chunks).abs() < 1e-4, "{whole} and {chunks}");
+}
+
+#[test]
+fn what_cannot_be_loaded_is_listed_with_the_reason_and_stops_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let plugins = folder.path().join("plugins");
+    fs::create_dir(&plugins).unwrap();
+    fs::write(plugins.join("text.so"), "not a library").unwrap();
+    fs::create_dir(plugins.join("folder.so")).unwrap();
+    std::os::unix::fs::symlink("nowhere.so", plugins.join("dangling.so")).unwrap();
+    // Another architecture: an ELF header of a 32-bit ARM library.
+    let mut elf = fs::read(lstm()).unwrap();
+    elf.truncate(4096);
+    (elf[4], elf[18]) = (1, 40);
+    fs::write(plugins.join("arm.so"), elf).unwrap();
+    let faults = ["SYMBOL", "MAJOR", "MINOR", "INIT", "LOAD_EXIT", "LOAD_ABORT", "LOAD_HANG"];
+    faults.iter().for_each(|fault| drop(broken(&plugins, fault)));
+    compile("tests/plugins/broken.c", &plugins, "a_good_one", &[]);
+    compile("tests/plugins/broken.c", &plugins, "b_the_same_type", &["-DAGAIN"]);
+
+    let list = mblm(folder.path(), &["plugin", "list", "--plugin-dir", "plugins"]);
+    assert_eq!(list.code, 0, "{}", list.err);
+    let reasons = [
+        ("text.so", "cannot be opened"),
+        ("folder.so", "a folder"),
+        ("dangling.so", "a symbolic link to nothing"),
+        ("arm.so", "cannot be opened"),
+        ("SYMBOL.so", "not a plugin: it has no symbol mblm_plugin_entry"),
+        ("MAJOR.so", "use a newer MBLM"),
+        ("MINOR.so", "needs version 1.1"),
+        ("INIT.so", "init failed: no licence"),
+        ("LOAD_EXIT.so", "ended the process with exit code 0 when it was opened"),
+        ("LOAD_ABORT.so", "crashed by signal 6 (abort) when it was opened"),
+        ("LOAD_HANG.so", "hangs: it was not open after"),
+        ("b_the_same_type.so", "the block type `leaky` is registered twice"),
+    ];
+    for (file, reason) in reasons {
+        let line = list.out.lines().find(|line| line.contains(&format!("/{file}: "))).unwrap_or_default();
+        assert!(line.contains(reason), "{file}: {line:?}\n{}", list.out);
+    }
+    assert!(list.out.contains("a_good_one.so"), "{}", list.out);
+
+    fs::remove_file(plugins.join("LOAD_HANG.so")).unwrap();
+    write_config(folder.path(), &[TRANSFORMER, TRANSFORMER], 1);
+    let ran = mblm(folder.path(), &["inspect", "run.yaml"]);
+    assert_eq!(ran.code, 0, "{}", ran.err);
+    assert_eq!(ran.err.lines().filter(|line| line.starts_with("warning: plugin ")).count(), 11, "{}", ran.err);
+    let missing = mblm(folder.path(), &["inspect", "run.yaml", "--plugin-dir", "nowhere"]);
+    assert!(
+        missing.code == 2 && missing.err.contains("--plugin-dir nowhere: there is no such folder"),
+        "{}",
+        missing.err
+    );
+}
+
+#[test]
+fn a_failure_in_training_names_the_plugin_and_keeps_the_checkpoint() {
+    let cases = [
+        ("LATE_NAN", "forward gave NaN at sequence 0, position 0, channel 7, from finite inputs"),
+        ("LATE_ERROR", "forward: the sensor came off"),
+    ];
+    for (fault, want) in cases {
+        let folder = tempfile::tempdir().unwrap();
+        let plugins = folder.path().join("plugins");
+        fs::create_dir(&plugins).unwrap();
+        broken(&plugins, fault);
+        write_config(folder.path(), &[TRANSFORMER, "{block_type: leaky}"], 1);
+        let ran = mblm(folder.path(), &["train", "run.yaml"]);
+        let error = ran.err.lines().find(|line| line.starts_with("error: ")).unwrap_or_default();
+        assert!(ran.code == 1 && error.contains(want), "{}", ran.err);
+        for part in ["block `leaky`", "stage 2", "plugin leaky 1", &format!("{fault}.so")] {
+            assert!(error.contains(part), "{error}");
+        }
+        let run = folder.path().join(run_of(&ran));
+        let eval = mblm(folder.path(), &["eval", path(&run), "data.txt", "--max-bytes", "256"]);
+        assert_eq!(eval.code, 0, "the checkpoint of before is whole: {}", eval.err);
+    }
+}
+
+#[test]
+fn a_wrong_field_of_a_plugin_is_named_like_any_other() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::create_dir(folder.path().join("plugins")).unwrap();
+    fs::copy(lstm(), folder.path().join("plugins/liblstm.so")).unwrap();
+    compile("plugins/mingru/mingru.c", &folder.path().join("plugins"), "mingru", &[]);
+    let cases = [
+        ("{block_type: lstm, dropout: 1.5}", "params.block[1].dropout: "),
+        ("{block_type: lstm, drop: 0.5}", "params.block[1].drop: unknown field; "),
+        ("{block_type: mingru, expand: 99}", "params.block[1].expand: expected an integer from 1 to 16 "),
+        ("{block_type: mingru, width: 2}", "params.block[1].width: unknown field; expected one of `expand`"),
+        ("{block_type: lstn}", "params.block[1].block_type: unknown block type \"lstn\"; did you mean `lstm`?"),
+        ("{pos_emb_type: null}", "params.block[1]: these fields fit several block types, `lstm`, `mingru`"),
+    ];
+    for (block, want) in cases {
+        write_config(folder.path(), &[TRANSFORMER, block], 1);
+        let ran = mblm(folder.path(), &["train", "run.yaml"]);
+        assert!(ran.code == 2 && ran.err.contains(want) && ran.err.contains("(line "), "{}", ran.err);
+        assert!(!folder.path().join("runs").exists(), "no run folder is made");
+    }
+}
+
+#[test]
+fn a_new_plugin_in_c_builds_and_passes() {
+    let folder = tempfile::tempdir().unwrap();
+    let made = mblm(folder.path(), &["plugin", "new", "my-block", "--c"]);
+    assert_eq!(made.code, 0, "{}", made.err);
+    let make = std::process::Command::new("make").current_dir(folder.path().join("my-block")).output().unwrap();
+    assert!(make.status.success(), "{}", String::from_utf8_lossy(&make.stderr));
+    let checked = mblm(folder.path(), &["plugin", "check", "my-block/libmy_block.so"]);
+    assert!(checked.code == 0 && checked.out.contains("block my-block"), "{}{}", checked.out, checked.err);
+    let schema = mblm(folder.path(), &["plugin", "schema", "my-block/libmy_block.so", "my-block"]);
+    assert!(schema.out.contains("\"expand\""), "{}", schema.out);
+    let again = mblm(folder.path(), &["plugin", "new", "my-block"]);
+    assert!(again.code == 2 && again.err.contains("exists"), "{}", again.err);
+    assert_eq!(mblm(folder.path(), &["plugin", "new", "My Block"]).code, 2);
+}
