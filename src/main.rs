@@ -6,6 +6,7 @@ mod eval;
 mod generate;
 mod inspect;
 mod log;
+mod memory;
 mod model;
 mod plugin;
 mod plugins;
@@ -17,12 +18,6 @@ use clap::{Parser, Subcommand};
 use mblm::{Error, train as training};
 use mblm_blocks as _;
 use plugins::Plugins;
-
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
-
-/// mimalloc's `mi_option_purge_delay`, which its bindings leave out.
-const PURGE_DELAY: libmimalloc_sys::mi_option_t = 15;
 
 /// A mistake in a configuration or on the command line; clap uses the same code.
 const EXIT_USAGE: u8 = 2;
@@ -59,9 +54,7 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    // SAFETY: sets an integer option of the allocator, before any other thread exists. -1: memory that was used once
-    // is kept, since giving it back and getting it again costs more than the copy that fills it.
-    unsafe { libmimalloc_sys::mi_option_set(PURGE_DELAY, -1) };
+    memory::keep();
     log::start();
     let cli = Cli::parse();
     // On a thread of the pool, so that a parallel loop starts by handing out work, not by waking a thread and sleeping.

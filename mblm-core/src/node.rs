@@ -42,25 +42,21 @@ pub fn apply2<N: Node>(node: N, x: &Tensor, z: &Tensor, mode: Mode) -> candle_co
 
 /// Backward from `y` when the gradient of the loss with respect to it is `dy`.
 pub(crate) fn backward_from(y: &Tensor, dy: Tensor) -> candle_core::Result<GradStore> {
-    apply1(Seed(dy), y, Mode::train(0))?.backward()
+    y.apply_op1(Seed(dy))?.backward()
 }
 
 /// A scalar whose gradient with respect to its input is what it holds.
 struct Seed(Tensor);
 
-impl Node for Seed {
-    type Tape = ();
-
-    fn shape(&self) -> Shape {
-        Shape::from(())
+impl CustomOp1 for Seed {
+    fn name(&self) -> &'static str {
+        "seed"
     }
-
-    fn forward(&self, _: &[&[f32]], _: &mut [f32]) {}
-
-    fn backward(&self, _: &[&[f32]], (): (), _: &[f32], grads: &mut [Vec<f32>]) {
-        // A contiguous f32 CPU tensor by construction.
-        let copied = with_floats(&self.0, |dy| grads[0].copy_from_slice(dy));
-        debug_assert!(copied.is_ok());
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        Ok((CpuStorage::F32(vec![0.0]), Shape::from(())))
+    }
+    fn bwd(&self, _: &Tensor, _: &Tensor, _: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        Ok(Some(self.0.clone()))
     }
 }
 

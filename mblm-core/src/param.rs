@@ -3,7 +3,7 @@
 //! Names are those of the reference package's `state_dict`, so weights travel both ways unchanged.
 
 use std::collections::BTreeMap;
-use std::ops::Deref;
+use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard};
 
@@ -68,11 +68,54 @@ impl Init {
 pub struct Param {
     name: String,
     var: Var,
-    grad: Mutex<Vec<f32>>,
+    grad: Mutex<Gradient>,
     version: AtomicU64,
     zero_row: Option<usize>,
     weight_decay: bool,
     start: Start,
+}
+
+/// The memory of an accumulated gradient: a parameter's own, or a host's for the length of a call.
+#[derive(Debug, Default)]
+pub struct Gradient {
+    own: Vec<f32>,
+    lent: Option<Lent>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Lent(*mut [f32]);
+
+// SAFETY: whoever lends has the only borrow of that memory, and gives it to whoever holds the gradient's lock.
+unsafe impl Send for Lent {}
+
+impl Deref for Gradient {
+    type Target = [f32];
+    fn deref(&self) -> &[f32] {
+        match self.lent {
+            // SAFETY: borrowed for as long as it is lent, see `Param::lend_grad`.
+            Some(Lent(memory)) => unsafe { &*memory },
+            None => &self.own,
+        }
+    }
+}
+
+impl DerefMut for Gradient {
+    fn deref_mut(&mut self) -> &mut [f32] {
+        match self.lent {
+            // SAFETY: as above; the lock makes this the only access.
+            Some(Lent(memory)) => unsafe { &mut *memory },
+            None => &mut self.own,
+        }
+    }
+}
+
+/// Ends a loan when it is dropped.
+pub(crate) struct Loan<'a>(&'a Param);
+
+impl Drop for Loan<'_> {
+    fn drop(&mut self) {
+        self.0.grad().lent = None;
+    }
 }
 
 /// How a parameter started: its distribution, times a gain.
@@ -153,17 +196,27 @@ impl Param {
     }
 
     /// The accumulated gradient; empty until something was added.
-    pub fn grad(&self) -> MutexGuard<'_, Vec<f32>> {
+    pub fn grad(&self) -> MutexGuard<'_, Gradient> {
         self.grad.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
     /// The accumulated gradient, allocated, for a backward pass to add to.
-    pub fn grad_mut(&self) -> MutexGuard<'_, Vec<f32>> {
+    pub fn grad_mut(&self) -> MutexGuard<'_, Gradient> {
         let mut grad = self.grad();
         if grad.is_empty() {
-            grad.resize(self.len(), 0.0);
+            grad.own.resize(self.len(), 0.0);
         }
         grad
+    }
+
+    /// Until the loan is dropped, gradients are added to `memory`.
+    ///
+    /// # Safety
+    /// The loan must be dropped, not forgotten.
+    pub(crate) unsafe fn lend_grad<'a>(&'a self, memory: &'a mut [f32]) -> Loan<'a> {
+        assert_eq!(memory.len(), self.len(), "memory for the gradient of {}", self.name);
+        self.grad().lent = Some(Lent(memory));
+        Loan(self)
     }
 
     /// Grows with every update, so that whoever keeps a copy knows when it is stale.
@@ -405,9 +458,9 @@ mod tests {
             let loss = (table.tensor(Mode::train(0)) * 3.0).unwrap().sum_all().unwrap();
             store.backward(&loss).unwrap();
         }
-        assert_eq!(*table.grad(), [6.0, 6.0, 0.0, 0.0, 6.0, 6.0]);
+        assert_eq!(**table.grad(), [6.0, 6.0, 0.0, 0.0, 6.0, 6.0]);
         store.zero_grad();
-        assert_eq!(*table.grad(), [0.0; 6]);
+        assert_eq!(**table.grad(), [0.0; 6]);
     }
 
     #[test]

@@ -65,7 +65,7 @@ fn run(
     let dx = store.backward(&loss)?.get(x.as_tensor()).cloned();
     let flat = |t: &Tensor| t.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>();
     let dx = dx.map(|t| flat(&t)).transpose()?.unwrap_or_default();
-    Ok(Pass { output: flat(&y)?, dx, grads: params.iter().map(|p| p.grad().clone()).collect() })
+    Ok(Pass { output: flat(&y)?, dx, grads: params.iter().map(|p| p.grad().to_vec()).collect() })
 }
 
 /// Holds a fused layer against its composition in f64: output, gradient of the input and of every parameter, each

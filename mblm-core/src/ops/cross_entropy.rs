@@ -197,7 +197,7 @@ mod tests {
                 let grads = store.backward(&(&loss * 3.0).unwrap()).unwrap();
                 let flat =
                     |t: &Tensor| t.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
-                [flat(&loss), flat(grads.get(&x).unwrap()), weight.grad().clone(), bias.grad().clone()]
+                [flat(&loss), flat(grads.get(&x).unwrap()), weight.grad().to_vec(), bias.grad().to_vec()]
             };
             for (part, (got, want)) in
                 ["loss", "hidden", "weight", "bias"].iter().zip(run(DType::F32).iter().zip(run(DType::F64)))

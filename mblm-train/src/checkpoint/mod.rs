@@ -363,8 +363,8 @@ pub(crate) mod tests {
         want.step(&trained, 0.1).unwrap();
         assert_eq!((adam.moments(), adam.step_count()), (want.moments(), 3));
         assert_eq!(*other.get("a").unwrap().values(), *trained.get("a").unwrap().values());
-        assert_eq!(*other.get("a").unwrap().grad(), [0.0, 0.5, 0.0, 0.0]);
-        assert_eq!(*other.get("b").unwrap().grad(), [0.0; 3], "a gradient of before must not survive");
+        assert_eq!(**other.get("a").unwrap().grad(), [0.0, 0.5, 0.0, 0.0]);
+        assert_eq!(**other.get("b").unwrap().grad(), [0.0; 3], "a gradient of before must not survive");
         assert_eq!(checkpoint.config_yaml().unwrap(), "params: {}\n");
     }
 

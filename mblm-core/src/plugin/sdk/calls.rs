@@ -216,13 +216,13 @@ unsafe extern "C" fn backward(
     let lens = instance.params.iter().map(|(_, param)| param.len());
     // SAFETY: by the contract, one buffer per parameter, none overlaps another.
     let slice = |(i, len)| unsafe { std::slice::from_raw_parts_mut(*dparams.add(i), len) };
-    let mut dparams: Vec<&mut [f32]> = lens.enumerate().map(slice).collect();
+    let dparams: Vec<&mut [f32]> = lens.enumerate().map(slice).collect();
     guard(Some(&instance.panicked), || {
         instance.sync(version, &values)?;
         let Some(tape) = tape.take() else {
             return Err(Failure::new(abi::INVALID, "", "backward ran on this tape before"));
         };
-        instance.backward(tape, dy, dx, &mut dparams)
+        instance.backward(tape, dy, dx, dparams)
     })
 }
 

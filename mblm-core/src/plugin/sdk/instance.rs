@@ -4,6 +4,7 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{Device, Tensor, Var};
+use rayon::prelude::*;
 use serde_yaml::Value;
 
 use super::Failure;
@@ -13,6 +14,9 @@ use crate::node::{backward_from, with_floats};
 use crate::param::{Param, ParamStore, fold_gradients};
 use crate::plugin::abi;
 use crate::registry::Registration;
+
+/// Floats that one thread copies.
+const COPIED_AT_ONCE: usize = 1 << 16;
 
 /// The first bytes of a saved state.
 const SAVED: [u8; 8] = *b"MBLMSTAT";
@@ -72,9 +76,13 @@ impl Instance {
     pub(super) fn sync(&self, version: u64, values: &[&[f32]]) -> Result<(), Failure> {
         let mut known = self.version.lock().unwrap_or_else(PoisonError::into_inner);
         if *known != Some(version) {
-            for ((_, param), values) in self.params.iter().zip(values) {
-                param.update(|slot| slot.copy_from_slice(values))?;
-            }
+            let copy = |((_, param), values): (&(String, Arc<Param>), &&[f32])| {
+                param.update(|slot| {
+                    let chunks = slot.par_chunks_mut(COPIED_AT_ONCE).zip(values.par_chunks(COPIED_AT_ONCE));
+                    chunks.for_each(|(slot, values)| slot.copy_from_slice(values));
+                })
+            };
+            self.params.par_iter().zip(values).try_for_each(copy)?;
             *known = Some(version);
         }
         Ok(())
@@ -83,14 +91,16 @@ impl Instance {
     /// Writes the output to `y`; returns what backward needs if `keep`.
     pub(super) fn forward(&self, pass: &Pass, x: &[f32], y: &mut [f32], keep: bool) -> Result<Option<Tape>, Failure> {
         let Dims { batch, seq, dim } = pass.dims;
-        let x = Tensor::from_slice(x, (batch, seq, dim), &Device::Cpu)?;
+        let x = match keep {
+            true => Var::from_slice(x, (batch, seq, dim), &Device::Cpu)?.into_inner(),
+            false => Tensor::from_slice(x, (batch, seq, dim), &Device::Cpu)?,
+        };
         let mask = pass.mask.map(|mask| Tensor::from_slice(mask, (batch, seq), &Device::Cpu)).transpose()?;
         let mode = match pass.seed {
             Some(seed) => Mode::train(seed),
             None if keep => return Err(Failure::new(abi::INVALID, "", "a tape was asked for outside training")),
             None => Mode::Eval,
         };
-        let x = if keep { Var::from_tensor(&x)?.as_tensor().clone() } else { x };
         let output = self.model.forward(&x, mask.as_ref(), mode)?;
         if output.dims() != x.dims() {
             let message = format!("the block returned shape {:?} for {:?}", output.dims(), x.dims());
@@ -101,25 +111,24 @@ impl Instance {
     }
 
     /// Writes the gradient of the input, and adds those of the parameters.
-    pub(super) fn backward(
-        &self,
+    pub(super) fn backward<'a>(
+        &'a self,
         tape: Tape,
         dy: &[f32],
         dx: &mut [f32],
-        dparams: &mut [&mut [f32]],
+        dparams: Vec<&'a mut [f32]>,
     ) -> Result<(), Failure> {
         let dy = Tensor::from_slice(dy, tape.output.shape(), &Device::Cpu)?;
+        // SAFETY: dropped below.
+        let lend = |((_, param), memory): (&'a (String, Arc<Param>), &'a mut [f32])| unsafe { param.lend_grad(memory) };
+        let loans: Vec<_> = self.params.iter().zip(dparams).map(lend).collect();
         let grads = backward_from(&tape.output, dy)?;
         fold_gradients(self.params.iter().map(|(_, param)| param), &grads)?;
         match grads.get(&tape.x) {
             Some(grad) => with_floats(grad, |grad| dx.copy_from_slice(grad))?,
             None => dx.fill(0.0),
         }
-        for ((_, param), dparam) in self.params.iter().zip(dparams) {
-            let mut grad = param.grad();
-            crate::simd::add(&grad, dparam);
-            grad.fill(0.0);
-        }
+        drop(loans);
         Ok(())
     }
 }
