@@ -14,6 +14,15 @@ pub fn vectorize<R>(work: impl FnOnce() -> R) -> R {
     ARCH.get_or_init(pulp::Arch::new).dispatch(work)
 }
 
+/// Whether the registers are those of AVX-512: 32 of 16 floats, which hold four times the sums that others hold.
+#[inline(always)]
+pub fn has_wide_registers() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return std::arch::is_x86_feature_detected!("avx512f");
+    #[cfg(not(target_arch = "x86_64"))]
+    false
+}
+
 /// `e^x`, relative error below 2e-7; 0 below -87.3 (where `f32` becomes subnormal), finite up to 88.7.
 #[inline(always)]
 pub fn exp(x: f32) -> f32 {

@@ -170,24 +170,29 @@ static void product_nt(float *restrict out, const float *restrict a, const float
         }
 }
 
-/* out (rows x k) += a (rows x n) b (n x k) */
-static void product_nn(float *restrict out, const float *restrict a, const float *restrict b, size_t rows, size_t n, size_t k) {
-    for (size_t i = 0; i < rows; i++)
-        for (size_t j = 0; j < n; j++) {
-            const float s = a[i * n + j], *restrict w = b + j * k;
-            float *restrict y = out + i * k;
-            for (size_t c = 0; c < k; c++) y[c] += s * w[c];
-        }
+/* y (k) += s[0] a[0] + s[1] a[1] + … for `count` rows of a, k apart: four at a time, so that y is read and written less. */
+static void add_rows(float *restrict y, const float *restrict s, size_t apart, const float *restrict a, size_t count, size_t k) {
+    size_t r = 0;
+    for (; r + 4 <= count; r += 4) {
+        const float s0 = s[r * apart], s1 = s[(r + 1) * apart], s2 = s[(r + 2) * apart], s3 = s[(r + 3) * apart];
+        const float *restrict a0 = a + r * k, *restrict a1 = a0 + k, *restrict a2 = a1 + k, *restrict a3 = a2 + k;
+        for (size_t c = 0; c < k; c++) y[c] += s0 * a0[c] + s1 * a1[c] + s2 * a2[c] + s3 * a3[c];
+    }
+    for (; r < count; r++)
+        for (size_t c = 0; c < k; c++) y[c] += s[r * apart] * a[r * k + c];
 }
 
-/* out (n x k) += a (rows x n)^T b (rows x k) */
-static void product_tn(float *restrict out, const float *restrict a, const float *restrict b, size_t rows, size_t n, size_t k) {
-    for (size_t i = 0; i < rows; i++)
-        for (size_t j = 0; j < n; j++) {
-            const float s = a[i * n + j], *restrict x = b + i * k;
-            float *restrict y = out + j * k;
-            for (size_t c = 0; c < k; c++) y[c] += s * x[c];
-        }
+/* out (rows x k) += a (rows x n) b (n x k) */
+static void product_nn(float *out, const float *a, const float *b, size_t rows, size_t n, size_t k) {
+    for (size_t i = 0; i < rows; i++) add_rows(out + i * k, a + i * n, 1, b, n, k);
+}
+
+/* out (n x k) += a (rows x n)^T b (rows x k), in blocks of rows that stay in the cache. */
+static void product_tn(float *out, const float *a, const float *b, size_t rows, size_t n, size_t k) {
+    const size_t block = 32;
+    for (size_t i = 0; i < rows; i += block)
+        for (size_t j = 0; j < n; j++)
+            add_rows(out + j * k, a + i * n + j, n, b + i * k, rows - i < block ? rows - i : block, k);
 }
 
 static float inverse_rms(const float *x, size_t dim) {

@@ -1,9 +1,11 @@
 //! `mblm plugin list`: what was found, and what was not loaded.
 
+use std::collections::BTreeMap;
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
+use mblm::plugin::host::Skipped;
 
 use crate::plugins::Plugins;
 
@@ -35,9 +37,22 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
     }
     if !found.skipped.is_empty() {
         writeln!(out, "not loaded:")?;
-        for skipped in &found.skipped {
+        for skipped in found.skipped.iter().filter(|skipped| skipped.looks_like_one) {
             writeln!(out, "  {}: {}", skipped.path.display(), skipped.reason)?;
+        }
+        for ((folder, reason), names) in others(&found.skipped) {
+            writeln!(out, "  {}: {}: {reason}", folder.display(), names.join(", "))?;
         }
     }
     Ok(())
+}
+
+/// The names of what is not called like a plugin, which may be many in a folder that is not for plugins alone.
+fn others(skipped: &[Skipped]) -> BTreeMap<(&Path, &str), Vec<String>> {
+    let mut groups: BTreeMap<_, Vec<String>> = BTreeMap::new();
+    for Skipped { path, reason, .. } in skipped.iter().filter(|skipped| !skipped.looks_like_one) {
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        groups.entry((path.parent().unwrap_or(path), reason.as_str())).or_default().push(name);
+    }
+    groups
 }

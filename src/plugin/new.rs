@@ -10,6 +10,8 @@ use crate::Usage;
 const CARGO: &str = include_str!("template/Cargo.toml.txt");
 const LIB: &str = include_str!("template/lib.rs.txt");
 const README: &str = include_str!("template/README.md.txt");
+/// The versions that this program was built with; cargo takes from it what the new crate needs.
+const LOCK: &str = include_str!("../../Cargo.lock");
 /// The block in C that this repository ships is the template of others.
 const C_SOURCE: &str = include_str!("../../plugins/mingru/mingru.c");
 const MAKEFILE: &str = include_str!("../../plugins/mingru/Makefile");
@@ -64,6 +66,7 @@ pub fn run(args: &Args) -> Result<()> {
     } else {
         files.push(("Cargo.toml", CARGO.replace("NAME", name).replace("CORE", &core(args)?)));
         files.push(("src/lib.rs", LIB.replace("STRUCT", &camel(&snake)).replace("TYPE", name)));
+        files.push(("Cargo.lock", LOCK.into()));
         files.push((".gitignore", "/target\n".into()));
     }
     files.iter().try_for_each(|(file, text)| write(&folder.join(file), text))?;

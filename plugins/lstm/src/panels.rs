@@ -3,7 +3,7 @@
 
 use mblm_core::buffer::Buffer;
 use mblm_core::parallel::{Shared, for_rows};
-use mblm_core::simd::vectorize;
+use mblm_core::simd::{has_wide_registers, vectorize};
 
 /// Columns of a register: one of AVX-512, two of AVX2.
 pub(crate) const LANES: usize = 16;
@@ -94,18 +94,40 @@ impl<const V: usize> Panels<V> {
             assert_eq!(row.len(), panel.len(), "depth");
         }
         let mut sums = [[[0.0; LANES]; V]; B];
-        for (k, weights) in panel.iter().enumerate() {
-            for b in 0..B {
-                let x = rows[b][k];
-                for v in 0..V {
-                    for l in 0..LANES {
-                        sums[b][v][l] = x.mul_add(weights[v][l], sums[b][v][l]);
-                    }
-                }
+        if has_wide_registers() {
+            accumulate(rows, panel, 0, &mut sums);
+        } else {
+            // As many sums as other registers hold, or the compiler keeps them in memory.
+            for v in 0..V {
+                let mut part = [[[0.0; LANES]; 1]; B];
+                accumulate(rows, panel, v, &mut part);
+                sums.iter_mut().zip(part).for_each(|(sum, [part])| sum[v] = part);
             }
         }
         sums
     }
+}
+
+/// `N` registers' columns of the product, from `first` on.
+#[inline(always)]
+fn accumulate<const B: usize, const N: usize, const V: usize>(
+    rows: [&[f32]; B],
+    panel: &[[Lanes; V]],
+    first: usize,
+    out: &mut [[Lanes; N]; B],
+) {
+    let mut sums = [[[0.0; LANES]; N]; B];
+    for (k, weights) in panel.iter().enumerate() {
+        for b in 0..B {
+            let x = rows[b][k];
+            for v in 0..N {
+                for l in 0..LANES {
+                    sums[b][v][l] = x.mul_add(weights[first + v][l], sums[b][v][l]);
+                }
+            }
+        }
+    }
+    *out = sums;
 }
 
 /// The 16 floats from `first` on; zeros where there are none.
