@@ -30,11 +30,14 @@ pub struct Args {
     #[arg(required_unless_present = "resume")]
     config: Option<PathBuf>,
     /// Go on with this run from its newest checkpoint
-    #[arg(long, value_name = "RUN", conflicts_with_all = ["config", "set"])]
+    #[arg(long, value_name = "RUN", conflicts_with = "config")]
     resume: Option<PathBuf>,
     /// Override a field of the configuration, as in `--set train.learning_rate=3e-4`
     #[arg(long, value_name = "FIELD=VALUE")]
     set: Vec<String>,
+    /// Go on with a configuration that is not that of the checkpoint
+    #[arg(long, requires = "resume")]
+    force: bool,
     /// Go on although a plugin's file is not the one that the run was trained with
     #[arg(long, requires = "resume")]
     allow_plugin_change: bool,
@@ -44,7 +47,7 @@ pub struct Args {
 pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
     let stop = stop_flag()?;
     let (run, outcome) = match (&args.resume, &args.config) {
-        (Some(run), _) => (run.clone(), resume(run, args.allow_plugin_change, plugins, &stop)?),
+        (Some(run), _) => (run.clone(), resume(run, args, plugins, &stop)?),
         (None, Some(path)) => {
             let mut document = Document::read(path)?;
             args.set.iter().try_for_each(|assignment| document.set(assignment))?;
@@ -70,13 +73,36 @@ fn located(error: training::Error, document: &Document) -> anyhow::Error {
     }
 }
 
-/// Goes on with a run.
-fn resume(path: &Path, allow_plugin_change: bool, plugins: &Plugins, stop: &AtomicBool) -> Result<Outcome> {
+/// Goes on with a run. Its configuration is that of its newest checkpoint, unless `--force` lets it be another one.
+fn resume(path: &Path, args: &Args, plugins: &Plugins, stop: &AtomicBool) -> Result<Outcome> {
     let run = RunFolder::open(path)?;
     run.checkpoints().recover()?;
-    let state = run.checkpoints().newest()?.state()?;
-    let document = Document::parse(&RunFolder::config_yaml(path)?, &path.join("config.yaml").display().to_string())?;
-    let config = model::config_of_run(path, &state, &document, allow_plugin_change, plugins)?;
+    let checkpoint = run.checkpoints().newest()?;
+    let state = checkpoint.state()?;
+    let registry = plugins.registry_of_run(path, &state.plugins)?;
+    let read = |text: &str, name: &Path, set: &[String]| -> Result<RunConfig> {
+        let mut document = Document::parse(text, &name.display().to_string())?;
+        set.iter().try_for_each(|assignment| document.set(assignment))?;
+        Ok(RunConfig::from_document(&document, &registry)?)
+    };
+    let config = read(&RunFolder::config_yaml(path)?, &path.join("config.yaml"), &args.set)?;
+    if !args.allow_plugin_change {
+        state.check_plugins(&config.plugins())?;
+    }
+    let before = read(&checkpoint.config_yaml()?, &checkpoint.path().join("config.yaml"), &[])?;
+    let changes = before.differences(&config)?;
+    if !changes.is_empty() {
+        let list = changes.iter().map(|change| format!("\n  {change}")).collect::<String>();
+        if !args.force {
+            let (run, saved) = (path.display(), checkpoint.path().display());
+            return Err(Usage(format!(
+                "{run}: the configuration is not that of {saved}:{list}\nchange it back, or accept it with --force"
+            ))
+            .into());
+        }
+        eprintln!("note: the configuration changes:{list}");
+        run.replace_config(&config.to_yaml()?)?;
+    }
     Ok(session::resume(run, &config, &config.to_yaml()?, stop)?)
 }
 

@@ -5,8 +5,9 @@ use std::path::PathBuf;
 use mblm_core::block::{PluginOrigin, PosEmb};
 use mblm_core::config::MblmConfig;
 use mblm_core::registry::BlockRegistry;
-use mblm_core::yaml::{ConfigError, Document};
+use mblm_core::yaml::{ConfigError, Document, describe, join};
 use serde::{Deserialize, Serialize};
+use serde_yaml::Value;
 
 /// A whole training YAML: `params`, `train`, `io`. Serialised, it reads back as the same.
 #[derive(Clone, Debug, Serialize)]
@@ -143,6 +144,17 @@ impl RunConfig {
         plugins
     }
 
+    /// What is another one in `other`, a line per field: `train.batch_size: 8, now 16`.
+    pub fn differences(&self, other: &RunConfig) -> mblm_core::Result<Vec<String>> {
+        let value = |config: &RunConfig| {
+            serde_yaml::to_value(config)
+                .map_err(|error| mblm_core::Error::Block(format!("a block's configuration cannot be written: {error}")))
+        };
+        let mut lines = Vec::new();
+        compare("", &value(self)?, &value(other)?, &mut lines);
+        Ok(lines)
+    }
+
     /// The configuration as YAML, with every default and `block_type` filled in.
     pub fn to_yaml(&self) -> mblm_core::Result<String> {
         serde_yaml::to_string(self)
@@ -214,6 +226,24 @@ impl IoSection {
             Some(args) if !args.is_object() => check(document, "io.dataset_args", false, "a mapping or nothing", args),
             _ => Ok(()),
         }
+    }
+}
+
+/// Adds a line for each field of two values that differs.
+fn compare(path: &str, old: &Value, new: &Value, lines: &mut Vec<String>) {
+    match (old, new) {
+        (Value::Mapping(a), Value::Mapping(b)) => {
+            let keys: Vec<&Value> = a.keys().chain(b.keys().filter(|key| !a.contains_key(key))).collect();
+            for key in keys {
+                let (old, new) = (a.get(key).unwrap_or(&Value::Null), b.get(key).unwrap_or(&Value::Null));
+                compare(&join(path, key.as_str().unwrap_or("?")), old, new, lines);
+            }
+        }
+        (Value::Sequence(a), Value::Sequence(b)) if a.len() == b.len() => {
+            a.iter().zip(b).enumerate().for_each(|(i, (a, b))| compare(&format!("{path}[{i}]"), a, b, lines));
+        }
+        _ if old == new => {}
+        _ => lines.push(format!("{path}: {}, now {}", describe(old), describe(new))),
     }
 }
 
@@ -301,6 +331,17 @@ train:
         let text = config.to_yaml().unwrap();
         assert_eq!(text.matches("block_type: toy").count(), 2, "{text}");
         assert_eq!(read(&text).unwrap().to_yaml().unwrap(), text);
+    }
+
+    #[test]
+    fn differences_are_listed_by_field() {
+        let old = read(RUN).unwrap();
+        assert_eq!(old.differences(&read(RUN).unwrap()).unwrap(), [""; 0]);
+        let want = ["train.learning_rate: 0.001, now 0.002"];
+        let found = old.differences(&read(&RUN.replace("1e-3", "2e-3")).unwrap()).unwrap();
+        assert_eq!(found, want);
+        let found = old.differences(&read(&RUN.replace("toy_size: 3", "toy_size: 4")).unwrap()).unwrap();
+        assert_eq!(found, ["params.block[0].toy_size: 3, now 4", "params.block[1].toy_size: 3, now 4"]);
     }
 
     #[test]

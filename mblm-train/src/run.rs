@@ -7,7 +7,7 @@
 //! | `loss.csv` | the losses, in the reference package's columns |
 //! | `checkpoints/` | [checkpoints](crate::checkpoint) |
 //!
-//! It appears under its name only when it is complete.
+//! It appears under its name only when it is complete, with a first checkpoint, so that a run can always be resumed.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io;
@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::checkpoint::{self, Shelf, sync_folder};
+use crate::checkpoint::{self, Shelf, Snapshot, sync_folder};
 use crate::error::{AtPath, Error, Result};
 use crate::timestamp::Timestamp;
 
@@ -31,8 +31,8 @@ pub struct RunFolder {
 }
 
 impl RunFolder {
-    /// Makes the folder of a new run.
-    pub fn create(output_dir: &Path, name_model: &str, config_yaml: &str) -> Result<Self> {
+    /// Makes the folder of a new run, which begins with the checkpoint `first`.
+    pub fn create(output_dir: &Path, name_model: &str, first: Snapshot) -> Result<Self> {
         let cannot = |error: io::Error| {
             let place = output_dir.display();
             Error::Config(format!(
@@ -51,7 +51,7 @@ impl RunFolder {
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => continue,
                 made => made.map_err(cannot)?,
             }
-            let filled = fill(&making, config_yaml).and_then(|log| {
+            let filled = fill(&making, first).and_then(|log| {
                 fs::rename(&making, &place).at(&place)?;
                 sync_folder(output_dir)?;
                 Ok(log)
@@ -99,6 +99,15 @@ impl RunFolder {
         }
     }
 
+    /// Replaces the configuration; a crash leaves the old one or the new one.
+    pub fn replace_config(&self, config_yaml: &str) -> Result<()> {
+        let (place, fresh) = (self.path.join(CONFIG), self.path.join(format!("{CONFIG}.new")));
+        fs::write(&fresh, config_yaml).at(&fresh)?;
+        File::open(&fresh).and_then(|file| file.sync_all()).at(&fresh)?;
+        fs::rename(&fresh, &place).at(&place)?;
+        sync_folder(&self.path)
+    }
+
     /// Its checkpoints.
     pub fn checkpoints(&self) -> Shelf {
         Shelf::new(self.path.join(checkpoint::FOLDER))
@@ -115,10 +124,11 @@ impl RunFolder {
     }
 }
 
-fn fill(folder: &Path, config_yaml: &str) -> Result<File> {
-    fs::write(folder.join(CONFIG), config_yaml).at(&folder.join(CONFIG))?;
+fn fill(folder: &Path, first: Snapshot) -> Result<File> {
+    fs::write(folder.join(CONFIG), first.config_yaml).at(&folder.join(CONFIG))?;
     let checkpoints = folder.join(checkpoint::FOLDER);
     fs::create_dir(&checkpoints).at(&checkpoints)?;
+    Shelf::new(checkpoints).save(first, 0)?;
     LossLog::open(&folder.join(LOSSES), 0)?;
     open_log(&folder.join(LOG))
 }
@@ -222,6 +232,15 @@ pub fn read_losses(path: &Path) -> Result<Vec<LossEntry>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::checkpoint::tests::{state, store};
+    use crate::optimizer::{Adam, AdamConfig};
+
+    fn create(output_dir: &Path) -> Result<RunFolder> {
+        let store = store(1.0);
+        let adam = Adam::new(&store, AdamConfig::default());
+        let first = Snapshot { store: &store, adam: &adam, state: &state(0, None), config_yaml: "a: 1\n" };
+        RunFolder::create(output_dir, "m", first)
+    }
 
     fn entry(cum_batch: u64) -> LossEntry {
         LossEntry {
@@ -242,7 +261,7 @@ mod tests {
     #[test]
     fn runs_of_the_same_second_get_numbers() {
         let output = tempfile::tempdir().unwrap();
-        let make = || RunFolder::create(&output.path().join("deep"), "m", "a: 1\n").unwrap();
+        let make = || create(&output.path().join("deep")).unwrap();
         let runs: Vec<RunFolder> = (0..3).map(|_| make()).collect();
         let mut names: Vec<String> = fs::read_dir(output.path().join("deep"))
             .unwrap()
@@ -252,6 +271,7 @@ mod tests {
         assert_eq!(names.len(), 3, "{names:?}");
         assert!(names.iter().all(|name| name.starts_with("m-2")), "{names:?}");
         assert_eq!(RunFolder::config_yaml(runs[1].path()).unwrap(), "a: 1\n");
+        runs[1].checkpoints().newest().unwrap().verify().unwrap();
         let header = fs::read_to_string(runs[0].path().join(LOSSES)).unwrap();
         assert_eq!(
             header,
@@ -262,7 +282,7 @@ mod tests {
     #[test]
     fn a_run_is_trained_in_by_one_process_at_a_time() {
         let output = tempfile::tempdir().unwrap();
-        let run = RunFolder::create(output.path(), "m", "").unwrap();
+        let run = create(output.path()).unwrap();
         let error = RunFolder::open(run.path()).unwrap_err().to_string();
         assert!(error.contains("another process is training"), "{error}");
         let path = run.path().to_path_buf();
@@ -293,7 +313,7 @@ mod tests {
     #[test]
     fn an_output_folder_that_cannot_be_made_is_a_mistake_of_the_configuration() {
         let file = tempfile::NamedTempFile::new().unwrap();
-        let error = RunFolder::create(&file.path().join("x"), "m", "").unwrap_err();
+        let error = create(&file.path().join("x")).unwrap_err();
         assert!(error.is_configuration() && error.to_string().contains("io.output_dir"), "{error}");
     }
 }

@@ -56,7 +56,7 @@ pub fn train_model(
     let about = splits.about.clone();
     let mut trainer = Trainer::new(model, splits, config, config_yaml)?;
     trainer.rehearse()?;
-    let run = RunFolder::create(&config.io.output_dir, &config.io.name_model, config_yaml)?;
+    let run = RunFolder::create(&config.io.output_dir, &config.io.name_model, trainer.snapshot())?;
     let mut record = record(&run, &trainer, config)?;
     let progress = &mut record.progress;
     progress.line(&format!("run: {}", run.path().display()));

@@ -296,8 +296,13 @@ impl<'a> Trainer<'a> {
         if self.state.accumulated > 0 && !clip_grad_norm(store, f64::INFINITY).norm.is_finite() {
             return Err(self.non_finite_gradient());
         }
-        let snapshot = Snapshot { store, adam: &self.adam, state: &self.state, config_yaml: self.config_yaml };
-        record.checkpoints.save(snapshot, self.config.io.num_models_to_save)
+        record.checkpoints.save(self.snapshot(), self.config.io.num_models_to_save)
+    }
+
+    /// What a checkpoint of this moment holds.
+    pub fn snapshot(&self) -> Snapshot<'_> {
+        let (store, adam, state) = (self.model.params(), &self.adam, &self.state);
+        Snapshot { store, adam, state, config_yaml: self.config_yaml }
     }
 
     /// A row of `loss.csv` for the last batch, `at`.
