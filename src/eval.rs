@@ -28,7 +28,7 @@ pub struct Args {
 pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
     let trained = model::load(&args.model, plugins)?;
     let options = EvaluateOptions {
-        num_tokens: trained.config.params.model.num_tokens,
+        num_tokens: trained.config.params.model.hierarchy().num_tokens,
         seq_len: trained.config.params.input_seq_len,
         batch_size: args.batch.map_or(trained.config.train.batch_size, |batch| batch as usize),
         max_bytes: args.max_bytes,

@@ -64,6 +64,7 @@ enum Output {
 pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
     let mut samplers = [Sampler::new(sampling(args))?];
     let trained = model::load(&args.model, plugins)?;
+    let model = trained.generative()?;
     let prompt: Vec<u32> = prompt(args)?.into_iter().map(u32::from).collect();
     let format = match args.format {
         Output::Text => Format::Utf8,
@@ -76,7 +77,7 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
     }
     let until = Until { max_tokens: args.max_bytes, stop_token: args.stop_token };
     let (start, mut made) = (Instant::now(), 0);
-    let ended = generate(&trained.model, &[prompt], &mut samplers, &until, |_, token| {
+    let ended = generate(model, &[prompt], &mut samplers, &until, |_, token| {
         made += 1;
         stream.write(token)?;
         Ok(true)
@@ -87,7 +88,7 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
     }
     let why = match ended[0] {
         Ended::ContextLength => {
-            format!("the context of {} bytes is full", trained.model.config().context_len())
+            format!("the context of {} bytes is full", model.config().context_len())
         }
         Ended::StopToken => format!("stop token {}", args.stop_token.unwrap_or_default()),
         Ended::MaxTokens | Ended::Receiver => "as many as asked for".into(),

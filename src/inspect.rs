@@ -5,11 +5,11 @@ mod report;
 use std::io::Write;
 use std::path::PathBuf;
 
-use mblm_core::config::MblmConfig;
-use mblm_core::model::Mblm;
+use mblm_core::config::{MblmConfig, MblmEncoderConfig};
+use mblm_core::model::{Mblm, MblmEncoder};
 use mblm_core::registry::BlockRegistry;
 use mblm_core::yaml::Document;
-use mblm_train::config::RunConfig;
+use mblm_train::config::{ModelConfig, RunConfig};
 
 use crate::plugins::Plugins;
 use report::{Report, Step};
@@ -39,24 +39,31 @@ pub fn run(args: &Args, plugins: &Plugins) -> anyhow::Result<()> {
     if let Some(batch) = args.batch {
         step.batch = batch as usize;
     }
-    let model = Mblm::new(&config, 0)?;
-    let report = Report::new(&config, model.params(), &model.stage_models().collect::<Vec<_>>(), step);
+    let report = match &config {
+        ModelConfig::Generative(config) => {
+            let model = Mblm::new(config, 0)?;
+            Report::new(config, model.params(), &model.stage_models().collect::<Vec<_>>(), step)
+        }
+        ModelConfig::Encoder(config) => {
+            let model = MblmEncoder::new(config, 0)?;
+            Report::new(&config.mblm_config, model.params(), &model.stage_models().collect::<Vec<_>>(), step)
+        }
+    };
     let text = if args.json { serde_json::to_string_pretty(&report)? + "\n" } else { report.to_string() };
     std::io::stdout().lock().write_all(text.as_bytes())?;
     Ok(())
 }
 
-fn read(document: &Document, registry: &BlockRegistry) -> anyhow::Result<(MblmConfig, Step)> {
-    if document.get("mblm_config").is_some() {
-        let message = "is the configuration of an encoder; `mblm inspect` reads those of decoders";
-        return Err(document.error("mblm_config", message).into());
+fn read(document: &Document, registry: &BlockRegistry) -> anyhow::Result<(ModelConfig, Step)> {
+    if ["params", "train", "io"].iter().any(|section| document.get(section).is_some()) {
+        let run = RunConfig::from_document(document, registry)?;
+        let step = Step { batch: run.train.batch_size, bytes: run.params.input_seq_len };
+        return Ok((run.params.model, step));
     }
-    if ["params", "train", "io"].iter().all(|section| document.get(section).is_none()) {
-        let config = MblmConfig::from_document(document, "", registry)?;
-        let bytes = config.context_len();
-        return Ok((config, Step { batch: 1, bytes }));
-    }
-    let run = RunConfig::from_document(document, registry)?;
-    let step = Step { batch: run.train.batch_size, bytes: run.params.input_seq_len };
-    Ok((run.params.model, step))
+    let config = match document.get("mblm_config") {
+        Some(_) => ModelConfig::Encoder(MblmEncoderConfig::from_document(document, "", registry)?),
+        None => ModelConfig::Generative(MblmConfig::from_document(document, "", registry)?),
+    };
+    let bytes = config.hierarchy().context_len();
+    Ok((config, Step { batch: 1, bytes }))
 }

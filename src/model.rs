@@ -6,8 +6,10 @@ use anyhow::Result;
 use mblm::model::Mblm;
 use mblm::train::checkpoint::{self, TrainState, Which};
 use mblm::train::config::RunConfig;
+use mblm::train::model::{Model, TrainModel};
 use mblm::yaml::Document;
 
+use crate::Usage;
 use crate::plugins::Plugins;
 
 /// Which model to load.
@@ -25,9 +27,23 @@ pub struct Args {
 
 /// A model with its trained weights.
 pub struct Trained {
-    pub model: Mblm,
+    pub model: Model,
     pub config: RunConfig,
     pub checkpoint: PathBuf,
+}
+
+impl Trained {
+    /// The model, if it generates.
+    pub fn generative(&self) -> Result<&Mblm> {
+        match &self.model {
+            Model::Generative(model) => Ok(model),
+            Model::Masked(_) => Err(Usage(format!(
+                "{} is an encoder, which restores masked bytes and generates none; `mblm eval` measures it",
+                self.checkpoint.display()
+            ))
+            .into()),
+        }
+    }
 }
 
 /// Loads a checkpoint; every file of it is checked against its sum.
@@ -37,7 +53,7 @@ pub fn load(args: &Args, plugins: &Plugins) -> Result<Trained> {
     let name = checkpoint.path().join("config.yaml").display().to_string();
     let document = Document::parse(&checkpoint.config_yaml()?, &name)?;
     let config = config_of_run(&args.run, &checkpoint.state()?, &document, args.allow_plugin_change, plugins)?;
-    let model = Mblm::new(&config.params.model, 0)?;
+    let model = Model::new(&config, 0)?;
     model.params().load(&checkpoint.weights()?)?;
     Ok(Trained { model, config, checkpoint: checkpoint.path().into() })
 }

@@ -132,7 +132,11 @@ fn conclude(run: &Path, outcome: &Outcome, allow_plugin_change: bool, plugins: &
             None => println!(),
         }
     }
-    sample(&trained.model, &prompt(&data, trained.config.params.input_seq_len)?)?;
+    let Ok(model) = trained.generative() else {
+        println!("\nmore:\n  {} eval {} DATA", program(), run.display());
+        return Ok(());
+    };
+    sample(model, &prompt(&data, trained.config.params.input_seq_len)?)?;
     println!("\nmore:\n  {} generate {} --prompt \"//! \"", program(), run.display());
     Ok(())
 }

@@ -27,7 +27,7 @@ fn the_packages_training_configurations_are_read() {
         let text = config.to_yaml().unwrap();
         let again = RunConfig::from_document(&Document::parse(&text, "again").unwrap(), &registry()).unwrap();
         assert_eq!(again.to_yaml().unwrap(), text, "{}", path.display());
-        let types: Vec<_> = config.params.model.blocks.iter().map(|block| block_type(&**block)).collect();
+        let types: Vec<_> = config.params.model.hierarchy().blocks.iter().map(|block| block_type(&**block)).collect();
         (config.io.name_model, types.join(" "), config.params.input_seq_len, config.train.target_elements)
     };
     let found: Vec<_> = yaml_files("upstream-configs").iter().map(read).collect();

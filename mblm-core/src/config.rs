@@ -194,15 +194,23 @@ pub struct MblmEncoderConfig {
 }
 
 impl MblmEncoderConfig {
+    /// The fields in YAML.
+    pub const FIELDS: [&str; 3] = ["mask_token_id", "mask_reduce_strat", "mblm_config"];
+
     /// Reads and checks the section `path` of a document; an empty path is the whole document.
     pub fn from_document(document: &Document, path: &str, registry: &BlockRegistry) -> Result<Self, ConfigError> {
+        document.check_fields(path, &Self::FIELDS)?;
+        Self::from_section(document, path, registry)
+    }
+
+    /// As [`from_document`](Self::from_document), of a section that may have other fields too.
+    pub fn from_section(document: &Document, path: &str, registry: &BlockRegistry) -> Result<Self, ConfigError> {
         #[derive(Deserialize)]
         struct Fields {
             mask_token_id: usize,
             #[serde(default)]
             mask_reduce_strat: MaskReduce,
         }
-        document.check_fields(path, &["mask_token_id", "mask_reduce_strat", "mblm_config"])?;
         let Fields { mask_token_id, mask_reduce_strat } = document.section(path)?;
         let mblm_config = MblmConfig::from_document(document, &join(path, "mblm_config"), registry)?;
         check_token_id(document, &join(path, "mask_token_id"), mask_token_id, mblm_config.num_tokens)?;

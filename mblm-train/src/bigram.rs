@@ -7,8 +7,8 @@ use mblm_core::block::stream;
 use mblm_core::config::MblmConfig;
 use mblm_core::{Init, Mode, ParamStore};
 
-use crate::config::{IoSection, Params, RunConfig, TargetStrategy, TrainSection};
-use crate::trainer::TrainModel;
+use crate::config::{IoSection, ModelConfig, Params, Precision, RunConfig, TargetStrategy, TrainSection};
+use crate::model::TrainModel;
 
 pub const VOCABULARY: usize = 8;
 
@@ -73,20 +73,21 @@ impl TrainModel for Bigram {
 }
 
 /// A run of 20 batches with accumulation, clipping, shuffling and several epochs.
+pub fn model(num_tokens: usize) -> ModelConfig {
+    ModelConfig::Generative(MblmConfig {
+        num_tokens,
+        pad_token_id: num_tokens,
+        hidden_dims: vec![],
+        num_layers: vec![],
+        seq_lens: vec![],
+        train_checkpoint_chunks: None,
+        blocks: vec![],
+    })
+}
+
 pub fn config() -> RunConfig {
     RunConfig {
-        params: Params {
-            model: MblmConfig {
-                num_tokens: VOCABULARY,
-                pad_token_id: VOCABULARY,
-                hidden_dims: vec![],
-                num_layers: vec![],
-                seq_lens: vec![],
-                train_checkpoint_chunks: None,
-                blocks: vec![],
-            },
-            input_seq_len: 16,
-        },
+        params: Params { model: model(VOCABULARY), input_seq_len: 16 },
         train: TrainSection {
             target_elements: 20 * 4 * 16,
             target_elements_strategy: TargetStrategy::Sequence,
@@ -98,7 +99,13 @@ pub fn config() -> RunConfig {
             learning_rate: 0.1,
             gradient_clipping: Some(0.5),
             gradient_accumulate_every: 3,
+            masking_proba: None,
             weight_decay: 0.01,
+            betas: (0.9, 0.95),
+            precision: Precision::F32,
+            validate_every: None,
+            early_stop: None,
+            max_seconds: None,
             seed: 11,
         },
         io: IoSection {

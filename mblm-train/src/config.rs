@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use mblm_core::block::{PluginOrigin, PosEmb};
-use mblm_core::config::MblmConfig;
+use mblm_core::config::{MblmConfig, MblmEncoderConfig};
 use mblm_core::registry::BlockRegistry;
 use mblm_core::yaml::{ConfigError, Document, describe, join};
 use serde::{Deserialize, Serialize};
@@ -25,9 +25,39 @@ pub struct RunConfig {
 pub struct Params {
     /// The model.
     #[serde(flatten)]
-    pub model: MblmConfig,
+    pub model: ModelConfig,
     /// Bytes of one training sequence.
     pub input_seq_len: usize,
+}
+
+/// A model that predicts the next byte, or, with `mblm_config`, one that restores masked bytes.
+#[derive(Clone, Debug, Serialize)]
+#[serde(untagged)]
+pub enum ModelConfig {
+    /// Predicts the next byte.
+    Generative(MblmConfig),
+    /// Restores masked bytes.
+    Encoder(MblmEncoderConfig),
+}
+
+impl ModelConfig {
+    /// Its stages.
+    pub fn hierarchy(&self) -> &MblmConfig {
+        match self {
+            ModelConfig::Generative(model) => model,
+            ModelConfig::Encoder(encoder) => &encoder.mblm_config,
+        }
+    }
+
+    fn from_document(document: &Document, registry: &BlockRegistry) -> Result<Self, ConfigError> {
+        const LENGTH: &[&str] = &["input_seq_len"];
+        if document.get("params.mblm_config").is_some() {
+            document.check_fields("params", &[MblmEncoderConfig::FIELDS.as_slice(), LENGTH].concat())?;
+            return MblmEncoderConfig::from_section(document, "params", registry).map(ModelConfig::Encoder);
+        }
+        document.check_fields("params", &[MblmConfig::FIELDS.as_slice(), LENGTH].concat())?;
+        MblmConfig::from_section(document, "params", registry).map(ModelConfig::Generative)
+    }
 }
 
 /// How elements count towards `target_elements`.
@@ -69,9 +99,27 @@ pub struct TrainSection {
     pub gradient_clipping: Option<f64>,
     /// Batches per gradient step.
     pub gradient_accumulate_every: usize,
+    /// The probability that a byte is masked; for encoders, and only for these.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub masking_proba: Option<f64>,
     /// Decoupled weight decay of matrices (addition; the package has none).
     #[serde(default)]
     pub weight_decay: f64,
+    /// Adam's decay rates of the mean gradient and of its square (addition; the package's values are the default).
+    #[serde(default = "default_betas")]
+    pub betas: (f64, f64),
+    /// What numbers are computed in (addition).
+    #[serde(default)]
+    pub precision: Precision,
+    /// Validate (and save) after every so many batches, in place of `io.validate_amount` (addition).
+    #[serde(default)]
+    pub validate_every: Option<u64>,
+    /// End after so many validations in a row without a new best loss (addition).
+    #[serde(default)]
+    pub early_stop: Option<u64>,
+    /// End with a checkpoint after so many seconds, from which the run can be resumed (addition).
+    #[serde(default)]
+    pub max_seconds: Option<f64>,
     /// Seed of initial values, shuffling and dropout (addition).
     #[serde(default)]
     pub seed: u64,
@@ -79,6 +127,19 @@ pub struct TrainSection {
 
 fn default_warmup() -> f64 {
     0.1
+}
+
+fn default_betas() -> (f64, f64) {
+    (0.9, 0.95)
+}
+
+/// What numbers are computed in.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    /// 32-bit floats.
+    #[default]
+    F32,
 }
 
 /// Section `io`.
@@ -126,8 +187,25 @@ impl RunConfig {
             io: document.section("io")?,
         };
         config.train.check(document)?;
+        config.check_masking(document)?;
         config.io.check(document)?;
         Ok(config)
+    }
+
+    fn check_masking(&self, document: &Document) -> Result<(), ConfigError> {
+        const PATH: &str = "train.masking_proba";
+        match (&self.params.model, self.train.masking_proba) {
+            (ModelConfig::Generative(_), None) => Ok(()),
+            (ModelConfig::Generative(_), Some(_)) => {
+                Err(document.error(PATH, "is for encoders, whose `params` hold `mblm_config`; remove it"))
+            }
+            (ModelConfig::Encoder(_), Some(share)) => {
+                check(document, PATH, share > 0.0 && share <= 1.0, "a share above 0, up to 1", share)
+            }
+            (ModelConfig::Encoder(_), None) => {
+                Err(document.error("train", "missing field `masking_proba`, the share of bytes to mask, such as 0.15"))
+            }
+        }
     }
 
     /// What a document holds that [`from_document`](Self::from_document) accepts and ignores, in a sentence each.
@@ -138,7 +216,8 @@ impl RunConfig {
 
     /// The plugins that blocks of the model come from, each once.
     pub fn plugins(&self) -> Vec<PluginOrigin> {
-        let mut plugins: Vec<_> = self.params.model.blocks.iter().filter_map(|block| block.plugin().cloned()).collect();
+        let mut plugins: Vec<_> =
+            self.params.model.hierarchy().blocks.iter().filter_map(|block| block.plugin().cloned()).collect();
         plugins.sort_by(|a, b| (&a.name, &a.path).cmp(&(&b.name, &b.path)));
         plugins.dedup();
         plugins
@@ -165,8 +244,8 @@ impl RunConfig {
 impl Params {
     fn from_document(document: &Document, registry: &BlockRegistry) -> Result<Self, ConfigError> {
         const PATH: &str = "params.input_seq_len";
-        document.check_fields("params", &[MblmConfig::FIELDS.as_slice(), &["input_seq_len"]].concat())?;
-        let model = MblmConfig::from_section(document, "params", registry)?;
+        let config = ModelConfig::from_document(document, registry)?;
+        let model = config.hierarchy();
         let input_seq_len: usize = document.section(PATH)?;
         check(document, PATH, input_seq_len > 0, "a positive integer", input_seq_len)?;
         let is_limited = model.blocks.first().is_some_and(|block| block.pos_emb_type() == Some(PosEmb::Fixed));
@@ -181,7 +260,7 @@ impl Params {
             );
             return Err(document.error(PATH, message));
         }
-        Ok(Params { model, input_seq_len })
+        Ok(Params { model: config, input_seq_len })
     }
 }
 
@@ -192,6 +271,8 @@ impl TrainSection {
             ("train.batch_size", self.batch_size as u64),
             ("train.gradient_accumulate_every", self.gradient_accumulate_every as u64),
             ("train.max_eval_steps", self.max_eval_steps.unwrap_or(1) as u64),
+            ("train.validate_every", self.validate_every.unwrap_or(1)),
+            ("train.early_stop", self.early_stop.unwrap_or(1)),
         ];
         for (path, number) in positive {
             check(document, path, number > 0, "a positive integer", number)?;
@@ -206,6 +287,11 @@ impl TrainSection {
             self.learning_rate,
         )?;
         check(document, "train.gradient_clipping", is_positive(clipping), "a positive number or null", clipping)?;
+        let limit = self.max_seconds.unwrap_or(1.0);
+        check(document, "train.max_seconds", is_positive(limit), "a positive number or null", limit)?;
+        let (first, second) = self.betas;
+        let are_rates = (0.0..1.0).contains(&first) && (0.0..1.0).contains(&second);
+        check(document, "train.betas", are_rates, "two rates from 0 to below 1", format!("[{first}, {second}]"))?;
         let warmup = self.warmup_steps_perc;
         check(document, "train.warmup_steps_perc", (0.0..=1.0).contains(&warmup), "a share from 0 to 1", warmup)?;
         let decay = self.weight_decay;

@@ -9,7 +9,7 @@ use crate::data::batches::{Batches, Cursor};
 use crate::data::bytes::check_vocabulary;
 use crate::data::corpus::Corpus;
 use crate::error::{Error, Result};
-use crate::trainer::TrainModel;
+use crate::model::TrainModel;
 
 /// Bits per byte of a mean loss in nats.
 pub fn bpb(loss: f64) -> f64 {

@@ -8,6 +8,7 @@ pub mod config;
 pub mod data;
 pub mod error;
 pub mod evaluate;
+pub mod model;
 pub mod optimizer;
 pub mod plan;
 pub mod progress;

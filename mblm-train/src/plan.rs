@@ -69,7 +69,10 @@ impl Plan {
                 (accumulate - 1) * elements_per_batch + 1
             )));
         }
-        let mut valid_points: BTreeSet<u64> = logging_points(batches, 0, io.validate_amount).into_iter().collect();
+        let mut valid_points: BTreeSet<u64> = match train.validate_every {
+            Some(every) => (1..=batches / every.max(1)).map(|n| n * every - 1).collect(),
+            None => logging_points(batches, 0, io.validate_amount).into_iter().collect(),
+        };
         valid_points.insert(batches - 1);
         Ok(Plan {
             batches,
@@ -103,6 +106,8 @@ mod tests {
         let plan = Plan::new(&config).unwrap();
         assert_eq!((plan.batches, plan.elements_per_batch, plan.steps()), (3, 24, 1));
         assert_eq!(plan.valid_points, BTreeSet::from([0, 2]), "the last batch validates too");
+        config.train.validate_every = Some(2);
+        assert_eq!(Plan::new(&config).unwrap().valid_points, BTreeSet::from([1, 2]));
         config.train.target_elements_strategy = TargetStrategy::Batch;
         assert_eq!(Plan::new(&config).unwrap().batches, 17);
     }

@@ -154,16 +154,16 @@ pub struct LossEntry {
     pub gpu_rank: u32,
     /// When, in UTC.
     pub timestamp: String,
-    /// Elements seen, as `target_elements_strategy` counts them.
-    pub elements_seen: u64,
-    /// `train` or `valid`.
+    /// Elements seen, as `target_elements_strategy` counts them; -1 in the test, as the next three.
+    pub elements_seen: i64,
+    /// `train`, `valid` or `test`.
     pub kind: String,
     /// The epoch.
-    pub epoch: u64,
+    pub epoch: i64,
     /// The batch in the epoch.
-    pub batch: u64,
+    pub batch: i64,
     /// The batch in the run.
-    pub cum_batch: u64,
+    pub cum_batch: i64,
     /// The mean loss in nats.
     pub loss: f64,
     /// The learning rate of the next gradient step, -1 in validation.
@@ -195,7 +195,7 @@ const COLUMNS: [&str; 11] = [
 ];
 
 impl LossLog {
-    /// Opens or makes the file at `path`, keeping the rows of batches below `batches`.
+    /// Opens or makes the file at `path`, keeping the rows of batches below `batches`; a test is run again.
     fn open(path: &Path, batches: u64) -> Result<Self> {
         let kept = if path.exists() { read_losses(path)? } else { Vec::new() };
         let fresh = path.with_extension("csv.new");
@@ -204,7 +204,7 @@ impl LossLog {
         let mut log = LossLog { path: path.into(), writer };
         let header = log.writer.write_record(COLUMNS);
         log.finish(header)?;
-        for entry in kept.iter().filter(|entry| entry.cum_batch < batches) {
+        for entry in kept.iter().filter(|entry| (0..batches as i64).contains(&entry.cum_batch)) {
             log.add(entry)?;
         }
         fs::rename(&fresh, path).at(path)?;
@@ -242,7 +242,7 @@ mod tests {
         RunFolder::create(output_dir, "m", first)
     }
 
-    fn entry(cum_batch: u64) -> LossEntry {
+    fn entry(cum_batch: i64) -> LossEntry {
         LossEntry {
             gpu_rank: 0,
             timestamp: Timestamp::now().to_string(),
@@ -297,7 +297,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join(LOSSES);
         let mut log = LossLog::open(&path, 0).unwrap();
-        let entries: Vec<LossEntry> = (0..4).map(entry).collect();
+        let entries: Vec<LossEntry> = (0..4).chain([-1]).map(entry).collect();
         entries.iter().for_each(|e| log.add(e).unwrap());
         drop(log);
         let mut text = fs::read_to_string(&path).unwrap();

@@ -3,14 +3,13 @@
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 
-use mblm_core::model::Mblm;
-
 use crate::config::RunConfig;
 use crate::data::{self, DatasetOptions, Splits, unigram_entropy};
 use crate::error::Result;
+use crate::model::{Model, TrainModel};
 use crate::progress::Progress;
 use crate::run::RunFolder;
-use crate::trainer::{Outcome, Record, TrainModel, Trainer};
+use crate::trainer::{Outcome, Record, Trainer};
 
 /// Starts a run and trains until its end or until `stop` is raised. Returns the run's folder and how it ended.
 ///
@@ -18,7 +17,7 @@ use crate::trainer::{Outcome, Record, TrainModel, Trainer};
 /// Mistakes in `config` or its data, before anything is written; later, what ends the run.
 pub fn train(config: &RunConfig, config_yaml: &str, stop: &AtomicBool) -> Result<(PathBuf, Outcome)> {
     let splits = open_data(config)?;
-    let model = Mblm::new(&config.params.model, config.train.seed)?;
+    let model = Model::new(config, config.train.seed)?;
     train_model(&model, splits, config, config_yaml, stop)
 }
 
@@ -29,7 +28,7 @@ pub fn train(config: &RunConfig, config_yaml: &str, stop: &AtomicBool) -> Result
 /// Its newest checkpoint is damaged, or the data changed.
 pub fn resume(run: RunFolder, config: &RunConfig, config_yaml: &str, stop: &AtomicBool) -> Result<Outcome> {
     let splits = open_data(config)?;
-    let model = Mblm::new(&config.params.model, config.train.seed)?;
+    let model = Model::new(config, config.train.seed)?;
     resume_model(&model, splits, run, config, config_yaml, stop)
 }
 
@@ -39,8 +38,8 @@ pub fn open_data(config: &RunConfig) -> Result<Splits> {
         dir: &config.io.dataset_dir,
         args: config.io.dataset_args.as_ref(),
         seq_len: config.params.input_seq_len,
-        num_tokens: config.params.model.num_tokens,
-        pad_token_id: config.params.model.pad_token_id,
+        num_tokens: config.params.model.hierarchy().num_tokens,
+        pad_token_id: config.params.model.hierarchy().pad_token_id,
     };
     data::open(&config.io.dataset_id, &options)
 }
@@ -62,7 +61,7 @@ pub fn train_model(
     progress.line(&format!("run: {}", run.path().display()));
     progress.line(&format!("data: {about}"));
     introduce(progress, &trainer, model, config);
-    let outcome = trainer.run(&mut record, stop);
+    let outcome = run_and_test(&mut trainer, &mut record, stop);
     Ok((run.path().into(), conclude(outcome, &mut record)?))
 }
 
@@ -82,8 +81,17 @@ pub fn resume_model(
     let mut record = record(&run, &trainer, config)?;
     let (done, total) = (trainer.state().batches, trainer.plan().batches);
     record.progress.line(&format!("resume: batch {done} of {total}, from {}", checkpoint.path().display()));
-    let outcome = trainer.run(&mut record, stop);
+    let outcome = run_and_test(&mut trainer, &mut record, stop);
     conclude(outcome, &mut record)
+}
+
+/// Trains; at the end, measures the best model on the test split.
+fn run_and_test(trainer: &mut Trainer, record: &mut Record, stop: &AtomicBool) -> Result<Outcome> {
+    let outcome = trainer.run(record, stop)?;
+    if !outcome.interrupted {
+        trainer.test(record, stop)?;
+    }
+    Ok(outcome)
 }
 
 fn record(run: &RunFolder, trainer: &Trainer, config: &RunConfig) -> Result<Record> {
@@ -101,7 +109,7 @@ fn introduce(progress: &mut Progress, trainer: &Trainer, model: &dyn TrainModel,
     if let Some(counts) = trainer.training_data().dataset.byte_counts() {
         let entropy = unigram_entropy(&counts);
         progress.line(&format!("byte-unigram entropy of the training bytes: {entropy:.4} bits"));
-        let pad = config.params.model.pad_token_id;
+        let pad = config.params.model.hierarchy().pad_token_id;
         if let Some(count @ 1..) = counts.get(pad) {
             progress.line(&format!(
                 "warning: the pad token {pad} is also a byte of the training data ({count} times), which is not \

@@ -1,46 +1,27 @@
 //! The training loop: batches in, gradients accumulated, clipped and stepped on; losses logged, validated and saved.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 
 use candle_core::Tensor;
-use mblm_core::model::Mblm;
-use mblm_core::{Mode, Param, ParamStore};
+use mblm_core::{Mode, Param};
 
 use crate::checkpoint::{Checkpoint, Shelf, Snapshot, TrainState};
 use crate::config::RunConfig;
 use crate::data::Splits;
 use crate::data::batches::{Batches, Cursor};
 use crate::data::order::mix;
+use crate::data::prefetch::Prefetch;
 use crate::error::{Error, Result};
-use crate::evaluate::{loss_of, mean_loss};
+use crate::evaluate::{bpb, loss_of, mean_loss};
+use crate::model::TrainModel;
 use crate::optimizer::{Adam, AdamConfig, clip_grad_norm, first_non_finite};
 use crate::plan::Plan;
 use crate::progress::Progress;
 use crate::run::{LossEntry, LossLog};
 use crate::timestamp::Timestamp;
-
-/// What can be trained.
-pub trait TrainModel {
-    /// The parameters, which training changes.
-    fn params(&self) -> &ParamStore;
-
-    /// The mean loss in nats, a scalar; its backward pass reaches [`params`](Self::params).
-    ///
-    /// # Shapes
-    /// - `ids`: `(B, L)`, `u32`; `loss_mask`: the same, `f32`
-    fn loss(&self, ids: &Tensor, loss_mask: Option<&Tensor>, mode: Mode) -> mblm_core::Result<Tensor>;
-}
-
-impl TrainModel for Mblm {
-    fn params(&self) -> &ParamStore {
-        self.params()
-    }
-
-    fn loss(&self, ids: &Tensor, loss_mask: Option<&Tensor>, mode: Mode) -> mblm_core::Result<Tensor> {
-        self.loss(ids, loss_mask, mode)
-    }
-}
 
 /// Where a run leaves what it finds.
 pub struct Record {
@@ -68,8 +49,10 @@ pub struct Trainer<'a> {
     model: &'a dyn TrainModel,
     config: &'a RunConfig,
     config_yaml: &'a str,
-    train: Batches,
+    train: Arc<Batches>,
+    ahead: Prefetch,
     valid: Batches,
+    test: Option<Batches>,
     plan: Plan,
     adam: Adam,
     state: TrainState,
@@ -100,7 +83,10 @@ impl<'a> Trainer<'a> {
                 train.dataset.num_sequences(0)
             )));
         }
-        let adam_config = AdamConfig { weight_decay: section.weight_decay, ..AdamConfig::default() };
+        let test = splits.test.map(|dataset| batches(dataset, false, 0, false));
+        let train = Arc::new(train);
+        let (beta1, beta2) = section.betas;
+        let adam_config = AdamConfig { beta1, beta2, weight_decay: section.weight_decay, ..AdamConfig::default() };
         let state = TrainState {
             step: 0,
             batches: 0,
@@ -111,11 +97,13 @@ impl<'a> Trainer<'a> {
             data: splits.fingerprint,
             valid_loss: None,
             best_valid_loss: None,
+            stale_validations: 0,
             avg_grad: (-1.0, -1.0),
             plugins: config.plugins(),
         };
         let adam = Adam::new(model.params(), adam_config);
-        Ok(Trainer { model, config, config_yaml, train, valid, plan, adam, state })
+        let ahead = Prefetch::new(train.clone());
+        Ok(Trainer { model, config, config_yaml, train, ahead, valid, test, plan, adam, state })
     }
 
     /// Goes on from a checkpoint.
@@ -186,14 +174,16 @@ impl<'a> Trainer<'a> {
     /// A loss or a gradient that is not finite ends the run before the weights change; checkpoints stay.
     pub fn run(&mut self, record: &mut Record, stop: &AtomicBool) -> Result<Outcome> {
         let mut checkpoint = None;
+        let start = Instant::now();
+        let is_late = || self.config.train.max_seconds.is_some_and(|limit| start.elapsed().as_secs_f64() >= limit);
         // A run that was interrupted while it validated does that first.
         let mut validates = self.state.batches > 0 && self.state.valid_loss.is_none() && self.at_valid_point();
         loop {
             if validates && self.validate(record, stop)? {
                 checkpoint = Some(self.save(record)?);
             }
-            let finished = self.state.batches >= self.plan.batches;
-            if finished || stop.load(Ordering::Relaxed) {
+            let finished = self.state.batches >= self.plan.batches || self.is_stale();
+            if finished || stop.load(Ordering::Relaxed) || is_late() {
                 let interrupted = !finished || (validates && self.state.valid_loss.is_none());
                 let checkpoint = match checkpoint {
                     Some(path) if self.is_of(&path) => path,
@@ -204,6 +194,11 @@ impl<'a> Trainer<'a> {
             self.train_batch(record)?;
             validates = self.at_valid_point();
         }
+    }
+
+    /// Whether the loss has not become better for as many validations as the configuration allows.
+    fn is_stale(&self) -> bool {
+        self.config.train.early_stop.is_some_and(|most| self.state.stale_validations >= most)
     }
 
     /// Whether `checkpoint` holds this very state.
@@ -219,7 +214,7 @@ impl<'a> Trainer<'a> {
     fn train_batch(&mut self, record: &mut Record) -> Result<()> {
         let at = self.state.next;
         let index = self.state.batches;
-        let batch = self.train.read(at)?;
+        let batch = self.ahead.take(at)?;
         let mode = Mode::train(mix(mix(self.state.seed) ^ index));
         let mut loss = self.model.loss(&batch.ids, batch.loss_mask.as_ref(), mode)?;
         let value = loss.to_scalar::<f32>()? as f64;
@@ -271,13 +266,36 @@ impl<'a> Trainer<'a> {
         }
         let is_best = self.state.best_valid_loss.is_none_or(|best| loss < best);
         self.state.valid_loss = Some(loss);
+        self.state.stale_validations += 1;
         if is_best {
             self.state.best_valid_loss = Some(loss);
+            self.state.stale_validations = 0;
         }
         let at = self.last_batch();
         record.losses.add(&LossEntry { avg_grad: -1.0, avg_grad_clipped: -1.0, ..self.entry("valid", at, loss) })?;
         record.progress.valid_loss(self.state.batches, loss, is_best);
         Ok(true)
+    }
+
+    /// Measures the best model on the test split, if the data set has one; the model keeps its weights.
+    pub fn test(&mut self, record: &mut Record, stop: &AtomicBool) -> Result<()> {
+        let Some(test) = &self.test else { return Ok(()) };
+        let best = match record.checkpoints.best() {
+            Ok(best) => best,
+            Err(_) => record.checkpoints.newest()?,
+        };
+        self.model.params().load(&best.weights()?)?;
+        let Some(loss) = mean_loss(self.model, test, self.config.train.max_eval_steps, stop)? else { return Ok(()) };
+        let row = LossEntry {
+            elements_seen: -1,
+            epoch: -1,
+            batch: -1,
+            cum_batch: -1,
+            ..self.entry("test", Cursor::default(), loss)
+        };
+        record.losses.add(&LossEntry { avg_grad: -1.0, avg_grad_clipped: -1.0, ..row })?;
+        record.progress.line(&format!("test loss {loss:.4} ({:.4} bpb), of {}", bpb(loss), best.path().display()));
+        Ok(())
     }
 
     /// The place of the batch before the next one.
@@ -310,11 +328,11 @@ impl<'a> Trainer<'a> {
         LossEntry {
             gpu_rank: 0,
             timestamp: Timestamp::now().to_string(),
-            elements_seen: self.state.elements_seen,
+            elements_seen: self.state.elements_seen as i64,
             kind: kind.into(),
-            epoch: at.epoch,
-            batch: at.batch,
-            cum_batch: self.state.batches - 1,
+            epoch: at.epoch as i64,
+            batch: at.batch as i64,
+            cum_batch: self.state.batches as i64 - 1,
             loss,
             lr: -1.0,
             avg_grad: self.state.avg_grad.0,

@@ -63,6 +63,9 @@ pub struct TrainState {
     pub valid_loss: Option<f64>,
     /// The lowest validation loss of the run so far.
     pub best_valid_loss: Option<f64>,
+    /// Validations since the one with the lowest loss.
+    #[serde(default)]
+    pub stale_validations: u64,
     /// The mean gradient of the last step before and after clipping, -1 before the first step.
     pub avg_grad: (f64, f64),
     /// The plugins that trained it.
@@ -310,6 +313,7 @@ pub(crate) mod tests {
             data: "d".into(),
             valid_loss,
             best_valid_loss: Some(0.1 + 0.2),
+            stale_validations: 2,
             avg_grad: (-1.0, 1e-9 / 3.0),
             plugins: vec![plugin("aa")],
         }

@@ -7,6 +7,7 @@ pub mod clevr;
 pub mod corpus;
 pub mod order;
 pub mod pg19;
+pub mod prefetch;
 
 use crate::error::{Error, Result};
 

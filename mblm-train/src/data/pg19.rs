@@ -14,6 +14,8 @@ use super::{Dataset, DatasetOptions, Splits};
 use crate::error::{Error, Result};
 
 crate::register_dataset!("pg19", "a folder of books with train, validation and test, byte by byte", open);
+// The package's name for the same books under an encoder, which masks them itself.
+crate::register_dataset!("pg19masked", "the books of pg19, for encoders", open);
 
 fn open(options: &DatasetOptions) -> Result<Splits> {
     if let Some(args) = options.args

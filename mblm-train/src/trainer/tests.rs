@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::*;
-use crate::bigram::{Bigram, VOCABULARY, config};
+use crate::bigram::{Bigram, VOCABULARY, config, model};
 use crate::checkpoint::{Which, find};
 use crate::run::{RunFolder, read_losses};
 use crate::session::{open_data, resume_model, train_model};
@@ -190,7 +190,7 @@ fn mistakes_leave_no_run_folder() {
             |c| c.params.input_seq_len = 100,
             "the model does not take sequences of 100 bytes: 100 bytes, expected at most 64",
         ),
-        (|c| c.params.model.num_tokens = 5, "num_tokens: found 5"),
+        (|c| c.params.model = model(5), "num_tokens: found 5"),
         (|c| c.train.batch_size = 29, "the training data are 28 sequence(s) of 16 bytes"),
         (|c| c.train.target_elements = 1, "not one gradient step"),
     ];

@@ -1,0 +1,137 @@
+//! What a run trains: a model that predicts the next byte, or an encoder that restores masked bytes.
+
+use candle_core::{DType, Device, Tensor};
+use mblm_core::model::{Mblm, MblmEncoder};
+use mblm_core::{Mode, ParamStore};
+
+use crate::config::{ModelConfig, RunConfig};
+use crate::data::order::mix;
+use crate::error::Result;
+
+/// What can be trained.
+pub trait TrainModel {
+    /// The parameters, which training changes.
+    fn params(&self) -> &ParamStore;
+
+    /// The mean loss in nats, a scalar; its backward pass reaches [`params`](Self::params).
+    ///
+    /// # Shapes
+    /// - `ids`: `(B, L)`, `u32`; `loss_mask`: the same, `f32`
+    fn loss(&self, ids: &Tensor, loss_mask: Option<&Tensor>, mode: Mode) -> mblm_core::Result<Tensor>;
+}
+
+impl TrainModel for Mblm {
+    fn params(&self) -> &ParamStore {
+        self.params()
+    }
+
+    fn loss(&self, ids: &Tensor, loss_mask: Option<&Tensor>, mode: Mode) -> mblm_core::Result<Tensor> {
+        self.loss(ids, loss_mask, mode)
+    }
+}
+
+/// The model of a configuration.
+pub enum Model {
+    /// Predicts the next byte.
+    Generative(Mblm),
+    /// Restores masked bytes.
+    Masked(MaskedBytes),
+}
+
+impl Model {
+    /// Builds the model that `config` describes, with initial values that follow from `seed`.
+    pub fn new(config: &RunConfig, seed: u64) -> Result<Self> {
+        Ok(match &config.params.model {
+            ModelConfig::Generative(model) => Model::Generative(Mblm::new(model, seed)?),
+            ModelConfig::Encoder(encoder) => Model::Masked(MaskedBytes {
+                encoder: MblmEncoder::new(encoder, seed)?,
+                masking_proba: config.train.masking_proba.unwrap_or_default(),
+            }),
+        })
+    }
+}
+
+impl TrainModel for Model {
+    fn params(&self) -> &ParamStore {
+        match self {
+            Model::Generative(model) => model.params(),
+            Model::Masked(model) => model.params(),
+        }
+    }
+
+    fn loss(&self, ids: &Tensor, loss_mask: Option<&Tensor>, mode: Mode) -> mblm_core::Result<Tensor> {
+        match self {
+            Model::Generative(model) => model.loss(ids, loss_mask, mode),
+            Model::Masked(model) => model.loss(ids, loss_mask, mode),
+        }
+    }
+}
+
+/// An encoder and its task (Devlin et al. 2018, without the share of masked tokens that are kept or replaced): each byte
+/// is replaced by the mask token with some probability, and the loss is that of restoring those.
+///
+/// Training draws other bytes in every batch, evaluation the same for the same bytes. All bytes but padding are attended
+/// to, the masked ones included.
+pub struct MaskedBytes {
+    encoder: MblmEncoder,
+    masking_proba: f64,
+}
+
+impl TrainModel for MaskedBytes {
+    fn params(&self) -> &ParamStore {
+        self.encoder.params()
+    }
+
+    fn loss(&self, ids: &Tensor, loss_mask: Option<&Tensor>, mode: Mode) -> mblm_core::Result<Tensor> {
+        let labels = ids.flatten_all()?.to_vec1::<u32>()?;
+        let weights = match loss_mask {
+            Some(mask) => mask.flatten_all()?.to_dtype(DType::F32)?.to_vec1::<f32>()?,
+            None => vec![1.0; labels.len()],
+        };
+        let seed = match mode {
+            Mode::Train { seed } => seed,
+            Mode::Eval => labels.iter().fold(0, |hash, label| mix(hash ^ u64::from(*label))),
+        };
+        let config = self.encoder.config();
+        let pad = config.mblm_config.pad_token_id as u32;
+        let may_be = |i: &usize| labels[*i] != pad && weights[*i] != 0.0;
+        let masked = draw((0..labels.len()).filter(may_be).collect(), self.masking_proba, seed);
+        let (mut inputs, mut loss_weights) = (labels.clone(), vec![0.0; labels.len()]);
+        for i in masked {
+            inputs[i] = config.mask_token_id as u32;
+            loss_weights[i] = weights[i];
+        }
+        let attend = labels.iter().map(|label| f32::from(*label != pad)).collect();
+        let floats = |values: Vec<f32>| Tensor::from_vec(values, ids.shape(), &Device::Cpu);
+        let inputs = Tensor::from_vec(inputs, ids.shape(), &Device::Cpu)?;
+        self.encoder.loss(&inputs, ids, Some(&floats(attend)?), Some(&floats(loss_weights)?), mode)
+    }
+}
+
+/// Each of `places` with probability `share`; one of them if chance takes none, so that there is something to restore.
+fn draw(places: Vec<usize>, share: f64, seed: u64) -> Vec<usize> {
+    let is_drawn = |i: &usize| ((mix(seed ^ mix(*i as u64)) >> 11) as f64) < share * (1u64 << 53) as f64;
+    let drawn: Vec<usize> = places.iter().copied().filter(is_drawn).collect();
+    match places.len() {
+        len if drawn.is_empty() && len > 0 => vec![places[(mix(seed) % len as u64) as usize]],
+        _ => drawn,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn as_many_are_drawn_as_asked_for_and_others_each_time() {
+        let places: Vec<usize> = (0..10_000).map(|i| 2 * i).collect();
+        let drawn = draw(places.clone(), 0.15, 7);
+        assert!((1400..1600).contains(&drawn.len()), "{}", drawn.len());
+        assert!(drawn.iter().all(|i| i % 2 == 0), "only of the places given");
+        assert_eq!(drawn, draw(places.clone(), 0.15, 7));
+        let both = draw(places, 0.15, 8).iter().filter(|i| drawn.contains(i)).count();
+        assert!((150..300).contains(&both), "{both} of two draws are the same, expected about 225");
+        assert_eq!(draw(vec![5], 1e-9, 3), [5]);
+        assert_eq!(draw(vec![], 0.5, 3), [0; 0]);
+    }
+}

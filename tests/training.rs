@@ -1,0 +1,129 @@
+//! Training as a user meets it: encoders, the test split, and what ends a run early.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use assert_cmd::Command;
+
+const TRAIN: &str = "
+io: {name_model: toy, output_dir: runs, dataset_dir: books, dataset_id: DATASET, num_models_to_save: 2,
+  validate_amount: 4, log_train_loss_amount: 10}
+train: {target_elements: 40000, target_elements_strategy: sequence, batch_size: 8, max_eval_steps: 3,
+  learning_rate: 0.01, gradient_clipping: 1.0, gradient_accumulate_every: 1, shuffle_train: true}
+";
+
+const ENCODER: &str = "
+params:
+  mask_token_id: 257
+  input_seq_len: 64
+  mblm_config:
+    {num_tokens: 258, pad_token_id: 256, hidden_dims: [32, 32], num_layers: [1, 1], seq_lens: [16, 4],
+    block: {block_type: transformerEncoder, attn_head_dims: 8, attn_num_heads: 4, attn_use_rot_embs: true, pos_emb_type: fixed}}
+";
+
+const GENERATIVE: &str = "
+params: {num_tokens: 257, pad_token_id: 256, input_seq_len: 64, hidden_dims: [32, 32], num_layers: [1, 1],
+  seq_lens: [16, 4], block: {block_type: mamba2, d_state: 16, d_conv: 4, expand: 2, headdim: 16}}
+";
+
+/// A folder with books to train, validate and test on, and a configuration.
+fn workplace(params: &str, dataset: &str) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    for (i, split) in ["train", "validation", "test"].iter().enumerate() {
+        let books = folder.path().join("books").join(split);
+        fs::create_dir_all(&books).unwrap();
+        let lines = if i == 0 { 1000 } else { 100 };
+        let text: String = (0..lines).map(|n| format!("{} times {n} is {}\n", i + 2, (i + 2) * n)).collect();
+        fs::write(books.join("1.txt"), text).unwrap();
+    }
+    fs::write(folder.path().join("run.yaml"), TRAIN.replace("DATASET", dataset) + params).unwrap();
+    folder
+}
+
+/// Exit code, standard output and error.
+fn mblm(folder: &Path, args: &[&str]) -> (i32, String, String) {
+    let output = Command::cargo_bin("mblm").unwrap().current_dir(folder).args(args).output().unwrap();
+    let text = |bytes| String::from_utf8_lossy(bytes).into_owned();
+    (output.status.code().unwrap(), text(&output.stdout), text(&output.stderr))
+}
+
+fn train(folder: &Path, set: &[&str]) -> (PathBuf, String) {
+    let set: Vec<&str> = set.iter().flat_map(|assignment| ["--set", assignment]).collect();
+    let (code, out, err) = mblm(folder, &[&["train", "run.yaml"], &set[..]].concat());
+    assert_eq!(code, 0, "{err}");
+    let run = err.lines().find_map(|line| line.strip_prefix("run: ")).unwrap();
+    (folder.join(run), out + &err)
+}
+
+/// The losses of a kind in `loss.csv`.
+fn losses(run: &Path, kind: &str) -> Vec<f64> {
+    let text = fs::read_to_string(run.join("loss.csv")).unwrap();
+    let rows = text.lines().map(|line| line.split(',').collect::<Vec<_>>()).filter(|row| row[3] == kind);
+    rows.map(|row| row[7].parse().unwrap()).collect()
+}
+
+#[test]
+fn an_encoder_learns_to_restore_masked_bytes() {
+    for dataset in ["pg19masked", "bytes"] {
+        let folder = workplace(ENCODER, dataset);
+        let (run, said) = train(folder.path(), &["train.masking_proba=0.2"]);
+        let valid = losses(&run, "valid");
+        // Bytes that are guessed from their frequency alone cost about 2.6 nats.
+        assert!(valid[0] > 4.0 && *valid.last().unwrap() < 2.4, "{valid:?}\n{said}");
+        let run = run.to_str().unwrap();
+        let eval = |more: &str| mblm(folder.path(), &["eval", run, "books/test", "--json", "--max-bytes", more]).1;
+        assert_eq!(eval("1024"), eval("1024"), "the same bytes are masked each time");
+        let (code, _, error) = mblm(folder.path(), &["generate", run, "--prompt", "2"]);
+        assert!(code == 2 && error.contains("is an encoder, which restores masked bytes"), "{error}");
+        let (code, table, _) = mblm(folder.path(), &["inspect", "run.yaml", "--set", "train.masking_proba=0.2"]);
+        assert!(code == 0 && table.contains("transformerEncoder"), "{table}");
+    }
+}
+
+#[test]
+fn masking_is_for_encoders_and_only_for_these() {
+    let cases = [
+        (ENCODER, "train.early_stop=3", "train: missing field `masking_proba`"),
+        (ENCODER, "train.masking_proba=0", "train.masking_proba: expected a share above 0, up to 1, found 0"),
+        (GENERATIVE, "train.masking_proba=0.1", "train.masking_proba: is for encoders"),
+        (GENERATIVE, "train.precision=bf16", "train.precision: unknown value \"bf16\"; expected"),
+        (GENERATIVE, "train.betas=[0.9, 1.0]", "train.betas: expected two rates from 0 to below 1, found [0.9, 1]"),
+    ];
+    for (params, set, want) in cases {
+        let folder = workplace(params, "pg19");
+        let (code, _, error) = mblm(folder.path(), &["train", "run.yaml", "--set", set]);
+        assert!(code == 2 && error.contains(want), "{error}");
+    }
+}
+
+#[test]
+fn the_best_model_is_measured_on_the_test_split() {
+    let folder = workplace(GENERATIVE, "pg19");
+    let (run, said) = train(folder.path(), &["train.max_eval_steps=null"]);
+    let [test] = losses(&run, "test")[..] else { panic!("one test, in {said}") };
+    assert!(said.contains(&format!("test loss {test:.4}")), "{said}");
+    let newest = run.join("checkpoints").read_dir().unwrap().map(|entry| entry.unwrap().path()).max().unwrap();
+    let (_, json, _) = mblm(folder.path(), &["eval", newest.to_str().unwrap(), "books/test", "--json"]);
+    let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+    // The last batch of the test, which is smaller, counts as much as the others.
+    assert!((json["loss"].as_f64().unwrap() - test).abs() < 0.05, "{json} and {test}");
+    // Resumed after its end, the run tests again and still has one row.
+    assert_eq!(mblm(folder.path(), &["train", "--resume", run.to_str().unwrap()]).0, 0);
+    assert_eq!(losses(&run, "test"), [test]);
+}
+
+#[test]
+fn a_run_ends_early_where_asked() {
+    let folder = workplace(GENERATIVE, "pg19");
+    // Steps so large that nothing becomes better after the first few.
+    let (run, said) = train(folder.path(), &["train.learning_rate=3", "train.early_stop=2", "train.validate_every=5"]);
+    let valid = losses(&run, "valid");
+    let best = valid.iter().cloned().fold(f64::INFINITY, f64::min);
+    assert!(valid.len() < 15 && said.contains("finished: saved"), "{valid:?}\n{said}");
+    assert_eq!(valid.iter().position(|loss| *loss == best), Some(valid.len() - 3), "{valid:?}");
+
+    let (run, said) = train(folder.path(), &["train.max_seconds=1e-3"]);
+    assert!(said.contains("interrupted: saved") && losses(&run, "train").len() <= 1, "{said}");
+    let (code, _, error) = mblm(folder.path(), &["train", "--resume", run.to_str().unwrap()]);
+    assert!(code == 0 && error.contains("interrupted: saved"), "a little further each time: {error}");
+}
