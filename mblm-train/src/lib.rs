@@ -5,15 +5,21 @@
 mod bigram;
 pub mod checkpoint;
 pub mod config;
+mod crc32c;
 pub mod data;
 pub mod error;
 pub mod evaluate;
+mod line_log;
+pub mod memory;
+pub mod metrics;
 pub mod optimizer;
 pub mod plan;
 pub mod progress;
 pub mod run;
 pub mod schedule;
 pub mod session;
+mod tensorboard;
+pub mod timemem;
 mod timestamp;
 pub mod trainer;
 
