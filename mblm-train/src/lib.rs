@@ -5,9 +5,13 @@
 mod bigram;
 pub mod checkpoint;
 pub mod config;
+mod crc32c;
 pub mod data;
 pub mod error;
 pub mod evaluate;
+mod line_log;
+pub mod memory;
+pub mod metrics;
 pub mod model;
 pub mod optimizer;
 pub mod plan;
@@ -15,6 +19,8 @@ pub mod progress;
 pub mod run;
 pub mod schedule;
 pub mod session;
+mod tensorboard;
+pub mod timemem;
 mod timestamp;
 pub mod trainer;
 

@@ -155,7 +155,7 @@ pub fn clip_grad_norm(store: &ParamStore, max_norm: f64) -> GradNorm {
 }
 
 /// The sum and the sum of squares, chunk by chunk: the same bits on any number of threads.
-fn sums(grad: &[f32]) -> (f64, f64) {
+pub(crate) fn sums(grad: &[f32]) -> (f64, f64) {
     let partial: Vec<(f64, f64)> = grad.par_chunks(MIN_PARALLEL).map(|chunk| vectorize(|| sums_chunk(chunk))).collect();
     partial.iter().fold((0.0, 0.0), |(sum, square), part| (sum + part.0, square + part.1))
 }

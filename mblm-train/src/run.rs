@@ -5,6 +5,8 @@
 //! | `config.yaml` | the configuration as the run was started |
 //! | `train.log` | what the terminal showed, with the time |
 //! | `loss.csv` | the losses, in the reference package's columns |
+//! | `metrics.jsonl`, `tensorboard/` | the [metrics](crate::metrics) |
+//! | `timemem.csv` | [what the first batches cost](crate::timemem) |
 //! | `checkpoints/` | [checkpoints](crate::checkpoint) |
 //!
 //! It appears under its name only when it is complete, with a first checkpoint, so that a run can always be resumed.

@@ -6,9 +6,11 @@ use std::sync::atomic::AtomicBool;
 use crate::config::RunConfig;
 use crate::data::{self, DatasetOptions, Splits, unigram_entropy};
 use crate::error::Result;
+use crate::metrics::Metrics;
 use crate::model::{Model, TrainModel};
 use crate::progress::Progress;
 use crate::run::RunFolder;
+use crate::timemem::TimeMem;
 use crate::trainer::{Outcome, Record, Trainer};
 
 /// Starts a run and trains until its end or until `stop` is raised. Returns the run's folder and how it ended.
@@ -100,6 +102,8 @@ fn record(run: &RunFolder, trainer: &Trainer, config: &RunConfig) -> Result<Reco
     Ok(Record {
         checkpoints: run.checkpoints(),
         losses: run.losses(done)?,
+        metrics: Metrics::open(run.path(), done)?,
+        timemem: TimeMem::open(run.path(), done)?,
         progress: Progress::new(run.log()?, trainer.plan().batches, done, bytes_per_batch),
     })
 }

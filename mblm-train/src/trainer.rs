@@ -16,11 +16,13 @@ use crate::data::order::mix;
 use crate::data::prefetch::Prefetch;
 use crate::error::{Error, Result};
 use crate::evaluate::{bpb, loss_of, mean_loss};
+use crate::metrics::{Kind, Metrics, Point, Scalars, loss_scalars, stage_grad_norms};
 use crate::model::TrainModel;
-use crate::optimizer::{Adam, AdamConfig, clip_grad_norm, first_non_finite};
+use crate::optimizer::{Adam, AdamConfig, GradNorm, clip_grad_norm, first_non_finite};
 use crate::plan::Plan;
 use crate::progress::Progress;
 use crate::run::{LossEntry, LossLog};
+use crate::timemem::TimeMem;
 use crate::timestamp::Timestamp;
 
 /// Where a run leaves what it finds.
@@ -29,6 +31,10 @@ pub struct Record {
     pub checkpoints: Shelf,
     /// Its losses.
     pub losses: LossLog,
+    /// Its metrics.
+    pub metrics: Metrics,
+    /// What its first batches cost.
+    pub timemem: TimeMem,
     /// Its display.
     pub progress: Progress,
 }
@@ -214,35 +220,66 @@ impl<'a> Trainer<'a> {
     fn train_batch(&mut self, record: &mut Record) -> Result<()> {
         let at = self.state.next;
         let index = self.state.batches;
+        let started = Instant::now();
         let batch = self.ahead.take(at)?;
+        let read = started.elapsed();
         let mode = Mode::train(mix(mix(self.state.seed) ^ index));
         let mut loss = self.model.loss(&batch.ids, batch.loss_mask.as_ref(), mode)?;
         let value = loss.to_scalar::<f32>()? as f64;
         if !value.is_finite() {
             return Err(self.non_finite_loss(value));
         }
+        let forward = started.elapsed() - read;
         if self.plan.accumulate > 1 {
             loss = (loss / self.plan.accumulate as f64)?;
         }
         self.model.params().backward(&loss)?;
+        let backward = started.elapsed() - read - forward;
+        record.timemem.train(index, self.train.batch_size, forward.as_secs_f64(), backward.as_secs_f64())?;
         self.state.batches += 1;
         self.state.accumulated += 1;
         self.state.elements_seen += self.plan.elements_per_batch;
         self.state.next = self.train.after(at);
         self.state.valid_loss = None;
         record.progress.batch(self.state.batches, value);
-        if self.plan.train_points.contains(&index) {
-            let lr = self.plan.schedule.lr(self.state.step);
-            record.losses.add(&LossEntry { lr, ..self.entry("train", at, value) })?;
-            record.progress.train_loss(self.state.batches, value, lr);
-        }
+        let is_point = self.plan.train_points.contains(&index);
+        let mut scalars = if is_point { self.log_train_loss(record, at, value)? } else { Scalars::new() };
         if self.state.accumulated == self.plan.accumulate {
-            self.gradient_step()?;
+            self.measured_step(&mut scalars)?;
+        }
+        record.metrics.trained(self.bytes_per_batch(), started.elapsed().as_secs_f64(), read.as_secs_f64());
+        if is_point {
+            scalars.extend(record.metrics.pace());
+        }
+        match scalars.is_empty() {
+            true => Ok(()),
+            false => record.metrics.record(&self.point(Kind::Train, scalars)),
+        }
+    }
+
+    fn log_train_loss(&self, record: &mut Record, at: Cursor, loss: f64) -> Result<Scalars> {
+        let lr = self.plan.schedule.lr(self.state.step);
+        record.losses.add(&LossEntry { lr, ..self.entry("train", at, loss) })?;
+        record.progress.train_loss(self.state.batches, loss, lr);
+        let mut scalars = loss_scalars(loss);
+        scalars.push(("lr".into(), lr));
+        Ok(scalars)
+    }
+
+    /// A gradient step; if a training point lies in the batches it is of, with the norms of its gradients.
+    fn measured_step(&mut self, scalars: &mut Scalars) -> Result<()> {
+        let window = self.state.batches - self.plan.accumulate..self.state.batches;
+        let is_measured = self.plan.train_points.range(window).next().is_some();
+        let stages = if is_measured { stage_grad_norms(self.model.params()) } else { Scalars::new() };
+        let GradNorm { norm, factor, .. } = self.gradient_step()?;
+        if is_measured {
+            scalars.extend([("grad_norm".into(), norm), ("grad_norm_clipped".into(), norm * factor)]);
+            scalars.extend(stages);
         }
         Ok(())
     }
 
-    fn gradient_step(&mut self) -> Result<()> {
+    fn gradient_step(&mut self) -> Result<GradNorm> {
         let store = self.model.params();
         let norm = clip_grad_norm(store, self.config.train.gradient_clipping.unwrap_or(f64::INFINITY));
         if !norm.norm.is_finite() {
@@ -253,14 +290,16 @@ impl<'a> Trainer<'a> {
         self.state.step += 1;
         self.state.accumulated = 0;
         self.state.avg_grad = (norm.mean, norm.mean * norm.factor);
-        Ok(())
+        Ok(norm)
     }
 
     /// Validates; false if it was stopped meanwhile.
     fn validate(&mut self, record: &mut Record, stop: &AtomicBool) -> Result<bool> {
+        let started = Instant::now();
         let Some(loss) = mean_loss(self.model, &self.valid, self.config.train.max_eval_steps, stop)? else {
             return Ok(false);
         };
+        let seconds = started.elapsed().as_secs_f64();
         if !loss.is_finite() {
             return Err(self.non_finite_loss(loss));
         }
@@ -274,6 +313,8 @@ impl<'a> Trainer<'a> {
         let at = self.last_batch();
         record.losses.add(&LossEntry { avg_grad: -1.0, avg_grad_clipped: -1.0, ..self.entry("valid", at, loss) })?;
         record.progress.valid_loss(self.state.batches, loss, is_best);
+        record.metrics.record(&self.point(Kind::Valid, loss_scalars(loss)))?;
+        record.timemem.valid(self.state.batches - 1, self.state.elements_seen, seconds)?;
         Ok(true)
     }
 
@@ -294,6 +335,8 @@ impl<'a> Trainer<'a> {
             ..self.entry("test", Cursor::default(), loss)
         };
         record.losses.add(&LossEntry { avg_grad: -1.0, avg_grad_clipped: -1.0, ..row })?;
+        // Counted as one batch further, so that a run that is resumed after its end has one test.
+        record.metrics.record(&Point { batch: self.state.batches, ..self.point(Kind::Test, loss_scalars(loss)) })?;
         record.progress.line(&format!("test loss {loss:.4} ({:.4} bpb), of {}", bpb(loss), best.path().display()));
         Ok(())
     }
@@ -338,6 +381,16 @@ impl<'a> Trainer<'a> {
             avg_grad: self.state.avg_grad.0,
             avg_grad_clipped: self.state.avg_grad.1,
         }
+    }
+
+    /// What was measured after the last batch.
+    fn point(&self, kind: Kind, scalars: Scalars) -> Point {
+        let TrainState { step, batches, .. } = self.state;
+        Point { batch: batches - 1, step, bytes_seen: batches * self.bytes_per_batch(), kind, scalars }
+    }
+
+    fn bytes_per_batch(&self) -> u64 {
+        (self.train.batch_size * self.train.seq_len) as u64
     }
 
     fn non_finite_loss(&self, loss: f64) -> Error {

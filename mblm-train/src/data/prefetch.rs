@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
 
 use super::batches::{Batch, Batches, Cursor};
 use crate::error::Result;
@@ -11,18 +10,16 @@ use crate::error::Result;
 pub struct Prefetch {
     batches: Arc<Batches>,
     ahead: Option<(Cursor, JoinHandle<Result<Batch>>)>,
-    waited: Duration,
 }
 
 impl Prefetch {
     /// Reads from `batches`.
     pub fn new(batches: Arc<Batches>) -> Self {
-        Prefetch { batches, ahead: None, waited: Duration::ZERO }
+        Prefetch { batches, ahead: None }
     }
 
     /// The batch at `at`; the one after it is begun.
     pub fn take(&mut self, at: Cursor) -> Result<Batch> {
-        let start = Instant::now();
         let batch = match self.ahead.take() {
             Some((ready, reader)) if ready == at => match reader.join() {
                 Ok(batch) => batch,
@@ -30,15 +27,9 @@ impl Prefetch {
             },
             _ => self.batches.read(at),
         };
-        self.waited += start.elapsed();
         let (batches, next) = (self.batches.clone(), self.batches.after(at));
         self.ahead = Some((next, std::thread::spawn(move || batches.read(next))));
         batch
-    }
-
-    /// How long was waited for data since the last time this was asked.
-    pub fn take_waited(&mut self) -> Duration {
-        std::mem::take(&mut self.waited)
     }
 }
 
@@ -72,7 +63,5 @@ mod tests {
         prefetch.take(Cursor { epoch: 0, batch: 3 }).unwrap();
         let error = prefetch.take(Cursor { epoch: 0, batch: 4 }).err().unwrap().to_string();
         assert!(error.contains("number 4 is gone"), "{error}");
-        assert!(prefetch.take_waited() > Duration::ZERO);
-        assert_eq!(prefetch.take_waited(), Duration::ZERO);
     }
 }

@@ -227,3 +227,63 @@ fn resuming_a_finished_run_changes_nothing() {
     let outcome = resume(&again, &run, &config, &never()).unwrap();
     assert_eq!((outcome, again.weights(), losses(&run)), (first, model.weights(), before));
 }
+
+/// `batch`, `kind` and the scalars but for times and memory, of each line of `metrics.jsonl`.
+fn metrics(run: &Path) -> Vec<(u64, String, Vec<(String, f64)>)> {
+    let text = fs::read_to_string(run.join("metrics.jsonl")).unwrap();
+    let parse = |line: &str| serde_json::from_str::<std::collections::BTreeMap<String, serde_json::Value>>(line);
+    let line = |text: &str| {
+        let mut line = parse(text).unwrap();
+        let (batch, kind) = (line.remove("batch").unwrap(), line.remove("kind").unwrap());
+        for varies in ["seconds", "bytes_per_second", "data_seconds", "memory_mb"] {
+            line.remove(varies);
+        }
+        let numbers = line.into_iter().map(|(tag, value)| (tag, value.as_f64().unwrap())).collect();
+        (batch.as_u64().unwrap(), kind.as_str().unwrap().into(), numbers)
+    };
+    text.lines().map(line).collect()
+}
+
+#[test]
+fn gradients_are_measured_when_they_are_complete_and_a_resumed_run_has_the_same_metrics() {
+    let (_folder, mut config) = workplace();
+    config.io.log_train_loss_amount = 3;
+    let (straight, _) = train(&Bigram::new(), &config, &never()).unwrap();
+    let lines = metrics(&straight);
+    let shown: Vec<(u64, &str, Vec<&str>)> = lines
+        .iter()
+        .map(|(batch, kind, numbers)| (*batch, &kind[..], numbers.iter().map(|(tag, _)| &tag[..]).collect()))
+        .collect();
+    let loss = ["bpb", "bytes_seen", "loss", "lr", "step"].to_vec();
+    let gradient = ["bytes_seen", "grad_norm", "grad_norm_clipped", "step"].to_vec();
+    let valid = ["bpb", "bytes_seen", "loss", "step"].to_vec();
+    // Points are batches 0, 9 and 19; a step follows batches 2, 5, …, 17. The last two batches are not stepped on.
+    let want = [
+        (0, "train", &loss),
+        (0, "valid", &valid),
+        (2, "train", &gradient),
+        (6, "valid", &valid),
+        (9, "train", &loss),
+        (11, "train", &gradient),
+        (12, "valid", &valid),
+        (19, "train", &loss),
+        (19, "valid", &valid),
+    ];
+    assert_eq!(shown, want.map(|(batch, kind, tags)| (batch, kind, tags.clone())));
+    let number = |at: usize, tag: &str| lines[at].2.iter().find(|(name, _)| name == tag).unwrap().1;
+    assert_eq!((number(2, "step"), number(2, "bytes_seen")), (1.0, 3.0 * 64.0));
+    assert_eq!(number(0, "lr"), losses(&straight)[0].lr);
+    assert!(number(2, "grad_norm_clipped") <= 0.5 + 1e-6 && number(2, "grad_norm") >= number(2, "grad_norm_clipped"));
+
+    let stop = Arc::new(never());
+    let mut model = Bigram::new();
+    let raised = stop.clone();
+    model.hook = Some(Box::new(move |pass| raised.store(pass == 10, Ordering::Relaxed)));
+    let (run, _) = train(&model, &config, &stop).unwrap();
+    resume(&Bigram::new(), &run, &config, &never()).unwrap();
+    assert_eq!(metrics(&run), lines);
+    let rows = fs::read_to_string(run.join("timemem.csv")).unwrap();
+    let batches: Vec<&str> = rows.lines().skip(1).map(|row| row.split(',').next().unwrap()).collect();
+    assert_eq!(batches.iter().filter(|batch| **batch == "10").count(), 1, "{rows}");
+    assert_eq!(batches.len(), 20 + 4, "{rows}");
+}

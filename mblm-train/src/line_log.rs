@@ -1,0 +1,74 @@
+//! A text file of one record per line that a run adds to, and that a resumed run goes on with.
+
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use crate::checkpoint::sync_folder;
+use crate::error::{AtPath, Result};
+
+/// The file, open for more lines.
+pub(crate) struct LineLog {
+    path: PathBuf,
+    file: File,
+}
+
+impl LineLog {
+    /// Opens or makes the file `name` in `folder`: `header` if there is one, then the lines that were there and that
+    /// `keep` wants. A last line that a crash cut short is dropped. The old file is replaced at once or not at all.
+    pub fn open(folder: &Path, name: &str, header: Option<&str>, mut keep: impl FnMut(&str) -> bool) -> Result<Self> {
+        let path = folder.join(name);
+        let before = match fs::read(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
+            read => read.at(&path)?,
+        };
+        let before = String::from_utf8_lossy(&before); // a power cut may leave anything
+        let whole = before.split_inclusive('\n').filter_map(|line| line.strip_suffix('\n'));
+        let kept = whole.filter(|line| keep(line));
+        let text: String = header.into_iter().chain(kept).flat_map(|line| [line, "\n"]).collect();
+
+        let mut fresh = OsString::from(&path);
+        fresh.push(".new");
+        let fresh = PathBuf::from(fresh);
+        let mut file = File::create(&fresh).at(&fresh)?;
+        file.write_all(text.as_bytes()).and_then(|()| file.sync_all()).at(&fresh)?;
+        fs::rename(&fresh, &path).at(&path)?;
+        sync_folder(folder)?;
+        Ok(LineLog { path, file })
+    }
+
+    /// Adds a line in one write: a crash cuts at most the last one short.
+    pub fn add(&mut self, line: &str) -> Result<()> {
+        self.file.write_all(format!("{line}\n").as_bytes()).at(&self.path)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn wanted_lines_stay_and_more_follow() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.log");
+        let open = |keep: fn(&str) -> bool| LineLog::open(folder.path(), "a.log", Some("head"), keep).unwrap();
+        let mut log = open(|_| true);
+        ["one", "two", "three"].iter().for_each(|line| log.add(line).unwrap());
+        assert_eq!(fs::read_to_string(&path).unwrap(), "head\none\ntwo\nthree\n");
+        fs::write(&path, b"head\none\n\0\xff\ntwo\nthree\nthre").unwrap();
+        let mut log = open(|line| line.starts_with('t'));
+        assert_eq!(fs::read_to_string(&path).unwrap(), "head\ntwo\nthree\n", "the last line was cut short");
+        log.add("four").unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), "head\ntwo\nthree\nfour\n");
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "nothing else is left");
+    }
+
+    #[test]
+    fn an_error_names_the_file() {
+        let folder = tempfile::tempdir().unwrap();
+        fs::create_dir(folder.path().join("a.log")).unwrap();
+        let error = LineLog::open(folder.path(), "a.log", None, |_| true).err().unwrap();
+        assert!(error.to_string().contains("a.log: "), "{error}");
+    }
+}
