@@ -30,7 +30,7 @@ impl Memory {
     }
 }
 
-/// The value of a line such as `VmRSS:	   5432 kB`.
+/// The value of a line such as `VmRSS:   5432 kB`.
 fn bytes(text: &str, field: &str) -> Option<u64> {
     let value = text.lines().find_map(|line| line.strip_prefix(field))?;
     let kib: u64 = value.trim().strip_suffix("kB")?.trim().parse().ok()?;
