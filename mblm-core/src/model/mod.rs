@@ -62,6 +62,15 @@ impl Mblm {
         self.hierarchy.stages.iter().map(|stage| &*stage.model)
     }
 
+    /// The vectors of the reference package's `state_dict` that are no parameters, by name.
+    pub fn buffers(&self) -> Vec<(String, Vec<f32>)> {
+        let named = |(n, stage): (usize, &dyn StageModel)| {
+            let buffers = stage.buffers().into_iter();
+            buffers.map(move |(name, values)| (format!("stage_models.{n}.{name}"), values)).collect::<Vec<_>>()
+        };
+        self.stage_models().enumerate().flat_map(named).collect()
+    }
+
     pub(crate) fn hierarchy(&self) -> &Hierarchy {
         &self.hierarchy
     }
