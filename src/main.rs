@@ -2,8 +2,10 @@
 
 mod bench;
 mod blocks;
+mod checkpoint;
 mod eval;
 mod generate;
+mod import;
 mod inspect;
 mod log;
 mod memory;
@@ -40,6 +42,10 @@ enum Command {
     Generate(generate::Args),
     /// Measure the bits per byte of a trained model on data
     Eval(eval::Args),
+    /// Make a run of a checkpoint that the Python package saved (.pth)
+    Import(import::Args),
+    /// List, verify and export the checkpoints of a run
+    Checkpoint(checkpoint::Args),
     /// Show what a configuration builds: parameters, operations and memory of each stage
     Inspect(inspect::Args),
     /// List the block types that a configuration can use
@@ -73,6 +79,8 @@ fn run(Cli { plugins, command }: Cli) -> anyhow::Result<()> {
         Command::Train(args) => train::run(&args, &plugins),
         Command::Generate(args) => generate::run(&args, &plugins),
         Command::Eval(args) => eval::run(&args, &plugins),
+        Command::Import(args) => import::run(&args, &plugins),
+        Command::Checkpoint(args) => checkpoint::run(&args, &plugins),
         Command::Inspect(args) => inspect::run(&args, &plugins),
         Command::Blocks(args) => blocks::run(&args, &plugins),
         Command::Bench(args) => bench::run(&args, &plugins),

@@ -175,6 +175,12 @@ pub trait StageModel: Send + Sync {
         Ok(replay(self, batch))
     }
 
+    /// What the reference package's `state_dict` holds beside the parameters: vectors that follow from the
+    /// configuration, under their names within the stage. Files for the package need them.
+    fn buffers(&self) -> Vec<(&'static str, Vec<f32>)> {
+        Vec::new()
+    }
+
     /// What one position costs when sequences are `seq_len` long. `None`: not known, and shown as such.
     fn cost(&self, _seq_len: usize) -> Option<Cost> {
         None

@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Device, Tensor};
 use mblm_core::model::{Mblm, MblmEncoder};
-use mblm_core::{Mode, ParamStore};
+use mblm_core::{Mode, ParamStore, StageModel};
 
 use crate::config::{ModelConfig, RunConfig};
 use crate::data::order::mix;
@@ -48,6 +48,19 @@ impl Model {
                 masking_proba: config.train.masking_proba.unwrap_or_default(),
             }),
         })
+    }
+
+    /// The vectors of the reference package's `state_dict` that are no parameters, by name.
+    pub fn buffers(&self) -> Vec<(String, Vec<f32>)> {
+        let stages: Vec<&dyn StageModel> = match self {
+            Model::Generative(model) => model.stage_models().collect(),
+            Model::Masked(model) => model.encoder.stage_models().collect(),
+        };
+        let named = |(n, stage): (usize, &dyn StageModel)| {
+            let buffers = stage.buffers().into_iter();
+            buffers.map(move |(name, values)| (format!("stage_models.{n}.{name}"), values)).collect::<Vec<_>>()
+        };
+        stages.into_iter().enumerate().flat_map(named).collect()
     }
 }
 

@@ -53,20 +53,41 @@ impl RunFolder {
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => continue,
                 made => made.map_err(cannot)?,
             }
-            let filled = fill(&making, first).and_then(|log| {
-                fs::rename(&making, &place).at(&place)?;
-                sync_folder(output_dir)?;
-                Ok(log)
-            });
-            return match filled {
-                Ok(log) => Ok(RunFolder { path: place, log }),
-                Err(error) => {
-                    let _ = fs::remove_dir_all(&making); // the error that matters is the first
-                    Err(error)
-                }
-            };
+            return Self::complete(&making, &place, output_dir, first);
         }
         unreachable!("there is always another number")
+    }
+
+    /// As [`create`](Self::create), under the name `place`, which must be free.
+    pub fn create_at(place: &Path, first: Snapshot) -> Result<Self> {
+        let (Some(name), folder) = (place.file_name(), place.parent().unwrap_or(Path::new(""))) else {
+            return Err(Error::Config(format!("{}: expected a name for the run's folder", place.display())));
+        };
+        if place.exists() {
+            return Err(Error::Config(format!("{}: exists already; name another folder", place.display())));
+        }
+        let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
+        let cannot = |error| Error::Config(format!("{}: cannot make this folder: {error}", place.display()));
+        fs::create_dir_all(folder).map_err(cannot)?;
+        let making = folder.join(format!(".making-{}", name.to_string_lossy()));
+        fs::create_dir(&making).map_err(cannot)?;
+        Self::complete(&making, place, folder, first)
+    }
+
+    /// Fills a folder and gives it its name.
+    fn complete(making: &Path, place: &Path, parent: &Path, first: Snapshot) -> Result<Self> {
+        let filled = fill(making, first).and_then(|log| {
+            fs::rename(making, place).at(place)?;
+            sync_folder(parent)?;
+            Ok(log)
+        });
+        match filled {
+            Ok(log) => Ok(RunFolder { path: place.into(), log }),
+            Err(error) => {
+                let _ = fs::remove_dir_all(making); // the error that matters is the first
+                Err(error)
+            }
+        }
     }
 
     /// Opens the folder of an existing run to go on with it.

@@ -119,7 +119,7 @@ impl<'a> Trainer<'a> {
     pub fn restore(&mut self, checkpoint: &Checkpoint) -> Result<()> {
         let saved = checkpoint.state()?;
         let place = checkpoint.path().display();
-        if saved.data != self.state.data {
+        if !saved.data.is_empty() && saved.data != self.state.data {
             return Err(Error::Config(format!(
                 "io.dataset_dir: the data are not those of {place}: files were added, removed, renamed or resized since; \
                  expected the same, so that the run goes on with what it has not seen"
@@ -139,8 +139,8 @@ impl<'a> Trainer<'a> {
                 self.train.num_batches(saved.next.epoch)
             )));
         }
-        let plugins = std::mem::take(&mut self.state.plugins);
-        self.state = TrainState { plugins, ..checkpoint.restore(self.model.params(), &mut self.adam)? };
+        let (plugins, data) = (std::mem::take(&mut self.state.plugins), std::mem::take(&mut self.state.data));
+        self.state = TrainState { plugins, data, ..checkpoint.restore(self.model.params(), &mut self.adam)? };
         Ok(())
     }
 

@@ -132,6 +132,7 @@ impl TransformerConfig {
 struct TransformerModel {
     layers: Vec<Arc<TransformerLayer>>,
     norm: Arc<RmsNormLayer>,
+    rotary: Option<Arc<Rotary>>,
     dim: usize,
 }
 
@@ -151,7 +152,7 @@ impl TransformerModel {
             })
             .collect::<Result<_>>()?;
         let gain = params.sub("norm").param("g", &[dim], Init::Const(1.0))?;
-        Ok(TransformerModel { layers, norm: Arc::new(RmsNormLayer { gain, eps: EPS }), dim })
+        Ok(TransformerModel { layers, norm: Arc::new(RmsNormLayer { gain, eps: EPS }), rotary, dim })
     }
 }
 
@@ -175,6 +176,11 @@ impl StageModel for TransformerModel {
             return Err(Error::Block("`transformerEncoder` sees the whole sequence and cannot generate".into()));
         }
         Ok(Box::new(decoder::TransformerDecoder::new(self, batch)))
+    }
+
+    fn buffers(&self) -> Vec<(&'static str, Vec<f32>)> {
+        let rotary = self.rotary.iter();
+        rotary.map(|rotary| ("rotary_emb.inv_freq", rotary.inverse_frequencies().to_vec())).collect()
     }
 
     fn cost(&self, seq_len: usize) -> Option<Cost> {

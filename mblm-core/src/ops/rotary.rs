@@ -31,6 +31,11 @@ impl Rotary {
         }
     }
 
+    /// Radians per position of each pair of channels, `(d / 2)`.
+    pub fn inverse_frequencies(&self) -> &[f32] {
+        &self.inverse_frequencies
+    }
+
     fn table(&self, positions: usize) -> Arc<Table> {
         let half = self.inverse_frequencies.len();
         let mut table = self.table.lock().unwrap_or_else(|poisoned| poisoned.into_inner());

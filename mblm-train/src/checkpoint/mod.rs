@@ -11,7 +11,9 @@
 //! It is written under a temporary name beside its place, every file is synced and read back, then the folder is
 //! renamed and its parent synced.
 
+mod export;
 mod shelf;
+mod survey;
 mod tensors;
 
 use std::collections::BTreeMap;
@@ -23,8 +25,10 @@ use mblm_core::block::PluginOrigin;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+pub use self::export::{export_pth, export_safetensors};
 pub(crate) use self::shelf::FOLDER;
 pub use self::shelf::{Shelf, Which, find};
+pub use self::survey::{Entry, check, shelf_of};
 pub use self::tensors::Tensors;
 
 use self::tensors::Named;
@@ -57,7 +61,7 @@ pub struct TrainState {
     pub elements_seen: u64,
     /// The seed of order and dropout.
     pub seed: u64,
-    /// The fingerprint of the data.
+    /// The fingerprint of the data; empty where no data were read yet.
     pub data: String,
     /// The validation loss of these weights; none if they were saved when the run was interrupted.
     pub valid_loss: Option<f64>,
@@ -212,6 +216,11 @@ impl Checkpoint {
     /// The folder.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Bytes of its files, as the manifest says.
+    pub fn bytes(&self) -> u64 {
+        self.manifest.values().map(|file| file.bytes).sum()
     }
 
     /// Checks the sum of every file.

@@ -10,7 +10,7 @@ use crate::error::{AtPath, Error, Result};
 /// The folder of a run that holds its checkpoints.
 pub(crate) const FOLDER: &str = "checkpoints";
 
-const PREFIX: &str = "batch-";
+pub(super) const PREFIX: &str = "batch-";
 /// Names that are never taken for a checkpoint: one being written, one being replaced, one being deleted.
 const WRITING: &str = ".writing-";
 const REPLACED: &str = ".replaced-";
@@ -31,14 +31,7 @@ pub fn find(path: &Path, which: Which) -> Result<Checkpoint> {
     if path.join(MANIFEST).is_file() {
         return Checkpoint::open(path);
     }
-    let folder = path.join(FOLDER);
-    if !folder.is_dir() {
-        return Err(Error::Config(format!(
-            "{}: expected the folder of a run (with {FOLDER}/) or of a checkpoint (with {MANIFEST}), found neither",
-            path.display()
-        )));
-    }
-    let shelf = Shelf::new(folder);
+    let shelf = Shelf::of_run(path)?;
     match which {
         Which::Newest => shelf.newest(),
         Which::Best => shelf.best(),
@@ -55,6 +48,21 @@ impl Shelf {
     /// The checkpoints in `folder`.
     pub fn new(folder: PathBuf) -> Self {
         Shelf { folder }
+    }
+
+    /// The checkpoints of the run at `path`.
+    ///
+    /// # Errors
+    /// It is no run's folder.
+    pub fn of_run(path: &Path) -> Result<Self> {
+        let folder = path.join(FOLDER);
+        if !folder.is_dir() {
+            return Err(Error::Config(format!(
+                "{}: expected the folder of a run (with {FOLDER}/) or of a checkpoint (with {MANIFEST}), found neither",
+                path.display()
+            )));
+        }
+        Ok(Shelf::new(folder))
     }
 
     /// Their folders, oldest first.

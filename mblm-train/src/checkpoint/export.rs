@@ -1,0 +1,66 @@
+//! The weights of a checkpoint as one file for other programs.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::path::Path;
+
+use super::{Checkpoint, Tensors, WEIGHTS, sync_folder};
+use crate::error::{AtPath, Error, Result};
+use crate::pth;
+
+/// Writes the parameters as safetensors, under the reference package's names.
+///
+/// # Errors
+/// `out` exists, or cannot be written; the checkpoint is damaged.
+pub fn export_safetensors(checkpoint: &Checkpoint, out: &Path) -> Result<()> {
+    let bytes = checkpoint.read(WEIGHTS)?;
+    write_new(out, |file| file.write_all(&bytes))
+}
+
+/// Writes tensors as the `.pth` file that the reference package loads; these must be all of its `state_dict`, buffers
+/// included. A loss that is not known is infinite there: every other model is better.
+///
+/// # Errors
+/// `out` exists, or cannot be written.
+pub fn export_pth(weights: &Tensors, loss: Option<f64>, out: &Path) -> Result<()> {
+    write_new(out, |file| pth::write(io::BufWriter::new(file), weights, loss.unwrap_or(f64::INFINITY)))
+}
+
+/// Writes a file beside its place, syncs it and gives it its name, which nothing may have.
+fn write_new(path: &Path, write: impl FnOnce(&mut File) -> io::Result<()>) -> Result<()> {
+    let exists = || Error::Config(format!("{}: exists already; name another file, or delete it first", path.display()));
+    if path.exists() {
+        return Err(exists());
+    }
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(".writing-");
+    #[cfg(unix)]
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666)); // less what the user's umask takes away
+    let mut file = builder.tempfile_in(folder).at(folder)?;
+    write(file.as_file_mut()).and_then(|()| file.as_file().sync_all()).at(path)?;
+    file.persist_noclobber(path).map_err(|error| match error.error.kind() {
+        io::ErrorKind::AlreadyExists => exists(),
+        _ => Error::Io { path: path.into(), source: error.error },
+    })?;
+    sync_folder(folder)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_is_overwritten_and_nothing_is_left_behind() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("w.pth");
+        let weights = Tensors::from([("w".to_string(), (vec![2], vec![1.0, 2.0]))]);
+        export_pth(&weights, None, &path).unwrap();
+        let error = export_pth(&Tensors::new(), None, &path).unwrap_err();
+        assert!(error.is_configuration() && error.to_string().contains("w.pth: exists already"), "{error}");
+        assert_eq!(pth::read(&path).unwrap(), pth::Saved { weights, loss: f64::INFINITY });
+        let failing = folder.path().join("x.pth");
+        write_new(&failing, |_| Err(io::ErrorKind::StorageFull.into())).unwrap_err();
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+}

@@ -1,0 +1,149 @@
+//! Weights of elsewhere as the first checkpoint of a run of their own, which is then like any other: it can be
+//! generated from, evaluated, and trained further.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use mblm_core::ParamStore;
+
+use crate::checkpoint::{Snapshot, Tensors, TrainState};
+use crate::config::RunConfig;
+use crate::data::batches::Cursor;
+use crate::error::{AtPath, Error, Result};
+use crate::model::{Model, TrainModel};
+use crate::optimizer::{Adam, AdamConfig};
+use crate::pth::Saved;
+use crate::run::RunFolder;
+use crate::timestamp::Timestamp;
+
+/// A buffer of the file may differ by this much, in relation, from the one that the configuration gives: files may be
+/// of bfloat16, which is good for 1/256.
+const BUFFER_TOLERANCE: f32 = 0.01;
+
+/// How to import.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ImportOptions<'a> {
+    /// The run's folder, which must not exist; else one is made as for training.
+    pub place: Option<&'a Path>,
+    /// Take tables for fewer tokens than the model has, as the package's `migrate_embeddings` does; the rows of the
+    /// other tokens keep their initial values.
+    pub migrate_embeddings: bool,
+    /// Where the weights come from, for the log.
+    pub source: &'a str,
+}
+
+/// Makes a run of `saved` and returns its checkpoint. The data of `config` need not exist.
+///
+/// # Errors
+/// The tensors are not those of the model (all that differ are listed), or the run's folder cannot be made.
+pub fn import(config: &RunConfig, config_yaml: &str, saved: Saved, options: &ImportOptions) -> Result<PathBuf> {
+    let loss = saved.loss;
+    let model = Model::new(config, config.train.seed)?;
+    let store = model.params();
+    load(&model, saved, options.migrate_embeddings)?;
+    let state = start(config, loss);
+    let adam_config = AdamConfig { weight_decay: config.train.weight_decay, ..AdamConfig::default() };
+    let adam = Adam::new(store, adam_config);
+    let first = Snapshot { store, adam: &adam, state: &state, config_yaml };
+    let run = match options.place {
+        Some(place) => RunFolder::create_at(place, first)?,
+        None => RunFolder::create(&config.io.output_dir, &config.io.name_model, first)?,
+    };
+    let line = format!("{} imported {} (loss {loss})", Timestamp::now(), options.source);
+    writeln!(run.log()?, "{line}").at(run.path())?;
+    Ok(run.checkpoints().newest()?.path().into())
+}
+
+/// Puts weights of elsewhere into a model.
+///
+/// # Errors
+/// They are not those of the model; all that differ are listed. Or one is not finite.
+pub fn load(model: &Model, saved: Saved, migrate_embeddings: bool) -> Result<()> {
+    let mut weights = saved.weights;
+    let store = model.params();
+    if migrate_embeddings {
+        store.iter().for_each(|param| extend(&mut weights, param.name(), param.shape(), &param.values()));
+    }
+    let buffers = take_buffers(&mut weights, model);
+    store.load(&weights)?;
+    buffers?;
+    check_finite(store)
+}
+
+/// A run that has seen nothing yet: its data may be any.
+fn start(config: &RunConfig, loss: f64) -> TrainState {
+    let valid_loss = Some(loss).filter(|loss| loss.is_finite());
+    TrainState {
+        step: 0,
+        batches: 0,
+        accumulated: 0,
+        next: Cursor::default(),
+        elements_seen: 0,
+        seed: config.train.seed,
+        data: String::new(),
+        valid_loss,
+        best_valid_loss: valid_loss,
+        stale_validations: 0,
+        avg_grad: (-1.0, -1.0),
+        plugins: config.plugins(),
+    }
+}
+
+/// Takes the vectors that follow from the configuration out of `weights`, and holds them against it: other rotary
+/// frequencies would be another model.
+fn take_buffers(weights: &mut Tensors, model: &Model) -> Result<()> {
+    let mut differing = Vec::new();
+    for (name, want) in model.buffers() {
+        let Some((_, found)) = weights.remove(&name) else { continue };
+        let close = |(a, b): (&f32, &f32)| (a - b).abs() <= BUFFER_TOLERANCE * b.abs();
+        if found.len() != want.len() || !found.iter().zip(&want).all(close) {
+            differing.push(format!("{name}: expected {want:?}, found {found:?}"));
+        }
+    }
+    if differing.is_empty() {
+        return Ok(());
+    }
+    let message = format!("the weights are of a model that is configured otherwise: {}", differing.join("; "));
+    Err(mblm_core::Error::Weights(message).into())
+}
+
+/// Gives a table of embeddings, or the output layer, the rows of `initial` that it lacks.
+fn extend(weights: &mut Tensors, name: &str, shape: &[usize], initial: &[f32]) {
+    let is_table = name.starts_with("token_embs_rev.") && name.ends_with(".embedding.weight");
+    let is_output = ["to_logits.weight", "to_logits.bias"].contains(&name);
+    let Some((found, values)) = weights.get_mut(name).filter(|_| is_table || is_output) else { return };
+    if found.len() == shape.len() && found[0] < shape[0] && found[1..] == shape[1..] {
+        values.extend(&initial[values.len()..]);
+        *found = shape.to_vec();
+    }
+}
+
+fn check_finite(store: &ParamStore) -> Result<()> {
+    match store.iter().find(|param| param.values().iter().any(|value| !value.is_finite())) {
+        Some(param) => {
+            let message = format!("{} has a value that is infinite or not a number", param.name());
+            Err(Error::Core(mblm_core::Error::Weights(message)))
+        }
+        None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn missing_rows_keep_their_initial_values() {
+        let table = |name: &str| (name.to_string(), (vec![2, 2], vec![1.0, 2.0, 3.0, 4.0]));
+        let mut weights = Tensors::from(["token_embs_rev.1.embedding.weight", "to_logits.weight", "other"].map(table));
+        let initial = [9.0; 6];
+        for name in ["token_embs_rev.1.embedding.weight", "to_logits.weight"] {
+            extend(&mut weights, name, &[3, 2], &initial);
+            assert_eq!(weights[name], (vec![3, 2], vec![1.0, 2.0, 3.0, 4.0, 9.0, 9.0]));
+        }
+        extend(&mut weights, "other", &[3, 2], &initial);
+        assert_eq!(weights["other"].0, [2, 2], "only tables of tokens grow");
+        extend(&mut weights, "to_logits.weight", &[2, 2], &initial);
+        assert_eq!(weights["to_logits.weight"].0, [3, 2], "nothing shrinks");
+    }
+}

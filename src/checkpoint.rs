@@ -1,0 +1,35 @@
+//! `mblm checkpoint`: what a run saved, whether it is whole, and as a file for other programs.
+
+mod export;
+mod list;
+mod verify;
+
+use anyhow::Result;
+
+use crate::plugins::Plugins;
+
+/// Arguments of `mblm checkpoint`.
+#[derive(clap::Args)]
+pub struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(clap::Subcommand)]
+enum Command {
+    /// List the checkpoints of a run
+    List(list::Args),
+    /// Hold every file of a checkpoint, or of all of a run, against its SHA-256
+    Verify(verify::Args),
+    /// Write the weights as one file for other programs
+    Export(export::Args),
+}
+
+/// Runs `mblm checkpoint`.
+pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
+    match &args.command {
+        Command::List(args) => list::run(args),
+        Command::Verify(args) => verify::run(args),
+        Command::Export(args) => export::run(args, plugins),
+    }
+}
