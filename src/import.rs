@@ -30,7 +30,6 @@ pub struct Args {
 pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
     let document = Document::read(&args.config)?;
     let config = RunConfig::from_document(&document, &plugins.registry(Some(&args.config))?)?;
-    RunConfig::notes(&document).iter().for_each(|note| eprintln!("note: {note}"));
     let saved = pth::read(&args.file)?;
     let source = args.file.display().to_string();
     let (tensors, loss) = (saved.weights.len(), saved.loss);

@@ -52,7 +52,6 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
             let mut document = Document::read(path)?;
             args.set.iter().try_for_each(|assignment| document.set(assignment))?;
             let config = RunConfig::from_document(&document, &plugins.registry(Some(path))?)?;
-            RunConfig::notes(&document).iter().for_each(|note| eprintln!("note: {note}"));
             session::train(&config, &config.to_yaml()?, &stop).map_err(|error| located(error, &document))?
         }
         (None, None) => return Err(Usage("expected a configuration, or --resume RUN".into()).into()),
@@ -101,7 +100,7 @@ fn resume(path: &Path, args: &Args, plugins: &Plugins, stop: &AtomicBool) -> Res
             .into());
         }
         eprintln!("note: the configuration changes:{list}");
-        run.replace_config(&config.to_yaml()?)?;
+        training::run::replace_config(path, &config.to_yaml()?)?;
     }
     Ok(session::resume(run, &config, &config.to_yaml()?, stop)?)
 }

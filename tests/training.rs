@@ -127,3 +127,33 @@ fn a_run_ends_early_where_asked() {
     let (code, _, error) = mblm(folder.path(), &["train", "--resume", run.to_str().unwrap()]);
     assert!(code == 0 && error.contains("interrupted: saved"), "a little further each time: {error}");
 }
+
+#[test]
+fn runs_are_chained_by_their_configuration() {
+    let folder = workplace(GENERATIVE, "pg19");
+    let (first, _) = train(folder.path(), &[]);
+    fs::copy(first.join("config.yaml"), folder.path().join("run.yaml")).unwrap();
+    let (second, said) = train(folder.path(), &["train.warmup_steps_perc=0"]);
+    assert!(said.contains("begins with the weights of"), "{said}");
+    let (before, after) = (losses(&first, "valid"), losses(&second, "valid"));
+    assert!(after[0] < before[0] - 0.5, "it begins where the first ended: {before:?}, {after:?}");
+    let text = |run: &Path, name: &str| fs::read_to_string(run.join(name)).unwrap();
+    let places: Vec<_> =
+        text(&second, "loss.csv").lines().skip(1).map(|row| row.split(',').nth(4).unwrap().to_string()).collect();
+    let yaml = text(&first, "config.yaml");
+    let epoch = yaml.lines().find_map(|line| line.trim().strip_prefix("next_epoch_index: ")).unwrap();
+    assert_eq!(places[0], epoch, "it goes on in the data");
+    assert!(text(&second, "config.yaml").contains("resumed_from: /"), "{}", text(&second, "config.yaml"));
+
+    // The best weights of before are kept, if these are the best.
+    let (third, _) = train(folder.path(), &["train.learning_rate=1"]);
+    let (_, list, _) = mblm(folder.path(), &["checkpoint", "list", third.to_str().unwrap()]);
+    assert!(list.lines().any(|line| line.starts_with("batch-0000000000 ") && line.contains("best")), "{list}");
+
+    let gone = ["train", "run.yaml", "--set", "resume.checkpoint_file=nowhere"];
+    let (code, _, error) = mblm(folder.path(), &gone);
+    assert!(code == 2 && error.contains("resume.checkpoint_file: there is no nowhere"), "{error}");
+    let far = ["train", "run.yaml", "--set", "resume.next_batch_index=100000"];
+    let (code, _, error) = mblm(folder.path(), &far);
+    assert!(code == 2 && error.contains("resume.next_batch_index: expected a batch of epoch"), "{error}");
+}

@@ -120,5 +120,6 @@ pub fn config() -> RunConfig {
             enabled_loss_log_for_gpus: None,
             description: None,
         },
+        resume: None,
     }
 }

@@ -9,7 +9,7 @@ use mblm_core::yaml::{ConfigError, Document, describe, join};
 use serde::{Deserialize, Serialize};
 use serde_yaml::Value;
 
-/// A whole training YAML: `params`, `train`, `io`. Serialised, it reads back as the same.
+/// A whole training YAML: `params`, `train`, `io`, `resume`. Serialised, it reads back as the same, without `resume`.
 #[derive(Clone, Debug, Serialize)]
 pub struct RunConfig {
     /// The model and its training sequence length.
@@ -18,6 +18,9 @@ pub struct RunConfig {
     pub train: TrainSection,
     /// What to read and where to write.
     pub io: IoSection,
+    /// What a new run begins with.
+    #[serde(skip)]
+    pub resume: Option<ResumeSection>,
 }
 
 /// Section `params`.
@@ -171,20 +174,43 @@ pub struct IoSection {
     pub description: Option<String>,
 }
 
-/// Sections that the package's own output configurations hold and that say nothing about a new run.
-const IGNORED: [(&str, &str); 2] = [
-    ("resume", "a run resumes from its run folder, not from this section"),
-    ("summary", "it tells how an earlier run went"),
-];
+/// Section `resume`: a new run that begins with the weights of an earlier one, further on in the data. A run writes it
+/// into its `config.yaml`, so that training with that file chains runs.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ResumeSection {
+    /// A run, one of its checkpoints, or a `.pth` file of the package.
+    pub checkpoint_file: PathBuf,
+    /// The epoch to begin in.
+    pub next_epoch_index: u64,
+    /// The batch of that epoch to begin with.
+    pub next_batch_index: u64,
+    /// Whether the weights may be of a model with fewer tokens.
+    #[serde(default)]
+    pub migrate_embeddings: bool,
+    /// Accepted for the package's configs: names of its earlier versions are known without.
+    #[serde(default)]
+    pub rename_modules: bool,
+    /// What the run that wrote this section began with.
+    #[serde(default)]
+    pub resumed_from: Option<PathBuf>,
+}
+
+/// A section that the package's output configurations hold and that says nothing about a new run.
+const SUMMARY: &str = "summary";
 
 impl RunConfig {
     /// Reads and checks a whole document.
     pub fn from_document(document: &Document, registry: &BlockRegistry) -> Result<Self, ConfigError> {
-        document.check_fields("", &["params", "train", "io", IGNORED[0].0, IGNORED[1].0])?;
+        document.check_fields("", &["params", "train", "io", "resume", SUMMARY])?;
         let config = RunConfig {
             params: Params::from_document(document, registry)?,
             train: document.section("train")?,
             io: document.section("io")?,
+            resume: match document.get("resume") {
+                None | Some(Value::Null) => None,
+                Some(_) => Some(document.section("resume")?),
+            },
         };
         config.train.check(document)?;
         config.check_masking(document)?;
@@ -206,12 +232,6 @@ impl RunConfig {
                 Err(document.error("train", "missing field `masking_proba`, the share of bytes to mask, such as 0.15"))
             }
         }
-    }
-
-    /// What a document holds that [`from_document`](Self::from_document) accepts and ignores, in a sentence each.
-    pub fn notes(document: &Document) -> Vec<String> {
-        let given = IGNORED.iter().filter(|(section, _)| document.get(section).is_some_and(|value| !value.is_null()));
-        given.map(|(section, why)| document.error(section, format!("ignored: {why}")).to_string()).collect()
     }
 
     /// The plugins that blocks of the model come from, each once.
@@ -431,13 +451,16 @@ train:
     }
 
     #[test]
-    fn sections_of_the_packages_outputs_are_noted() {
-        let text = format!("{RUN}resume:\n  next_epoch_index: 1\nsummary: null\n");
-        read(&text).unwrap();
-        let notes = RunConfig::notes(&Document::parse(&text, "run.yaml").unwrap());
-        let want = "run.yaml: resume: ignored: a run resumes from its run folder, not from this section (line 29)";
-        assert_eq!(notes, [want]);
-        assert!(RunConfig::notes(&Document::parse(RUN, "run.yaml").unwrap()).is_empty());
+    fn the_packages_output_configurations_are_read() {
+        let text = format!(
+            "{RUN}resume: {{checkpoint_file: a.pth, next_epoch_index: 1, next_batch_index: 7, rename_modules: true}}\n\
+             summary: {{parameter_count: 5}}\n"
+        );
+        let resume = read(&text).unwrap().resume.unwrap();
+        assert_eq!((resume.checkpoint_file.to_str(), resume.next_batch_index), (Some("a.pth"), 7));
+        assert_eq!(read(&format!("{RUN}resume: null\n")).unwrap().resume, None);
+        let error = read(&text.replace("next_batch_index: 7, ", "")).unwrap_err().to_string();
+        assert!(error.contains("resume: missing field `next_batch_index`"), "{error}");
     }
 
     #[test]

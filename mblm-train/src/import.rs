@@ -6,15 +6,16 @@ use std::path::{Path, PathBuf};
 
 use mblm_core::ParamStore;
 
-use crate::checkpoint::{Snapshot, Tensors, TrainState};
-use crate::config::RunConfig;
+use crate::checkpoint::{Snapshot, Tensors, TrainState, Which, find};
+use crate::config::{ResumeSection, RunConfig};
 use crate::data::batches::Cursor;
 use crate::error::{AtPath, Error, Result};
 use crate::model::{Model, TrainModel};
 use crate::optimizer::{Adam, AdamConfig};
-use crate::pth::Saved;
+use crate::pth::{self, Saved};
 use crate::run::RunFolder;
 use crate::timestamp::Timestamp;
+use crate::trainer::Trainer;
 
 /// A buffer of the file may differ by this much, in relation, from the one that the configuration gives: files may be
 /// of bfloat16, which is good for 1/256.
@@ -58,7 +59,7 @@ pub fn import(config: &RunConfig, config_yaml: &str, saved: Saved, options: &Imp
 ///
 /// # Errors
 /// They are not those of the model; all that differ are listed. Or one is not finite.
-pub fn load(model: &Model, saved: Saved, migrate_embeddings: bool) -> Result<()> {
+pub fn load(model: &dyn TrainModel, saved: Saved, migrate_embeddings: bool) -> Result<()> {
     let mut weights = saved.weights;
     let store = model.params();
     if migrate_embeddings {
@@ -68,6 +69,34 @@ pub fn load(model: &Model, saved: Saved, migrate_embeddings: bool) -> Result<()>
     store.load(&weights)?;
     buffers?;
     check_finite(store)
+}
+
+/// Gives a new run the beginning that its configuration asks for: a run's weights and moments, or the weights of a `.pth`
+/// file, and a place in the data.
+pub(crate) fn begin(trainer: &mut Trainer, model: &dyn TrainModel, resume: &ResumeSection) -> Result<()> {
+    let path = &resume.checkpoint_file;
+    if !path.exists() {
+        return Err(Error::Config(format!(
+            "resume.checkpoint_file: there is no {}; expected a run, a checkpoint or a .pth file (a run keeps its \
+             io.num_models_to_save best checkpoints)",
+            path.display()
+        )));
+    }
+    let loss = if path.is_file() {
+        let saved = pth::read(path)?;
+        let loss = Some(saved.loss).filter(|loss| loss.is_finite());
+        load(model, saved, resume.migrate_embeddings)?;
+        loss
+    } else {
+        let checkpoint = find(path, Which::Newest)?;
+        let loss = checkpoint.state()?.valid_loss;
+        match resume.migrate_embeddings {
+            true => load(model, Saved { weights: checkpoint.weights()?, loss: f64::NAN }, true)?,
+            false => trainer.take_over(&checkpoint)?,
+        }
+        loss
+    };
+    trainer.begin_at(Cursor { epoch: resume.next_epoch_index, batch: resume.next_batch_index }, loss)
 }
 
 /// A run that has seen nothing yet: its data may be any.
@@ -91,7 +120,7 @@ fn start(config: &RunConfig, loss: f64) -> TrainState {
 
 /// Takes the vectors that follow from the configuration out of `weights`, and holds them against it: other rotary
 /// frequencies would be another model.
-fn take_buffers(weights: &mut Tensors, model: &Model) -> Result<()> {
+fn take_buffers(weights: &mut Tensors, model: &dyn TrainModel) -> Result<()> {
     let mut differing = Vec::new();
     for (name, want) in model.buffers() {
         let Some((_, found)) = weights.remove(&name) else { continue };

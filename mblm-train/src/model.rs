@@ -18,6 +18,11 @@ pub trait TrainModel {
     /// # Shapes
     /// - `ids`: `(B, L)`, `u32`; `loss_mask`: the same, `f32`
     fn loss(&self, ids: &Tensor, loss_mask: Option<&Tensor>, mode: Mode) -> mblm_core::Result<Tensor>;
+
+    /// The vectors of the reference package's `state_dict` that are no parameters, by name.
+    fn buffers(&self) -> Vec<(String, Vec<f32>)> {
+        Vec::new()
+    }
 }
 
 impl TrainModel for Mblm {
@@ -49,19 +54,6 @@ impl Model {
             }),
         })
     }
-
-    /// The vectors of the reference package's `state_dict` that are no parameters, by name.
-    pub fn buffers(&self) -> Vec<(String, Vec<f32>)> {
-        let stages: Vec<&dyn StageModel> = match self {
-            Model::Generative(model) => model.stage_models().collect(),
-            Model::Masked(model) => model.encoder.stage_models().collect(),
-        };
-        let named = |(n, stage): (usize, &dyn StageModel)| {
-            let buffers = stage.buffers().into_iter();
-            buffers.map(move |(name, values)| (format!("stage_models.{n}.{name}"), values)).collect::<Vec<_>>()
-        };
-        stages.into_iter().enumerate().flat_map(named).collect()
-    }
 }
 
 impl TrainModel for Model {
@@ -77,6 +69,18 @@ impl TrainModel for Model {
             Model::Generative(model) => model.loss(ids, loss_mask, mode),
             Model::Masked(model) => model.loss(ids, loss_mask, mode),
         }
+    }
+
+    fn buffers(&self) -> Vec<(String, Vec<f32>)> {
+        let stages: Vec<&dyn StageModel> = match self {
+            Model::Generative(model) => model.stage_models().collect(),
+            Model::Masked(model) => model.encoder.stage_models().collect(),
+        };
+        let named = |(n, stage): (usize, &dyn StageModel)| {
+            let buffers = stage.buffers().into_iter();
+            buffers.map(move |(name, values)| (format!("stage_models.{n}.{name}"), values)).collect::<Vec<_>>()
+        };
+        stages.into_iter().enumerate().flat_map(named).collect()
     }
 }
 

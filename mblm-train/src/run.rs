@@ -2,7 +2,7 @@
 //!
 //! | file | holds |
 //! |---|---|
-//! | `config.yaml` | the configuration as the run was started |
+//! | `config.yaml` | the configuration of the run, and where another one can begin: training with it chains runs |
 //! | `train.log` | what the terminal showed, with the time |
 //! | `loss.csv` | the losses, in the reference package's columns |
 //! | `metrics.jsonl`, `tensorboard/` | the [metrics](crate::metrics) |
@@ -122,15 +122,6 @@ impl RunFolder {
         }
     }
 
-    /// Replaces the configuration; a crash leaves the old one or the new one.
-    pub fn replace_config(&self, config_yaml: &str) -> Result<()> {
-        let (place, fresh) = (self.path.join(CONFIG), self.path.join(format!("{CONFIG}.new")));
-        fs::write(&fresh, config_yaml).at(&fresh)?;
-        File::open(&fresh).and_then(|file| file.sync_all()).at(&fresh)?;
-        fs::rename(&fresh, &place).at(&place)?;
-        sync_folder(&self.path)
-    }
-
     /// Its checkpoints.
     pub fn checkpoints(&self) -> Shelf {
         Shelf::new(self.path.join(checkpoint::FOLDER))
@@ -145,6 +136,15 @@ impl RunFolder {
     pub fn losses(&self, batches: u64) -> Result<LossLog> {
         LossLog::open(&self.path.join(LOSSES), batches)
     }
+}
+
+/// Replaces the configuration of the run in `folder`; a crash leaves the old one or the new one.
+pub fn replace_config(folder: &Path, config_yaml: &str) -> Result<()> {
+    let (place, fresh) = (folder.join(CONFIG), folder.join(format!("{CONFIG}.new")));
+    fs::write(&fresh, config_yaml).at(&fresh)?;
+    File::open(&fresh).and_then(|file| file.sync_all()).at(&fresh)?;
+    fs::rename(&fresh, &place).at(&place)?;
+    sync_folder(folder)
 }
 
 fn fill(folder: &Path, first: Snapshot) -> Result<File> {

@@ -6,6 +6,7 @@ use std::sync::atomic::AtomicBool;
 use crate::config::RunConfig;
 use crate::data::{self, DatasetOptions, Splits, unigram_entropy};
 use crate::error::Result;
+use crate::import;
 use crate::metrics::Metrics;
 use crate::model::{Model, TrainModel};
 use crate::progress::Progress;
@@ -56,12 +57,18 @@ pub fn train_model(
 ) -> Result<(PathBuf, Outcome)> {
     let about = splits.about.clone();
     let mut trainer = Trainer::new(model, splits, config, config_yaml)?;
+    if let Some(resume) = &config.resume {
+        import::begin(&mut trainer, model, resume)?;
+    }
     trainer.rehearse()?;
     let run = RunFolder::create(&config.io.output_dir, &config.io.name_model, trainer.snapshot())?;
     let mut record = record(&run, &trainer, config)?;
     let progress = &mut record.progress;
     progress.line(&format!("run: {}", run.path().display()));
     progress.line(&format!("data: {about}"));
+    if let Some(resume) = &config.resume {
+        progress.line(&format!("begins with the weights of {}", resume.checkpoint_file.display()));
+    }
     introduce(progress, &trainer, model, config);
     let outcome = run_and_test(&mut trainer, &mut record, stop);
     Ok((run.path().into(), conclude(outcome, &mut record)?))
@@ -100,6 +107,7 @@ fn record(run: &RunFolder, trainer: &Trainer, config: &RunConfig) -> Result<Reco
     let done = trainer.state().batches;
     let bytes_per_batch = (config.train.batch_size * config.params.input_seq_len) as u64;
     Ok(Record {
+        folder: run.path().into(),
         checkpoints: run.checkpoints(),
         losses: run.losses(done)?,
         metrics: Metrics::open(run.path(), done)?,

@@ -1,5 +1,6 @@
 //! The training loop: batches in, gradients accumulated, clipped and stepped on; losses logged, validated and saved.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -9,24 +10,26 @@ use candle_core::Tensor;
 use mblm_core::{Mode, Param};
 
 use crate::checkpoint::{Checkpoint, Shelf, Snapshot, TrainState};
-use crate::config::RunConfig;
+use crate::config::{ResumeSection, RunConfig};
 use crate::data::Splits;
 use crate::data::batches::{Batches, Cursor};
 use crate::data::order::mix;
 use crate::data::prefetch::Prefetch;
-use crate::error::{Error, Result};
+use crate::error::{AtPath, Error, Result};
 use crate::evaluate::{bpb, loss_of, mean_loss};
 use crate::metrics::{Kind, Metrics, Point, Scalars, loss_scalars, stage_grad_norms};
 use crate::model::TrainModel;
 use crate::optimizer::{Adam, AdamConfig, GradNorm, clip_grad_norm, first_non_finite};
 use crate::plan::Plan;
 use crate::progress::Progress;
-use crate::run::{LossEntry, LossLog};
+use crate::run::{LossEntry, LossLog, replace_config};
 use crate::timemem::TimeMem;
 use crate::timestamp::Timestamp;
 
 /// Where a run leaves what it finds.
 pub struct Record {
+    /// Its folder.
+    pub folder: PathBuf,
     /// Its checkpoints.
     pub checkpoints: Shelf,
     /// Its losses.
@@ -141,6 +144,29 @@ impl<'a> Trainer<'a> {
         }
         let (plugins, data) = (std::mem::take(&mut self.state.plugins), std::mem::take(&mut self.state.data));
         self.state = TrainState { plugins, data, ..checkpoint.restore(self.model.params(), &mut self.adam)? };
+        Ok(())
+    }
+
+    /// Begins a new run at another place in the data, with weights whose validation loss is known or not.
+    ///
+    /// # Errors
+    /// The data have no such place.
+    pub fn begin_at(&mut self, next: Cursor, valid_loss: Option<f64>) -> Result<()> {
+        let batches = self.train.num_batches(next.epoch);
+        if next.batch >= batches {
+            return Err(Error::Config(format!(
+                "resume.next_batch_index: expected a batch of epoch {}, which has {batches}, found {}",
+                next.epoch, next.batch
+            )));
+        }
+        (self.state.next, self.state.valid_loss, self.state.best_valid_loss) = (next, valid_loss, valid_loss);
+        Ok(())
+    }
+
+    /// Takes over weights and moments of another run, whose place in data and schedule counts no more.
+    pub fn take_over(&mut self, checkpoint: &Checkpoint) -> Result<()> {
+        checkpoint.restore(self.model.params(), &mut self.adam)?;
+        self.model.params().zero_grad();
         Ok(())
     }
 
@@ -357,7 +383,25 @@ impl<'a> Trainer<'a> {
         if self.state.accumulated > 0 && !clip_grad_norm(store, f64::INFINITY).norm.is_finite() {
             return Err(self.non_finite_gradient());
         }
-        record.checkpoints.save(self.snapshot(), self.config.io.num_models_to_save)
+        let saved = record.checkpoints.save(self.snapshot(), self.config.io.num_models_to_save)?;
+        self.write_chain(record, &saved)?;
+        Ok(saved)
+    }
+
+    /// Has the run's configuration say how another run begins where this one is.
+    fn write_chain(&self, record: &Record, saved: &Path) -> Result<()> {
+        let best = record.checkpoints.best().map_or_else(|_| saved.to_path_buf(), |best| best.path().to_path_buf());
+        let resume = ResumeSection {
+            checkpoint_file: best.canonicalize().at(&best)?,
+            next_epoch_index: self.state.next.epoch,
+            next_batch_index: self.state.next.batch,
+            migrate_embeddings: false,
+            rename_modules: false,
+            resumed_from: self.config.resume.as_ref().map(|resume| resume.checkpoint_file.clone()),
+        };
+        let section = serde_yaml::to_string(&BTreeMap::from([("resume", resume)]))
+            .map_err(|error| Error::Config(format!("{}: {error}", best.display())))?;
+        replace_config(&record.folder, &format!("{}{section}", self.config_yaml))
     }
 
     /// What a checkpoint of this moment holds.

@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use anyhow::Result;
 use mblm::train::checkpoint::{self, Checkpoint, Which, export_pth, export_safetensors};
 
+use mblm::train::model::TrainModel;
+
 use crate::plugins::Plugins;
 use crate::{Usage, model};
 
