@@ -29,6 +29,11 @@ pub(crate) fn recompute(
     Ok(x.contiguous()?.apply_op1(op)?)
 }
 
+/// The dropout seed of the chunk that begins with sequence `first`.
+pub(crate) fn chunk_seed(seed: u64, first: usize) -> u64 {
+    seed.wrapping_add((first as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15))
+}
+
 struct Recompute {
     model: Arc<dyn StageModel>,
     params: Vec<Arc<Param>>,
@@ -40,10 +45,9 @@ struct Recompute {
 impl Recompute {
     /// The chunks as (first row, rows, mode).
     fn chunks(&self, rows: usize) -> impl Iterator<Item = (usize, usize, Mode)> + use<'_> {
-        (0..rows).step_by(self.rows).map(move |first| {
-            let mode = Mode::train(self.seed.wrapping_add((first as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15)));
-            (first, self.rows.min(rows - first), mode)
-        })
+        (0..rows)
+            .step_by(self.rows)
+            .map(move |first| (first, self.rows.min(rows - first), Mode::train(chunk_seed(self.seed, first))))
     }
 
     fn forward(&self, x: &Tensor) -> Result<Vec<f32>> {
@@ -57,19 +61,19 @@ impl Recompute {
     }
 
     fn backward(&self, x: &Tensor, dy: &Tensor) -> Result<Tensor> {
-        let mut grads = Vec::new();
+        let mut dx = Vec::with_capacity(x.elem_count());
         for (first, rows, mode) in self.chunks(x.dim(0)?) {
             let x = Var::from_tensor(&x.narrow(0, first, rows)?.contiguous()?)?;
             let y = self.model.forward(x.as_tensor(), None, mode)?;
             let dy = dy.narrow(0, first, rows)?.contiguous()?;
             let found = backward_from(&y, dy)?;
             fold_gradients(self.params.iter(), &found)?;
-            grads.push(match found.get(x.as_tensor()) {
-                Some(grad) => grad.clone(),
-                None => x.as_detached_tensor().zeros_like()?,
-            });
+            match found.get(x.as_tensor()) {
+                Some(grad) => crate::node::with_floats(grad, |grad| dx.extend_from_slice(grad))?,
+                None => dx.resize(dx.len() + x.elem_count(), 0.0),
+            }
         }
-        Ok(Tensor::cat(&grads, 0)?)
+        Ok(Tensor::from_vec(dx, x.shape(), &Device::Cpu)?)
     }
 }
 

@@ -9,22 +9,26 @@ use crate::block::{Mode, PosEmb, StageModel};
 use crate::config::MblmConfig;
 use crate::error::{Error, Result};
 use crate::layer::param_like;
+use crate::node::apply1;
+use crate::ops::cross_entropy::{CrossEntropy, Target};
 use crate::ops::linear::linear_composed;
 use crate::param::{Init, Param, ParamStore};
 use crate::recompute::recompute;
 
 use super::input::Ids;
+use super::local_loss::LocalLoss;
 use super::projection::NextStage;
 use super::stage_input::{Positions, StageInput};
 use super::token_embedding::{EmbeddingSizes, TokenEmbedding};
 
 /// One level of the hierarchy.
+#[derive(Clone)]
 pub(crate) struct Stage {
     pub(crate) embedding: TokenEmbedding,
     pub(crate) input: StageInput,
     pub(crate) model: Arc<dyn StageModel>,
     /// The model's parameters.
-    params: Vec<Arc<Param>>,
+    pub(crate) params: Vec<Arc<Param>>,
     /// Into how many chunks the sequences are cut in training, if the model is to be recomputed in backward.
     chunks: Option<usize>,
     /// To the stage below; none at the local stage.
@@ -76,26 +80,71 @@ impl Hierarchy {
     /// `masks`: per stage, `(sequences, P_n)`.
     pub(crate) fn run(&self, ids: &Ids, masks: Option<&[Tensor]>, mode: Mode) -> Result<Tensor> {
         let values = Arc::new(ids.values.clone());
-        let mut above: Option<Tensor> = None;
-        let (mut sequences, mut seq) = (ids.batch, ids.padded_len / self.patch_len(0));
-        for (n, stage) in self.stages.iter().enumerate() {
-            let tokens = stage.embedding.forward(&values, mode)?.reshape((sequences, seq, stage.dim))?;
-            let input = stage.input.forward(&tokens, above.as_ref(), mode)?;
-            let output = stage.run(&input, masks.map(|m| &m[n]), mode)?;
-            if output.dims() != input.dims() {
-                return Err(Error::Block(format!(
-                    "the block of stage {} returned shape {:?} for {:?}",
-                    n + 1,
-                    output.dims(),
-                    input.dims()
-                )));
-            }
-            let Some(next) = &stage.next else { return Ok(output) };
-            // Of `1 + S` positions the last is dropped: position i speaks of token i of the stage below.
-            above = Some(next.forward(&output, seq, mode)?);
-            (sequences, seq) = (sequences * seq, self.stages[n + 1].seq_len);
+        let above = self.run_above(ids, &values, masks, mode)?;
+        self.run_stage(self.stages.len() - 1, ids, &values, above.as_ref(), masks, mode)
+    }
+
+    /// The mean loss of the targets. Where the local stage is cut into chunks, its output never exists as a whole.
+    pub(crate) fn loss(&self, ids: &Ids, targets: Vec<Target>, mode: Mode) -> Result<Tensor> {
+        let (local, out) = (self.stages.len() - 1, [self.out_weight.clone(), self.out_bias.clone()]);
+        if let (Mode::Train { seed }, Some(chunks)) = (mode, self.stages[local].chunks)
+            && let Some(above) = self.run_above(ids, &Arc::new(ids.values.clone()), None, mode)?
+        {
+            let (stage, ids) = (self.stages[local].clone(), ids.values.clone());
+            return LocalLoss { stage, ids, targets, out, chunks, seed }.apply(&above);
         }
-        unreachable!("the last stage has no next")
+        let [weight, bias] = out;
+        let loss = CrossEntropy { weight, bias, targets, training: mode != Mode::Eval };
+        Ok(apply1(loss, &self.run(ids, None, mode)?, mode)?)
+    }
+
+    /// What the stages above the local one say of its tokens, `(local sequences, P_N, D_N)`, if there are any.
+    fn run_above(
+        &self,
+        ids: &Ids,
+        values: &Arc<Vec<u32>>,
+        masks: Option<&[Tensor]>,
+        mode: Mode,
+    ) -> Result<Option<Tensor>> {
+        let mut above: Option<Tensor> = None;
+        for (n, stage) in self.stages.iter().enumerate() {
+            let Some(next) = &stage.next else { break };
+            let output = self.run_stage(n, ids, values, above.as_ref(), masks, mode)?;
+            // Of `1 + S` positions the last is dropped: position i speaks of token i of the stage below.
+            above = Some(next.forward(&output, self.seq_len(n, ids), mode)?);
+        }
+        Ok(above)
+    }
+
+    /// The output of stage `n`, `(sequences, [1 +] P_n, D_n)`.
+    fn run_stage(
+        &self,
+        n: usize,
+        ids: &Ids,
+        values: &Arc<Vec<u32>>,
+        above: Option<&Tensor>,
+        masks: Option<&[Tensor]>,
+        mode: Mode,
+    ) -> Result<Tensor> {
+        let (stage, seq) = (&self.stages[n], self.seq_len(n, ids));
+        let tokens = stage.embedding.forward(values, mode)?;
+        let tokens = tokens.reshape((tokens.dim(0)? / seq, seq, stage.dim))?;
+        let input = stage.input.forward(&tokens, above, mode)?;
+        let output = stage.run(&input, masks.map(|m| &m[n]), mode)?;
+        match output.dims() == input.dims() {
+            true => Ok(output),
+            false => Err(Error::Block(format!(
+                "the block of stage {} returned shape {:?} for {:?}",
+                n + 1,
+                output.dims(),
+                input.dims()
+            ))),
+        }
+    }
+
+    /// Tokens of a sequence of stage `n`.
+    fn seq_len(&self, n: usize, ids: &Ids) -> usize {
+        if n == 0 { ids.padded_len / self.patch_len(0) } else { self.stages[n].seq_len }
     }
 
     /// Bytes of one token of stage `n` (from 0).

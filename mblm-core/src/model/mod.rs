@@ -3,6 +3,7 @@
 mod encoder;
 mod hierarchy;
 mod input;
+mod local_loss;
 mod projection;
 mod stage_input;
 mod token_embedding;
@@ -96,7 +97,7 @@ impl Mblm {
         let targets = self.targets(&ids, loss_mask)?;
         match targets.is_empty() {
             true => nothing_to_predict(),
-            false => self.cross_entropy(&self.hierarchy.run(&ids, None, mode)?, targets, mode),
+            false => self.hierarchy.loss(&ids, targets, mode),
         }
     }
 

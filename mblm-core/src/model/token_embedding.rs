@@ -15,6 +15,10 @@ use crate::parallel::{Shared, for_rows, reduce_rows};
 use crate::param::{Init, Param, ParamScope};
 use crate::simd;
 
+/// Floats of looked-up bytes that a projection works on at a time: enough rows for a fast product, and no more memory
+/// than a long sequence can afford.
+const CHUNK: usize = 1 << 22;
+
 /// The token embedding of one stage.
 #[derive(Clone)]
 pub(crate) struct TokenEmbedding {
@@ -81,7 +85,13 @@ impl TokenEmbedding {
 
     /// The tokens of `ids` as rows of `out`, for decoding.
     pub(crate) fn rows(&self, ids: &[u32], out: &mut [f32]) {
-        self.run(&self.table.values(), ids, out);
+        let mut projected = Buffer::take(if self.projection.is_some() { out.len() } else { 0 });
+        self.run(&self.table.values(), ids, out, &mut projected);
+    }
+
+    /// `(V, D_N)`
+    pub(crate) fn table(&self) -> &Arc<Param> {
+        &self.table
     }
 
     fn look_up(&self, table: &[f32], ids: &[u32], out: &mut [f32]) {
@@ -96,20 +106,33 @@ impl TokenEmbedding {
         });
     }
 
-    fn run(&self, table: &[f32], ids: &[u32], y: &mut [f32]) -> Tape {
-        let Some(p) = &self.projection else {
-            self.look_up(table, ids, y);
-            return Tape::default();
-        };
+    /// Writes the tokens of `ids` to `y`; with a projection, also what it has before its second norm to `projected`.
+    fn run(&self, table: &[f32], ids: &[u32], y: &mut [f32], projected: &mut [f32]) {
+        let Some(p) = &self.projection else { return self.look_up(table, ids, y) };
+        let inputs = p.norm_in[0].len();
+        for (ids, out) in self.chunks(ids).zip(projected.chunks_mut(self.chunk_rows() * self.dim())) {
+            let normed = self.normed(p, table, ids).0;
+            linear::step(&normed, &p.weight.values(), Some(&p.bias.values()), inputs, Into::Set, out);
+        }
+        layer_norm::forward(projected, &p.norm_out[0].values(), &p.norm_out[1].values(), y);
+    }
+
+    /// The looked-up bytes after and before the first norm, `(ids, D_N)`.
+    fn normed(&self, p: &Projection, table: &[f32], ids: &[u32]) -> (Buffer, Buffer) {
         let mut flat = Buffer::take(ids.len() * self.table.shape()[1]);
         self.look_up(table, ids, &mut flat);
         let mut normed = Buffer::take(flat.len());
         layer_norm::forward(&flat, &p.norm_in[0].values(), &p.norm_in[1].values(), &mut normed);
-        let inputs = p.norm_in[0].len();
-        let mut projected = Buffer::take(y.len());
-        linear::step(&normed, &p.weight.values(), Some(&p.bias.values()), inputs, Into::Set, &mut projected);
-        layer_norm::forward(&projected, &p.norm_out[0].values(), &p.norm_out[1].values(), y);
-        Tape { normed, projected }
+        (normed, flat)
+    }
+
+    /// Tokens whose bytes' vectors exist at the same time.
+    fn chunk_rows(&self) -> usize {
+        (CHUNK / (self.patch * self.table.shape()[1])).max(1)
+    }
+
+    fn chunks<'a>(&self, ids: &'a [u32]) -> impl Iterator<Item = &'a [u32]> + use<'a> {
+        ids.chunks(self.chunk_rows() * self.patch)
     }
 }
 
@@ -119,53 +142,52 @@ struct Embed {
     ids: Arc<Vec<u32>>,
 }
 
-#[derive(Default)]
-struct Tape {
-    /// `(R, patch · D_N)`, after the first LayerNorm.
-    normed: Buffer,
-    /// `(R, D)`, before the second.
-    projected: Buffer,
-}
-
 impl Embed {
-    /// Scatters the gradients of the looked-up rows, `d`: `(ids, D_N)`, into the table's.
-    fn scatter(&self, d: &[f32], table: &mut [f32]) {
+    /// Scatters the gradients of looked-up rows, `d`: `(ids, D_N)`, into the table's.
+    fn scatter(&self, ids: &[u32], d: &[f32], table: &mut [f32]) {
         let width = self.embedding.table.shape()[1];
-        reduce_rows(self.ids.len(), width, table, |range, table| {
+        reduce_rows(ids.len(), width, table, |range, table| {
             for i in range {
-                simd::add(&d[i * width..][..width], &mut table[self.ids[i] as usize * width..][..width]);
+                simd::add(&d[i * width..][..width], &mut table[ids[i] as usize * width..][..width]);
             }
         });
     }
 }
 
 impl Node for Embed {
-    type Tape = Tape;
+    /// `(R, D)`, what a projection has before its second norm. What comes before is computed again in backward: the
+    /// vectors of all bytes would take as much memory as a whole stage.
+    type Tape = Buffer;
 
     fn shape(&self) -> Shape {
         (self.ids.len() / self.embedding.patch, self.embedding.dim()).into()
     }
 
-    fn forward(&self, inputs: &[&[f32]], y: &mut [f32]) -> Tape {
-        self.embedding.run(inputs[0], &self.ids, y)
+    fn forward(&self, inputs: &[&[f32]], y: &mut [f32]) -> Buffer {
+        let mut projected = Buffer::take(if self.embedding.projection.is_some() { y.len() } else { 0 });
+        self.embedding.run(inputs[0], &self.ids, y, &mut projected);
+        projected
     }
 
-    fn backward(&self, inputs: &[&[f32]], tape: Tape, dy: &[f32], grads: &mut [Vec<f32>]) {
-        let Some(p) = &self.embedding.projection else { return self.scatter(dy, &mut grads[0]) };
+    fn backward(&self, inputs: &[&[f32]], projected: Buffer, dy: &[f32], grads: &mut [Vec<f32>]) {
+        let embedding = &self.embedding;
+        let Some(p) = &embedding.projection else { return self.scatter(&self.ids, dy, &mut grads[0]) };
         let mut d = Buffer::take(dy.len());
         d.copy_from_slice(dy);
         let [weight, bias] = &p.norm_out;
         let values = weight.values();
-        layer_norm::backward(&tape.projected, &values, &mut d, &mut weight.grad_mut(), &mut bias.grad_mut());
-        linear::backward_weight(&d, &tape.normed, p.norm_in[0].len(), &mut p.weight.grad_mut());
+        layer_norm::backward(&projected, &values, &mut d, &mut weight.grad_mut(), &mut bias.grad_mut());
         linear::backward_bias(&d, &mut p.bias.grad_mut());
-        let mut flat = Buffer::take(tape.normed.len());
-        self.embedding.look_up(inputs[0], &self.ids, &mut flat);
-        let mut dflat = tape.normed;
-        linear::backward_input(&d, &p.weight.values(), p.norm_in[0].len(), Into::Set, &mut dflat);
+        let inputs_len = p.norm_in[0].len();
         let [weight, bias] = &p.norm_in;
         let values = weight.values();
-        layer_norm::backward(&flat, &values, &mut dflat, &mut weight.grad_mut(), &mut bias.grad_mut());
-        self.scatter(&dflat, &mut grads[0]);
+        for (ids, d) in embedding.chunks(&self.ids).zip(d.chunks(embedding.chunk_rows() * embedding.dim())) {
+            let (normed, flat) = embedding.normed(p, inputs[0], ids);
+            linear::backward_weight(d, &normed, inputs_len, &mut p.weight.grad_mut());
+            let mut dflat = normed;
+            linear::backward_input(d, &p.weight.values(), inputs_len, Into::Set, &mut dflat);
+            layer_norm::backward(&flat, &values, &mut dflat, &mut weight.grad_mut(), &mut bias.grad_mut());
+            self.scatter(ids, &dflat, &mut grads[0]);
+        }
     }
 }

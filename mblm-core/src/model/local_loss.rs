@@ -1,0 +1,111 @@
+//! The local stage and the loss in chunks of its sequences, for `train_checkpoint_chunks`: what the local stage makes of
+//! all bytes never exists at once, neither forward nor backward. Backward runs each chunk forward once more (Chen et al.
+//! 2016), from the tokens' ids and what the stage above says of them.
+
+use std::sync::Arc;
+
+use candle_core::{CpuStorage, CustomOp1, Device, Layout, Shape, Tensor, Var};
+
+use crate::block::Mode;
+use crate::error::Result;
+use crate::node::{apply1, backward_from, floats, with_floats};
+use crate::ops::cross_entropy::{CrossEntropy, Target};
+use crate::param::{Param, fold_gradients};
+use crate::recompute::chunk_seed;
+
+use super::hierarchy::Stage;
+
+/// The mean loss as a function of what the stage above says.
+pub(crate) struct LocalLoss {
+    pub(crate) stage: Stage,
+    /// `(R · S)`
+    pub(crate) ids: Vec<u32>,
+    /// In the order of their rows.
+    pub(crate) targets: Vec<Target>,
+    /// `(V, D)` and `(V)`
+    pub(crate) out: [Arc<Param>; 2],
+    pub(crate) chunks: usize,
+    pub(crate) seed: u64,
+}
+
+impl LocalLoss {
+    /// # Shapes
+    /// - `above`: `(R, S, D)`; returns a scalar
+    pub(crate) fn apply(self, above: &Tensor) -> Result<Tensor> {
+        Ok(above.contiguous()?.apply_op1(self)?)
+    }
+
+    /// First sequence and number of sequences of each chunk.
+    fn chunks(&self, rows: usize) -> impl Iterator<Item = (usize, usize)> + use<> {
+        let size = rows.div_ceil(self.chunks).max(1);
+        (0..rows).step_by(size).map(move |first| (first, size.min(rows - first)))
+    }
+
+    /// A chunk's share of the loss, if it has any; `above`: `(rows, S, D)`.
+    fn chunk(&self, above: &Tensor, first: usize, keep: bool) -> Result<Option<Tensor>> {
+        let (rows, seq, dim) = above.dims3()?;
+        let mode = Mode::train(chunk_seed(self.seed, first));
+        let ids = Arc::new(self.ids[first * seq..(first + rows) * seq].to_vec());
+        let tokens = self.stage.embedding.forward(&ids, mode)?.reshape((rows, seq, dim))?;
+        let input = self.stage.input.forward(&tokens, Some(above), mode)?;
+        let output = self.stage.model.forward(&input, None, mode)?;
+        let long = output.dim(1)?;
+        let begin = self.targets.partition_point(|target| (target.row as usize) < first * long);
+        let end = self.targets.partition_point(|target| (target.row as usize) < (first + rows) * long);
+        if begin == end {
+            return Ok(None);
+        }
+        let here = |target: &Target| Target { row: target.row - (first * long) as u32, ..*target };
+        let targets: Vec<Target> = self.targets[begin..end].iter().map(here).collect();
+        let share = targets.len() as f64 / self.targets.len() as f64;
+        let [weight, bias] = self.out.clone();
+        let loss = CrossEntropy { weight, bias, targets, training: keep };
+        let loss = apply1(loss, &output, if keep { mode } else { Mode::Eval })?;
+        Ok(Some((loss * share)?))
+    }
+
+    fn forward(&self, above: &Tensor) -> Result<f32> {
+        let mut sum = 0.0;
+        for (first, rows) in self.chunks(above.dim(0)?) {
+            // Not a variable of the graph: what the chunk keeps goes with its loss.
+            if let Some(loss) = self.chunk(&above.narrow(0, first, rows)?.contiguous()?, first, false)? {
+                sum += loss.to_scalar::<f32>()? as f64;
+            }
+        }
+        Ok(sum as f32)
+    }
+
+    fn backward(&self, above: &Tensor, dy: &Tensor) -> Result<Tensor> {
+        let mut dabove = Vec::with_capacity(above.elem_count());
+        for (first, rows) in self.chunks(above.dim(0)?) {
+            let x = Var::from_tensor(&above.narrow(0, first, rows)?.contiguous()?)?;
+            let grads = match self.chunk(x.as_tensor(), first, true)? {
+                Some(loss) => Some(backward_from(&loss, dy.clone())?),
+                None => None,
+            };
+            if let Some(grads) = &grads {
+                fold_gradients(self.stage.params.iter().chain([self.stage.embedding.table()]), grads)?;
+            }
+            match grads.as_ref().and_then(|grads| grads.get(x.as_tensor())) {
+                Some(grad) => with_floats(grad, |grad| dabove.extend_from_slice(grad))?,
+                None => dabove.resize(dabove.len() + x.elem_count(), 0.0),
+            }
+        }
+        Ok(Tensor::from_vec(dabove, above.shape(), &Device::Cpu)?)
+    }
+}
+
+impl CustomOp1 for LocalLoss {
+    fn name(&self) -> &'static str {
+        "local-loss"
+    }
+
+    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        let above = Tensor::from_slice(floats(storage, layout)?, layout.shape(), &Device::Cpu)?;
+        Ok((CpuStorage::F32(vec![self.forward(&above)?]), Shape::from(())))
+    }
+
+    fn bwd(&self, above: &Tensor, _: &Tensor, dy: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        Ok(Some(self.backward(&above.detach(), dy)?))
+    }
+}
