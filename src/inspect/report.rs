@@ -11,6 +11,8 @@ use serde::Serialize;
 const FLOAT_BYTES: f64 = 4.0;
 /// Gradients and AdamW's two moments lie beside the weights.
 const TRAINED_COPIES: f64 = 4.0;
+/// What the program holds besides: its code, the threads' stacks, the chunks that long loops work in.
+const PROCESS_BYTES: f64 = 128.0 * 1048576.0;
 /// A backward pass costs about twice its forward pass.
 const STEP_PER_FORWARD: f64 = 3.0;
 
@@ -58,6 +60,8 @@ pub struct Report {
     /// The logits.
     head: Part,
     total: Part,
+    /// The most memory that a training step holds at once, in bytes.
+    peak_bytes: Option<f64>,
 }
 
 impl Report {
@@ -82,7 +86,10 @@ impl Report {
             activation_bytes: parts.iter().map(|part| part.activation_bytes).sum(),
         };
         let (context_len, num_tokens) = (config.context_len(), config.num_tokens);
-        Report { step, context_len, num_tokens, stages, embeddings, projections, head, total }
+        let weights = total.parameters as f64 * FLOAT_BYTES * TRAINED_COPIES;
+        let working = (0..stages.len()).map(|n| counts.working_bytes(n, models.get(n).copied())).fold(0.0, f64::max);
+        let peak_bytes = total.activation_bytes.map(|kept| PROCESS_BYTES + weights + kept + working);
+        Report { step, context_len, num_tokens, stages, embeddings, projections, head, total, peak_bytes }
     }
 }
 
@@ -117,17 +124,33 @@ impl Counts<'_> {
         counted.map(|p| p.len()).sum()
     }
 
+    /// Into how many chunks the sequences of stage `n` are cut.
+    fn chunks(&self, n: usize) -> Option<f64> {
+        self.config.train_checkpoint_chunks.as_ref().filter(|_| n > 0).map(|chunks| chunks[n - 1] as f64)
+    }
+
+    fn local_is_chunked(&self) -> bool {
+        self.chunks(self.config.num_stages() - 1).is_some()
+    }
+
+    /// What backward works with in a layer of stage `n`: about twice what forward keeps of one.
+    fn working_bytes(&self, n: usize, model: Option<&dyn StageModel>) -> f64 {
+        let positions = self.seq_len(n) + 1.0;
+        let sequences = self.step_bytes() / (self.seq_len(n) * self.patch_bytes(n));
+        let at_once = (sequences / self.chunks(n).unwrap_or(1.0)).ceil();
+        let kept = model.and_then(|model| model.cost(positions as usize)).map_or(0.0, |cost| cost.activations);
+        2.0 * kept / self.config.num_layers[n] as f64 * at_once * positions * FLOAT_BYTES
+    }
+
     fn stage(&self, n: usize, model: Option<&dyn StageModel>) -> Part {
         // The start token is a position too.
         let positions = self.seq_len(n) + 1.0;
         let sequences = self.step_bytes() / (self.seq_len(n) * self.patch_bytes(n));
         let cost = model.and_then(|model| model.cost(positions as usize));
-        // A recomputed stage keeps its inputs, and the rest of one chunk at a time.
-        let chunks = self.config.train_checkpoint_chunks.as_ref().filter(|_| n > 0).map(|chunks| chunks[n - 1]);
-        let kept = |per_position: f64| match chunks {
-            Some(chunks) => {
-                sequences * self.config.hidden_dims[n] as f64 + (sequences / chunks as f64).ceil() * per_position
-            }
+        // A recomputed stage keeps its inputs, and the rest of one chunk at a time; the local one not even these.
+        let inputs = if n + 1 < self.config.num_stages() { self.config.hidden_dims[n] as f64 } else { 0.0 };
+        let kept = |per_position: f64| match self.chunks(n) {
+            Some(chunks) => sequences * inputs + (sequences / chunks).ceil() * per_position,
             None => sequences * per_position,
         };
         Part {
@@ -148,9 +171,10 @@ impl Counts<'_> {
 
     fn embeddings(&self) -> Part {
         let (last, dims) = (self.config.num_stages() - 1, &self.config.hidden_dims);
-        // Of a stage above the local one: its patches' byte vectors before and after the norm, and its own twice.
-        let above = |n: usize| 2.0 * dims[last] as f64 + 2.0 * dims[n] as f64 / self.patch_bytes(n);
-        let floats_per_byte = dims[last] as f64 + sum((0..last).map(above));
+        // Of a stage above the local one: its tokens before and after the second norm.
+        let above = |n: usize| 2.0 * dims[n] as f64 / self.patch_bytes(n);
+        let local = if self.local_is_chunked() { 0.0 } else { dims[last] as f64 };
+        let floats_per_byte = local + sum((0..last).map(above));
         Part {
             parameters: self.parameters(&["token_embs_rev.", "pos_embs.", "start_tokens."]),
             // Named from the local stage up.
@@ -161,19 +185,28 @@ impl Counts<'_> {
 
     fn projections(&self) -> Part {
         let last = self.config.num_stages() - 1;
-        let next = |n: usize| self.config.hidden_dims[n + 1] as f64 / self.patch_bytes(n + 1);
+        // Where the local stage is cut into chunks, the gradient of what the last projection says is gathered while all
+        // of it is there: as a zero, a sum and a summand.
+        let copies = |n: usize| if n + 1 == last && self.local_is_chunked() { 4.0 } else { 1.0 };
+        let kept = |n: usize| copies(n) * self.config.hidden_dims[n + 1] as f64 / self.patch_bytes(n + 1);
         Part {
             parameters: self.parameters(&["to_next_stage_proj."]),
             flops_per_byte: Some(self.matrix_flops("to_next_stage_proj.", |n| self.patch_bytes(n.min(last)))),
-            activation_bytes: Some(sum((0..last).map(next)) * self.step_bytes() * FLOAT_BYTES),
+            activation_bytes: Some(sum((0..last).map(kept)) * self.step_bytes() * FLOAT_BYTES),
         }
     }
 
     fn head(&self) -> Part {
+        // The gradient of its input, kept from forward on and scattered in backward.
+        let kept = if self.local_is_chunked() {
+            0.0
+        } else {
+            2.0 * self.config.hidden_dims[self.config.num_stages() - 1] as f64
+        };
         Part {
             parameters: self.parameters(&["to_logits."]),
             flops_per_byte: Some(self.matrix_flops("to_logits.", |_| 1.0)),
-            activation_bytes: Some(2.0 * self.config.num_tokens as f64 * self.step_bytes() * FLOAT_BYTES),
+            activation_bytes: Some(kept * self.step_bytes() * FLOAT_BYTES),
         }
     }
 }
@@ -215,7 +248,9 @@ impl fmt::Display for Report {
         )?;
         let flops = step_flops.map_or("an unknown number of FLOP".into(), |n| format!("about {}FLOP", metric(n)));
         let activations = self.total.activation_bytes.map_or("unknown".into(), bytes);
-        writeln!(f, "one step   {} × {} bytes: {flops}, activations {activations}", self.step.batch, self.step.bytes)
+        writeln!(f, "one step   {} × {} bytes: {flops}, activations {activations}", self.step.batch, self.step.bytes)?;
+        let peak = self.peak_bytes.map_or("unknown".into(), |peak| format!("about {} of memory", bytes(peak)));
+        writeln!(f, "peak       {peak}")
     }
 }
 
@@ -360,13 +395,13 @@ mod tests {
         assert_eq!(stages[0], part(5, 5.0 * 5.0 / 24.0, 2.0 * 5.0 * 100.0));
         assert_eq!(stages[1], part(6, 4.0 * 40.0 / 6.0, 8.0 * 4.0 * 100.0));
         assert_eq!(stages[2], part(7, 3.0 * 300.0 / 2.0, 24.0 * 3.0 * 100.0));
-        // Per byte: 4 at the local stage, 2 · 4 + 2 · 6 / 2 and 2 · 4 + 2 · 8 / 6 above.
-        let floats = 48.0 * (4.0 + (8.0 + 16.0 / 6.0) + 14.0);
+        // Per byte: 4 at the local stage, 2 · 6 / 2 and 2 · 8 / 6 above.
+        let floats = 48.0 * (4.0 + 16.0 / 6.0 + 6.0);
         let embeddings = part(40 + 48 + 192 + 8 + 18 + 8, 2.0 * 48.0 / 2.0 + 2.0 * 192.0 / 6.0, floats);
         assert_eq!(report.embeddings, embeddings);
         let projections = part(144 + 48, 2.0 * 144.0 / 6.0 + 2.0 * 48.0 / 2.0, 48.0 * (6.0 / 2.0 + 4.0));
         assert_eq!(report.projections, projections);
-        assert_eq!(report.head, part(40, 80.0, 48.0 * 20.0));
+        assert_eq!(report.head, part(40, 80.0, 48.0 * 8.0));
         assert_eq!(report.total.parameters, 5 + 6 + 7 + 314 + 192 + 40);
         let flops = 25.0 / 24.0 + 160.0 / 6.0 + 450.0 + 112.0 + 96.0 + 80.0;
         assert!((report.total.flops_per_byte.unwrap() - flops).abs() < 1e-9);
@@ -403,14 +438,15 @@ stage        block  sequence  width  layers  parameters  FLOP/byte  activations
 1            toy           4      8       3           5          1     3.91 KiB
 2            toy           3      6       2           6    unknown      unknown
 3            toy           2      4       1           7        450     28.1 KiB
-embeddings                                          314        112     5.38 KiB
+embeddings                                          314        112     2.38 KiB
 projections                                         192         96     1.31 KiB
-head                                                 40         80     3.75 KiB
+head                                                 40         80     1.50 KiB
 total                                               564    unknown      unknown
 
 context    24 bytes (4 · 3 · 2), vocabulary 10
 weights    2.20 KiB; with gradients and AdamW's moments 8.81 KiB
 one step   2 × 24 bytes: an unknown number of FLOP, activations unknown
+peak       unknown
 ";
         assert_eq!(report(None, [Some(1.0), None, Some(100.0)], STEP).to_string(), want);
         let json = serde_json::to_value(report(None, [Some(1.0), None, Some(100.0)], STEP)).unwrap();
@@ -421,7 +457,7 @@ one step   2 × 24 bytes: an unknown number of FLOP, activations unknown
     fn a_recomputed_stage_keeps_one_chunk() {
         let report = report(Some(vec![3, 24]), [Some(1.0); 3], STEP);
         let kept: Vec<_> = report.stages.iter().map(|stage| stage.part.activation_bytes.unwrap() / 4.0).collect();
-        assert_eq!(kept, [1000.0, 4.0 * (8.0 * 6.0 + 3.0 * 100.0), 3.0 * (24.0 * 4.0 + 100.0)]);
+        assert_eq!(kept, [1000.0, 4.0 * (8.0 * 6.0 + 3.0 * 100.0), 3.0 * 100.0]);
     }
 
     #[test]
