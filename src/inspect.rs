@@ -1,6 +1,6 @@
 //! `mblm inspect`: what a configuration builds, stage by stage, and what that costs.
 
-mod report;
+pub mod report;
 
 use std::io::Write;
 use std::path::PathBuf;

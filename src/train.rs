@@ -11,11 +11,14 @@ use mblm::train as training;
 use mblm::train::config::RunConfig;
 use mblm::train::data::{Splits, unigram_entropy};
 use mblm::train::evaluate::bpb;
+use mblm::train::memory::Memory;
+use mblm::train::model::{Model, TrainModel};
 use mblm::train::run::RunFolder;
 use mblm::train::session;
 use mblm::train::trainer::Outcome;
 use mblm::yaml::Document;
 
+use crate::inspect::report::{Report, Step, bytes as shown_bytes};
 use crate::plugins::Plugins;
 use crate::{Usage, model};
 
@@ -52,7 +55,10 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
             let mut document = Document::read(path)?;
             args.set.iter().try_for_each(|assignment| document.set(assignment))?;
             let config = RunConfig::from_document(&document, &plugins.registry(Some(path))?)?;
-            session::train(&config, &config.to_yaml()?, &stop).map_err(|error| located(error, &document))?
+            let located = |error| located(error, &document);
+            let data = session::open_data(&config).map_err(located)?;
+            let model = build(&config)?;
+            session::train(&model, data, &config, &config.to_yaml()?, &stop).map_err(located)?
         }
         (None, None) => return Err(Usage("expected a configuration, or --resume RUN".into()).into()),
     };
@@ -102,7 +108,27 @@ fn resume(path: &Path, args: &Args, plugins: &Plugins, stop: &AtomicBool) -> Res
         eprintln!("note: the configuration changes:{list}");
         training::run::replace_config(path, &config.to_yaml()?)?;
     }
-    Ok(session::resume(run, &config, &config.to_yaml()?, stop)?)
+    let data = session::open_data(&config)?;
+    Ok(session::resume(&build(&config)?, data, run, &config, &config.to_yaml()?, stop)?)
+}
+
+/// Builds the model, and warns of one whose training does not fit the machine.
+fn build(config: &RunConfig) -> Result<Model> {
+    let model = Model::new(config, config.train.seed)?;
+    let step = Step { batch: config.train.batch_size, bytes: config.params.input_seq_len };
+    let report = Report::new(config.params.model.hierarchy(), model.params(), &model.stage_models(), step);
+    if let (Some(peak), Some(memory)) = (report.peak_bytes(), Memory::now())
+        && peak > memory.total as f64
+    {
+        eprintln!(
+            "warning: a training step needs about {}, and this machine has {} of memory; lower train.batch_size or \
+             params.input_seq_len, or recompute stages in chunks (params.train_checkpoint_chunks); `mblm inspect` shows \
+             what needs how much",
+            shown_bytes(peak),
+            shown_bytes(memory.total as f64)
+        );
+    }
+    Ok(model)
 }
 
 /// Raised by Ctrl-C and by SIGTERM; a second one ends the program at once.

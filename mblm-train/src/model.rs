@@ -54,6 +54,14 @@ impl Model {
             }),
         })
     }
+
+    /// The model of each stage, from global to local.
+    pub fn stage_models(&self) -> Vec<&dyn StageModel> {
+        match self {
+            Model::Generative(model) => model.stage_models().collect(),
+            Model::Masked(model) => model.encoder.stage_models().collect(),
+        }
+    }
 }
 
 impl TrainModel for Model {
@@ -72,15 +80,11 @@ impl TrainModel for Model {
     }
 
     fn buffers(&self) -> Vec<(String, Vec<f32>)> {
-        let stages: Vec<&dyn StageModel> = match self {
-            Model::Generative(model) => model.stage_models().collect(),
-            Model::Masked(model) => model.encoder.stage_models().collect(),
-        };
         let named = |(n, stage): (usize, &dyn StageModel)| {
             let buffers = stage.buffers().into_iter();
             buffers.map(move |(name, values)| (format!("stage_models.{n}.{name}"), values)).collect::<Vec<_>>()
         };
-        stages.into_iter().enumerate().flat_map(named).collect()
+        self.stage_models().into_iter().enumerate().flat_map(named).collect()
     }
 }
 

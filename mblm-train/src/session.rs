@@ -8,32 +8,11 @@ use crate::data::{self, DatasetOptions, Splits, unigram_entropy};
 use crate::error::Result;
 use crate::import;
 use crate::metrics::Metrics;
-use crate::model::{Model, TrainModel};
+use crate::model::TrainModel;
 use crate::progress::Progress;
 use crate::run::RunFolder;
 use crate::timemem::TimeMem;
 use crate::trainer::{Outcome, Record, Trainer};
-
-/// Starts a run and trains until its end or until `stop` is raised. Returns the run's folder and how it ended.
-///
-/// # Errors
-/// Mistakes in `config` or its data, before anything is written; later, what ends the run.
-pub fn train(config: &RunConfig, config_yaml: &str, stop: &AtomicBool) -> Result<(PathBuf, Outcome)> {
-    let splits = open_data(config)?;
-    let model = Model::new(config, config.train.seed)?;
-    train_model(&model, splits, config, config_yaml, stop)
-}
-
-/// Goes on with a run from its newest checkpoint. `config` is what the run's
-/// [`config.yaml`](RunFolder::config_yaml) says.
-///
-/// # Errors
-/// Its newest checkpoint is damaged, or the data changed.
-pub fn resume(run: RunFolder, config: &RunConfig, config_yaml: &str, stop: &AtomicBool) -> Result<Outcome> {
-    let splits = open_data(config)?;
-    let model = Model::new(config, config.train.seed)?;
-    resume_model(&model, splits, run, config, config_yaml, stop)
-}
 
 /// Opens the data that `config` names.
 pub fn open_data(config: &RunConfig) -> Result<Splits> {
@@ -47,8 +26,11 @@ pub fn open_data(config: &RunConfig) -> Result<Splits> {
     data::open(&config.io.dataset_id, &options)
 }
 
-/// [`train`] with a model and data of your own.
-pub fn train_model(
+/// Starts a run and trains until its end or until `stop` is raised. Returns the run's folder and how it ended.
+///
+/// # Errors
+/// Mistakes in `config` or its data, before anything is written; later, what ends the run.
+pub fn train(
     model: &dyn TrainModel,
     splits: Splits,
     config: &RunConfig,
@@ -74,8 +56,12 @@ pub fn train_model(
     Ok((run.path().into(), conclude(outcome, &mut record)?))
 }
 
-/// [`resume`] with a model and data of your own.
-pub fn resume_model(
+/// Goes on with a run from its newest checkpoint. `config` is what the run's
+/// [`config.yaml`](RunFolder::config_yaml) says.
+///
+/// # Errors
+/// Its newest checkpoint is damaged, or the data changed.
+pub fn resume(
     model: &dyn TrainModel,
     splits: Splits,
     run: RunFolder,

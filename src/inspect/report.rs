@@ -91,6 +91,11 @@ impl Report {
         let peak_bytes = total.activation_bytes.map(|kept| PROCESS_BYTES + weights + kept + working);
         Report { step, context_len, num_tokens, stages, embeddings, projections, head, total, peak_bytes }
     }
+
+    /// The most memory that a training step holds at once, in bytes; `None` if a block does not say.
+    pub fn peak_bytes(&self) -> Option<f64> {
+        self.peak_bytes
+    }
 }
 
 /// Counts what a model needs.
@@ -286,7 +291,7 @@ fn metric(number: f64) -> String {
 }
 
 /// Three digits and a binary unit, `1.50 GiB`.
-fn bytes(number: f64) -> String {
+pub fn bytes(number: f64) -> String {
     scaled(number, 1024.0, &["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"])
 }
 

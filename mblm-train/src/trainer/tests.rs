@@ -8,7 +8,7 @@ use super::*;
 use crate::bigram::{Bigram, VOCABULARY, config, model};
 use crate::checkpoint::{Which, find};
 use crate::run::{RunFolder, read_losses};
-use crate::session::{open_data, resume_model, train_model};
+use crate::session::{self, open_data};
 
 /// A folder with data, in which each byte follows from the one before in three of four cases, and an `output` folder.
 fn workplace() -> (tempfile::TempDir, RunConfig) {
@@ -31,11 +31,11 @@ fn workplace() -> (tempfile::TempDir, RunConfig) {
 }
 
 fn train(model: &Bigram, config: &RunConfig, stop: &AtomicBool) -> Result<(PathBuf, Outcome)> {
-    train_model(model, open_data(config)?, config, "yaml", stop)
+    session::train(model, open_data(config)?, config, "yaml", stop)
 }
 
 fn resume(model: &Bigram, run: &Path, config: &RunConfig, stop: &AtomicBool) -> Result<Outcome> {
-    resume_model(model, open_data(config)?, RunFolder::open(run)?, config, "yaml", stop)
+    session::resume(model, open_data(config)?, RunFolder::open(run)?, config, "yaml", stop)
 }
 
 fn never() -> AtomicBool {
