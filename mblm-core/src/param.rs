@@ -350,7 +350,7 @@ impl ParamScope<'_> {
         &self.prefix
     }
 
-    /// Creates a parameter. Matrices named `weight` decay, everything else does not.
+    /// Creates a parameter. Matrices named `weight…` decay, everything else does not.
     pub fn param(&mut self, name: &str, shape: &[usize], init: Init) -> Result<Arc<Param>> {
         self.create(name, shape, init, None, 1.0)
     }
@@ -373,6 +373,7 @@ impl ParamScope<'_> {
         zero_row: Option<usize>,
         gain: f32,
     ) -> Result<Arc<Param>> {
+        let is_weight = name.rsplit('.').next().is_some_and(|last| last.starts_with("weight"));
         let name = self.sub(name).prefix;
         if self.store.params.contains_key(&name) {
             return Err(Error::Weights(format!("parameter {name} is created twice")));
@@ -388,7 +389,7 @@ impl ParamScope<'_> {
         }
         let var = Var::from_tensor(&Tensor::from_vec(values, shape, &Device::Cpu)?)?;
         let param = Arc::new(Param {
-            weight_decay: shape.len() >= 2 && name.ends_with("weight") && !name.contains("emb"),
+            weight_decay: shape.len() >= 2 && is_weight && !name.contains("emb"),
             name: name.clone(),
             var,
             grad: Mutex::default(),
