@@ -175,13 +175,13 @@ fn killed_at_any_moment_a_run_ends_as_if_it_had_not_been() {
         let left = checkpoints(&run);
         assert!(left.iter().all(|path| !path.file_name().unwrap().to_str().unwrap().starts_with('.')), "{left:?}");
     }
-    assert!(kills > 20, "{kills} kills hit");
+    assert!(kills > 12, "{kills} kills hit");
 }
 
 /// A run that was killed in the middle.
 fn killed(folder: &Path) -> PathBuf {
     let child = command(folder, &["train", "run.yaml"]).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-    assert!(kill_at(child, &folder.join("runs"), Moment::Writing(2, Duration::ZERO)));
+    assert!(kill_at(child, &folder.join("runs"), Moment::Writing(0, Duration::ZERO)));
     run_below(&folder.join("runs")).unwrap()
 }
 
