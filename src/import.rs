@@ -8,6 +8,7 @@ use mblm::train::import::{ImportOptions, import};
 use mblm::train::pth;
 use mblm::yaml::Document;
 
+use crate::Usage;
 use crate::plugins::Plugins;
 
 /// Arguments of `mblm import`.
@@ -28,6 +29,9 @@ pub struct Args {
 
 /// Runs `mblm import`.
 pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
+    if !args.file.is_file() {
+        return Err(Usage(format!("{}: there is no such file; expected a .pth checkpoint", args.file.display())).into());
+    }
     let document = Document::read(&args.config)?;
     let config = RunConfig::from_document(&document, &plugins.registry(Some(&args.config))?)?;
     let saved = pth::read(&args.file)?;

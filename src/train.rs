@@ -39,10 +39,10 @@ pub struct Args {
     #[arg(long, value_name = "FIELD=VALUE")]
     set: Vec<String>,
     /// Go on with a configuration that is not that of the checkpoint
-    #[arg(long, requires = "resume")]
+    #[arg(long, requires = "resume", conflicts_with = "config")]
     force: bool,
     /// Go on although a plugin's file is not the one that the run was trained with
-    #[arg(long, requires = "resume")]
+    #[arg(long, requires = "resume", conflicts_with = "config")]
     allow_plugin_change: bool,
 }
 

@@ -194,7 +194,9 @@ impl BlockRegistry {
 
     /// What to add to "unknown block type".
     pub fn suggestion(&self, name: &str) -> String {
-        suggestion(name, &self.names().collect::<Vec<_>>())
+        let text = suggestion(name, &self.names().collect::<Vec<_>>());
+        // Nothing is near: perhaps a plugin's type, of a plugin that is not found.
+        if text.starts_with("expected") { text + "; a plugin's types need its folder, --plugin-dir" } else { text }
     }
 
     /// The block at `path` of a document: the type that `block_type` names, or else the only one that accepts the

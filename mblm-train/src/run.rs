@@ -166,7 +166,7 @@ fn open_log(path: &Path) -> Result<File> {
         }
         // Some network file systems have no locks; that is no reason not to train.
         Err(TryLockError::Error(error)) if error.kind() == io::ErrorKind::Unsupported => Ok(log),
-        Err(TryLockError::Error(source)) => Err(Error::Io { path: path.into(), source }),
+        Err(TryLockError::Error(error)) => Err(Error::Io { path: path.into(), error }),
     }
 }
 

@@ -16,9 +16,10 @@ pub struct Args {
 
 /// Runs `mblm checkpoint list`.
 pub fn run(args: &Args) -> Result<()> {
+    let entries = Shelf::of_run(&args.run)?.survey()?;
     let mut out = std::io::stdout().lock();
     writeln!(out, "checkpoint            step  valid loss     bpb        size")?;
-    for entry in Shelf::of_run(&args.run)?.survey()? {
+    for entry in entries {
         let name = entry.path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let dash = || "-".to_string();
         let step = entry.state.as_ref().map_or_else(dash, |state| state.step.to_string());

@@ -41,7 +41,7 @@ fn write_new(path: &Path, write: impl FnOnce(&mut File) -> io::Result<()>) -> Re
     write(file.as_file_mut()).and_then(|()| file.as_file().sync_all()).at(path)?;
     file.persist_noclobber(path).map_err(|error| match error.error.kind() {
         io::ErrorKind::AlreadyExists => exists(),
-        _ => Error::Io { path: path.into(), source: error.error },
+        _ => Error::Io { path: path.into(), error: error.error },
     })?;
     sync_folder(folder)
 }

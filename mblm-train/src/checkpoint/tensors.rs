@@ -37,7 +37,7 @@ impl<V: Deref<Target = [f32]>> View for Named<'_, V> {
 pub(super) fn write<V: Deref<Target = [f32]>>(path: &Path, tensors: Vec<(String, Named<'_, V>)>) -> Result<()> {
     let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
     serialize_to_file(tensors, Some(metadata), path).map_err(|error| match error {
-        SafeTensorError::IoError(source) => Error::Io { path: path.into(), source },
+        SafeTensorError::IoError(error) => Error::Io { path: path.into(), error },
         other => Error::checkpoint(path, other.to_string()),
     })
 }
