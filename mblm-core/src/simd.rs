@@ -10,6 +10,12 @@ use std::sync::OnceLock;
 /// Runs `work` compiled for the best instruction set of this machine.
 #[inline(always)]
 pub fn vectorize<R>(work: impl FnOnce() -> R) -> R {
+    dispatch(work)
+}
+
+/// [`vectorize`] for work that names the registers it uses.
+#[inline(always)]
+pub(crate) fn dispatch<W: pulp::WithSimd>(work: W) -> W::Output {
     static ARCH: OnceLock<pulp::Arch> = OnceLock::new();
     ARCH.get_or_init(pulp::Arch::new).dispatch(work)
 }
