@@ -18,8 +18,8 @@ use crate::parallel::Shared;
 const MR: usize = 12;
 /// Columns of a tile: two registers of 16.
 const NR: usize = 32;
-/// Pairs of the summed dimension in a block.
-const PAIRS: usize = 192;
+/// Pairs of the summed dimension in a block, at most: a panel of `b` has 32 KiB then.
+const PAIRS: usize = 256;
 /// Rows of `a` packed at a time, at most.
 const BLOCK: usize = 240;
 
@@ -36,11 +36,12 @@ pub(super) fn available() -> bool {
 /// As [`super::matmul`], both operands rounded to bfloat16.
 pub(super) fn matmul(out: MatMut, accumulate: bool, scale: f32, a: Mat, b: Mat, threads: Threads) {
     assert!(available(), "bf16 products need AVX-512 BF16");
-    let depth = a.cols;
-    let mut panels = Buffer::take(b.cols.next_multiple_of(NR) * PAIRS.min(depth.div_ceil(2)));
+    let pairs = a.cols.div_ceil(2).max(1);
+    let pairs = pairs.div_ceil(pairs.div_ceil(PAIRS));
+    let mut panels = Buffer::take(b.cols.next_multiple_of(NR) * pairs);
     let rows_of_block = block_rows(a.rows, threads);
-    for first in (0..depth.max(1)).step_by(2 * PAIRS) {
-        let depth = (depth - first).min(2 * PAIRS);
+    for first in (0..a.cols.max(1)).step_by(2 * pairs) {
+        let depth = (a.cols - first).min(2 * pairs);
         let sum = Sum { accumulate: accumulate || first > 0, scale, pairs: depth.div_ceil(2) };
         let b = Lanes::columns(&b, first, depth);
         pack_all(b, &mut panels, threads);
@@ -265,18 +266,28 @@ unsafe fn tiles(mut out: MatMut, sum: Sum, a: &[f32], b: &[f32]) {
         let held = [first_lanes(cols - col), first_lanes((cols - col).saturating_sub(16))];
         for (a, row) in a.chunks_exact(MR * sum.pairs).zip((0..rows).step_by(MR)) {
             let tile = tile(a, b, sum.pairs);
-            for (i, sums) in tile.iter().enumerate().take(rows - row) {
-                let out = out.row(row + i)[col..].as_mut_ptr();
-                for (half, (value, held)) in sums.iter().zip(held).enumerate() {
-                    // SAFETY: the mask keeps to the row.
-                    unsafe {
-                        let out = out.wrapping_add(16 * half);
-                        let value = _mm512_mul_ps(*value, _mm512_set1_ps(sum.scale));
-                        let before = _mm512_maskz_loadu_ps(if sum.accumulate { held } else { 0 }, out);
-                        _mm512_mask_storeu_ps(out, held, _mm512_add_ps(before, value));
-                    }
-                }
+            let mut out = out.rows(row, MR.min(rows - row));
+            // A constant number of rows keeps the sums in registers.
+            if out.rows == MR {
+                (0..MR).for_each(|i| store(tile[i], sum, &mut out.row(i)[col..], held));
+            } else {
+                (0..out.rows).for_each(|i| store(tile[i], sum, &mut out.row(i)[col..], held));
             }
+        }
+    }
+}
+
+/// Writes the sums of a row to the first `held` columns of each half.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn store(sums: [__m512; 2], sum: Sum, out: &mut [f32], held: [__mmask16; 2]) {
+    for (half, (value, held)) in sums.into_iter().zip(held).enumerate() {
+        // SAFETY: the mask keeps to the row.
+        unsafe {
+            let out = out.as_mut_ptr().wrapping_add(16 * half);
+            let value = _mm512_mul_ps(value, _mm512_set1_ps(sum.scale));
+            let before = _mm512_maskz_loadu_ps(if sum.accumulate { held } else { 0 }, out);
+            _mm512_mask_storeu_ps(out, held, _mm512_add_ps(before, value));
         }
     }
 }

@@ -88,7 +88,7 @@ impl Attention<'_> {
     }
 
     fn scale(&self) -> f32 {
-        (self.head_dim as f32).powf(-0.5)
+        1.0 / (self.head_dim as f32).sqrt()
     }
 
     fn head<'b>(&'b self, qkv: &'b [f32], index: usize) -> Head<'b> {
@@ -261,7 +261,7 @@ pub fn step(q: &[f32], keys: &[f32], values: &[f32], heads: usize, head_dim: usi
     let inner = heads * head_dim;
     let (row, batch) = (q.len(), q.len() / inner);
     let positions = keys.len() / row;
-    let scale = (head_dim as f32).powf(-0.5);
+    let scale = 1.0 / (head_dim as f32).sqrt();
     let out = Shared::new(out);
     for_rows(batch * heads, positions * head_dim / 2, |range| {
         let mut weights = Buffer::take(positions);

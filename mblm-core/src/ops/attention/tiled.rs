@@ -219,8 +219,8 @@ impl Panels {
             }
             for c in 0..held {
                 let from = &from[(first + c) * stride..][..dim];
-                for (to, from) in panel[c..].iter_mut().step_by(width).zip(from) {
-                    *to = *from;
+                for (to, from) in panel.chunks_exact_mut(width).zip(from) {
+                    to[c] = *from;
                 }
             }
         }
