@@ -105,6 +105,8 @@ fn start(config: &RunConfig, loss: f64) -> TrainState {
     TrainState {
         step: 0,
         batches: 0,
+        first_batch: 0,
+        resumed_from: None,
         accumulated: 0,
         next: Cursor::default(),
         elements_seen: 0,

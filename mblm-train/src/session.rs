@@ -90,15 +90,15 @@ fn run_and_test(trainer: &mut Trainer, record: &mut Record, stop: &AtomicBool) -
 }
 
 fn record(run: &RunFolder, trainer: &Trainer, config: &RunConfig) -> Result<Record> {
-    let done = trainer.state().batches;
+    let state = trainer.state();
     let bytes_per_batch = (config.train.batch_size * config.params.input_seq_len) as u64;
     Ok(Record {
         folder: run.path().into(),
         checkpoints: run.checkpoints(),
-        losses: run.losses(done)?,
-        metrics: Metrics::open(run.path(), done)?,
-        timemem: TimeMem::open(run.path(), done)?,
-        progress: Progress::new(run.log()?, trainer.plan().batches, done, bytes_per_batch),
+        losses: run.losses(state.cum_batch())?,
+        metrics: Metrics::open(run.path(), state.cum_batch())?,
+        timemem: TimeMem::open(run.path(), state.first_batch, state.cum_batch())?,
+        progress: Progress::new(run.log()?, trainer.plan().batches, state.batches, bytes_per_batch),
     })
 }
 
