@@ -12,7 +12,7 @@
 //! It appears under its name only when it is complete, with a first checkpoint, so that a run can always be resumed.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
-use std::io;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -126,6 +126,11 @@ impl RunFolder {
     /// Its checkpoints.
     pub fn checkpoints(&self) -> Shelf {
         Shelf::new(self.path.join(checkpoint::FOLDER))
+    }
+
+    /// Adds a line to `train.log`. The log never ends a run: a full disk shows when the next checkpoint is saved.
+    pub fn note(&self, text: &str) {
+        let _ = writeln!(&self.log, "{} {text}", Timestamp::now());
     }
 
     /// A handle to append to `train.log`.

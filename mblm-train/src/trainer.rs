@@ -204,14 +204,14 @@ impl<'a> Trainer<'a> {
         }
     }
 
-    /// Trains to the end, or until `stop` is raised: then the current batch is finished and a checkpoint saved.
+    /// Trains to the end, or until `stop` is raised, or until `train.max_seconds` after `started`: then the current batch
+    /// is finished and a checkpoint saved.
     ///
     /// # Errors
     /// A loss or a gradient that is not finite ends the run before the weights change; checkpoints stay.
-    pub fn run(&mut self, record: &mut Record, stop: &AtomicBool) -> Result<Outcome> {
+    pub fn run(&mut self, record: &mut Record, stop: &AtomicBool, started: Instant) -> Result<Outcome> {
         let mut checkpoint = None;
-        let start = Instant::now();
-        let is_late = || self.config.train.max_seconds.is_some_and(|limit| start.elapsed().as_secs_f64() >= limit);
+        let is_late = || self.config.train.max_seconds.is_some_and(|limit| started.elapsed().as_secs_f64() >= limit);
         // A run that was interrupted while it validated does that first.
         let mut validates = self.state.batches > 0 && self.state.valid_loss.is_none() && self.at_valid_point();
         loop {
