@@ -1,0 +1,99 @@
+//! The training configuration: the reference package's YAML, with optional additions, a file per section.
+
+mod differences;
+mod io;
+mod params;
+mod resume;
+mod train;
+
+use mblm_core::block::PluginOrigin;
+use mblm_core::registry::BlockRegistry;
+use mblm_core::yaml::{ConfigError, Document};
+use serde::Serialize;
+use serde_yaml::Value;
+
+pub use io::IoSection;
+pub use params::{ModelConfig, Params};
+pub use resume::ResumeSection;
+pub use train::{Precision, TargetStrategy, TrainSection};
+
+/// A whole training YAML: `params`, `train`, `io`, `resume`. Serialised, it reads back as the same, without `resume`.
+#[derive(Clone, Debug, Serialize)]
+pub struct RunConfig {
+    /// The model and its training sequence length.
+    pub params: Params,
+    /// How to train.
+    pub train: TrainSection,
+    /// What to read and where to write.
+    pub io: IoSection,
+    /// What a new run begins with.
+    #[serde(skip)]
+    pub resume: Option<ResumeSection>,
+}
+
+/// A section that the package's output configurations hold and that says nothing about a new run.
+const SUMMARY: &str = "summary";
+
+impl RunConfig {
+    /// Reads and checks a whole document.
+    pub fn from_document(document: &Document, registry: &BlockRegistry) -> Result<Self, ConfigError> {
+        document.check_fields("", &["params", "train", "io", "resume", SUMMARY])?;
+        let config = RunConfig {
+            params: Params::from_document(document, registry)?,
+            train: document.section("train")?,
+            io: document.section("io")?,
+            resume: match document.get("resume") {
+                None | Some(Value::Null) => None,
+                Some(_) => Some(document.section("resume")?),
+            },
+        };
+        config.train.check(document)?;
+        config.check_masking(document)?;
+        config.io.check(document)?;
+        Ok(config)
+    }
+
+    fn check_masking(&self, document: &Document) -> Result<(), ConfigError> {
+        const PATH: &str = "train.masking_proba";
+        match (&self.params.model, self.train.masking_proba) {
+            (ModelConfig::Generative(_), None) => Ok(()),
+            (ModelConfig::Generative(_), Some(_)) => {
+                Err(document.error(PATH, "is for encoders, whose `params` hold `mblm_config`; remove it"))
+            }
+            (ModelConfig::Encoder(_), Some(share)) => {
+                check(document, PATH, share > 0.0 && share <= 1.0, "a share above 0, up to 1", share)
+            }
+            (ModelConfig::Encoder(_), None) => {
+                Err(document.error("train", "missing field `masking_proba`, the share of bytes to mask, such as 0.15"))
+            }
+        }
+    }
+
+    /// The plugins that blocks of the model come from, each once.
+    pub fn plugins(&self) -> Vec<PluginOrigin> {
+        let mut plugins: Vec<_> =
+            self.params.model.hierarchy().blocks.iter().filter_map(|block| block.plugin().cloned()).collect();
+        plugins.sort_by(|a, b| (&a.name, &a.path).cmp(&(&b.name, &b.path)));
+        plugins.dedup();
+        plugins
+    }
+
+    /// The configuration as YAML, with every default and `block_type` filled in.
+    pub fn to_yaml(&self) -> mblm_core::Result<String> {
+        serde_yaml::to_string(self)
+            .map_err(|error| mblm_core::Error::Block(format!("a block's configuration cannot be written: {error}")))
+    }
+}
+
+fn check(
+    document: &Document,
+    path: &str,
+    fits: bool,
+    expected: &str,
+    found: impl std::fmt::Display,
+) -> Result<(), ConfigError> {
+    if fits { Ok(()) } else { Err(document.error(path, format!("expected {expected}, found {found}"))) }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,123 @@
+//! Section `train`: how to train.
+
+use mblm_core::yaml::{ConfigError, Document};
+use serde::{Deserialize, Serialize};
+
+use super::check;
+
+/// How elements count towards `target_elements`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum TargetStrategy {
+    /// One per sequence of a batch.
+    Batch,
+    /// One per byte of a batch.
+    Sequence,
+}
+
+/// Section `train`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TrainSection {
+    /// Elements to train on; a lower bound, rounded up to whole batches.
+    pub target_elements: u64,
+    /// How elements count.
+    pub target_elements_strategy: TargetStrategy,
+    /// The share of gradient steps that warm up.
+    #[serde(default = "default_warmup")]
+    pub warmup_steps_perc: f64,
+    /// Sequences per batch.
+    pub batch_size: usize,
+    /// Whether training sequences come in random order.
+    #[serde(default)]
+    pub shuffle_train: bool,
+    /// Whether validation sequences come in random order.
+    #[serde(default)]
+    pub shuffle_eval: bool,
+    /// At most this many validation batches.
+    #[serde(default)]
+    pub max_eval_steps: Option<usize>,
+    /// The peak learning rate.
+    pub learning_rate: f64,
+    /// Gradients are clipped to this global norm.
+    #[serde(default)]
+    pub gradient_clipping: Option<f64>,
+    /// Batches per gradient step.
+    pub gradient_accumulate_every: usize,
+    /// The probability that a byte is masked; for encoders, and only for these.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub masking_proba: Option<f64>,
+    /// Decoupled weight decay of matrices (addition; the package has none).
+    #[serde(default)]
+    pub weight_decay: f64,
+    /// Adam's decay rates of the mean gradient and of its square (addition; the package's values are the default).
+    #[serde(default = "default_betas")]
+    pub betas: (f64, f64),
+    /// What numbers are computed in (addition).
+    #[serde(default)]
+    pub precision: Precision,
+    /// Validate (and save) after every so many batches, in place of `io.validate_amount` (addition).
+    #[serde(default)]
+    pub validate_every: Option<u64>,
+    /// End after so many validations in a row without a new best loss (addition).
+    #[serde(default)]
+    pub early_stop: Option<u64>,
+    /// End with a checkpoint after so many seconds, from which the run can be resumed (addition).
+    #[serde(default)]
+    pub max_seconds: Option<f64>,
+    /// Seed of initial values, shuffling and dropout (addition).
+    #[serde(default)]
+    pub seed: u64,
+}
+
+fn default_warmup() -> f64 {
+    0.1
+}
+
+fn default_betas() -> (f64, f64) {
+    (0.9, 0.95)
+}
+
+/// What numbers are computed in.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    /// 32-bit floats.
+    #[default]
+    F32,
+}
+
+impl TrainSection {
+    pub(super) fn check(&self, document: &Document) -> Result<(), ConfigError> {
+        let positive = [
+            ("train.target_elements", self.target_elements),
+            ("train.batch_size", self.batch_size as u64),
+            ("train.gradient_accumulate_every", self.gradient_accumulate_every as u64),
+            ("train.max_eval_steps", self.max_eval_steps.unwrap_or(1) as u64),
+            ("train.validate_every", self.validate_every.unwrap_or(1)),
+            ("train.early_stop", self.early_stop.unwrap_or(1)),
+        ];
+        for (path, number) in positive {
+            check(document, path, number > 0, "a positive integer", number)?;
+        }
+        let is_positive = |number: f64| number > 0.0 && number.is_finite();
+        let clipping = self.gradient_clipping.unwrap_or(1.0);
+        check(
+            document,
+            "train.learning_rate",
+            is_positive(self.learning_rate),
+            "a positive number",
+            self.learning_rate,
+        )?;
+        check(document, "train.gradient_clipping", is_positive(clipping), "a positive number or null", clipping)?;
+        let limit = self.max_seconds.unwrap_or(1.0);
+        check(document, "train.max_seconds", is_positive(limit), "a positive number or null", limit)?;
+        let (first, second) = self.betas;
+        let are_rates = (0.0..1.0).contains(&first) && (0.0..1.0).contains(&second);
+        check(document, "train.betas", are_rates, "two rates from 0 to below 1", format!("[{first}, {second}]"))?;
+        let warmup = self.warmup_steps_perc;
+        check(document, "train.warmup_steps_perc", (0.0..=1.0).contains(&warmup), "a share from 0 to 1", warmup)?;
+        let decay = self.weight_decay;
+        check(document, "train.weight_decay", decay >= 0.0 && decay.is_finite(), "a number of at least 0", decay)
+    }
+}
