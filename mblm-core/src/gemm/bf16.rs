@@ -150,7 +150,11 @@ unsafe fn pack<const WIDTH: usize>(lanes: Lanes, packed: &mut [f32]) {
         for group in (0..WIDTH).step_by(16) {
             let width = (WIDTH - group).min(16);
             let held = lanes.count.saturating_sub(start + group).min(width);
-            let group = Group { lanes: lanes.part((start + group).min(lanes.count), held), out: panel[group..].as_mut_ptr(), width };
+            let group = Group {
+                lanes: lanes.part((start + group).min(lanes.count), held),
+                out: panel[group..].as_mut_ptr(),
+                width,
+            };
             // SAFETY: the panel has `pairs` rows of `WIDTH` words.
             unsafe {
                 match (lanes.depth_stride, lanes.lane_stride) {
@@ -358,7 +362,10 @@ mod tests {
                             let size: f64 = (0..k).map(|l| (at(&left, i, l) * at(&right, l, j)).abs()).sum();
                             let (got, want) = (out[i * stride + j] as f64, accumulate as u8 as f64 + 0.5 * sum);
                             let tolerance = 1e-6 * (size + 1.0);
-                            assert!((got - want).abs() <= tolerance, "{m}x{n}x{k} {layout} ({i},{j}): {got}, want {want}");
+                            assert!(
+                                (got - want).abs() <= tolerance,
+                                "{m}x{n}x{k} {layout} ({i},{j}): {got}, want {want}"
+                            );
                         }
                         assert!(out[i * stride + n..(i + 1) * stride].iter().all(|v| v.is_nan() || *v == 1.0));
                     }

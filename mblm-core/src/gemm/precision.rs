@@ -2,10 +2,11 @@
 
 use std::cell::Cell;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// What the operands of a matrix product are rounded to. Sums, and everything between products, are `f32` always.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Precision {
     /// Not at all.
