@@ -35,6 +35,9 @@ pub struct Args {
     /// Bytes to generate
     #[arg(long, default_value_t = 64)]
     bytes: usize,
+    /// Sequences generated side by side; their bytes add up
+    #[arg(long, default_value_t = 1)]
+    streams: usize,
     /// Measure this alone
     #[arg(long, value_enum)]
     only: Option<Part>,
@@ -120,7 +123,7 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
     if wanted(Part::Generate) {
         let prefix = args.prefix.unwrap_or(length / 2);
         report.prefix = Some(prefix);
-        report.generate_bytes_per_s = Some(generation_rate(&model, prefix, args.bytes, args.steps)?);
+        report.generate_bytes_per_s = Some(generation_rate(&model, prefix, args)?);
     }
     print(&report, args.json)
 }
@@ -160,18 +163,19 @@ fn rate(units: usize, steps: usize, mut work: impl FnMut() -> Result<()>) -> Res
     Ok(units as f64 / median(seconds.collect::<Result<_>>()?))
 }
 
-/// Bytes per second after the prefix; the prefix itself is not timed.
-fn generation_rate(model: &Mblm, prefix: usize, bytes: usize, steps: usize) -> Result<f64> {
+/// Bytes per second after the prefix, of all streams; the prefix itself is not timed.
+fn generation_rate(model: &Mblm, prefix: usize, args: &Args) -> Result<f64> {
+    let Args { bytes, streams, steps, .. } = *args;
     let (prompt, new) = (random_bytes(prefix), random_bytes(bytes));
     let run = || -> Result<f64> {
-        let mut decoder = Decoder::new(model, 1)?;
-        decoder.prefill(&prompt)?;
+        let mut decoder = Decoder::new(model, streams)?;
+        decoder.prefill(&prompt.repeat(streams))?;
         let start = Instant::now();
-        new.iter().try_for_each(|byte| decoder.step(&[*byte]))?;
+        new.iter().try_for_each(|byte| decoder.step(&vec![*byte; streams]))?;
         Ok(start.elapsed().as_secs_f64())
     };
     run()?;
-    Ok(bytes as f64 / median((0..steps.max(1)).map(|_| run()).collect::<Result<_>>()?))
+    Ok((bytes * streams) as f64 / median((0..steps.max(1)).map(|_| run()).collect::<Result<_>>()?))
 }
 
 fn random_bytes(len: usize) -> Vec<u32> {

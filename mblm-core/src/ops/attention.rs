@@ -16,6 +16,9 @@ mod tiled;
 /// Up to this many keys the products are plain loops.
 const SHORT: usize = 24;
 
+/// How many positions ahead decoding asks for keys and values.
+const AHEAD: usize = 12;
+
 /// Softmax over the last dimension; every operation has a backward.
 pub fn softmax_composed(x: &Tensor) -> Result<Tensor> {
     let shifted = x.broadcast_sub(&x.max_keepdim(D::Minus1)?.detach())?;
@@ -256,26 +259,27 @@ fn hide(mask: Option<&[u8]>, row: &mut [f32]) {
 /// Attention of one query per sequence over cached keys and values, for decoding.
 ///
 /// # Shapes
-/// - `q`, `out`: `(B, H d)`; `keys`, `values`: `(T, B, H d)`, the query's own position last
-pub fn step(q: &[f32], keys: &[f32], values: &[f32], heads: usize, head_dim: usize, out: &mut [f32]) {
+/// - `q`, `out`: `(B, H d)`; `keys`, `values`: `B` of `(T, H d)`, the query's own position last
+pub fn step(q: &[f32], keys: &[Vec<f32>], values: &[Vec<f32>], heads: usize, head_dim: usize, out: &mut [f32]) {
     let inner = heads * head_dim;
-    let (row, batch) = (q.len(), q.len() / inner);
-    let positions = keys.len() / row;
+    let positions = keys[0].len() / inner;
     let scale = 1.0 / (head_dim as f32).sqrt();
     let out = Shared::new(out);
-    for_rows(batch * heads, positions * head_dim / 2, |range| {
+    for_rows(keys.len() * heads, positions * head_dim / 2, |range| {
         let mut weights = Buffer::take(positions);
         for index in range {
             let at = index * head_dim; // heads of a row lie one after another, rows too
             // SAFETY: every head writes its own columns.
-            let out = unsafe { out.slice(at..at + head_dim) };
+            let (q, out) = (&q[at..at + head_dim], unsafe { out.slice(at..at + head_dim) });
+            let first = index % heads * head_dim;
+            let (keys, values) = (&keys[index / heads][first..], &values[index / heads][first..]);
             vectorize(
                 #[inline(always)]
                 || {
-                    let q = &q[at..at + head_dim];
                     let mut max = f32::NEG_INFINITY;
                     for (t, weight) in weights.iter_mut().enumerate() {
-                        *weight = scale * simd::dot(q, &keys[t * row + at..][..head_dim]);
+                        prefetch_head(keys, (t + AHEAD) * inner, head_dim);
+                        *weight = scale * simd::dot(q, &keys[t * inner..][..head_dim]);
                         max = max.max(*weight);
                     }
                     for w in weights.iter_mut() {
@@ -284,10 +288,19 @@ pub fn step(q: &[f32], keys: &[f32], values: &[f32], heads: usize, head_dim: usi
                     let inverse = 1.0 / simd::sum(&weights);
                     out.fill(0.0);
                     for (t, weight) in weights.iter().enumerate() {
-                        simd::axpy(weight * inverse, &values[t * row + at..][..head_dim], out);
+                        prefetch_head(values, (t + AHEAD) * inner, head_dim);
+                        simd::axpy(weight * inverse, &values[t * inner..][..head_dim], out);
                     }
                 },
             );
         }
     });
+}
+
+/// Asks for the `head_dim` floats at `first`.
+#[inline(always)]
+fn prefetch_head(data: &[f32], first: usize, head_dim: usize) {
+    for i in (0..head_dim).step_by(16) {
+        simd::prefetch(data, first + i);
+    }
 }
