@@ -23,23 +23,35 @@ for ((round = 1; round <= rounds; round++)); do
         [ "$config" = mtt_3d ] && prefix=4096
         yaml=benches/configs/$config.yaml
         echo "round $round: $config" >&2
-        target/release/mblm bench "$yaml" --batch 4 --prefix $prefix --bytes 256 --json >>"$out/$config.ours"
+        ours=(target/release/mblm bench "$yaml" --batch 4 --prefix $prefix --bytes 256 --json)
+        "${ours[@]}" >>"$out/$config.ours"
+        if grep -qs avx512_bf16 /proc/cpuinfo; then "${ours[@]}" --precision bf16 >>"$out/$config.bf16"; fi
         "$peer/bin/python" benches/upstream.py "$yaml" --batch 4 --prefix $prefix >>"$out/$config.peer"
     done
 done
 python3 - "$out" "${configs[@]}" <<'PYTHON'
-import json, statistics, sys
+import json, os, statistics, sys
 
 out, *configs = sys.argv[1:]
 fields = ["train_bytes_per_s", "forward_bytes_per_s", "generate_bytes_per_s", "peak_rss_mb"]
 print("| config | " + " | ".join(f"{f.replace('_', ' ')}: ours / package (ratio)" for f in fields) + " |")
 print("|---" * (1 + len(fields)) + "|")
-for config in configs:
-    ours, peer = ([json.loads(line) for line in open(f"{out}/{config}.{side}")] for side in ("ours", "peer"))
+def read(config, side):
+    return [json.loads(line) for line in open(f"{out}/{config}.{side}")]
+
+def row(name, ours, peer):
     cells = []
     for field in fields:
-        a, b = (statistics.median(run[field] for run in side) for side in (ours, peer))
-        ratio = a / b
-        cells.append(f"{a:,.0f} / {b:,.0f} ({ratio:.2f}x)" if ratio < 10 else f"{a:,.0f} / {b:,.0f} ({ratio:.0f}x)")
-    print(f"| {config} | " + " | ".join(cells) + " |")
+        a, b = ([run[field] for run in side] for side in (ours, peer))
+        ratio = statistics.median(a) / statistics.median(b)
+        spread = max((max(side) - min(side)) / statistics.median(side) for side in (a, b))
+        ratio = f"{ratio:.2f}x" if ratio < 10 else f"{ratio:.0f}x"
+        cells.append(f"{statistics.median(a):,.0f} / {statistics.median(b):,.0f} ({ratio}, ±{50 * spread:.0f}%)")
+    print(f"| {name} | " + " | ".join(cells) + " |")
+
+for config in configs:
+    peer = read(config, "peer")
+    row(config, read(config, "ours"), peer)
+    if os.path.exists(f"{out}/{config}.bf16"):
+        row(f"{config}, bf16", read(config, "bf16"), peer)
 PYTHON

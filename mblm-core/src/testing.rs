@@ -109,13 +109,18 @@ pub fn check_decoder(model: &dyn StageModel, dims: Dims, tolerance: f32) {
     let want = forward.transpose(0, 1).and_then(|t| t.flatten_all()?.to_vec1::<f32>()).expect("outputs");
     let steps = input.transpose(0, 1).and_then(|t| t.flatten_all()?.to_vec1::<f32>()).expect("inputs");
     let mut decoder = model.decoder(batch).expect("a decoder");
-    let split = seq / 2;
-    for round in 0..2 {
+    let row = batch * dim;
+    // Round n: n single steps, then many positions at once, then single steps again.
+    for round in 0..3 {
+        let begin = round.min(seq);
+        let end = begin.max(seq / 2);
         let mut got = vec![f32::NAN; dims.len()];
-        let (first, rest) = got.split_at_mut(split * batch * dim);
-        decoder.prefill(&steps[..first.len()], first, split).expect("prefill");
-        for (x, y) in steps[first.len()..].chunks_exact(batch * dim).zip(rest.chunks_exact_mut(batch * dim)) {
-            decoder.step(x, y).expect("a step");
+        for i in (0..begin).chain(end..seq) {
+            if i == end {
+                let many = begin * row..end * row;
+                decoder.prefill(&steps[many.clone()], &mut got[many], end - begin).expect("prefill");
+            }
+            decoder.step(&steps[i * row..][..row], &mut got[i * row..][..row]).expect("a step");
         }
         assert_close(&format!("decoder {dims:?}, round {round}"), &got, &want, tolerance);
         decoder.reset();

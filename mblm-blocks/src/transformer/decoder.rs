@@ -1,12 +1,13 @@
 //! Incremental decoding of the Transformer: cached keys and values, and the one position that the token shift needs.
 
 use mblm_core::Result;
-use mblm_core::block::StageDecoder;
-use mblm_core::layer::Dims;
+use mblm_core::block::{Mode, StageDecoder};
+use mblm_core::buffer::Buffer;
+use mblm_core::layer::{Context, Dims, Layer};
 use mblm_core::ops::linear::{self, Into};
 use mblm_core::ops::{attention, gelu};
 
-use super::layer::TransformerLayer;
+use super::layer::{Tape, TransformerLayer};
 use super::{EPS, TransformerModel};
 use mblm_core::ops::rms_norm::RmsNorm;
 
@@ -113,6 +114,22 @@ impl LayerState {
     }
 }
 
+impl LayerState {
+    /// Takes over what a pass over the first positions of all sequences computed.
+    fn keep(&mut self, layer: &TransformerLayer, x: &[f32], tape: &Tape, dims: Dims) {
+        let (dim, inner) = (layer.dim, layer.inner());
+        for (b, qkv) in tape.qkv.chunks_exact(dims.seq * 3 * inner).enumerate() {
+            let part = |p: usize| qkv.chunks_exact(3 * inner).flat_map(move |row| &row[p * inner..(p + 1) * inner]);
+            self.keys[b] = part(1).copied().collect();
+            self.values[b] = part(2).copied().collect();
+            let last = (b + 1) * dims.seq * dim - dim;
+            for (before, rows) in self.before.iter_mut().zip([x, &tape.middle]) {
+                before[b * dim..][..dim].copy_from_slice(&rows[last..last + dim]);
+            }
+        }
+    }
+}
+
 impl StageDecoder for TransformerDecoder<'_> {
     fn reset(&mut self) {
         self.position = 0;
@@ -130,6 +147,40 @@ impl StageDecoder for TransformerDecoder<'_> {
         }
         self.position += 1;
         self.model.norm.step(&hidden, self.model.dim, y);
+        Ok(())
+    }
+
+    /// One pass of the layers over all positions, where at most the first (the start token) was stepped through: that
+    /// one's input is still at hand, and it is passed again.
+    fn prefill(&mut self, x: &[f32], y: &mut [f32], seq: usize) -> Result<()> {
+        let (batch, dim, first) = (self.batch, self.model.dim, self.position);
+        if first > 1 || seq < 2 {
+            return x
+                .chunks_exact(batch * dim)
+                .zip(y.chunks_exact_mut(batch * dim))
+                .try_for_each(|(x, y)| self.step(x, y));
+        }
+        let dims = Dims { batch, seq: first + seq, dim };
+        let mut hidden = Buffer::take(dims.len());
+        for (b, rows) in hidden.chunks_exact_mut(dims.seq * dim).enumerate() {
+            let start = self.layers.iter().take(first).map(|layer| &layer.before[0][b * dim..]);
+            let steps = x.chunks_exact(dim).skip(b).step_by(batch);
+            for (row, x) in rows.chunks_exact_mut(dim).zip(start.chain(steps)) {
+                row.copy_from_slice(&x[..dim]);
+            }
+        }
+        let context = Context { dims, mask: None, mode: Mode::Eval };
+        for (state, layer) in self.layers.iter_mut().zip(&self.model.layers) {
+            let mut next = Buffer::take(dims.len());
+            let tape = layer.forward(&hidden, context, &mut next);
+            state.keep(layer, &hidden, &tape, dims);
+            hidden = next;
+        }
+        for (i, y) in y.chunks_exact_mut(dim).enumerate() {
+            let row = i % batch * dims.seq + first + i / batch;
+            self.model.norm.step(&hidden[row * dim..][..dim], dim, y);
+        }
+        self.position += seq;
         Ok(())
     }
 }

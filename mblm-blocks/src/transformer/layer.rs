@@ -51,13 +51,13 @@ pub(super) struct TransformerLayer {
 /// What backward needs and cannot cheaply recompute.
 pub(super) struct Tape {
     /// `(B, S, 3 H d)`, queries and keys rotated.
-    qkv: Buffer,
+    pub(super) qkv: Buffer,
     /// `(B, H, S)`
     lse: Buffer,
     /// Attention's output, `(B, S, H d)`.
     attended: Buffer,
     /// The stream between the two halves, `(B, S, D)`.
-    middle: Buffer,
+    pub(super) middle: Buffer,
     /// Before GELU, `(B, S, F)`.
     up: Buffer,
 }

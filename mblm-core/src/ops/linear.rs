@@ -35,14 +35,23 @@ pub enum Into {
     Add,
 }
 
-/// `y (=|+=) x Wᵀ`.
+/// `y (=|+=) x Wᵀ`. For few rows, as in decoding, it reads the weights once and packs nothing.
 ///
 /// # Shapes
 /// - `x`: `(R, I)`, `weight`: `(O, I)`, `y`: `(R, O)` where `R` follows from `inputs` and `x`
 pub fn forward(x: &[f32], weight: &[f32], inputs: usize, into: Into, y: &mut [f32]) {
     let (rows, outputs) = (x.len() / inputs, weight.len() / inputs);
-    let (x, w) = (Mat::new(x, rows, inputs), Mat::new(weight, outputs, inputs));
-    matmul(MatMut::new(y, rows, outputs), into == Into::Add, 1.0, x, w.t(), Threads::All);
+    if rows >= GEMM_ROWS {
+        let (x, w) = (Mat::new(x, rows, inputs), Mat::new(weight, outputs, inputs));
+        return matmul(MatMut::new(y, rows, outputs), into == Into::Add, 1.0, x, w.t(), Threads::All);
+    }
+    let y = Shared::new(y);
+    // A thread is worth waking for about 64 K multiplications.
+    for_rows(outputs, rows * inputs * MIN_PARALLEL / (64 * 1024), |range| {
+        // SAFETY: ranges of outputs do not overlap.
+        let y = unsafe { y.matrix(range.start, rows, range.len(), outputs) };
+        simd::dispatch(FewRows { x, weight: &weight[range.start * inputs..range.end * inputs], inputs, into, y });
+    });
 }
 
 /// The gradient of the input: `dx (=|+=) dy W`.
@@ -99,34 +108,22 @@ pub fn add_bias(bias: &[f32], y: &mut [f32]) {
     });
 }
 
-/// Rows from which a decoding step is a matrix product like any other.
-const GEMM_ROWS: usize = 64;
-
-/// `y (=|+=) x Wᵀ + b` for the few rows of a decoding step. Reads the weights once, split over the threads when that
-/// pays.
+/// `y (=|+=) x Wᵀ + b`, for the rows of a decoding step.
 ///
 /// # Shapes
 /// - `x`: `(B, I)`, `weight`: `(O, I)`, `bias`: `(O)`, `y`: `(B, O)`
 pub fn step(x: &[f32], weight: &[f32], bias: Option<&[f32]>, inputs: usize, into: Into, y: &mut [f32]) {
-    let (batch, outputs) = (x.len() / inputs, weight.len() / inputs);
-    if batch >= GEMM_ROWS {
-        forward(x, weight, inputs, into, y);
-    } else {
-        let y = Shared::new(y);
-        // A thread is worth waking for about 64 K multiplications.
-        for_rows(outputs, batch * inputs * MIN_PARALLEL / (64 * 1024), |range| {
-            // SAFETY: ranges of outputs do not overlap.
-            let y = unsafe { y.matrix(range.start, batch, range.len(), outputs) };
-            simd::dispatch(Step { x, weight: &weight[range.start * inputs..range.end * inputs], inputs, into, y });
-        });
-    }
+    forward(x, weight, inputs, into, y);
     if let Some(bias) = bias {
-        y.chunks_exact_mut(outputs).for_each(|row| simd::add(bias, row));
+        y.chunks_exact_mut(bias.len()).for_each(|row| simd::add(bias, row));
     }
 }
 
-/// Some of the outputs of a decoding step.
-struct Step<'a> {
+/// Rows from which [`forward`] is a matrix product like any other.
+const GEMM_ROWS: usize = 64;
+
+/// Some of the outputs of [`forward`].
+struct FewRows<'a> {
     x: &'a [f32],
     weight: &'a [f32],
     inputs: usize,
@@ -137,7 +134,7 @@ struct Step<'a> {
 /// Rows of the weight that share a pass over `x`.
 const OUTPUTS: usize = 4;
 
-impl WithSimd for Step<'_> {
+impl WithSimd for FewRows<'_> {
     type Output = ();
 
     /// A group of rows of the weight stays in the first-level cache for all of `x`.
@@ -155,7 +152,7 @@ impl WithSimd for Step<'_> {
     }
 }
 
-impl Step<'_> {
+impl FewRows<'_> {
     #[inline(always)]
     fn all_of_x<S: Simd, const O: usize>(&mut self, simd: S, output: usize, weight: &[f32]) {
         // As many sums as registers hold.
@@ -230,19 +227,20 @@ mod tests {
     use crate::testing::{assert_close, noise};
 
     #[test]
-    fn a_step_is_a_row_of_forward() {
-        for (batch, inputs, outputs) in [(1, 5, 3), (1, 64, 1030), (3, 37, 9), (9, 40, 41), (70, 33, 6), (17, 2000, 13)]
+    fn few_rows_and_many_are_the_same_product() {
+        for (rows, inputs, outputs) in [(1, 5, 3), (1, 64, 1030), (3, 37, 9), (9, 40, 41), (63, 33, 6), (17, 2000, 13)]
         {
-            let (x, w, b) = (noise(batch * inputs, 1), noise(inputs * outputs, 2), noise(outputs, 3));
-            let mut want = vec![f32::NAN; batch * outputs];
-            forward(&x, &w, inputs, Into::Set, &mut want);
+            let (x, w, b) = (noise(rows * inputs, 1), noise(inputs * outputs, 2), noise(outputs, 3));
+            let mut want = vec![f32::NAN; rows * outputs];
+            let (x_mat, w_mat) = (Mat::new(&x, rows, inputs), Mat::new(&w, outputs, inputs));
+            matmul(MatMut::new(&mut want, rows, outputs), false, 1.0, x_mat, w_mat.t(), Threads::One);
             add_bias(&b, &mut want);
-            let mut got = vec![f32::NAN; batch * outputs];
+            let mut got = vec![f32::NAN; rows * outputs];
             step(&x, &w, Some(&b), inputs, Into::Set, &mut got);
-            assert_close("step", &got, &want, 1e-5);
+            assert_close("set", &got, &want, 1e-5);
             step(&x, &w, Some(&b), inputs, Into::Add, &mut got);
             want.iter_mut().for_each(|v| *v *= 2.0);
-            assert_close("step added", &got, &want, 1e-5);
+            assert_close("added", &got, &want, 1e-5);
         }
     }
 }
