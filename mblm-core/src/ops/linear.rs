@@ -137,9 +137,16 @@ const OUTPUTS: usize = 4;
 impl WithSimd for FewRows<'_> {
     type Output = ();
 
-    /// A group of rows of the weight stays in the first-level cache for all of `x`.
+    /// A group of rows of the weight stays in the first-level cache for all of `x`. For a single `x` the weight is read
+    /// from front to back, which is what the processor fetches ahead best.
     #[inline(always)]
     fn with_simd<S: Simd>(mut self, simd: S) {
+        if self.x.len() == self.inputs {
+            for (output, weight) in self.weight.chunks_exact(self.inputs).enumerate() {
+                self.store(0, output, [[long_dot(simd, weight, self.x)]]);
+            }
+            return;
+        }
         for (group, weight) in self.weight.chunks(OUTPUTS * self.inputs).enumerate() {
             if weight.len() < OUTPUTS * self.inputs {
                 for (i, row) in weight.chunks_exact(self.inputs).enumerate() {
@@ -184,6 +191,26 @@ impl FewRows<'_> {
             }
         }
     }
+}
+
+/// `weight · x`, in four sums that do not wait for each other.
+#[inline(always)]
+fn long_dot<S: Simd>(simd: S, weight: &[f32], x: &[f32]) -> f32 {
+    let (w, w_rest) = S::as_simd_f32s(weight);
+    let (x, x_rest) = S::as_simd_f32s(x);
+    let mut sums = [simd.splat_f32s(0.0); 4];
+    let (w4, w1) = w.as_chunks::<4>();
+    let (x4, x1) = x.as_chunks::<4>();
+    for (w, x) in w4.iter().zip(x4) {
+        for (sum, (w, x)) in sums.iter_mut().zip(w.iter().zip(x)) {
+            *sum = simd.mul_add_e_f32s(*w, *x, *sum);
+        }
+    }
+    for (w, x) in w1.iter().zip(x1) {
+        sums[0] = simd.mul_add_e_f32s(*w, *x, sums[0]);
+    }
+    let total = simd.add_f32s(simd.add_f32s(sums[0], sums[1]), simd.add_f32s(sums[2], sums[3]));
+    simd.reduce_sum_f32s(total) + w_rest.iter().zip(x_rest).map(|(w, x)| w * x).sum::<f32>()
 }
 
 /// The products of `B` rows of `x` with `O` rows of the weight.
