@@ -186,6 +186,8 @@ fn recomputed_chunks_give_the_gradients_of_one_pass() {
         let (loss, whole) = build(yaml);
         let (same, recomputed) = build(&format!("{yaml}train_checkpoint_chunks: {chunks}\n"));
         assert!((loss - same).abs() < 1e-6, "{chunks}");
+        let evaluated = [&whole, &recomputed].map(|model| scalar(model.loss(&ids(2, 23), None, Mode::Eval).unwrap()));
+        assert!((evaluated[0] - evaluated[1]).abs() < 1e-6, "{chunks}: {evaluated:?}");
         assert_live(recomputed.params());
         for (a, b) in whole.params().iter().zip(recomputed.params().iter()) {
             assert_close(&format!("{chunks}: {}", a.name()), &b.grad(), &a.grad(), 1e-5);

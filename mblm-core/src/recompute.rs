@@ -1,5 +1,6 @@
 //! Memory for time: a stage runs its sequences in chunks and keeps their inputs alone; backward runs each chunk forward
-//! once more (Chen et al. 2016). What the package calls `train_checkpoint_chunks`.
+//! once more (Chen et al. 2016). What the package calls `train_checkpoint_chunks`. Evaluation takes the same chunks, so that
+//! it does not need more memory than training.
 
 use std::sync::Arc;
 
@@ -25,16 +26,23 @@ pub(crate) fn recompute(
     x: &Tensor,
     mask: Option<&Tensor>,
     chunks: usize,
-    seed: u64,
+    mode: Mode,
 ) -> Result<Tensor> {
     let rows = x.dim(0)?.div_ceil(chunks).max(1);
-    let op = Recompute { model: model.clone(), params: params.to_vec(), mask: mask.cloned(), rows, seed };
-    Ok(x.contiguous()?.apply_op1(op)?)
+    let op = Recompute { model: model.clone(), params: params.to_vec(), mask: mask.cloned(), rows, mode };
+    let x = x.contiguous()?;
+    Ok(match mode {
+        Mode::Train { .. } => x.apply_op1(op)?,
+        Mode::Eval => x.apply_op1_no_bwd(&op)?,
+    })
 }
 
-/// The dropout seed of the chunk that begins with sequence `first`.
-pub(crate) fn chunk_seed(seed: u64, first: usize) -> u64 {
-    seed.wrapping_add((first as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15))
+/// The mode of the chunk that begins with sequence `first`: training with a dropout seed of its own, or evaluation.
+pub(crate) fn chunk_mode(mode: Mode, first: usize) -> Mode {
+    match mode {
+        Mode::Train { seed } => Mode::train(seed.wrapping_add((first as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15))),
+        Mode::Eval => Mode::Eval,
+    }
 }
 
 struct Recompute {
@@ -43,7 +51,7 @@ struct Recompute {
     mask: Option<Tensor>,
     /// Sequences of a chunk.
     rows: usize,
-    seed: u64,
+    mode: Mode,
 }
 
 impl Recompute {
@@ -51,7 +59,7 @@ impl Recompute {
     fn chunks(&self, rows: usize) -> impl Iterator<Item = (usize, usize, Mode)> + use<'_> {
         (0..rows)
             .step_by(self.rows)
-            .map(move |first| (first, self.rows.min(rows - first), Mode::train(chunk_seed(self.seed, first))))
+            .map(move |first| (first, self.rows.min(rows - first), chunk_mode(self.mode, first)))
     }
 
     /// The mask of a chunk.

@@ -30,7 +30,7 @@ pub(crate) struct Stage {
     pub(crate) model: Arc<dyn StageModel>,
     /// The model's parameters.
     pub(crate) params: Vec<Arc<Param>>,
-    /// Into how many chunks the sequences are cut in training, if the model is to be recomputed in backward.
+    /// Into how many chunks the sequences are cut, if the model is to be recomputed in backward.
     chunks: Option<usize>,
     /// To the stage below; none at the local stage.
     pub(crate) next: Option<NextStage>,
@@ -91,12 +91,12 @@ impl Hierarchy {
     /// `masks`: as for [`run`](Self::run); `targets`: in the order of their rows.
     pub(crate) fn loss(&self, ids: &Ids, targets: Vec<Target>, masks: Option<&[Tensor]>, mode: Mode) -> Result<Tensor> {
         let (local, out) = (self.stages.len() - 1, [self.out_weight.clone(), self.out_bias.clone()]);
-        if let (Mode::Train { seed }, Some(chunks)) = (mode, self.stages[local].chunks)
+        if let Some(chunks) = self.stages[local].chunks
             && let Some(above) = self.run_above(ids, &Arc::new(ids.values.clone()), masks, mode)?
         {
             let (stage, ids) = (self.stages[local].clone(), ids.values.clone());
             let mask = masks.map(|masks| masks[local].clone());
-            return LocalLoss { stage, ids, mask, targets, out, chunks, seed }.apply(&above);
+            return LocalLoss { stage, ids, mask, targets, out, chunks, mode }.apply(&above);
         }
         let [weight, bias] = out;
         let loss = CrossEntropy { weight, bias, targets, training: mode != Mode::Eval };
@@ -218,9 +218,9 @@ impl Stage {
     }
 
     fn run(&self, input: &Tensor, mask: Option<&Tensor>, mode: Mode) -> Result<Tensor> {
-        match (mode, self.chunks) {
-            (Mode::Train { seed }, Some(chunks)) => recompute(&self.model, &self.params, input, mask, chunks, seed),
-            _ => self.model.forward(input, mask, mode),
+        match self.chunks {
+            Some(chunks) => recompute(&self.model, &self.params, input, mask, chunks, mode),
+            None => self.model.forward(input, mask, mode),
         }
     }
 }

@@ -12,7 +12,7 @@ use crate::layer::Dims;
 use crate::node::{apply1, backward_from, floats, with_floats};
 use crate::ops::cross_entropy::{CrossEntropy, Target};
 use crate::param::{Param, fold_gradients};
-use crate::recompute::chunk_seed;
+use crate::recompute::chunk_mode;
 
 use super::hierarchy::Stage;
 
@@ -28,14 +28,18 @@ pub(crate) struct LocalLoss {
     /// `(V, D)` and `(V)`
     pub(crate) out: [Arc<Param>; 2],
     pub(crate) chunks: usize,
-    pub(crate) seed: u64,
+    pub(crate) mode: Mode,
 }
 
 impl LocalLoss {
     /// # Shapes
     /// - `above`: `(R, S, D)`; returns a scalar
     pub(crate) fn apply(self, above: &Tensor) -> Result<Tensor> {
-        Ok(above.contiguous()?.apply_op1(self)?)
+        let above = above.contiguous()?;
+        Ok(match self.mode {
+            Mode::Train { .. } => above.apply_op1(self)?,
+            Mode::Eval => above.apply_op1_no_bwd(&self)?,
+        })
     }
 
     /// First sequence and number of sequences of each chunk.
@@ -47,7 +51,7 @@ impl LocalLoss {
     /// A chunk's share of the loss, if it has any; `above`: `(rows, S, D)`.
     fn chunk(&self, above: &Tensor, first: usize, keep: bool) -> Result<Option<Tensor>> {
         let (rows, seq, dim) = above.dims3()?;
-        let mode = Mode::train(chunk_seed(self.seed, first));
+        let mode = chunk_mode(self.mode, first);
         let ids = Arc::new(self.ids[first * seq..(first + rows) * seq].to_vec());
         let tokens = self.stage.embedding.forward(&ids, mode)?.reshape((rows, seq, dim))?;
         let input = self.stage.input.forward(&tokens, Some(above), mode)?;
