@@ -1,6 +1,9 @@
 //! The hierarchy's promises beyond the reference cases: folded ids, weights, padding, batches, reproducible values,
 //! gradients for every parameter, and encoders.
 
+use std::collections::BTreeMap;
+use std::sync::Mutex;
+
 use candle_core::{DType, Device, Tensor};
 use mblm::config::{MblmConfig, MblmEncoderConfig};
 use mblm::model::{Mblm, MblmEncoder};
@@ -67,7 +70,11 @@ fn mixed(seed: u64) -> Mblm {
 }
 
 fn encoder(strategy: &str) -> MblmEncoder {
-    let document = Document::parse(&ENCODER.replace("STRATEGY", strategy), "encoder.yaml").unwrap();
+    encoder_of(&ENCODER.replace("STRATEGY", strategy))
+}
+
+fn encoder_of(yaml: &str) -> MblmEncoder {
+    let document = Document::parse(yaml, "encoder.yaml").unwrap();
     let config = MblmEncoderConfig::from_document(&document, "", &BlockRegistry::builtin().unwrap()).unwrap();
     let model = MblmEncoder::new(&config, 1).unwrap();
     perturb(model.params());
@@ -179,11 +186,100 @@ fn recomputed_chunks_give_the_gradients_of_one_pass() {
         let (loss, whole) = build(yaml);
         let (same, recomputed) = build(&format!("{yaml}train_checkpoint_chunks: {chunks}\n"));
         assert!((loss - same).abs() < 1e-6, "{chunks}");
+        let evaluated = [&whole, &recomputed].map(|model| scalar(model.loss(&ids(2, 23), None, Mode::Eval).unwrap()));
+        assert!((evaluated[0] - evaluated[1]).abs() < 1e-6, "{chunks}: {evaluated:?}");
         assert_live(recomputed.params());
         for (a, b) in whole.params().iter().zip(recomputed.params().iter()) {
             assert_close(&format!("{chunks}: {}", a.name()), &b.grad(), &a.grad(), 1e-5);
         }
     }
+}
+
+#[test]
+fn an_encoder_is_recomputed_under_its_mask() {
+    let ids = ids(3, 11);
+    let mask = Tensor::from_vec((0..33).map(|i| (i % 7 > 1) as u8).collect(), (3, 11), &Device::Cpu).unwrap();
+    let build = |dropout: &str, chunks: &str| {
+        let fields = format!("fixed, ff_dropout: {dropout}}}\n  train_checkpoint_chunks: {chunks}");
+        let three =
+            ENCODER.replace("[12, 8]", "[12, 12, 8]").replace("[1, 1]", "[1, 2, 1]").replace("[4, 3]", "[3, 2, 2]");
+        let model = encoder_of(&three.replace("STRATEGY", "any").replace("fixed}", &fields));
+        let loss = model.loss(&ids, &ids, Some(&mask), None, Mode::train(1)).unwrap();
+        model.params().backward(&loss).unwrap();
+        assert_live(model.params());
+        (scalar(loss), model)
+    };
+    // One chunk is the same computation, bit for bit; several add up the parameters' gradients in another order.
+    let cases = [("0.1", "[1, 1]", 0.0), ("0.0", "[1, 1]", 0.0), ("0.0", "[2, 5]", 1e-5), ("0.0", "[4, 50]", 1e-5)];
+    for (dropout, chunks, tolerance) in cases {
+        let ((loss, whole), (same, recomputed)) = (build(dropout, "null"), build(dropout, chunks));
+        assert!((loss - same).abs() <= tolerance, "{chunks}: {loss} and {same}");
+        for (a, b) in whole.params().iter().zip(recomputed.params().iter()) {
+            assert_close(&format!("{chunks}: {}", a.name()), &b.grad(), &a.grad(), tolerance);
+        }
+    }
+    let seen = |mask| build("0.0", "[2, 2]").1.loss(&ids, &ids, mask, None, Mode::train(1)).map(scalar).unwrap();
+    assert_ne!(seen(None), seen(Some(&mask)));
+}
+
+/// Passes its input on, times a gain, and keeps what it passed on in training.
+#[derive(Debug, serde::Serialize, serde::Deserialize, schemars::JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct Recorder {}
+
+/// Outputs of recorders of any model, by the width of their stage.
+static RECORDED: Mutex<BTreeMap<usize, Vec<f32>>> = Mutex::new(BTreeMap::new());
+
+mblm::register_block!(Recorder, name = "recorder", about = "A gain that is listened to");
+
+#[typetag::serde(name = "recorder")]
+impl StageBlock for Recorder {
+    fn pos_emb_type(&self) -> Option<PosEmb> {
+        None
+    }
+
+    fn build(&self, dim: usize, _: usize, params: &mut ParamScope) -> mblm::Result<Box<dyn StageModel>> {
+        Ok(Box::new(RecorderModel(params.param("gain", &[dim], Init::Normal)?)))
+    }
+}
+
+struct RecorderModel(std::sync::Arc<Param>);
+
+impl StageModel for RecorderModel {
+    fn forward(&self, x: &Tensor, _: Option<&Tensor>, mode: Mode) -> mblm::Result<Tensor> {
+        let y = x.broadcast_mul(&self.0.tensor(mode))?;
+        RECORDED.lock().unwrap().entry(y.dim(2)?).or_default().extend(floats(&y));
+        Ok(y)
+    }
+}
+
+#[test]
+fn activations_are_the_root_mean_squares_of_what_the_stages_put_out() {
+    let rms = |values: &[f32]| (values.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>() / values.len() as f64).sqrt();
+    let stages = "block:\n  - {block_type: recorder}\n  - {block_type: recorder}\n  - {block_type: recorder}\n";
+    // Whole, and the last two stages recomputed, the local one with its loss.
+    for chunks in ["null", "[2, 5]"] {
+        let yaml = MIXED.split_once("block:").unwrap().0.to_string() + stages + "train_checkpoint_chunks: " + chunks;
+        let document = Document::parse(&yaml, "recorder.yaml").unwrap();
+        let config = MblmConfig::from_document(&document, "", &BlockRegistry::builtin().unwrap()).unwrap();
+        let model = Mblm::new(&config, 0).unwrap();
+        RECORDED.lock().unwrap().clear();
+        let (loss, found) = model.measure_activations(|| model.loss(&ids(2, 23), None, Mode::train(1)));
+        let recorded = std::mem::take(&mut *RECORDED.lock().unwrap());
+        // 2 sequences of 4 patches, 8 of 3, 24 of 2, each with a start token.
+        let sizes: Vec<usize> = recorded.values().rev().map(Vec::len).collect();
+        assert_eq!(sizes, [2 * 5 * 16, 8 * 4 * 12, 24 * 3 * 8]);
+        for (found, outputs) in found.iter().zip(recorded.values().rev()) {
+            assert!((found - rms(outputs)).abs() < 1e-6 * found, "{chunks}: {found} and {}", rms(outputs));
+        }
+        model.params().backward(&loss.unwrap()).unwrap();
+        let (_, none) = model.measure_activations(|| ());
+        assert!(none.iter().all(|norm| norm.is_nan()), "nothing is left of passes that nobody measured: {none:?}");
+    }
+    // An encoder's hidden state is what its local stage puts out, all of it where nothing is padded.
+    let model = encoder("any");
+    let (hidden, found) = model.measure_activations(|| model.hidden_state(&ids(2, 12), None, Mode::Eval).unwrap());
+    assert!((found[1] - rms(&floats(&hidden))).abs() < 1e-6, "{found:?}");
 }
 
 fn assert_live(params: &ParamStore) {

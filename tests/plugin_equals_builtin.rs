@@ -54,7 +54,10 @@ fn bit_for_bit() {
     same_values("initial values");
     let mut optimizers = [&one, &two].map(|model| Adam::new(model.params(), AdamConfig::default()));
     for step in 0..6 {
-        let losses = [&one, &two].map(|model| model.loss(&ids(step), None, Mode::train(step)).unwrap());
+        let [(a, norms), (b, same)] =
+            [&one, &two].map(|model| model.measure_activations(|| model.loss(&ids(step), None, Mode::train(step))));
+        assert!(norms == same && norms.iter().all(|norm| *norm > 0.0), "activations: {norms:?} and {same:?}");
+        let losses = [a.unwrap(), b.unwrap()];
         let [a, b] = [&losses[0], &losses[1]].map(|loss| loss.to_scalar::<f32>().unwrap());
         assert_eq!(a.to_bits(), b.to_bits(), "the loss of step {step}: {a} and {b}");
         for ((model, loss), adam) in [&one, &two].into_iter().zip(&losses).zip(&mut optimizers) {

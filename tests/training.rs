@@ -68,6 +68,13 @@ fn an_encoder_learns_to_restore_masked_bytes() {
     for dataset in ["pg19masked", "bytes"] {
         let folder = workplace(ENCODER, dataset);
         let (run, said) = train(folder.path(), &["train.masking_proba=0.2"]);
+        let metrics = fs::read_to_string(run.join("metrics.jsonl")).unwrap();
+        for line in metrics.lines().filter(|line| line.contains(r#""kind":"train""#)) {
+            let line: serde_json::Value = serde_json::from_str(line).unwrap();
+            let norm = |stage: usize| line[format!("stage{stage}/activation_norm")].as_f64();
+            assert!(norm(1).is_some_and(|n| n > 0.1) && norm(2).is_some_and(|n| n > 0.1), "{line}");
+            assert!(norm(3).is_none(), "{line}");
+        }
         let valid = losses(&run, "valid");
         // Bytes that are guessed from their frequency alone cost about 2.6 nats.
         assert!(valid[0] > 4.0 && *valid.last().unwrap() < 2.4, "{valid:?}\n{said}");

@@ -10,6 +10,7 @@
 //! | `lr` | the learning rate of the next gradient step |
 //! | `grad_norm`, `grad_norm_clipped` | the Euclidean norm of all gradients, before and after clipping |
 //! | `stage1/grad_norm`, … | the same before clipping, of the model of one stage alone |
+//! | `stage1/activation_norm`, … | the root mean square of that stage's output, the hidden state after its last layer, over all its elements: sequences of the batch, positions with start tokens and padding, channels |
 //! | `bytes_per_second` | training bytes per second since the last point, without validations and checkpoints |
 //! | `data_seconds` | seconds spent waiting for training data since the last point |
 //! | `memory_mb` | resident memory now, in MiB |
@@ -191,6 +192,11 @@ impl Metrics {
 /// The scalars of a loss in nats.
 pub fn loss_scalars(loss: f64) -> Scalars {
     vec![("loss".into(), loss), ("bpb".into(), bpb(loss))]
+}
+
+/// The root mean squares of the stages' outputs under their tags.
+pub fn activation_norms(norms: &[f64]) -> Scalars {
+    norms.iter().zip(1..).map(|(norm, stage)| (format!("stage{stage}/activation_norm"), *norm)).collect()
 }
 
 /// The norm of each stage model's gradient: `stage1/grad_norm` of the parameters under `stage_models.0.`, and so on.

@@ -19,6 +19,16 @@ pub trait TrainModel {
     /// - `ids`: `(B, L)`, `u32`; `loss_mask`: the same, `f32`
     fn loss(&self, ids: &Tensor, loss_mask: Option<&Tensor>, mode: Mode) -> mblm_core::Result<Tensor>;
 
+    /// [`loss`](Self::loss), and the root mean square of each stage's output, from global to local; none if not known.
+    fn measured_loss(
+        &self,
+        ids: &Tensor,
+        loss_mask: Option<&Tensor>,
+        mode: Mode,
+    ) -> mblm_core::Result<(Tensor, Vec<f64>)> {
+        Ok((self.loss(ids, loss_mask, mode)?, Vec::new()))
+    }
+
     /// The vectors of the reference package's `state_dict` that are no parameters, by name.
     fn buffers(&self) -> Vec<(String, Vec<f32>)> {
         Vec::new()
@@ -77,6 +87,20 @@ impl TrainModel for Model {
             Model::Generative(model) => model.loss(ids, loss_mask, mode),
             Model::Masked(model) => model.loss(ids, loss_mask, mode),
         }
+    }
+
+    fn measured_loss(
+        &self,
+        ids: &Tensor,
+        loss_mask: Option<&Tensor>,
+        mode: Mode,
+    ) -> mblm_core::Result<(Tensor, Vec<f64>)> {
+        let loss = || self.loss(ids, loss_mask, mode);
+        let (loss, activations) = match self {
+            Model::Generative(model) => model.measure_activations(loss),
+            Model::Masked(model) => model.encoder.measure_activations(loss),
+        };
+        Ok((loss?, activations))
     }
 
     fn buffers(&self) -> Vec<(String, Vec<f32>)> {

@@ -18,7 +18,7 @@ use crate::data::order::mix;
 use crate::data::prefetch::Prefetch;
 use crate::error::{AtPath, Error, Result};
 use crate::evaluate::{bpb, loss_of, mean_loss};
-use crate::metrics::{Kind, Metrics, Point, Scalars, loss_scalars, stage_grad_norms};
+use crate::metrics::{Kind, Metrics, Point, Scalars, activation_norms, loss_scalars, stage_grad_norms};
 use crate::model::TrainModel;
 use crate::optimizer::{Adam, AdamConfig, GradNorm, clip_grad_norm, first_non_finite};
 use crate::plan::Plan;
@@ -256,7 +256,12 @@ impl<'a> Trainer<'a> {
         let read = started.elapsed();
         let mode = Mode::train(mix(mix(self.state.seed) ^ index));
         let precision = self.config.train.precision;
-        let mut loss = autocast(precision, || self.model.loss(&batch.ids, batch.loss_mask.as_ref(), mode))?;
+        let is_point = self.plan.train_points.contains(&index);
+        let (ids, loss_mask) = (&batch.ids, batch.loss_mask.as_ref());
+        let (mut loss, activations) = autocast(precision, || match is_point {
+            true => self.model.measured_loss(ids, loss_mask, mode),
+            false => Ok((self.model.loss(ids, loss_mask, mode)?, Vec::new())),
+        })?;
         let value = loss.to_scalar::<f32>()? as f64;
         if !value.is_finite() {
             return Err(self.non_finite_loss(value));
@@ -274,8 +279,8 @@ impl<'a> Trainer<'a> {
         self.state.next = self.train.after(at);
         self.state.valid_loss = None;
         record.progress.batch(self.state.batches, value);
-        let is_point = self.plan.train_points.contains(&index);
         let mut scalars = if is_point { self.log_train_loss(record, at, value)? } else { Scalars::new() };
+        scalars.extend(activation_norms(&activations));
         if self.state.accumulated == self.plan.accumulate {
             self.measured_step(&mut scalars)?;
         }

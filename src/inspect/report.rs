@@ -190,8 +190,8 @@ impl Counts<'_> {
 
     fn projections(&self) -> Part {
         let last = self.config.num_stages() - 1;
-        // Where the local stage is cut into chunks, what the last projection says lies in memory five times at the peak:
-        // itself, the copy that forward cut, and its gradient as a zero, a summand and a sum.
+        // Where the local stage is cut into chunks, what the last projection says lies in memory four times at the peak:
+        // itself, and its gradient as a zero, a summand and a sum. About as much again stays with the allocator.
         let copies = |n: usize| if n + 1 == last && self.local_is_chunked() { 5.0 } else { 1.0 };
         let kept = |n: usize| copies(n) * self.config.hidden_dims[n + 1] as f64 / self.patch_bytes(n + 1);
         Part {

@@ -5,8 +5,7 @@ use candle_core::{Device, Tensor};
 use crate::block::{Mode, StageModel};
 use crate::config::{MaskReduce, MblmEncoderConfig};
 use crate::error::{Error, Result};
-use crate::node::apply1;
-use crate::ops::cross_entropy::{CrossEntropy, Target};
+use crate::ops::cross_entropy::Target;
 use crate::param::ParamStore;
 
 use super::hierarchy::Hierarchy;
@@ -40,14 +39,19 @@ impl MblmEncoder {
         self.hierarchy.stages.iter().map(|stage| &*stage.model)
     }
 
+    /// As [`Mblm::measure_activations`](super::Mblm::measure_activations); an encoder has no start tokens.
+    pub fn measure_activations<R>(&self, work: impl FnOnce() -> R) -> (R, Vec<f64>) {
+        self.hierarchy.measure_activations(work)
+    }
+
     /// The input of the output layer.
     ///
     /// # Shapes
     /// - `ids`: `(B, L)` or folded; `attention_mask`: the same, nonzero = attend; returns `(B, L, D_N)` or folded
     pub fn hidden_state(&self, ids: &Tensor, attention_mask: Option<&Tensor>, mode: Mode) -> Result<Tensor> {
         let ids = self.read(ids)?;
-        let attend = attend(&ids, attention_mask)?;
-        self.per_byte(&ids, &self.run(&ids, &attend, mode)?)
+        let masks = self.masks(&ids, &attend(&ids, attention_mask)?)?;
+        self.per_byte(&ids, &self.hierarchy.run(&ids, Some(&masks), mode)?)
     }
 
     /// The logits of the byte at every position.
@@ -73,9 +77,7 @@ impl MblmEncoder {
         if targets.is_empty() {
             return nothing_to_predict();
         }
-        let local = self.run(&ids, &attend, mode)?;
-        let (weight, bias) = (self.hierarchy.out_weight.clone(), self.hierarchy.out_bias.clone());
-        Ok(apply1(CrossEntropy { weight, bias, targets, training: mode != Mode::Eval }, &local, mode)?)
+        self.hierarchy.loss(&ids, targets, Some(&self.masks(&ids, &attend)?), mode)
     }
 
     fn read(&self, ids: &Tensor) -> Result<Ids> {
@@ -87,10 +89,9 @@ impl MblmEncoder {
         Ok(ids)
     }
 
-    fn run(&self, ids: &Ids, attend: &[u8], mode: Mode) -> Result<Tensor> {
-        let stages = 0..self.hierarchy.stages.len();
-        let masks = stages.map(|n| self.mask(ids, attend, n)).collect::<Result<Vec<_>>>()?;
-        self.hierarchy.run(ids, Some(&masks), mode)
+    /// The mask of each stage from that of the bytes.
+    fn masks(&self, ids: &Ids, attend: &[u8]) -> Result<Vec<Tensor>> {
+        (0..self.hierarchy.stages.len()).map(|n| self.mask(ids, attend, n)).collect()
     }
 
     /// The mask of stage `n`, `(sequences, P_n)`, from that of the bytes.

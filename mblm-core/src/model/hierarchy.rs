@@ -15,6 +15,7 @@ use crate::ops::linear::linear_composed;
 use crate::param::{Init, Param, ParamStore};
 use crate::recompute::recompute;
 
+use super::activations::Activations;
 use super::input::Ids;
 use super::local_loss::LocalLoss;
 use super::projection::NextStage;
@@ -29,12 +30,13 @@ pub(crate) struct Stage {
     pub(crate) model: Arc<dyn StageModel>,
     /// The model's parameters.
     pub(crate) params: Vec<Arc<Param>>,
-    /// Into how many chunks the sequences are cut in training, if the model is to be recomputed in backward.
+    /// Into how many chunks the sequences are cut, if the model is to be recomputed in backward.
     chunks: Option<usize>,
     /// To the stage below; none at the local stage.
     pub(crate) next: Option<NextStage>,
     pub(crate) seq_len: usize,
     pub(crate) dim: usize,
+    pub(crate) activations: Arc<Activations>,
 }
 
 /// The stages and the output layer.
@@ -85,17 +87,20 @@ impl Hierarchy {
     }
 
     /// The mean loss of the targets. Where the local stage is cut into chunks, its output never exists as a whole.
-    pub(crate) fn loss(&self, ids: &Ids, targets: Vec<Target>, mode: Mode) -> Result<Tensor> {
+    ///
+    /// `masks`: as for [`run`](Self::run); `targets`: in the order of their rows.
+    pub(crate) fn loss(&self, ids: &Ids, targets: Vec<Target>, masks: Option<&[Tensor]>, mode: Mode) -> Result<Tensor> {
         let (local, out) = (self.stages.len() - 1, [self.out_weight.clone(), self.out_bias.clone()]);
-        if let (Mode::Train { seed }, Some(chunks)) = (mode, self.stages[local].chunks)
-            && let Some(above) = self.run_above(ids, &Arc::new(ids.values.clone()), None, mode)?
+        if let Some(chunks) = self.stages[local].chunks
+            && let Some(above) = self.run_above(ids, &Arc::new(ids.values.clone()), masks, mode)?
         {
             let (stage, ids) = (self.stages[local].clone(), ids.values.clone());
-            return LocalLoss { stage, ids, targets, out, chunks, seed }.apply(&above);
+            let mask = masks.map(|masks| masks[local].clone());
+            return LocalLoss { stage, ids, mask, targets, out, chunks, mode }.apply(&above);
         }
         let [weight, bias] = out;
         let loss = CrossEntropy { weight, bias, targets, training: mode != Mode::Eval };
-        Ok(apply1(loss, &self.run(ids, None, mode)?, mode)?)
+        Ok(apply1(loss, &self.run(ids, masks, mode)?, mode)?)
     }
 
     /// What the stages above the local one say of its tokens, `(local sequences, P_N, D_N)`, if there are any.
@@ -132,7 +137,10 @@ impl Hierarchy {
         let input = stage.input.forward(&tokens, above, mode)?;
         let output = stage.run(&input, masks.map(|m| &m[n]), mode)?;
         match output.dims() == input.dims() {
-            true => Ok(output),
+            true => {
+                stage.activations.add(&output)?;
+                Ok(output)
+            }
             false => Err(Error::Block(format!(
                 "the block of stage {} returned shape {:?} for {:?}",
                 n + 1,
@@ -140,6 +148,13 @@ impl Hierarchy {
                 input.dims()
             ))),
         }
+    }
+
+    /// See [`Mblm::measure_activations`](super::Mblm::measure_activations).
+    pub(crate) fn measure_activations<R>(&self, work: impl FnOnce() -> R) -> (R, Vec<f64>) {
+        self.stages.iter().for_each(|stage| stage.activations.start());
+        let done = work();
+        (done, self.stages.iter().map(|stage| stage.activations.finish()).collect())
     }
 
     /// Tokens of a sequence of stage `n`.
@@ -198,13 +213,14 @@ impl Stage {
             next,
             seq_len,
             dim,
+            activations: Arc::default(),
         })
     }
 
     fn run(&self, input: &Tensor, mask: Option<&Tensor>, mode: Mode) -> Result<Tensor> {
-        match (mode, self.chunks, mask) {
-            (Mode::Train { seed }, Some(chunks), None) => recompute(&self.model, &self.params, input, chunks, seed),
-            _ => self.model.forward(input, mask, mode),
+        match self.chunks {
+            Some(chunks) => recompute(&self.model, &self.params, input, mask, chunks, mode),
+            None => self.model.forward(input, mask, mode),
         }
     }
 }

@@ -8,10 +8,11 @@ use candle_core::{CpuStorage, CustomOp1, Device, Layout, Shape, Tensor, Var};
 
 use crate::block::Mode;
 use crate::error::Result;
+use crate::layer::Dims;
 use crate::node::{apply1, backward_from, floats, with_floats};
 use crate::ops::cross_entropy::{CrossEntropy, Target};
 use crate::param::{Param, fold_gradients};
-use crate::recompute::chunk_seed;
+use crate::recompute::chunk_mode;
 
 use super::hierarchy::Stage;
 
@@ -20,19 +21,25 @@ pub(crate) struct LocalLoss {
     pub(crate) stage: Stage,
     /// `(R · S)`
     pub(crate) ids: Vec<u32>,
+    /// `(R, S)`, `u8`, 1 = attend
+    pub(crate) mask: Option<Tensor>,
     /// In the order of their rows.
     pub(crate) targets: Vec<Target>,
     /// `(V, D)` and `(V)`
     pub(crate) out: [Arc<Param>; 2],
     pub(crate) chunks: usize,
-    pub(crate) seed: u64,
+    pub(crate) mode: Mode,
 }
 
 impl LocalLoss {
     /// # Shapes
     /// - `above`: `(R, S, D)`; returns a scalar
     pub(crate) fn apply(self, above: &Tensor) -> Result<Tensor> {
-        Ok(above.contiguous()?.apply_op1(self)?)
+        let above = above.contiguous()?;
+        Ok(match self.mode {
+            Mode::Train { .. } => above.apply_op1(self)?,
+            Mode::Eval => above.apply_op1_no_bwd(&self)?,
+        })
     }
 
     /// First sequence and number of sequences of each chunk.
@@ -44,11 +51,13 @@ impl LocalLoss {
     /// A chunk's share of the loss, if it has any; `above`: `(rows, S, D)`.
     fn chunk(&self, above: &Tensor, first: usize, keep: bool) -> Result<Option<Tensor>> {
         let (rows, seq, dim) = above.dims3()?;
-        let mode = Mode::train(chunk_seed(self.seed, first));
+        let mode = chunk_mode(self.mode, first);
         let ids = Arc::new(self.ids[first * seq..(first + rows) * seq].to_vec());
         let tokens = self.stage.embedding.forward(&ids, mode)?.reshape((rows, seq, dim))?;
         let input = self.stage.input.forward(&tokens, Some(above), mode)?;
-        let output = self.stage.model.forward(&input, None, mode)?;
+        let mask = self.mask.as_ref().map(|mask| mask.narrow(0, first, rows)?.contiguous()).transpose()?;
+        let output = self.stage.model.forward(&input, mask.as_ref(), mode)?;
+        self.stage.activations.add(&output)?;
         let long = output.dim(1)?;
         let begin = self.targets.partition_point(|target| (target.row as usize) < first * long);
         let end = self.targets.partition_point(|target| (target.row as usize) < (first + rows) * long);
@@ -64,11 +73,14 @@ impl LocalLoss {
         Ok(Some((loss * share)?))
     }
 
-    fn forward(&self, above: &Tensor) -> Result<f32> {
+    /// `above`: `(batch, seq, dim)`
+    fn forward(&self, above: &[f32], Dims { batch, seq, dim }: Dims) -> Result<f32> {
         let mut sum = 0.0;
-        for (first, rows) in self.chunks(above.dim(0)?) {
+        for (first, rows) in self.chunks(batch) {
+            let above = &above[first * seq * dim..][..rows * seq * dim];
             // Not a variable of the graph: what the chunk keeps goes with its loss.
-            if let Some(loss) = self.chunk(&above.narrow(0, first, rows)?.contiguous()?, first, false)? {
+            let above = Tensor::from_slice(above, (rows, seq, dim), &Device::Cpu)?;
+            if let Some(loss) = self.chunk(&above, first, false)? {
                 sum += loss.to_scalar::<f32>()? as f64;
             }
         }
@@ -101,8 +113,9 @@ impl CustomOp1 for LocalLoss {
     }
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        let above = Tensor::from_slice(floats(storage, layout)?, layout.shape(), &Device::Cpu)?;
-        Ok((CpuStorage::F32(vec![self.forward(&above)?]), Shape::from(())))
+        let (batch, seq, dim) = layout.shape().dims3()?;
+        let loss = self.forward(floats(storage, layout)?, Dims { batch, seq, dim })?;
+        Ok((CpuStorage::F32(vec![loss]), Shape::from(())))
     }
 
     fn bwd(&self, above: &Tensor, _: &Tensor, dy: &Tensor) -> candle_core::Result<Option<Tensor>> {

@@ -1,5 +1,6 @@
 //! The hierarchy: a decoder ([`Mblm`]) and an encoder ([`MblmEncoder`]) over the same stages.
 
+mod activations;
 mod encoder;
 mod hierarchy;
 mod input;
@@ -63,6 +64,13 @@ impl Mblm {
         self.hierarchy.stages.iter().map(|stage| &*stage.model)
     }
 
+    /// Does `work` and measures meanwhile how large the stages' outputs are, from global to local: the root mean square
+    /// over all elements (sequences, positions with start tokens and padding, channels) of each stage's output; not a
+    /// number for a stage that did not run. Passes that other threads make at the same time count too.
+    pub fn measure_activations<R>(&self, work: impl FnOnce() -> R) -> (R, Vec<f64>) {
+        self.hierarchy.measure_activations(work)
+    }
+
     pub(crate) fn hierarchy(&self) -> &Hierarchy {
         &self.hierarchy
     }
@@ -97,7 +105,7 @@ impl Mblm {
         let targets = self.targets(&ids, loss_mask)?;
         match targets.is_empty() {
             true => nothing_to_predict(),
-            false => self.hierarchy.loss(&ids, targets, mode),
+            false => self.hierarchy.loss(&ids, targets, None, mode),
         }
     }
 

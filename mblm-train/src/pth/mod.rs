@@ -8,6 +8,7 @@
 mod archive;
 mod machine;
 mod names;
+mod order;
 mod pickle;
 #[cfg(test)]
 mod tests;

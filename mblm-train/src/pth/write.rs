@@ -5,8 +5,11 @@ use std::io::{Seek, Write};
 use zip::write::SimpleFileOptions;
 use zip::{CompressionMethod, ZipWriter};
 
-use super::{LOSS, MODEL};
+use super::{LOSS, MODEL, order};
 use crate::checkpoint::Tensors;
+
+/// Shape and values.
+type Tensor = (Vec<usize>, Vec<f32>);
 
 /// The archive's folder.
 const FOLDER: &str = "archive";
@@ -15,8 +18,11 @@ const ALIGNMENT: u16 = 64;
 /// The version of torch's format.
 const VERSION: &[u8] = b"3\n";
 
-/// Writes tensors and their validation loss as the package saves them.
+/// Writes tensors and their validation loss as the package saves them, in its order.
 pub fn write(file: impl Write + Seek, weights: &Tensors, loss: f64) -> std::io::Result<()> {
+    let mut names: Vec<&String> = weights.keys().collect();
+    order::sort(&mut names);
+    let tensors: Vec<(&String, &Tensor)> = names.into_iter().map(|name| (name, &weights[name])).collect();
     let mut zip = ZipWriter::new(file);
     let mut add = |name: &str, bytes: &[u8]| {
         let options = SimpleFileOptions::default()
@@ -26,9 +32,9 @@ pub fn write(file: impl Write + Seek, weights: &Tensors, loss: f64) -> std::io::
         zip.start_file(format!("{FOLDER}/{name}"), options)?;
         zip.write_all(bytes)
     };
-    add("data.pkl", &pickle(weights, loss))?;
+    add("data.pkl", &pickle(&tensors, loss))?;
     add("byteorder", b"little")?;
-    for (key, (_, values)) in weights.values().enumerate() {
+    for (key, (_, (_, values))) in tensors.iter().enumerate() {
         let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
         add(&format!("data/{key}"), &bytes)?;
     }
@@ -38,11 +44,11 @@ pub fn write(file: impl Write + Seek, weights: &Tensors, loss: f64) -> std::io::
 }
 
 /// `{"MODEL": {name: tensor, …}, "LOSS": loss}` in pickle protocol 2.
-fn pickle(weights: &Tensors, loss: f64) -> Vec<u8> {
+fn pickle(tensors: &[(&String, &Tensor)], loss: f64) -> Vec<u8> {
     let mut out = b"\x80\x02}(".to_vec();
     text(&mut out, MODEL);
     out.extend(b"}(");
-    for (key, (name, (shape, values))) in weights.iter().enumerate() {
+    for (key, (name, (shape, values))) in tensors.iter().enumerate() {
         text(&mut out, name);
         tensor(&mut out, key, shape, values.len());
     }
