@@ -70,7 +70,7 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
 }
 
 /// Errors of the data and of the plan begin with the field that is at fault; here its file and line are known.
-fn located(error: training::Error, document: &Document) -> anyhow::Error {
+pub fn located(error: training::Error, document: &Document) -> anyhow::Error {
     let training::Error::Config(text) = &error else { return error.into() };
     match text.split_once(": ") {
         Some((field, message)) if document.get(field).is_some() => document.error(field, message).into(),
@@ -113,7 +113,7 @@ fn resume(path: &Path, args: &Args, plugins: &Plugins, stop: &AtomicBool) -> Res
 }
 
 /// Builds the model, and warns of one whose training does not fit the machine.
-fn build(config: &RunConfig) -> Result<Model> {
+pub fn build(config: &RunConfig) -> Result<Model> {
     let model = Model::new(config, config.train.seed)?;
     let step = Step { batch: config.train.batch_size, bytes: config.params.input_seq_len };
     let report = Report::new(config.params.model.hierarchy(), model.params(), &model.stage_models(), step);

@@ -20,6 +20,7 @@ pub mod progress;
 pub mod pth;
 pub mod run;
 pub mod schedule;
+pub mod schema;
 pub mod session;
 mod tensorboard;
 pub mod timemem;
@@ -29,4 +30,4 @@ pub mod trainer;
 pub use error::{Error, Result};
 
 #[doc(hidden)]
-pub use inventory;
+pub use {inventory, schemars};

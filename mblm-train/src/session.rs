@@ -9,6 +9,7 @@ use crate::error::Result;
 use crate::import;
 use crate::metrics::Metrics;
 use crate::model::TrainModel;
+use crate::plan::Plan;
 use crate::progress::Progress;
 use crate::run::RunFolder;
 use crate::timemem::TimeMem;
@@ -24,6 +25,19 @@ pub fn open_data(config: &RunConfig) -> Result<Splits> {
         pad_token_id: config.params.model.hierarchy().pad_token_id,
     };
     data::open(&config.io.dataset_id, &options)
+}
+
+/// Does what [`train`] does before it makes a run's folder, but for running a sequence: what is left out of `config` and
+/// its data after this is what only training shows. Returns the plan.
+///
+/// # Errors
+/// Mistakes in `config` or its data, or in the checkpoint that it begins with.
+pub fn check(model: &dyn TrainModel, splits: Splits, config: &RunConfig) -> Result<Plan> {
+    let mut trainer = Trainer::new(model, splits, config, "")?;
+    if let Some(resume) = &config.resume {
+        import::begin(&mut trainer, model, resume)?;
+    }
+    Ok(trainer.plan().clone())
 }
 
 /// Starts a run and trains until its end or until `stop` is raised. Returns the run's folder and how it ended.
