@@ -4,6 +4,7 @@ mod bench;
 mod blocks;
 mod check;
 mod checkpoint;
+mod doctor;
 mod eval;
 mod generate;
 mod import;
@@ -52,6 +53,8 @@ enum Command {
     Check(check::Args),
     /// Show what a configuration builds: parameters, operations and memory of each stage
     Inspect(inspect::Args),
+    /// Examine the model of a configuration before it is trained: gradients, scales, causality, decoding
+    Doctor(doctor::Args),
     /// List the block types that a configuration can use
     Blocks(blocks::Args),
     /// Print the JSON Schema of a configuration, for editors
@@ -89,6 +92,7 @@ fn run(Cli { plugins, command }: Cli) -> anyhow::Result<()> {
         Command::Checkpoint(args) => checkpoint::run(&args, &plugins),
         Command::Check(args) => check::run(&args, &plugins),
         Command::Inspect(args) => inspect::run(&args, &plugins),
+        Command::Doctor(args) => doctor::run(&args, &plugins),
         Command::Blocks(args) => blocks::run(&args, &plugins),
         Command::Schema(args) => schema::run(&args, &plugins),
         Command::Bench(args) => bench::run(&args, &plugins),

@@ -7,6 +7,7 @@ pub mod checkpoint;
 pub mod config;
 mod crc32c;
 pub mod data;
+pub mod doctor;
 pub mod error;
 pub mod evaluate;
 pub mod import;

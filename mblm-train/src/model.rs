@@ -46,12 +46,16 @@ pub enum Model {
 impl Model {
     /// Builds the model that `config` describes, with initial values that follow from `seed`.
     pub fn new(config: &RunConfig, seed: u64) -> Result<Self> {
-        Ok(match &config.params.model {
+        Self::of(&config.params.model, config.train.masking_proba.unwrap_or_default(), seed)
+    }
+
+    /// As [`new`](Self::new), without the rest of a training configuration; `masking_proba` is for encoders.
+    pub fn of(model: &ModelConfig, masking_proba: f64, seed: u64) -> Result<Self> {
+        Ok(match model {
             ModelConfig::Generative(model) => Model::Generative(Mblm::new(model, seed)?),
-            ModelConfig::Encoder(encoder) => Model::Masked(MaskedBytes {
-                encoder: MblmEncoder::new(encoder, seed)?,
-                masking_proba: config.train.masking_proba.unwrap_or_default(),
-            }),
+            ModelConfig::Encoder(encoder) => {
+                Model::Masked(MaskedBytes { encoder: MblmEncoder::new(encoder, seed)?, masking_proba })
+            }
         })
     }
 
