@@ -19,6 +19,11 @@ pub trait TrainModel {
     /// - `ids`: `(B, L)`, `u32`; `loss_mask`: the same, `f32`
     fn loss(&self, ids: &Tensor, loss_mask: Option<&Tensor>, mode: Mode) -> mblm_core::Result<Tensor>;
 
+    /// The loss of every byte of `ids`, `(B, L)`, in nats; NaN for the pad token. `None` if the model predicts no bytes.
+    fn byte_losses(&self, _ids: &Tensor) -> mblm_core::Result<Option<Vec<f32>>> {
+        Ok(None)
+    }
+
     /// The vectors of the reference package's `state_dict` that are no parameters, by name.
     fn buffers(&self) -> Vec<(String, Vec<f32>)> {
         Vec::new()
@@ -32,6 +37,10 @@ impl TrainModel for Mblm {
 
     fn loss(&self, ids: &Tensor, loss_mask: Option<&Tensor>, mode: Mode) -> mblm_core::Result<Tensor> {
         self.loss(ids, loss_mask, mode)
+    }
+
+    fn byte_losses(&self, ids: &Tensor) -> mblm_core::Result<Option<Vec<f32>>> {
+        self.byte_losses(ids).map(Some)
     }
 }
 
@@ -80,6 +89,13 @@ impl TrainModel for Model {
         match self {
             Model::Generative(model) => model.loss(ids, loss_mask, mode),
             Model::Masked(model) => model.loss(ids, loss_mask, mode),
+        }
+    }
+
+    fn byte_losses(&self, ids: &Tensor) -> mblm_core::Result<Option<Vec<f32>>> {
+        match self {
+            Model::Generative(model) => model.byte_losses(ids).map(Some),
+            Model::Masked(_) => Ok(None),
         }
     }
 
