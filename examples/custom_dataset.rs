@@ -12,8 +12,8 @@ use mblm::train::config::RunConfig;
 use mblm::train::data::order::mix;
 use mblm::train::data::{Dataset, DatasetOptions, Splits};
 use mblm::train::evaluate::bpb;
-use mblm::train::model::Model;
-use mblm::train::{register_dataset, session};
+use mblm::train::register_dataset;
+use mblm::train::session::Session;
 use mblm::yaml::Document;
 use mblm_blocks as _;
 
@@ -73,8 +73,7 @@ fn main() -> Result<()> {
     let output = std::env::temp_dir().join("mblm-custom-dataset");
     let document = Document::parse(&CONFIG.replace("OUTPUT", &output.display().to_string()), "custom_dataset.rs")?;
     let config = RunConfig::from_document(&document, &BlockRegistry::builtin()?)?;
-    let (data, model) = (session::open_data(&config)?, Model::new(&config, config.train.seed)?);
-    let (run, outcome) = session::train(&model, data, &config, &config.to_yaml()?, &AtomicBool::new(false))?;
+    let (run, outcome) = Session::new(&config, &AtomicBool::new(false))?.train()?;
     let loss = outcome.state.valid_loss.unwrap_or(f64::NAN);
     println!("{:.3} bits per byte of a result, in {}", bpb(loss), run.display());
     std::fs::remove_dir_all(&output)?;

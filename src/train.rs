@@ -14,7 +14,7 @@ use mblm::train::evaluate::bpb;
 use mblm::train::memory::Memory;
 use mblm::train::model::{Model, TrainModel};
 use mblm::train::run::RunFolder;
-use mblm::train::session;
+use mblm::train::session::{self, Session};
 use mblm::train::trainer::Outcome;
 use mblm::yaml::Document;
 
@@ -44,6 +44,9 @@ pub struct Args {
     /// Go on although a plugin's file is not the one that the run was trained with
     #[arg(long, requires = "resume", conflicts_with = "config")]
     allow_plugin_change: bool,
+    /// After a failure (of the disk, the data, a block) go on from the newest checkpoint, at most N times
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    retries: u32,
 }
 
 /// Runs `mblm train`.
@@ -56,9 +59,7 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
             args.set.iter().try_for_each(|assignment| document.set(assignment))?;
             let config = RunConfig::from_document(&document, &plugins.registry(Some(path))?)?;
             let located = |error| located(error, &document);
-            let data = session::open_data(&config).map_err(located)?;
-            let model = build(&config)?;
-            session::train(&model, data, &config, &config.to_yaml()?, &stop).map_err(located)?
+            session(&config, args, &stop)?.train().map_err(located)?
         }
         (None, None) => return Err(Usage("expected a configuration, or --resume RUN".into()).into()),
     };
@@ -108,12 +109,16 @@ fn resume(path: &Path, args: &Args, plugins: &Plugins, stop: &AtomicBool) -> Res
         eprintln!("note: the configuration changes:{list}");
         training::run::replace_config(path, &config.to_yaml()?)?;
     }
-    let data = session::open_data(&config)?;
-    Ok(session::resume(&build(&config)?, data, run, &config, &config.to_yaml()?, stop)?)
+    Ok(session(&config, args, stop)?.resume(&run)?)
+}
+
+fn session<'a>(config: &'a RunConfig, args: &Args, stop: &'a AtomicBool) -> Result<Session<'a>> {
+    let build = || Ok(Box::new(build(config)?) as Box<dyn TrainModel>);
+    Ok(Session { build: Box::new(build), retries: args.retries, ..Session::new(config, stop)? })
 }
 
 /// Builds the model, and warns of one whose training does not fit the machine.
-pub fn build(config: &RunConfig) -> Result<Model> {
+pub fn build(config: &RunConfig) -> training::Result<Model> {
     let model = Model::new(config, config.train.seed)?;
     let step = Step { batch: config.train.batch_size, bytes: config.params.input_seq_len };
     let report = Report::new(config.params.model.hierarchy(), model.params(), &model.stage_models(), step);

@@ -142,7 +142,25 @@ fn runs_are_chained_by_their_configuration() {
     let yaml = text(&first, "config.yaml");
     let epoch = yaml.lines().find_map(|line| line.trim().strip_prefix("next_epoch_index: ")).unwrap();
     assert_eq!(places[0], epoch, "it goes on in the data");
-    assert!(text(&second, "config.yaml").contains("resumed_from: /"), "{}", text(&second, "config.yaml"));
+    let numbers = |run: &Path, name: &str, column: usize| -> Vec<u64> {
+        let rows = text(run, name);
+        rows.lines().filter_map(|row| row.split(',').nth(column)?.parse().ok()).collect() // the test has -1
+    };
+    let last = *numbers(&first, "loss.csv", 6).last().unwrap();
+    let batches = numbers(&second, "loss.csv", 6);
+    assert_eq!((batches[0], batches.last()), (last + 1, Some(&(2 * last + 1))), "cum_batch goes on");
+    assert_eq!(numbers(&second, "timemem.csv", 0)[0], last + 1, "and its first batches are measured");
+    assert!(text(&second, "metrics.jsonl").starts_with(&format!("{{\"batch\":{},", last + 1)));
+
+    // Resumed, it still knows what it began with and where.
+    let began = |run: &Path| {
+        let yaml = text(run, "config.yaml");
+        yaml.lines().find_map(|line| line.trim().strip_prefix("resumed_from: ")).map(String::from)
+    };
+    assert!(began(&second).unwrap().starts_with('/'), "{:?}", began(&second));
+    let (short, _) = train(folder.path(), &["train.max_seconds=1e-3"]);
+    assert_eq!(mblm(folder.path(), &["train", "--resume", short.to_str().unwrap()]).0, 0);
+    assert_eq!((began(&short), numbers(&short, "loss.csv", 6)[0]), (began(&second), last + 1));
 
     // The weights of before are kept as the best, if nothing becomes better.
     let (third, _) = train(folder.path(), &["train.learning_rate=1e-30"]);

@@ -72,6 +72,16 @@ impl TrainModel for Bigram {
     }
 }
 
+impl TrainModel for &Bigram {
+    fn params(&self) -> &ParamStore {
+        &self.params
+    }
+
+    fn loss(&self, ids: &Tensor, mask: Option<&Tensor>, mode: Mode) -> mblm_core::Result<Tensor> {
+        Bigram::loss(self, ids, mask, mode)
+    }
+}
+
 /// A run of 20 batches with accumulation, clipping, shuffling and several epochs.
 pub fn model(num_tokens: usize) -> ModelConfig {
     ModelConfig::Generative(MblmConfig {

@@ -38,6 +38,9 @@ pub enum Error {
         /// The first tensor that is not finite.
         what: String,
     },
+    /// A part of the program panicked while it trained, a block for example.
+    #[error("training panicked: {0}")]
+    Panic(String),
     /// The model failed.
     #[error(transparent)]
     Core(#[from] mblm_core::Error),

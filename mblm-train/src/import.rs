@@ -1,7 +1,6 @@
 //! Weights of elsewhere as the first checkpoint of a run of their own, which is then like any other: it can be
 //! generated from, evaluated, and trained further.
 
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use mblm_core::ParamStore;
@@ -9,12 +8,11 @@ use mblm_core::ParamStore;
 use crate::checkpoint::{Snapshot, Tensors, TrainState, Which, find};
 use crate::config::{ResumeSection, RunConfig};
 use crate::data::batches::Cursor;
-use crate::error::{AtPath, Error, Result};
+use crate::error::{Error, Result};
 use crate::model::{Model, TrainModel};
 use crate::optimizer::{Adam, AdamConfig};
 use crate::pth::{self, Saved};
 use crate::run::RunFolder;
-use crate::timestamp::Timestamp;
 use crate::trainer::Trainer;
 
 /// A buffer of the file may differ by this much, in relation, from the one that the configuration gives: files may be
@@ -50,8 +48,7 @@ pub fn import(config: &RunConfig, config_yaml: &str, saved: Saved, options: &Imp
         Some(place) => RunFolder::create_at(place, first)?,
         None => RunFolder::create(&config.io.output_dir, &config.io.name_model, first)?,
     };
-    let line = format!("{} imported {} (loss {loss})", Timestamp::now(), options.source);
-    writeln!(run.log()?, "{line}").at(run.path())?;
+    run.note(&format!("imported {} (loss {loss})", options.source));
     Ok(run.checkpoints().newest()?.path().into())
 }
 
@@ -105,6 +102,8 @@ fn start(config: &RunConfig, loss: f64) -> TrainState {
     TrainState {
         step: 0,
         batches: 0,
+        first_batch: 0,
+        resumed_from: None,
         accumulated: 0,
         next: Cursor::default(),
         elements_seen: 0,

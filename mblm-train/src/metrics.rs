@@ -64,7 +64,8 @@ pub type Scalars = Vec<(String, f64)>;
 /// What was measured at one moment of a run.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Point {
-    /// The last batch, counted from 0 over the whole run, as `cum_batch` in `loss.csv`. TensorBoard's step.
+    /// The last batch, counted as `cum_batch` in `loss.csv`: from 0, on from the batches before in a chained run.
+    /// TensorBoard's step.
     pub batch: u64,
     /// Gradient steps taken.
     pub step: u64,

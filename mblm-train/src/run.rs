@@ -12,13 +12,14 @@
 //! It appears under its name only when it is complete, with a first checkpoint, so that a run can always be resumed.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
-use std::io;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::{self, Shelf, Snapshot, sync_folder};
 use crate::error::{AtPath, Error, Result};
+use crate::line_log::LineLog;
 use crate::timestamp::Timestamp;
 
 const CONFIG: &str = "config.yaml";
@@ -127,6 +128,11 @@ impl RunFolder {
         Shelf::new(self.path.join(checkpoint::FOLDER))
     }
 
+    /// Adds a line to `train.log`. The log never ends a run: a full disk shows when the next checkpoint is saved.
+    pub fn note(&self, text: &str) {
+        let _ = writeln!(&self.log, "{} {text}", Timestamp::now());
+    }
+
     /// A handle to append to `train.log`.
     pub fn log(&self) -> Result<File> {
         self.log.try_clone().at(&self.path.join(LOG))
@@ -134,7 +140,7 @@ impl RunFolder {
 
     /// The losses, without what lies at or after batch `batches`, which a resumed run will see again.
     pub fn losses(&self, batches: u64) -> Result<LossLog> {
-        LossLog::open(&self.path.join(LOSSES), batches)
+        LossLog::open(&self.path, batches)
     }
 }
 
@@ -152,7 +158,7 @@ fn fill(folder: &Path, first: Snapshot) -> Result<File> {
     let checkpoints = folder.join(checkpoint::FOLDER);
     fs::create_dir(&checkpoints).at(&checkpoints)?;
     Shelf::new(checkpoints).save(first, 0)?;
-    LossLog::open(&folder.join(LOSSES), 0)?;
+    LossLog::open(folder, 0)?;
     open_log(&folder.join(LOG))
 }
 
@@ -185,7 +191,7 @@ pub struct LossEntry {
     pub epoch: i64,
     /// The batch in the epoch.
     pub batch: i64,
-    /// The batch in the run.
+    /// The batch in the data: counted from 0 over all epochs, so that it goes on from one chained run to the next.
     pub cum_batch: i64,
     /// The mean loss in nats.
     pub loss: f64,
@@ -198,51 +204,24 @@ pub struct LossEntry {
 }
 
 /// `loss.csv`, open for more rows.
-pub struct LossLog {
-    path: PathBuf,
-    writer: csv::Writer<File>,
-}
+pub struct LossLog(LineLog);
 
-const COLUMNS: [&str; 11] = [
-    "gpu_rank",
-    "timestamp",
-    "elements_seen",
-    "kind",
-    "epoch",
-    "batch",
-    "cum_batch",
-    "loss",
-    "lr",
-    "avg_grad",
-    "avg_grad_clipped",
-];
+const HEADER: &str = "gpu_rank,timestamp,elements_seen,kind,epoch,batch,cum_batch,loss,lr,avg_grad,avg_grad_clipped";
 
 impl LossLog {
-    /// Opens or makes the file at `path`, keeping the rows of batches below `batches`; a test is run again.
-    fn open(path: &Path, batches: u64) -> Result<Self> {
-        let kept = if path.exists() { read_losses(path)? } else { Vec::new() };
-        let fresh = path.with_extension("csv.new");
-        let file = File::create(&fresh).at(&fresh)?;
-        let writer = csv::WriterBuilder::new().has_headers(false).from_writer(file);
-        let mut log = LossLog { path: path.into(), writer };
-        let header = log.writer.write_record(COLUMNS);
-        log.finish(header)?;
-        for entry in kept.iter().filter(|entry| (0..batches as i64).contains(&entry.cum_batch)) {
-            log.add(entry)?;
-        }
-        fs::rename(&fresh, path).at(path)?;
-        Ok(log)
+    /// Opens or makes the file in a run's folder, keeping the rows of batches below `batches`; a test is run again.
+    fn open(folder: &Path, batches: u64) -> Result<Self> {
+        let cum_batch = |line: &str| line.split(',').nth(6)?.parse().ok();
+        let keep = |line: &str| cum_batch(line).is_some_and(|batch| (0..batches as i64).contains(&batch));
+        Ok(LossLog(LineLog::open(folder, LOSSES, Some(HEADER), keep)?))
     }
 
     /// Adds a row.
     pub fn add(&mut self, entry: &LossEntry) -> Result<()> {
-        let added = self.writer.serialize(entry);
-        self.finish(added)
-    }
-
-    fn finish(&mut self, written: csv::Result<()>) -> Result<()> {
-        written.map_err(io::Error::from).at(&self.path)?;
-        self.writer.flush().at(&self.path)
+        let mut row = csv::WriterBuilder::new().has_headers(false).from_writer(Vec::new());
+        let written = row.serialize(entry).map_err(io::Error::from);
+        let row = written.and_then(|()| row.into_inner().map_err(|error| error.into_error())).at(Path::new(LOSSES))?;
+        self.0.add(String::from_utf8_lossy(&row).trim_end())
     }
 }
 
@@ -295,11 +274,7 @@ mod tests {
         assert!(names.iter().all(|name| name.starts_with("m-2")), "{names:?}");
         assert_eq!(RunFolder::config_yaml(runs[1].path()).unwrap(), "a: 1\n");
         runs[1].checkpoints().newest().unwrap().verify().unwrap();
-        let header = fs::read_to_string(runs[0].path().join(LOSSES)).unwrap();
-        assert_eq!(
-            header,
-            "gpu_rank,timestamp,elements_seen,kind,epoch,batch,cum_batch,loss,lr,avg_grad,avg_grad_clipped\n"
-        );
+        assert_eq!(fs::read_to_string(runs[0].path().join(LOSSES)).unwrap(), format!("{HEADER}\n"));
     }
 
     #[test]
@@ -319,14 +294,14 @@ mod tests {
     fn rows_that_will_be_seen_again_are_dropped() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join(LOSSES);
-        let mut log = LossLog::open(&path, 0).unwrap();
+        let mut log = LossLog::open(folder.path(), 0).unwrap();
         let entries: Vec<LossEntry> = (0..4).chain([-1]).map(entry).collect();
         entries.iter().for_each(|e| log.add(e).unwrap());
         drop(log);
         let mut text = fs::read_to_string(&path).unwrap();
         text.push_str("0,2024-01-01,5,tra");
         fs::write(&path, text).unwrap();
-        let mut log = LossLog::open(&path, 2).unwrap();
+        let mut log = LossLog::open(folder.path(), 2).unwrap();
         log.add(&entry(2)).unwrap();
         let read = read_losses(&path).unwrap();
         assert_eq!(read[..2], entries[..2]);

@@ -1,19 +1,31 @@
-//! A run from start to end: what the program's `train` does. Nothing is written before everything is known to be good.
+//! A run from start to end: what the program's `train` does. Nothing is written before everything is known to be good,
+//! and a run that fails goes on from its newest checkpoint, as often as is asked for.
 
+use std::any::Any;
+use std::cell::OnceCell;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use crate::config::RunConfig;
 use crate::data::{self, DatasetOptions, Splits, unigram_entropy};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::import;
 use crate::metrics::Metrics;
-use crate::model::TrainModel;
+use crate::model::{Model, TrainModel};
 use crate::plan::Plan;
 use crate::progress::Progress;
 use crate::run::RunFolder;
 use crate::timemem::TimeMem;
 use crate::trainer::{Outcome, Record, Trainer};
+
+/// The pause before the first retry; before each further one it is twice as long, up to the longest.
+const FIRST_PAUSE: Duration = Duration::from_secs(1);
+const LONGEST_PAUSE: Duration = Duration::from_secs(60);
+
+/// How often a pause looks whether it should end.
+const GLANCE: Duration = Duration::from_millis(20);
 
 /// Opens the data that `config` names.
 pub fn open_data(config: &RunConfig) -> Result<Splits> {
@@ -27,7 +39,7 @@ pub fn open_data(config: &RunConfig) -> Result<Splits> {
     data::open(&config.io.dataset_id, &options)
 }
 
-/// Does what [`train`] does before it makes a run's folder, but for running a sequence: what is left out of `config` and
+/// Does what [`Session::train`] does before it makes a run's folder, but for running a sequence: what is left out of `config` and
 /// its data after this is what only training shows. Returns the plan.
 ///
 /// # Errors
@@ -40,80 +52,163 @@ pub fn check(model: &dyn TrainModel, splits: Splits, config: &RunConfig) -> Resu
     Ok(trainer.plan().clone())
 }
 
-/// Starts a run and trains until its end or until `stop` is raised. Returns the run's folder and how it ended.
-///
-/// # Errors
-/// Mistakes in `config` or its data, before anything is written; later, what ends the run.
-pub fn train(
-    model: &dyn TrainModel,
-    splits: Splits,
-    config: &RunConfig,
-    config_yaml: &str,
-    stop: &AtomicBool,
-) -> Result<(PathBuf, Outcome)> {
-    let about = splits.about.clone();
-    let mut trainer = Trainer::new(model, splits, config, config_yaml)?;
-    if let Some(resume) = &config.resume {
-        import::begin(&mut trainer, model, resume)?;
-    }
-    trainer.rehearse()?;
-    let run = RunFolder::create(&config.io.output_dir, &config.io.name_model, trainer.snapshot())?;
-    let mut record = record(&run, &trainer, config)?;
-    let progress = &mut record.progress;
-    progress.line(&format!("run: {}", run.path().display()));
-    progress.line(&format!("data: {about}"));
-    if let Some(resume) = &config.resume {
-        progress.line(&format!("begins with the weights of {}", resume.checkpoint_file.display()));
-    }
-    introduce(progress, &trainer, model, config);
-    let outcome = run_and_test(&mut trainer, &mut record, stop);
-    Ok((run.path().into(), conclude(outcome, &mut record)?))
+/// What a run is trained with.
+pub struct Session<'a> {
+    /// Its configuration.
+    pub config: &'a RunConfig,
+    /// The same as YAML.
+    pub config_yaml: String,
+    /// Builds its model: at the start, and for each retry, since a block that panicked is not to be trusted.
+    pub build: Box<dyn Fn() -> Result<Box<dyn TrainModel + 'a>> + 'a>,
+    /// After a failure the run goes on from its newest checkpoint, at most so often. Everything that ends training counts
+    /// as one but a loss or a gradient that is not finite, which would come again bit for bit.
+    pub retries: u32,
+    /// Raised to end with a checkpoint.
+    pub stop: &'a AtomicBool,
 }
 
-/// Goes on with a run from its newest checkpoint. `config` is what the run's
-/// [`config.yaml`](RunFolder::config_yaml) says.
-///
-/// # Errors
-/// Its newest checkpoint is damaged, or the data changed.
-pub fn resume(
-    model: &dyn TrainModel,
-    splits: Splits,
-    run: RunFolder,
-    config: &RunConfig,
-    config_yaml: &str,
-    stop: &AtomicBool,
-) -> Result<Outcome> {
-    let mut trainer = Trainer::new(model, splits, config, config_yaml)?;
-    run.checkpoints().recover()?;
-    let checkpoint = run.checkpoints().newest()?;
-    trainer.restore(&checkpoint)?;
-    let mut record = record(&run, &trainer, config)?;
-    let (done, total) = (trainer.state().batches, trainer.plan().batches);
-    record.progress.line(&format!("resume: batch {done} of {total}, from {}", checkpoint.path().display()));
-    let outcome = run_and_test(&mut trainer, &mut record, stop);
-    conclude(outcome, &mut record)
-}
-
-/// Trains; at the end, measures the best model on the test split.
-fn run_and_test(trainer: &mut Trainer, record: &mut Record, stop: &AtomicBool) -> Result<Outcome> {
-    let outcome = trainer.run(record, stop)?;
-    if !outcome.interrupted {
-        trainer.test(record, stop)?;
+impl<'a> Session<'a> {
+    /// A session of the model that `config` describes, without retries.
+    ///
+    /// # Errors
+    /// A block's configuration cannot be written.
+    pub fn new(config: &'a RunConfig, stop: &'a AtomicBool) -> Result<Self> {
+        let build = || Ok(Box::new(Model::new(config, config.train.seed)?) as Box<dyn TrainModel>);
+        Ok(Session { config, config_yaml: config.to_yaml()?, build: Box::new(build), retries: 0, stop })
     }
-    Ok(outcome)
+
+    /// Starts a run and trains until its end or until `stop` is raised. Returns the run's folder and how it ended.
+    ///
+    /// # Errors
+    /// Mistakes in the configuration or its data, before anything is written; later, what ends the run.
+    pub fn train(&self) -> Result<(PathBuf, Outcome)> {
+        let started = OnceCell::new();
+        let (run, ended) = self.start(&started)?;
+        Ok((run.path().into(), self.retry(&run, ended, &started)?))
+    }
+
+    /// Goes on with a run from its newest checkpoint. The configuration is what the run's
+    /// [`config.yaml`](RunFolder::config_yaml) says.
+    ///
+    /// # Errors
+    /// Its newest checkpoint is damaged, or the data changed; later, what ends the run.
+    pub fn resume(&self, run: &RunFolder) -> Result<Outcome> {
+        let started = OnceCell::new();
+        let ended = self.go_on(run, &started)?;
+        self.retry(run, ended, &started)
+    }
+
+    /// Makes a run and trains it; the inner result is that of the training.
+    fn start(&self, started: &OnceCell<Instant>) -> Result<(RunFolder, Result<Outcome>)> {
+        let splits = open_data(self.config)?;
+        let about = splits.about.clone();
+        let model = (self.build)()?;
+        let mut trainer = Trainer::new(&*model, splits, self.config, &self.config_yaml)?;
+        if let Some(resume) = &self.config.resume {
+            import::begin(&mut trainer, &*model, resume)?;
+        }
+        trainer.rehearse()?;
+        let run = RunFolder::create(&self.config.io.output_dir, &self.config.io.name_model, trainer.snapshot())?;
+        let mut record = self.record(&run, &trainer)?;
+        let progress = &mut record.progress;
+        progress.line(&format!("run: {}", run.path().display()));
+        progress.line(&format!("data: {about}"));
+        if let Some(resume) = &self.config.resume {
+            progress.line(&format!("begins with the weights of {}", resume.checkpoint_file.display()));
+        }
+        introduce(progress, &trainer, &*model, self.config);
+        let ended = self.attempt(&mut trainer, &mut record, started);
+        Ok((run, ended))
+    }
+
+    /// Trains on from the newest checkpoint; the inner result is that of the training.
+    fn go_on(&self, run: &RunFolder, started: &OnceCell<Instant>) -> Result<Result<Outcome>> {
+        let splits = open_data(self.config)?;
+        let model = (self.build)()?;
+        let mut trainer = Trainer::new(&*model, splits, self.config, &self.config_yaml)?;
+        run.checkpoints().recover()?;
+        let checkpoint = run.checkpoints().newest()?;
+        trainer.restore(&checkpoint)?;
+        let mut record = self.record(run, &trainer)?;
+        let (done, total) = (trainer.state().batches, trainer.plan().batches);
+        record.progress.line(&format!("resume: batch {done} of {total}, from {}", checkpoint.path().display()));
+        Ok(self.attempt(&mut trainer, &mut record, started))
+    }
+
+    /// Goes on after failures for as long as that is asked for.
+    fn retry(&self, run: &RunFolder, mut ended: Result<Outcome>, started: &OnceCell<Instant>) -> Result<Outcome> {
+        let mut pause = FIRST_PAUSE;
+        for retry in 1..=self.retries {
+            let error = match ended {
+                Err(error) if !matches!(error, Error::NonFinite { .. }) && !self.stopped() => error,
+                ended => return logged(run, ended),
+            };
+            let most = self.retries;
+            let text = format!("retry {retry} of {most} in {} s, since training failed: {error}", pause.as_secs());
+            run.note(&text);
+            eprintln!("{text}");
+            if !self.rest(pause) {
+                return Err(error);
+            }
+            pause = LONGEST_PAUSE.min(2 * pause);
+            // What was fit to train with before is so again, or this is one more failure that may pass.
+            ended = self.go_on(run, started).and_then(|ended| ended);
+        }
+        logged(run, ended)
+    }
+
+    /// Waits; false if `stop` is raised meanwhile or was before.
+    fn rest(&self, pause: Duration) -> bool {
+        let started = Instant::now();
+        while !self.stopped() && started.elapsed() < pause {
+            std::thread::sleep(GLANCE);
+        }
+        !self.stopped()
+    }
+
+    fn stopped(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
+    }
+
+    /// Trains; at the end, measures the best model on the test split. A panic, of a block for example, is an error.
+    /// `started` is when the first attempt began, from which `train.max_seconds` count.
+    fn attempt(&self, trainer: &mut Trainer, record: &mut Record, started: &OnceCell<Instant>) -> Result<Outcome> {
+        let training = || {
+            let outcome = trainer.run(record, self.stop, *started.get_or_init(Instant::now))?;
+            if !outcome.interrupted {
+                trainer.test(record, self.stop)?;
+            }
+            let how = if outcome.interrupted { "interrupted" } else { "finished" };
+            record.progress.line(&format!("{how}: saved {}", outcome.checkpoint.display()));
+            Ok(outcome)
+        };
+        // Whatever the panic leaves half done is dropped with the trainer and its model.
+        catch_unwind(AssertUnwindSafe(training)).unwrap_or_else(|panic| Err(Error::Panic(message(&*panic))))
+    }
+
+    fn record(&self, run: &RunFolder, trainer: &Trainer) -> Result<Record> {
+        let state = trainer.state();
+        let bytes_per_batch = (self.config.train.batch_size * self.config.params.input_seq_len) as u64;
+        Ok(Record {
+            folder: run.path().into(),
+            checkpoints: run.checkpoints(),
+            losses: run.losses(state.cum_batch())?,
+            metrics: Metrics::open(run.path(), state.cum_batch())?,
+            timemem: TimeMem::open(run.path(), state.first_batch, state.cum_batch())?,
+            progress: Progress::new(run.log()?, trainer.plan().batches, state.batches, bytes_per_batch),
+        })
+    }
 }
 
-fn record(run: &RunFolder, trainer: &Trainer, config: &RunConfig) -> Result<Record> {
-    let done = trainer.state().batches;
-    let bytes_per_batch = (config.train.batch_size * config.params.input_seq_len) as u64;
-    Ok(Record {
-        folder: run.path().into(),
-        checkpoints: run.checkpoints(),
-        losses: run.losses(done)?,
-        metrics: Metrics::open(run.path(), done)?,
-        timemem: TimeMem::open(run.path(), done)?,
-        progress: Progress::new(run.log()?, trainer.plan().batches, done, bytes_per_batch),
-    })
+/// Notes an error in the run's log; the program shows it.
+fn logged(run: &RunFolder, ended: Result<Outcome>) -> Result<Outcome> {
+    ended.inspect_err(|error| run.note(&format!("error: {error}")))
+}
+
+/// What a panic says.
+fn message(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().map(|text| text.to_string());
+    text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "without a message".into())
 }
 
 /// Says what is going to be trained on what.
@@ -139,17 +234,4 @@ fn introduce(progress: &mut Progress, trainer: &Trainer, model: &dyn TrainModel,
         plan.steps(),
         trainer.training_data().num_batches(0)
     ));
-}
-
-/// Says how the run ended.
-fn conclude(outcome: Result<Outcome>, record: &mut Record) -> Result<Outcome> {
-    match &outcome {
-        Ok(Outcome { checkpoint, interrupted, .. }) => {
-            let how = if *interrupted { "interrupted" } else { "finished" };
-            record.progress.line(&format!("{how}: saved {}", checkpoint.display()));
-        }
-        // The program shows the error; the log should know it too.
-        Err(error) => record.progress.log(&format!("error: {error}")),
-    }
-    outcome
 }

@@ -16,21 +16,26 @@ const HEADER: &str = "cum_batch,num_items,kind,fw_time,bw_time,allocated,allocat
 pub const BATCHES: u64 = 30;
 
 /// The file, open for more rows.
-pub struct TimeMem(LineLog);
+pub struct TimeMem {
+    lines: LineLog,
+    /// The first batch that is measured no more.
+    end: u64,
+}
 
 impl TimeMem {
-    /// Opens or makes the file in a run's folder, keeping the rows of batches below `batches`.
-    pub fn open(folder: &Path, batches: u64) -> Result<Self> {
+    /// Opens or makes the file in a run's folder, keeping the rows of batches below `batches`; the run began with
+    /// batch `first`.
+    pub fn open(folder: &Path, first: u64, batches: u64) -> Result<Self> {
         let cum_batch = |line: &str| line.split(',').next()?.parse::<u64>().ok();
         let keep = |line: &str| cum_batch(line).is_some_and(|batch| batch < batches);
-        Ok(TimeMem(LineLog::open(folder, FILE, Some(HEADER), keep)?))
+        Ok(TimeMem { lines: LineLog::open(folder, FILE, Some(HEADER), keep)?, end: first + BATCHES })
     }
 
     /// Adds a training batch of `num_items` sequences, if it is one of the first: the seconds of its forward and of its
     /// backward pass.
     pub fn train(&mut self, cum_batch: u64, num_items: usize, forward: f64, backward: f64) -> Result<()> {
-        match cum_batch < BATCHES {
-            true => self.0.add(&row(cum_batch, num_items as u64, "train", forward, &backward.to_string())),
+        match cum_batch < self.end {
+            true => self.lines.add(&row(cum_batch, num_items as u64, "train", forward, &backward.to_string())),
             false => Ok(()),
         }
     }
@@ -38,8 +43,8 @@ impl TimeMem {
     /// Adds a validation after batch `cum_batch`, when `elements_seen` were trained on, if batches after it are still
     /// measured: the seconds of all its forward passes.
     pub fn valid(&mut self, cum_batch: u64, elements_seen: u64, forward: f64) -> Result<()> {
-        match cum_batch + 1 < BATCHES {
-            true => self.0.add(&row(cum_batch, elements_seen, "valid", forward, "")),
+        match cum_batch + 1 < self.end {
+            true => self.lines.add(&row(cum_batch, elements_seen, "valid", forward, "")),
             false => Ok(()),
         }
     }
@@ -68,7 +73,7 @@ mod tests {
     #[test]
     fn the_first_batches_are_measured() {
         let folder = tempfile::tempdir().unwrap();
-        let mut log = TimeMem::open(folder.path(), 0).unwrap();
+        let mut log = TimeMem::open(folder.path(), 0, 0).unwrap();
         for batch in 0..40 {
             log.train(batch, 4, 0.5, 0.25).unwrap();
             if [0, 28, 29].contains(&batch) {
@@ -85,12 +90,12 @@ mod tests {
     #[test]
     fn a_resumed_run_adds_what_is_missing() {
         let folder = tempfile::tempdir().unwrap();
-        let mut log = TimeMem::open(folder.path(), 0).unwrap();
+        let mut log = TimeMem::open(folder.path(), 0, 0).unwrap();
         (0..3).for_each(|batch| log.train(batch, 4, 0.5, 0.25).unwrap());
-        log.0.add("3,4,tr").unwrap(); // cut short, as the next line shows
+        log.lines.add("3,4,tr").unwrap(); // cut short, as the next line shows
         let text = fs::read_to_string(folder.path().join(FILE)).unwrap();
         fs::write(folder.path().join(FILE), text.trim_end()).unwrap();
-        let mut log = TimeMem::open(folder.path(), 2).unwrap();
+        let mut log = TimeMem::open(folder.path(), 0, 2).unwrap();
         log.train(2, 4, 2.5, 1.0).unwrap();
         assert_eq!(rows(folder.path()), ["0,4,train,0.5,0.25", "1,4,train,0.5,0.25", "2,4,train,2.5,1"]);
     }

@@ -99,6 +99,8 @@ impl<'a> Trainer<'a> {
         let state = TrainState {
             step: 0,
             batches: 0,
+            first_batch: 0,
+            resumed_from: None,
             accumulated: 0,
             next: Cursor::default(),
             elements_seen: 0,
@@ -160,6 +162,8 @@ impl<'a> Trainer<'a> {
             )));
         }
         (self.state.next, self.state.valid_loss, self.state.best_valid_loss) = (next, valid_loss, valid_loss);
+        self.state.first_batch = (0..next.epoch).map(|epoch| self.train.num_batches(epoch)).sum::<u64>() + next.batch;
+        self.state.resumed_from = self.config.resume.as_ref().map(|resume| resume.checkpoint_file.clone());
         Ok(())
     }
 
@@ -200,14 +204,14 @@ impl<'a> Trainer<'a> {
         }
     }
 
-    /// Trains to the end, or until `stop` is raised: then the current batch is finished and a checkpoint saved.
+    /// Trains to the end, or until `stop` is raised, or until `train.max_seconds` after `started`: then the current batch
+    /// is finished and a checkpoint saved.
     ///
     /// # Errors
     /// A loss or a gradient that is not finite ends the run before the weights change; checkpoints stay.
-    pub fn run(&mut self, record: &mut Record, stop: &AtomicBool) -> Result<Outcome> {
+    pub fn run(&mut self, record: &mut Record, stop: &AtomicBool, started: Instant) -> Result<Outcome> {
         let mut checkpoint = None;
-        let start = Instant::now();
-        let is_late = || self.config.train.max_seconds.is_some_and(|limit| start.elapsed().as_secs_f64() >= limit);
+        let is_late = || self.config.train.max_seconds.is_some_and(|limit| started.elapsed().as_secs_f64() >= limit);
         // A run that was interrupted while it validated does that first.
         let mut validates = self.state.batches > 0 && self.state.valid_loss.is_none() && self.at_valid_point();
         loop {
@@ -245,7 +249,7 @@ impl<'a> Trainer<'a> {
 
     fn train_batch(&mut self, record: &mut Record) -> Result<()> {
         let at = self.state.next;
-        let index = self.state.batches;
+        let (index, cum_batch) = (self.state.batches, self.state.cum_batch());
         let started = Instant::now();
         let batch = self.ahead.take(at)?;
         let read = started.elapsed();
@@ -261,7 +265,7 @@ impl<'a> Trainer<'a> {
         }
         self.model.params().backward(&loss)?;
         let backward = started.elapsed() - read - forward;
-        record.timemem.train(index, self.train.batch_size, forward.as_secs_f64(), backward.as_secs_f64())?;
+        record.timemem.train(cum_batch, self.train.batch_size, forward.as_secs_f64(), backward.as_secs_f64())?;
         self.state.batches += 1;
         self.state.accumulated += 1;
         self.state.elements_seen += self.plan.elements_per_batch;
@@ -340,7 +344,7 @@ impl<'a> Trainer<'a> {
         record.losses.add(&LossEntry { avg_grad: -1.0, avg_grad_clipped: -1.0, ..self.entry("valid", at, loss) })?;
         record.progress.valid_loss(self.state.batches, loss, is_best);
         record.metrics.record(&self.point(Kind::Valid, loss_scalars(loss)))?;
-        record.timemem.valid(self.state.batches - 1, self.state.elements_seen, seconds)?;
+        record.timemem.valid(self.state.cum_batch() - 1, self.state.elements_seen, seconds)?;
         Ok(true)
     }
 
@@ -362,7 +366,8 @@ impl<'a> Trainer<'a> {
         };
         record.losses.add(&LossEntry { avg_grad: -1.0, avg_grad_clipped: -1.0, ..row })?;
         // Counted as one batch further, so that a run that is resumed after its end has one test.
-        record.metrics.record(&Point { batch: self.state.batches, ..self.point(Kind::Test, loss_scalars(loss)) })?;
+        let point = self.point(Kind::Test, loss_scalars(loss));
+        record.metrics.record(&Point { batch: point.batch + 1, ..point })?;
         record.progress.line(&format!("test loss {loss:.4} ({:.4} bpb), of {}", bpb(loss), best.path().display()));
         Ok(())
     }
@@ -397,7 +402,7 @@ impl<'a> Trainer<'a> {
             next_batch_index: self.state.next.batch,
             migrate_embeddings: false,
             rename_modules: false,
-            resumed_from: self.config.resume.as_ref().map(|resume| resume.checkpoint_file.clone()),
+            resumed_from: self.state.resumed_from.clone(),
         };
         let section = serde_yaml::to_string(&BTreeMap::from([("resume", resume)]))
             .map_err(|error| Error::Config(format!("{}: {error}", best.display())))?;
@@ -419,7 +424,7 @@ impl<'a> Trainer<'a> {
             kind: kind.into(),
             epoch: at.epoch as i64,
             batch: at.batch as i64,
-            cum_batch: self.state.batches as i64 - 1,
+            cum_batch: self.state.cum_batch() as i64 - 1,
             loss,
             lr: -1.0,
             avg_grad: self.state.avg_grad.0,
@@ -430,7 +435,8 @@ impl<'a> Trainer<'a> {
     /// What was measured after the last batch.
     fn point(&self, kind: Kind, scalars: Scalars) -> Point {
         let TrainState { step, batches, .. } = self.state;
-        Point { batch: batches - 1, step, bytes_seen: batches * self.bytes_per_batch(), kind, scalars }
+        let batch = self.state.cum_batch() - 1;
+        Point { batch, step, bytes_seen: batches * self.bytes_per_batch(), kind, scalars }
     }
 
     fn bytes_per_batch(&self) -> u64 {

@@ -128,6 +128,10 @@ static mblm_status forward(mblm_instance *m, const mblm_params *params, const mb
     static int calls;
     if (pass->training && calls++ == 12) return fail(MBLM_FAILED, "", "the sensor came off");
 #endif
+#ifdef FAULT_LATE_PANIC
+    static int calls;
+    if (pass->training && calls++ == 12) return fail(MBLM_PANICKED, "", "the sensor fell off");
+#endif
 #ifdef FAULT_HANG
     for (;;) usleep(1000);
 #endif

@@ -53,6 +53,12 @@ pub struct TrainState {
     pub step: u64,
     /// Batches seen.
     pub batches: u64,
+    /// How many batches of the data lie before the run's first, which the logs count too.
+    #[serde(default)]
+    pub first_batch: u64,
+    /// What the run began with: another run, a checkpoint or a `.pth` file.
+    #[serde(default)]
+    pub resumed_from: Option<PathBuf>,
     /// Batches whose gradients wait for the next step.
     pub accumulated: u64,
     /// The batch that comes next.
@@ -78,6 +84,11 @@ pub struct TrainState {
 }
 
 impl TrainState {
+    /// The number that the next batch has in the logs: they count the batches before a chained run's first too.
+    pub fn cum_batch(&self) -> u64 {
+        self.first_batch + self.batches
+    }
+
     /// Holds the plugins that were found against those that trained: same names, same files.
     ///
     /// # Errors
@@ -315,6 +326,8 @@ pub(crate) mod tests {
         TrainState {
             step: 3,
             batches,
+            first_batch: 7,
+            resumed_from: Some("before".into()),
             accumulated: 1,
             next: Cursor { epoch: 1, batch: 2 },
             elements_seen: 40,

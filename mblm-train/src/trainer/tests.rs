@@ -8,7 +8,7 @@ use super::*;
 use crate::bigram::{Bigram, VOCABULARY, config, model};
 use crate::checkpoint::{Which, find};
 use crate::run::{RunFolder, read_losses};
-use crate::session::{self, open_data};
+use crate::session::{Session, open_data};
 
 /// A folder with data, in which each byte follows from the one before in three of four cases, and an `output` folder.
 fn workplace() -> (tempfile::TempDir, RunConfig) {
@@ -30,12 +30,16 @@ fn workplace() -> (tempfile::TempDir, RunConfig) {
     (folder, config)
 }
 
+fn session<'a>(model: &'a Bigram, config: &'a RunConfig, stop: &'a AtomicBool) -> Session<'a> {
+    Session { config, config_yaml: "yaml".into(), build: Box::new(move || Ok(Box::new(model))), retries: 0, stop }
+}
+
 fn train(model: &Bigram, config: &RunConfig, stop: &AtomicBool) -> Result<(PathBuf, Outcome)> {
-    session::train(model, open_data(config)?, config, "yaml", stop)
+    session(model, config, stop).train()
 }
 
 fn resume(model: &Bigram, run: &Path, config: &RunConfig, stop: &AtomicBool) -> Result<Outcome> {
-    session::resume(model, open_data(config)?, RunFolder::open(run)?, config, "yaml", stop)
+    session(model, config, stop).resume(&RunFolder::open(run)?)
 }
 
 fn never() -> AtomicBool {
@@ -135,8 +139,8 @@ fn a_crashed_run_goes_on_from_its_last_checkpoint() {
     let straight = (model.weights(), losses(&run));
     let mut crashing = Bigram::new();
     crashing.hook = Some(Box::new(|pass| assert!(pass < 10, "crash")));
-    let crashed = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| train(&crashing, &config, &never())));
-    assert!(crashed.is_err());
+    let error = train(&crashing, &config, &never()).unwrap_err().to_string();
+    assert_eq!(error, "training panicked: crash");
     let mut runs: Vec<PathBuf> = fs::read_dir(&config.io.output_dir).unwrap().map(|e| e.unwrap().path()).collect();
     runs.retain(|path| *path != run);
     let resumed = Bigram::new();
