@@ -47,6 +47,9 @@ pub struct Args {
     /// After a failure (of the disk, the data, a block) go on from the newest checkpoint, at most N times
     #[arg(long, value_name = "N", default_value_t = 0)]
     retries: u32,
+    /// Show warnings and errors alone; print the run's folder at the end
+    #[arg(short, long)]
+    quiet: bool,
 }
 
 /// Runs `mblm train`.
@@ -64,6 +67,7 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
         (None, None) => return Err(Usage("expected a configuration, or --resume RUN".into()).into()),
     };
     match outcome.interrupted {
+        _ if args.quiet => println!("{}", run.display()),
         true => eprintln!("go on with: mblm train --resume {}", run.display()),
         false => conclude(&run, &outcome, args.allow_plugin_change, plugins)?,
     }
@@ -114,7 +118,7 @@ fn resume(path: &Path, args: &Args, plugins: &Plugins, stop: &AtomicBool) -> Res
 
 fn session<'a>(config: &'a RunConfig, args: &Args, stop: &'a AtomicBool) -> Result<Session<'a>> {
     let build = || Ok(Box::new(build(config)?) as Box<dyn TrainModel>);
-    Ok(Session { build: Box::new(build), retries: args.retries, ..Session::new(config, stop)? })
+    Ok(Session { build: Box::new(build), retries: args.retries, quiet: args.quiet, ..Session::new(config, stop)? })
 }
 
 /// Builds the model, and warns of one whose training does not fit the machine.

@@ -31,7 +31,8 @@ fn workplace() -> (tempfile::TempDir, RunConfig) {
 }
 
 fn session<'a>(model: &'a Bigram, config: &'a RunConfig, stop: &'a AtomicBool) -> Session<'a> {
-    Session { config, config_yaml: "yaml".into(), build: Box::new(move || Ok(Box::new(model))), retries: 0, stop }
+    let build = Box::new(move || Ok(Box::new(model) as Box<dyn TrainModel>));
+    Session { config, config_yaml: "yaml".into(), build, retries: 0, quiet: false, stop }
 }
 
 fn train(model: &Bigram, config: &RunConfig, stop: &AtomicBool) -> Result<(PathBuf, Outcome)> {
