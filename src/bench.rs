@@ -3,9 +3,10 @@
 use std::path::PathBuf;
 use std::time::Instant;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use candle_core::{Device, Tensor};
 use mblm::config::MblmConfig;
+use mblm::gemm::{self, autocast};
 use mblm::generate::Decoder;
 use mblm::model::Mblm;
 use mblm::testing::noise;
@@ -14,6 +15,7 @@ use mblm::yaml::Document;
 use mblm::{Mode, buffer};
 use serde::Serialize;
 
+use crate::Usage;
 use crate::plugins::Plugins;
 
 /// Measure training, forward and generation on random bytes
@@ -33,9 +35,15 @@ pub struct Args {
     /// Bytes to generate
     #[arg(long, default_value_t = 64)]
     bytes: usize,
+    /// Sequences generated side by side; their bytes add up
+    #[arg(long, default_value_t = 1)]
+    streams: usize,
     /// Measure this alone
     #[arg(long, value_enum)]
     only: Option<Part>,
+    /// Precision of the matrix products of training and forward: f32, or bf16 where the CPU has AVX-512 BF16
+    #[arg(long, value_enum, default_value_t)]
+    precision: Precision,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -46,6 +54,13 @@ enum Part {
     Train,
     Forward,
     Generate,
+}
+
+#[derive(Clone, Copy, Default, clap::ValueEnum)]
+enum Precision {
+    #[default]
+    F32,
+    Bf16,
 }
 
 #[derive(Serialize)]
@@ -74,6 +89,7 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
         Some(_) => MblmConfig::from_section(&document, "params", registry)?,
         None => MblmConfig::from_document(&document, "", registry)?,
     };
+    let precision = args.precision.available()?;
     let model = Mblm::new(&config, 0)?;
     let wanted = |part| args.only.is_none_or(|only| only == part);
     let length = config.context_len();
@@ -91,13 +107,15 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
         peak_rss_mb: None,
     };
     if wanted(Part::Train) {
-        report.train_bytes_per_s = Some(rate(args.batch * length, args.steps, trainer(&model, &ids))?);
+        let mut step = trainer(&model, &ids);
+        let step = || autocast(precision, &mut step);
+        report.train_bytes_per_s = Some(rate(args.batch * length, args.steps, step)?);
         report.peak_rss_mb = peak_rss_mb();
         buffer::release_unused();
     }
     if wanted(Part::Forward) {
         let forward = || {
-            model.loss(&ids, None, Mode::Eval)?;
+            autocast(precision, || model.loss(&ids, None, Mode::Eval))?;
             Ok(())
         };
         report.forward_bytes_per_s = Some(rate(args.batch * length, args.steps, forward)?);
@@ -105,9 +123,20 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
     if wanted(Part::Generate) {
         let prefix = args.prefix.unwrap_or(length / 2);
         report.prefix = Some(prefix);
-        report.generate_bytes_per_s = Some(generation_rate(&model, prefix, args.bytes, args.steps)?);
+        report.generate_bytes_per_s = Some(generation_rate(&model, prefix, args)?);
     }
     print(&report, args.json)
+}
+
+impl Precision {
+    fn available(self) -> Result<gemm::Precision> {
+        let precision = match self {
+            Precision::F32 => gemm::Precision::F32,
+            Precision::Bf16 => gemm::Precision::Bf16,
+        };
+        ensure!(precision.is_available(), Usage("--precision bf16: this CPU lacks AVX-512 BF16; use f32".into()));
+        Ok(precision)
+    }
 }
 
 /// One step as the package takes it: forward, backward, clip to norm 1, Adam.
@@ -134,18 +163,19 @@ fn rate(units: usize, steps: usize, mut work: impl FnMut() -> Result<()>) -> Res
     Ok(units as f64 / median(seconds.collect::<Result<_>>()?))
 }
 
-/// Bytes per second after the prefix; the prefix itself is not timed.
-fn generation_rate(model: &Mblm, prefix: usize, bytes: usize, steps: usize) -> Result<f64> {
+/// Bytes per second after the prefix, of all streams; the prefix itself is not timed.
+fn generation_rate(model: &Mblm, prefix: usize, args: &Args) -> Result<f64> {
+    let Args { bytes, streams, steps, .. } = *args;
     let (prompt, new) = (random_bytes(prefix), random_bytes(bytes));
     let run = || -> Result<f64> {
-        let mut decoder = Decoder::new(model, 1)?;
-        decoder.prefill(&prompt)?;
+        let mut decoder = Decoder::new(model, streams)?;
+        decoder.prefill(&prompt.repeat(streams))?;
         let start = Instant::now();
-        new.iter().try_for_each(|byte| decoder.step(&[*byte]))?;
+        new.iter().try_for_each(|byte| decoder.step(&vec![*byte; streams]))?;
         Ok(start.elapsed().as_secs_f64())
     };
     run()?;
-    Ok(bytes as f64 / median((0..steps.max(1)).map(|_| run()).collect::<Result<_>>()?))
+    Ok((bytes * streams) as f64 / median((0..steps.max(1)).map(|_| run()).collect::<Result<_>>()?))
 }
 
 fn random_bytes(len: usize) -> Vec<u32> {

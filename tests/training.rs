@@ -4,6 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use assert_cmd::Command;
+use mblm::gemm::Precision;
 
 const TRAIN: &str = "
 io: {name_model: toy, output_dir: runs, dataset_dir: books, dataset_id: DATASET, num_models_to_save: 2,
@@ -86,7 +87,7 @@ fn masking_is_for_encoders_and_only_for_these() {
         (ENCODER, "train.early_stop=3", "train: missing field `masking_proba`"),
         (ENCODER, "train.masking_proba=0", "train.masking_proba: expected a share above 0, up to 1, found 0"),
         (GENERATIVE, "train.masking_proba=0.1", "train.masking_proba: is for encoders"),
-        (GENERATIVE, "train.precision=bf16", "train.precision: unknown value \"bf16\"; expected"),
+        (GENERATIVE, "train.precision=half", "train.precision: unknown value \"half\"; expected"),
         (GENERATIVE, "train.betas=[0.9, 1.0]", "train.betas: expected two rates from 0 to below 1, found [0.9, 1]"),
     ];
     for (params, set, want) in cases {
@@ -94,6 +95,24 @@ fn masking_is_for_encoders_and_only_for_these() {
         let (code, _, error) = mblm(folder.path(), &["train", "run.yaml", "--set", set]);
         assert!(code == 2 && error.contains(want), "{error}");
     }
+}
+
+#[test]
+fn bf16_learns_as_f32_does() {
+    let folder = workplace(GENERATIVE, "pg19");
+    if !Precision::Bf16.is_available() {
+        let (code, _, error) = mblm(folder.path(), &["train", "run.yaml", "--set", "train.precision=bf16"]);
+        let want = "train.precision: expected f32: this CPU has no AVX-512 BF16 instructions, found bf16";
+        return assert!(code == 2 && error.contains(want), "{error}");
+    }
+    let curve = |precision: &str| losses(&train(folder.path(), &[&format!("train.precision={precision}")]).0, "train");
+    let (f32, bf16) = (curve("f32"), curve("bf16"));
+    assert_eq!(f32.len(), bf16.len());
+    assert!(f32[0] > 5.0 && *f32.last().unwrap() < 2.0, "{f32:?}");
+    for (f32, bf16) in f32.iter().zip(&bf16) {
+        assert!((f32 - bf16).abs() < 0.03, "{f32} and {bf16}");
+    }
+    assert_ne!(f32, bf16, "bf16 was not used");
 }
 
 #[test]

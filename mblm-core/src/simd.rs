@@ -10,6 +10,12 @@ use std::sync::OnceLock;
 /// Runs `work` compiled for the best instruction set of this machine.
 #[inline(always)]
 pub fn vectorize<R>(work: impl FnOnce() -> R) -> R {
+    dispatch(work)
+}
+
+/// [`vectorize`] for work that names the registers it uses.
+#[inline(always)]
+pub(crate) fn dispatch<W: pulp::WithSimd>(work: W) -> W::Output {
     static ARCH: OnceLock<pulp::Arch> = OnceLock::new();
     ARCH.get_or_init(pulp::Arch::new).dispatch(work)
 }
@@ -120,6 +126,19 @@ pub fn normal_cdf_pdf(x: f32) -> (f32, f32) {
     let upper_tail = 0.5 * p * t * gauss;
     let cdf = if x < 0.0 { upper_tail } else { 1.0 - upper_tail };
     (cdf, gauss * 0.398_942_3)
+}
+
+/// Asks for the cache line of `data[i]`, which may lie past the end: the processor's own prefetching starts late on short
+/// rows.
+#[inline(always)]
+pub fn prefetch(data: &[f32], i: usize) {
+    // SAFETY: a hint; it reads nothing and faults nowhere.
+    #[cfg(target_arch = "x86_64")]
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(data.as_ptr().wrapping_add(i).cast())
+    };
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (data, i);
 }
 
 const LANES: usize = 16;

@@ -7,7 +7,7 @@ use mblm_core::block::stream;
 use mblm_core::config::MblmConfig;
 use mblm_core::{Init, Mode, ParamStore};
 
-use crate::config::{IoSection, ModelConfig, Params, Precision, RunConfig, TargetStrategy, TrainSection};
+use crate::config::{IoSection, ModelConfig, Params, RunConfig, TargetStrategy, TrainSection};
 use crate::model::TrainModel;
 
 pub const VOCABULARY: usize = 8;
@@ -112,7 +112,7 @@ pub fn config() -> RunConfig {
             masking_proba: None,
             weight_decay: 0.01,
             betas: (0.9, 0.95),
-            precision: Precision::F32,
+            precision: Default::default(),
             validate_every: None,
             early_stop: None,
             max_seconds: None,

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use candle_core::Tensor;
+use mblm_core::gemm::autocast;
 use mblm_core::{Mode, Param};
 
 use crate::checkpoint::{Checkpoint, Shelf, Snapshot, TrainState};
@@ -254,7 +255,8 @@ impl<'a> Trainer<'a> {
         let batch = self.ahead.take(at)?;
         let read = started.elapsed();
         let mode = Mode::train(mix(mix(self.state.seed) ^ index));
-        let mut loss = self.model.loss(&batch.ids, batch.loss_mask.as_ref(), mode)?;
+        let precision = self.config.train.precision;
+        let mut loss = autocast(precision, || self.model.loss(&batch.ids, batch.loss_mask.as_ref(), mode))?;
         let value = loss.to_scalar::<f32>()? as f64;
         if !value.is_finite() {
             return Err(self.non_finite_loss(value));
@@ -263,7 +265,7 @@ impl<'a> Trainer<'a> {
         if self.plan.accumulate > 1 {
             loss = (loss / self.plan.accumulate as f64)?;
         }
-        self.model.params().backward(&loss)?;
+        autocast(precision, || self.model.params().backward(&loss))?;
         let backward = started.elapsed() - read - forward;
         record.timemem.train(cum_batch, self.train.batch_size, forward.as_secs_f64(), backward.as_secs_f64())?;
         self.state.batches += 1;

@@ -18,10 +18,10 @@ pub(super) struct TransformerDecoder<'m> {
 }
 
 struct LayerState {
-    /// `(T, B, H d)`, rotated.
-    keys: Vec<f32>,
-    /// `(T, B, H d)`
-    values: Vec<f32>,
+    /// Of each sequence, `(T, H d)`, rotated.
+    keys: Vec<Vec<f32>>,
+    /// Of each sequence, `(T, H d)`.
+    values: Vec<Vec<f32>>,
     /// What entered the two halves at the position before, `(B, D)` each.
     before: [Vec<f32>; 2],
     scratch: Scratch,
@@ -50,8 +50,8 @@ impl LayerState {
         let zeros = |width: usize| vec![0.0; batch * width];
         let (dim, inner) = (layer.dim, layer.inner());
         LayerState {
-            keys: vec![],
-            values: vec![],
+            keys: vec![vec![]; batch],
+            values: vec![vec![]; batch],
             before: [zeros(dim), zeros(dim)],
             scratch: Scratch {
                 shifted: zeros(dim),
@@ -106,9 +106,9 @@ impl LayerState {
             rotary.rotate(kv, 2 * inner, layer.heads, 1, position, false);
         }
         query.copy_from_slice(q);
-        for row in kv.chunks_exact(2 * inner) {
-            self.keys.extend_from_slice(&row[..inner]);
-            self.values.extend_from_slice(&row[inner..]);
+        for ((row, keys), values) in kv.chunks_exact(2 * inner).zip(&mut self.keys).zip(&mut self.values) {
+            keys.extend_from_slice(&row[..inner]);
+            values.extend_from_slice(&row[inner..]);
         }
     }
 }
@@ -117,8 +117,7 @@ impl StageDecoder for TransformerDecoder<'_> {
     fn reset(&mut self) {
         self.position = 0;
         for layer in &mut self.layers {
-            layer.keys.clear();
-            layer.values.clear();
+            layer.keys.iter_mut().chain(&mut layer.values).for_each(Vec::clear);
             layer.before.iter_mut().for_each(|before| before.fill(0.0));
         }
     }

@@ -6,15 +6,18 @@ use candle_core::{D, Tensor};
 use crate::block::Dropout;
 use crate::buffer::Buffer;
 use crate::error::Result;
-use crate::gemm::{Mat, MatMut, Threads, matmul};
+use crate::gemm::MatMut;
 use crate::parallel::{Shared, for_rows};
 use crate::simd::{self, vectorize};
 
-/// Query rows of a tile.
-const TILE: usize = 64;
+mod short;
+mod tiled;
 
 /// Up to this many keys the products are plain loops.
 const SHORT: usize = 24;
+
+/// How many positions ahead decoding asks for keys and values.
+const AHEAD: usize = 12;
 
 /// Softmax over the last dimension; every operation has a backward.
 pub fn softmax_composed(x: &Tensor) -> Result<Tensor> {
@@ -88,7 +91,7 @@ impl Attention<'_> {
     }
 
     fn scale(&self) -> f32 {
-        (self.head_dim as f32).powf(-0.5)
+        1.0 / (self.head_dim as f32).sqrt()
     }
 
     fn head<'b>(&'b self, qkv: &'b [f32], index: usize) -> Head<'b> {
@@ -100,13 +103,10 @@ impl Attention<'_> {
         Head { q: part(0), k: part(1), v: part(2), mask, index }
     }
 
-    /// The query tiles of a sequence, each with the number of keys it can see.
-    fn tiles(&self) -> impl Iterator<Item = (usize, usize, usize)> + use<> {
-        let (seq, causal) = (self.seq, self.causal);
-        (0..seq).step_by(TILE).map(move |start| {
-            let end = (start + TILE).min(seq);
-            (start, end - start, if causal { end } else { seq })
-        })
+    /// How many keys row `i` sees, but for the mask.
+    #[inline(always)]
+    fn visible(&self, i: usize) -> usize {
+        if self.causal { i + 1 } else { self.seq }
     }
 
     /// # Shapes
@@ -116,73 +116,51 @@ impl Attention<'_> {
         let (seq, inner) = (self.seq, self.inner());
         let (out, lse) = (Shared::new(out), Shared::new(lse));
         for_rows(self.batch * self.heads, seq * self.head_dim * 8, |heads| {
-            let mut scores = Buffer::take(TILE.min(seq) * seq);
             for index in heads {
                 let head = self.head(qkv, index);
-                // SAFETY: every head has its own `lse` row.
-                let lse = unsafe { lse.slice(index * seq..(index + 1) * seq) };
                 let first = (index / self.heads) * seq * inner + (index % self.heads) * self.head_dim;
-                vectorize(
-                    #[inline(always)]
-                    || {
-                        for (start, rows, keys) in self.tiles() {
-                            let scores = &mut scores[..rows * keys];
-                            self.scores(&head, start, keys, scores);
-                            self.softmax(&head, start, keys, scores, &mut lse[start..start + rows]);
-                            // SAFETY: the columns of this head in rows of this sequence belong to this task alone.
-                            let out = unsafe { out.matrix(first + start * inner, rows, self.head_dim, inner) };
-                            product_nn(out, scores, keys, head.v, 3 * inner, self.head_dim);
-                        }
-                    },
-                );
+                // SAFETY: every head has its own `lse` row, and its own columns of the rows of `out`.
+                let (lse, out) = unsafe {
+                    (lse.slice(index * seq..(index + 1) * seq), out.matrix(first, seq, self.head_dim, inner))
+                };
+                if seq > SHORT {
+                    simd::dispatch(tiled::Forward { attention: self, head, out, lse });
+                } else {
+                    vectorize(
+                        #[inline(always)]
+                        || self.forward_short(&head, out, lse),
+                    );
+                }
             }
         });
     }
 
+    /// Turns the visible scores of row `i` into weights, with the dropout of training, and returns the logarithm of
+    /// their sum.
     #[inline(always)]
-    fn scores(&self, head: &Head, start: usize, keys: usize, scores: &mut [f32]) {
-        let stride = 3 * self.inner();
-        let q = &head.q[start * stride..];
-        product_nt(scores, keys, self.scale(), q, stride, head.k, stride, self.head_dim);
-    }
-
-    /// Which keys row `i` may see.
-    #[inline(always)]
-    fn hide(&self, head: &Head, i: usize, row: &mut [f32]) {
-        if self.causal {
-            row[i + 1..].fill(f32::NEG_INFINITY);
-        }
-        if let Some(mask) = head.mask {
-            for (s, m) in row.iter_mut().zip(mask) {
-                *s = if *m == 0 { f32::NEG_INFINITY } else { *s };
+    fn softmax(&self, head: &Head, i: usize, row: &mut [f32]) -> f32 {
+        hide(head.mask, row);
+        let max = row.iter().fold(f32::NEG_INFINITY, |m, s| m.max(*s));
+        let lse = if max == f32::NEG_INFINITY {
+            row.fill(1.0 / row.len() as f32);
+            f32::INFINITY
+        } else {
+            for s in row.iter_mut() {
+                *s = simd::exp(*s - max);
             }
-        }
+            let sum = simd::sum(row);
+            simd::scale(1.0 / sum, row);
+            max + sum.ln()
+        };
+        self.drop_out(head, i, 0, row);
+        lse
     }
 
+    /// Drops weights of row `i`, of the keys from `first` on.
     #[inline(always)]
-    fn softmax(&self, head: &Head, start: usize, keys: usize, scores: &mut [f32], lse: &mut [f32]) {
-        for (r, (row, lse)) in scores.chunks_exact_mut(keys).zip(lse).enumerate() {
-            self.hide(head, start + r, row);
-            let max = row.iter().fold(f32::NEG_INFINITY, |m, s| m.max(*s));
-            if max == f32::NEG_INFINITY {
-                row.fill(1.0 / keys as f32);
-                *lse = f32::INFINITY;
-            } else {
-                for s in row.iter_mut() {
-                    *s = simd::exp(*s - max);
-                }
-                let sum = simd::sum(row);
-                simd::scale(1.0 / sum, row);
-                *lse = max + sum.ln();
-            }
-            self.drop_out(head, start + r, row);
-        }
-    }
-
-    #[inline(always)]
-    fn drop_out(&self, head: &Head, i: usize, row: &mut [f32]) {
+    fn drop_out(&self, head: &Head, i: usize, first: usize, row: &mut [f32]) {
         if let Some(dropout) = self.dropout {
-            let first = (head.index * self.seq + i) * self.seq;
+            let first = (head.index * self.seq + i) * self.seq + first;
             for (j, p) in row.iter_mut().enumerate() {
                 *p *= dropout.factor(first + j);
             }
@@ -194,131 +172,86 @@ impl Attention<'_> {
     /// # Shapes
     /// - `out`, `dout`: `(B, S, H d)`; `qkv`, `dqkv`: `(B, S, 3 H d)`; `lse`: `(B, H, S)`
     pub fn backward(&self, qkv: &[f32], out: &[f32], lse: &[f32], dout: &[f32], dqkv: &mut [f32]) {
+        let (seq, inner, dim) = (self.seq, self.inner(), self.head_dim);
         let dqkv = Shared::new(dqkv);
-        for_rows(self.batch * self.heads, self.seq * self.head_dim * 16, |heads| {
-            let size = TILE.min(self.seq) * self.seq;
-            let mut scratch = Scratch { p: Buffer::take(size), dp: Buffer::take(size) };
+        for_rows(self.batch * self.heads, seq * dim * 16, |heads| {
             for index in heads {
-                vectorize(
-                    #[inline(always)]
-                    || self.backward_head(index, qkv, out, lse, dout, dqkv, &mut scratch),
-                );
+                let (sequence, h) = (index / self.heads, index % self.heads);
+                let grad = |part: usize| {
+                    // SAFETY: the columns of this part and head in rows of this sequence belong to this view alone.
+                    unsafe { dqkv.matrix((sequence * seq * 3 + part) * inner + h * dim, seq, dim, 3 * inner) }
+                };
+                let first = sequence * seq * inner + h * dim;
+                let back = Backward {
+                    attention: self,
+                    head: self.head(qkv, index),
+                    out: &out[first..],
+                    dout: &dout[first..],
+                    lse: &lse[index * seq..(index + 1) * seq],
+                    dq: grad(0),
+                    dk: grad(1),
+                    dv: grad(2),
+                };
+                if seq > SHORT {
+                    simd::dispatch(back);
+                } else {
+                    vectorize(
+                        #[inline(always)]
+                        || back.short(),
+                    );
+                }
             }
         });
     }
+}
 
+/// The backward pass of one head; rows of `out` and `dout` are `heads * head_dim` apart.
+struct Backward<'a> {
+    attention: &'a Attention<'a>,
+    head: Head<'a>,
+    out: &'a [f32],
+    dout: &'a [f32],
+    lse: &'a [f32],
+    dq: MatMut<'a>,
+    dk: MatMut<'a>,
+    dv: MatMut<'a>,
+}
+
+impl Backward<'_> {
+    /// `Σ out · dout` of row `i`: what the softmax's normalisation takes from every gradient.
     #[inline(always)]
-    #[allow(clippy::too_many_arguments)]
-    fn backward_head(
-        &self,
-        index: usize,
-        qkv: &[f32],
-        out: &[f32],
-        lse: &[f32],
-        dout: &[f32],
-        dqkv: Shared,
-        scratch: &mut Scratch,
-    ) {
-        let (seq, inner, dim) = (self.seq, self.inner(), self.head_dim);
-        let stride = 3 * inner;
-        let head = self.head(qkv, index);
-        let first = (index / self.heads) * seq * inner + (index % self.heads) * dim;
-        let (out, dout) = (&out[first..], &dout[first..]);
-        let grads = |part: usize| {
-            let first = (index / self.heads) * seq * stride + part * inner + (index % self.heads) * dim;
-            // SAFETY: the columns of this part and head in rows of this sequence belong to this view alone.
-            unsafe { dqkv.matrix(first, seq, dim, stride) }
-        };
-        let (mut dq, mut dk, mut dv) = (grads(0), grads(1), grads(2));
-        for row in 0..seq {
-            dk.row(row).fill(0.0);
-            dv.row(row).fill(0.0);
-        }
-        for (start, rows, keys) in self.tiles() {
-            let (p, dp) = (&mut scratch.p[..rows * keys], &mut scratch.dp[..rows * keys]);
-            let (out, dout) = (&out[start * inner..], &dout[start * inner..]);
-            self.scores(&head, start, keys, p);
-            product_nt(dp, keys, 1.0, dout, inner, head.v, stride, dim);
-            for r in 0..rows {
-                let (p, dp) = (&mut p[r * keys..][..keys], &mut dp[r * keys..][..keys]);
-                let delta = simd::dot(&out[r * inner..][..dim], &dout[r * inner..][..dim]);
-                self.backward_row(&head, start + r, lse[index * seq + start + r], delta, p, dp);
-            }
-            product_tn(dv.rows(0, keys), p, dout, inner, dim, rows);
-            product_tn(dk.rows(0, keys), dp, &head.q[start * stride..], stride, dim, rows);
-            product_nn(dq.rows(start, rows), dp, keys, head.k, stride, dim);
-        }
+    fn delta(&self, i: usize) -> f32 {
+        let (inner, dim) = (self.attention.inner(), self.attention.head_dim);
+        simd::dot(&self.out[i * inner..][..dim], &self.dout[i * inner..][..dim])
     }
 
-    /// Turns scores into dropped-out weights, and gradients of those into gradients of the scores.
+    /// Turns visible scores of row `i`, of the keys from `first` on, into dropped-out weights, and gradients of those
+    /// into gradients of the scores.
     #[inline(always)]
-    fn backward_row(&self, head: &Head, i: usize, lse: f32, delta: f32, p: &mut [f32], dp: &mut [f32]) {
+    fn softmax(&self, i: usize, first: usize, delta: f32, p: &mut [f32], dp: &mut [f32]) {
+        let (attention, head, lse) = (self.attention, &self.head, self.lse[i]);
         if lse == f32::INFINITY {
-            p.fill(1.0 / p.len() as f32);
+            p.fill(1.0 / attention.visible(i) as f32);
             dp.fill(0.0);
-            return self.drop_out(head, i, p);
+            return attention.drop_out(head, i, first, p);
         }
-        self.hide(head, i, p);
-        self.drop_out(head, i, dp);
-        let scale = self.scale();
+        hide(head.mask.map(|mask| &mask[first..]), p);
+        attention.drop_out(head, i, first, dp);
+        let scale = attention.scale();
         for (p, dp) in p.iter_mut().zip(dp.iter_mut()) {
             *p = simd::exp(*p - lse);
             *dp = *p * (*dp - delta) * scale;
         }
-        self.drop_out(head, i, p);
+        attention.drop_out(head, i, first, p);
     }
 }
 
-struct Scratch {
-    p: Buffer,
-    dp: Buffer,
-}
-
-/// `out (M x N) = scale * a bᵀ`; rows of `a` and `b` are `dim` long.
+/// No weight for the keys that the mask takes out.
 #[inline(always)]
-#[allow(clippy::too_many_arguments)]
-fn product_nt(out: &mut [f32], n: usize, scale: f32, a: &[f32], a_step: usize, b: &[f32], b_step: usize, dim: usize) {
-    let m = out.len() / n;
-    if n > SHORT {
-        let (a, b) = (Mat::strided(a, m, dim, a_step), Mat::strided(b, n, dim, b_step));
-        return matmul(MatMut::new(out, m, n), false, scale, a, b.t(), Threads::One);
-    }
-    for (i, row) in out.chunks_exact_mut(n).enumerate() {
-        let a = &a[i * a_step..][..dim];
-        for (j, out) in row.iter_mut().enumerate() {
-            *out = scale * simd::dot(a, &b[j * b_step..][..dim]);
-        }
-    }
-}
-
-/// `out (M x dim) = a b`; `a` is `M x N`.
-#[inline(always)]
-fn product_nn(mut out: MatMut, a: &[f32], n: usize, b: &[f32], b_step: usize, dim: usize) {
-    if n > SHORT {
-        let (a, b) = (Mat::new(a, a.len() / n, n), Mat::strided(b, n, dim, b_step));
-        return matmul(out, false, 1.0, a, b, Threads::One);
-    }
-    for (i, a) in a.chunks_exact(n).enumerate() {
-        let row = out.row(i);
-        row.fill(0.0);
-        for (j, a) in a.iter().enumerate() {
-            simd::axpy(*a, &b[j * b_step..][..dim], row);
-        }
-    }
-}
-
-/// `out (N x dim) += aᵀ b`; `a` is `rows x N`.
-#[inline(always)]
-fn product_tn(mut out: MatMut, a: &[f32], b: &[f32], b_step: usize, dim: usize, rows: usize) {
-    let n = a.len() / rows;
-    if n > SHORT {
-        let (a, b) = (Mat::new(a, rows, n), Mat::strided(b, rows, dim, b_step));
-        return matmul(out, true, 1.0, a.t(), b, Threads::One);
-    }
-    for (i, a) in a.chunks_exact(n).enumerate() {
-        let b = &b[i * b_step..][..dim];
-        for (j, a) in a.iter().enumerate() {
-            simd::axpy(*a, b, out.row(j));
+fn hide(mask: Option<&[u8]>, row: &mut [f32]) {
+    if let Some(mask) = mask {
+        for (s, m) in row.iter_mut().zip(mask) {
+            *s = if *m == 0 { f32::NEG_INFINITY } else { *s };
         }
     }
 }
@@ -326,26 +259,27 @@ fn product_tn(mut out: MatMut, a: &[f32], b: &[f32], b_step: usize, dim: usize, 
 /// Attention of one query per sequence over cached keys and values, for decoding.
 ///
 /// # Shapes
-/// - `q`, `out`: `(B, H d)`; `keys`, `values`: `(T, B, H d)`, the query's own position last
-pub fn step(q: &[f32], keys: &[f32], values: &[f32], heads: usize, head_dim: usize, out: &mut [f32]) {
+/// - `q`, `out`: `(B, H d)`; `keys`, `values`: `B` of `(T, H d)`, the query's own position last
+pub fn step(q: &[f32], keys: &[Vec<f32>], values: &[Vec<f32>], heads: usize, head_dim: usize, out: &mut [f32]) {
     let inner = heads * head_dim;
-    let (row, batch) = (q.len(), q.len() / inner);
-    let positions = keys.len() / row;
-    let scale = (head_dim as f32).powf(-0.5);
+    let positions = keys[0].len() / inner;
+    let scale = 1.0 / (head_dim as f32).sqrt();
     let out = Shared::new(out);
-    for_rows(batch * heads, positions * head_dim / 2, |range| {
+    for_rows(keys.len() * heads, positions * head_dim / 2, |range| {
         let mut weights = Buffer::take(positions);
         for index in range {
             let at = index * head_dim; // heads of a row lie one after another, rows too
             // SAFETY: every head writes its own columns.
-            let out = unsafe { out.slice(at..at + head_dim) };
+            let (q, out) = (&q[at..at + head_dim], unsafe { out.slice(at..at + head_dim) });
+            let first = index % heads * head_dim;
+            let (keys, values) = (&keys[index / heads][first..], &values[index / heads][first..]);
             vectorize(
                 #[inline(always)]
                 || {
-                    let q = &q[at..at + head_dim];
                     let mut max = f32::NEG_INFINITY;
                     for (t, weight) in weights.iter_mut().enumerate() {
-                        *weight = scale * simd::dot(q, &keys[t * row + at..][..head_dim]);
+                        prefetch_head(keys, (t + AHEAD) * inner, head_dim);
+                        *weight = scale * simd::dot(q, &keys[t * inner..][..head_dim]);
                         max = max.max(*weight);
                     }
                     for w in weights.iter_mut() {
@@ -354,10 +288,19 @@ pub fn step(q: &[f32], keys: &[f32], values: &[f32], heads: usize, head_dim: usi
                     let inverse = 1.0 / simd::sum(&weights);
                     out.fill(0.0);
                     for (t, weight) in weights.iter().enumerate() {
-                        simd::axpy(weight * inverse, &values[t * row + at..][..head_dim], out);
+                        prefetch_head(values, (t + AHEAD) * inner, head_dim);
+                        simd::axpy(weight * inverse, &values[t * inner..][..head_dim], out);
                     }
                 },
             );
         }
     });
+}
+
+/// Asks for the `head_dim` floats at `first`.
+#[inline(always)]
+fn prefetch_head(data: &[f32], first: usize, head_dim: usize) {
+    for i in (0..head_dim).step_by(16) {
+        simd::prefetch(data, first + i);
+    }
 }

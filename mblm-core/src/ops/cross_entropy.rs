@@ -150,11 +150,17 @@ impl Node for CrossEntropy {
 
     fn backward(&self, _: &[&[f32]], tape: Tape, dy: &[f32], grads: &mut [Vec<f32>]) {
         let dim = self.dim();
-        for (target, grad) in self.targets.iter().zip(tape.hidden.chunks_exact(dim)) {
-            simd::axpy(dy[0], grad, &mut grads[0][target.row as usize * dim..][..dim]);
-        }
-        simd::axpy(dy[0], &tape.weight, &mut self.weight.grad_mut());
-        simd::axpy(dy[0], &tape.bias, &mut self.bias.grad_mut());
+        let (mut dweight, mut dbias) = (self.weight.grad_mut(), self.bias.grad_mut());
+        vectorize(
+            #[inline(always)]
+            || {
+                for (target, grad) in self.targets.iter().zip(tape.hidden.chunks_exact(dim)) {
+                    simd::axpy(dy[0], grad, &mut grads[0][target.row as usize * dim..][..dim]);
+                }
+                simd::axpy(dy[0], &tape.weight, &mut dweight);
+                simd::axpy(dy[0], &tape.bias, &mut dbias);
+            },
+        );
     }
 }
 

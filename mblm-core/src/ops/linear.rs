@@ -1,6 +1,7 @@
 //! The affine map `y = x Wᵀ + b` (PyTorch's `Linear`), in whole for training and row by row for decoding.
 
 use candle_core::{D, Tensor};
+use pulp::{Simd, WithSimd};
 
 use crate::error::Result;
 use crate::gemm::{Mat, MatMut, Threads, matmul};
@@ -98,8 +99,8 @@ pub fn add_bias(bias: &[f32], y: &mut [f32]) {
     });
 }
 
-/// Rows from which a decoding step is a matrix product rather than one matrix-vector product per row.
-const GEMM_ROWS: usize = 8;
+/// Rows from which a decoding step is a matrix product like any other.
+const GEMM_ROWS: usize = 64;
 
 /// `y (=|+=) x Wᵀ + b` for the few rows of a decoding step. Reads the weights once, split over the threads when that
 /// pays.
@@ -114,16 +115,9 @@ pub fn step(x: &[f32], weight: &[f32], bias: Option<&[f32]>, inputs: usize, into
         let y = Shared::new(y);
         // A thread is worth waking for about 64 K multiplications.
         for_rows(outputs, batch * inputs * MIN_PARALLEL / (64 * 1024), |range| {
-            vectorize(
-                #[inline(always)]
-                || {
-                    for (b, x) in x.chunks_exact(inputs).enumerate() {
-                        // SAFETY: ranges of outputs do not overlap, nor do rows.
-                        let y = unsafe { y.slice(b * outputs + range.start..b * outputs + range.end) };
-                        matvec(x, &weight[range.start * inputs..range.end * inputs], into, y);
-                    }
-                },
-            );
+            // SAFETY: ranges of outputs do not overlap.
+            let y = unsafe { y.matrix(range.start, batch, range.len(), outputs) };
+            simd::dispatch(Step { x, weight: &weight[range.start * inputs..range.end * inputs], inputs, into, y });
         });
     }
     if let Some(bias) = bias {
@@ -131,44 +125,103 @@ pub fn step(x: &[f32], weight: &[f32], bias: Option<&[f32]>, inputs: usize, into
     }
 }
 
-/// Four rows of the matrix at a time, so that `x` is loaded once for them and the sums do not wait for each other.
-#[inline(always)]
-fn matvec(x: &[f32], weight: &[f32], into: Into, y: &mut [f32]) {
-    let inputs = x.len();
-    let store = |y: &mut f32, value: f32| *y = if into == Into::Add { *y + value } else { value };
-    let mut rows = weight.chunks_exact(4 * inputs);
-    let mut outs = y.chunks_exact_mut(4);
-    for (w, y) in rows.by_ref().zip(outs.by_ref()) {
-        let (w0, w) = w.split_at(inputs);
-        let (w1, w) = w.split_at(inputs);
-        let (w2, w3) = w.split_at(inputs);
-        let values = dot4(x, w0, w1, w2, w3);
-        for (y, value) in y.iter_mut().zip(values) {
-            store(y, value);
-        }
-    }
-    for (w, y) in rows.remainder().chunks_exact(inputs).zip(outs.into_remainder()) {
-        store(y, simd::dot(x, w));
-    }
+/// Some of the outputs of a decoding step.
+struct Step<'a> {
+    x: &'a [f32],
+    weight: &'a [f32],
+    inputs: usize,
+    into: Into,
+    y: MatMut<'a>,
 }
 
-#[inline(always)]
-fn dot4(x: &[f32], w0: &[f32], w1: &[f32], w2: &[f32], w3: &[f32]) -> [f32; 4] {
-    const LANES: usize = 16;
-    let mut sums = [[0.0f32; LANES]; 4];
-    let whole = x.len() / LANES * LANES;
-    for i in (0..whole).step_by(LANES) {
-        for (sum, w) in sums.iter_mut().zip([w0, w1, w2, w3]) {
-            for ((s, x), w) in sum.iter_mut().zip(&x[i..i + LANES]).zip(&w[i..i + LANES]) {
-                *s = x.mul_add(*w, *s);
+/// Rows of the weight that share a pass over `x`.
+const OUTPUTS: usize = 4;
+
+impl WithSimd for Step<'_> {
+    type Output = ();
+
+    /// A group of rows of the weight stays in the first-level cache for all of `x`.
+    #[inline(always)]
+    fn with_simd<S: Simd>(mut self, simd: S) {
+        for (group, weight) in self.weight.chunks(OUTPUTS * self.inputs).enumerate() {
+            if weight.len() < OUTPUTS * self.inputs {
+                for (i, row) in weight.chunks_exact(self.inputs).enumerate() {
+                    self.all_of_x::<S, 1>(simd, group * OUTPUTS + i, row);
+                }
+            } else {
+                self.all_of_x::<S, OUTPUTS>(simd, group * OUTPUTS, weight);
             }
         }
     }
-    let mut out = [0.0; 4];
-    for ((out, sum), w) in out.iter_mut().zip(&sums).zip([w0, w1, w2, w3]) {
-        *out = simd::sum(sum) + x[whole..].iter().zip(&w[whole..]).map(|(x, w)| x * w).sum::<f32>();
+}
+
+impl Step<'_> {
+    #[inline(always)]
+    fn all_of_x<S: Simd, const O: usize>(&mut self, simd: S, output: usize, weight: &[f32]) {
+        // As many sums as registers hold.
+        if S::F32_LANES == 16 {
+            self.groups_of_x::<S, O, 4>(simd, output, weight);
+        } else {
+            self.groups_of_x::<S, O, 2>(simd, output, weight);
+        }
     }
-    out
+
+    #[inline(always)]
+    fn groups_of_x<S: Simd, const O: usize, const B: usize>(&mut self, simd: S, output: usize, weight: &[f32]) {
+        let groups = self.x.chunks_exact(B * self.inputs);
+        let rest = groups.remainder();
+        for (group, x) in groups.enumerate() {
+            self.store(group * B, output, dots::<S, O, B>(simd, weight, x, self.inputs));
+        }
+        let first = self.x.len() / self.inputs / B * B;
+        for (i, x) in rest.chunks_exact(self.inputs).enumerate() {
+            self.store(first + i, output, dots::<S, O, 1>(simd, weight, x, self.inputs));
+        }
+    }
+
+    #[inline(always)]
+    fn store<const O: usize, const B: usize>(&mut self, row: usize, output: usize, values: [[f32; O]; B]) {
+        for (b, values) in values.iter().enumerate() {
+            for (y, value) in self.y.row(row + b)[output..].iter_mut().zip(values) {
+                *y = if self.into == Into::Add { *y + value } else { *value };
+            }
+        }
+    }
+}
+
+/// The products of `B` rows of `x` with `O` rows of the weight.
+#[inline(always)]
+fn dots<S: Simd, const O: usize, const B: usize>(simd: S, weight: &[f32], x: &[f32], inputs: usize) -> [[f32; O]; B] {
+    let whole = inputs / S::F32_LANES;
+    // The rows of the next group, or later elements where rows are long.
+    let ahead = if inputs > 1024 { 512 } else { OUTPUTS * inputs };
+    assert!(weight.len() >= O * inputs && x.len() >= B * inputs);
+    let (zero, mut sums) = (simd.splat_f32s(0.0), [[simd.splat_f32s(0.0); O]; B]);
+    for k in (0..whole * S::F32_LANES).step_by(S::F32_LANES) {
+        let mut weights = [zero; O];
+        for (o, to) in weights.iter_mut().enumerate() {
+            simd::prefetch(weight, o * inputs + k + ahead);
+            // SAFETY: a register from `k` on lies within a row, and the rows within the slice by the assertion.
+            *to = unsafe { weight.as_ptr().add(o * inputs + k).cast::<S::f32s>().read_unaligned() };
+        }
+        for (b, sums) in sums.iter_mut().enumerate() {
+            // SAFETY: as above.
+            let x = unsafe { x.as_ptr().add(b * inputs + k).cast::<S::f32s>().read_unaligned() };
+            for (sum, weight) in sums.iter_mut().zip(weights) {
+                *sum = simd.mul_add_e_f32s(x, weight, *sum);
+            }
+        }
+    }
+    let mut values = [[0.0; O]; B];
+    for (b, values) in values.iter_mut().enumerate() {
+        for (o, value) in values.iter_mut().enumerate() {
+            *value = simd.reduce_sum_f32s(sums[b][o]);
+            for k in whole * S::F32_LANES..inputs {
+                *value += x[b * inputs + k] * weight[o * inputs + k];
+            }
+        }
+    }
+    values
 }
 
 #[cfg(test)]
@@ -178,7 +231,8 @@ mod tests {
 
     #[test]
     fn a_step_is_a_row_of_forward() {
-        for (batch, inputs, outputs) in [(1, 5, 3), (1, 64, 1030), (3, 37, 9), (9, 40, 41)] {
+        for (batch, inputs, outputs) in [(1, 5, 3), (1, 64, 1030), (3, 37, 9), (9, 40, 41), (70, 33, 6), (17, 2000, 13)]
+        {
             let (x, w, b) = (noise(batch * inputs, 1), noise(inputs * outputs, 2), noise(outputs, 3));
             let mut want = vec![f32::NAN; batch * outputs];
             forward(&x, &w, inputs, Into::Set, &mut want);

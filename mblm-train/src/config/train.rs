@@ -1,5 +1,6 @@
 //! Section `train`: how to train.
 
+use mblm_core::gemm::Precision;
 use mblm_core::yaml::{ConfigError, Document};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -54,7 +55,8 @@ pub struct TrainSection {
     /// Adam's decay rates of the mean gradient and of its square (addition; the package's values are the default).
     #[serde(default = "default_betas")]
     pub betas: (f64, f64),
-    /// What numbers are computed in (addition).
+    /// What the operands of training's large matrix products are rounded to (addition). Weights, moments, sums and
+    /// everything else are `f32`, and so are validation, evaluation and generation.
     #[serde(default)]
     pub precision: Precision,
     /// Validate (and save) after every so many batches, in place of `io.validate_amount` (addition).
@@ -79,15 +81,6 @@ fn default_betas() -> (f64, f64) {
     (0.9, 0.95)
 }
 
-/// What numbers are computed in.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "lowercase")]
-pub enum Precision {
-    /// 32-bit floats.
-    #[default]
-    F32,
-}
-
 impl TrainSection {
     pub(super) fn check(&self, document: &Document) -> Result<(), ConfigError> {
         let positive = [
@@ -101,6 +94,8 @@ impl TrainSection {
         for (path, number) in positive {
             check(document, path, number > 0, "a positive integer", number)?;
         }
+        let bf16 = "f32: this CPU has no AVX-512 BF16 instructions";
+        check(document, "train.precision", self.precision.is_available(), bf16, "bf16")?;
         let is_positive = |number: f64| number > 0.0 && number.is_finite();
         let clipping = self.gradient_clipping.unwrap_or(1.0);
         check(

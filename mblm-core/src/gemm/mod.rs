@@ -1,6 +1,13 @@
-//! Matrix products on slices, with bounds checked once and SIMD (AVX-512 included) chosen at run time by `gemm`.
+//! Matrix products on slices, with bounds checked once and SIMD (AVX-512 included) chosen at run time by `gemm`; inside
+//! [`autocast`] the large ones in bfloat16.
+
+#[cfg(target_arch = "x86_64")]
+mod bf16;
+mod precision;
 
 use std::marker::PhantomData;
+
+pub use precision::{Precision, autocast};
 
 /// A read-only matrix view of a slice.
 #[derive(Clone, Copy)]
@@ -39,6 +46,11 @@ impl<'a> Mat<'a> {
     }
 }
 
+// SAFETY: as `&mut [f32]`, which it is but for the gaps between rows.
+unsafe impl Send for MatMut<'_> {}
+// SAFETY: a shared view gives no access but by `part`, whose callers promise that parts do not overlap.
+unsafe impl Sync for MatMut<'_> {}
+
 impl<'a> MatMut<'a> {
     /// `rows x cols`, rows one after another.
     pub fn new(data: &'a mut [f32], rows: usize, cols: usize) -> Self {
@@ -70,8 +82,17 @@ impl<'a> MatMut<'a> {
 
     /// The rows `start..start + rows` as a view of their own.
     pub fn rows(&mut self, start: usize, rows: usize) -> MatMut<'_> {
+        // SAFETY: the view is borrowed mutably, so that there is no other part.
+        unsafe { self.part(start, rows) }
+    }
+
+    /// As [`MatMut::rows`], for threads that each take their own.
+    ///
+    /// # Safety
+    /// No other part with one of these rows may be alive, on any thread.
+    unsafe fn part(&self, start: usize, rows: usize) -> MatMut<'_> {
         assert!(start + rows <= self.rows, "rows {start}..{} of {}", start + rows, self.rows);
-        // SAFETY: these rows belong to this view, which is borrowed mutably.
+        // SAFETY: these rows belong to this view; unaliased by the caller's promise.
         unsafe { MatMut::from_ptr(self.ptr.add(start * self.row_stride), rows, self.cols, self.row_stride) }
     }
 }
@@ -90,13 +111,18 @@ pub enum Threads {
     All,
 }
 
-/// `out = scale * a b`, or `out += scale * a b` with `accumulate`.
+/// `out = scale * a b`, or `out += scale * a b` with `accumulate`. Products of the whole pool take the precision of
+/// [`autocast`], those of one thread `f32`.
 pub fn matmul(out: MatMut, accumulate: bool, scale: f32, a: Mat, b: Mat, threads: Threads) {
     assert_eq!((out.rows, a.cols, out.cols), (a.rows, b.rows, b.cols), "matmul: shapes disagree");
     if out.rows == 0 || out.cols == 0 {
         return;
     }
     let small = out.rows * out.cols * a.cols < 64 * 64 * 64;
+    #[cfg(target_arch = "x86_64")]
+    if threads == Threads::All && precision::current() == Precision::Bf16 {
+        return bf16::matmul(out, accumulate, scale, a, b, if small { Threads::One } else { threads });
+    }
     let parallelism = match threads {
         Threads::All if !small => gemm::Parallelism::Rayon(0),
         _ => gemm::Parallelism::None,

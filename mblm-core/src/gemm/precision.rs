@@ -1,0 +1,57 @@
+//! The precision of matrix products: `f32`, or bfloat16 operands with sums in `f32`.
+
+use std::cell::Cell;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// What the operands of a matrix product are rounded to. Sums, and everything between products, are `f32` always.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    /// Not at all.
+    #[default]
+    F32,
+    /// To bfloat16: 8 bits of mantissa, the exponents of `f32`.
+    Bf16,
+}
+
+impl Precision {
+    /// Whether this machine has instructions for it.
+    pub fn is_available(self) -> bool {
+        match self {
+            Precision::F32 => true,
+            #[cfg(target_arch = "x86_64")]
+            Precision::Bf16 => super::bf16::available(),
+            #[cfg(not(target_arch = "x86_64"))]
+            Precision::Bf16 => false,
+        }
+    }
+}
+
+thread_local! {
+    static CURRENT: Cell<Precision> = const { Cell::new(Precision::F32) };
+}
+
+pub(super) fn current() -> Precision {
+    CURRENT.get()
+}
+
+/// Runs `work`, with the matrix products that it hands to the whole pool in `precision` (as `torch.autocast` does).
+///
+/// # Panics
+/// If the machine cannot: see [`Precision::is_available`].
+pub fn autocast<R>(precision: Precision, work: impl FnOnce() -> R) -> R {
+    assert!(precision.is_available(), "{precision:?} products are not available on this machine");
+    let _restore = Restore(CURRENT.replace(precision));
+    work()
+}
+
+/// Ends the scope, also when it panics.
+struct Restore(Precision);
+
+impl Drop for Restore {
+    fn drop(&mut self) {
+        CURRENT.set(self.0);
+    }
+}
