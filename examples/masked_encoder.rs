@@ -33,7 +33,7 @@ fn main() -> Result<()> {
     for step in 0..400u64 {
         let labels: Vec<u32> = (0..16).flat_map(|row| sentence(mix(16 * step + row))).collect();
         // A fifth of the bytes is masked; all are attended to, and the loss is that of the masked ones.
-        let is_masked = |i: usize| mix(step ^ ((i as u64) << 32)) % 5 == 0;
+        let is_masked = |i: usize| mix(step ^ ((i as u64) << 32)).is_multiple_of(5);
         let masked = labels.iter().enumerate().map(|(i, &byte)| if is_masked(i) { MASK } else { byte }).collect();
         let weights = (0..labels.len()).map(|i| f32::from(is_masked(i))).collect();
         let tensor = |ids: Vec<u32>| Tensor::from_vec(ids, (16, LEN), &Device::Cpu);
