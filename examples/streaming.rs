@@ -48,7 +48,7 @@ fn main() -> Result<()> {
     let mut decoder = Decoder::new(&model, prompts.len())?;
     decoder.prefill(&prompts.iter().flat_map(|prompt| prompt.bytes().map(u32::from)).collect::<Vec<_>>())?;
     let mut texts: Vec<Vec<u8>> = prompts.iter().map(|prompt| prompt.as_bytes().to_vec()).collect();
-    let mut sampler = Sampler::new(Sampling { temperature: 0.5, seed: 1, ..Sampling::default() })?;
+    let mut sampler = Sampler::new(Sampling { temperature: 0.2, seed: 1, ..Sampling::default() })?;
     for _ in 0..24 {
         let next: Vec<u32> = decoder.logits().chunks_exact(257).map(|logits| sampler.sample(logits)).collect();
         texts.iter_mut().zip(&next).for_each(|(text, &byte)| text.push(byte as u8));
@@ -62,7 +62,7 @@ fn main() -> Result<()> {
 fn train(model: &Mblm) -> Result<()> {
     let bytes: Vec<u32> = TEXT.bytes().cycle().take(400).map(u32::from).collect();
     let mut adam = Adam::new(model.params(), AdamConfig::default());
-    for step in 0..150u64 {
+    for step in 0..250u64 {
         let rows = (0..4).flat_map(|row| bytes[(step as usize * 7 + row * 21) % 300..][..96].to_vec()).collect();
         let loss = model.loss(&Tensor::from_vec(rows, (4, 96), &Device::Cpu)?, None, Mode::train(step))?;
         model.params().zero_grad();

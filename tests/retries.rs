@@ -208,7 +208,7 @@ impl StageModel for FragileModel {
 #[test]
 fn data_and_blocks_of_this_process_may_fail_and_panic() {
     let folder = workplace();
-    let mut document = Document::read(&folder.path().join("run.yaml")).unwrap();
+    let mut document = Document::read(folder.path().join("run.yaml")).unwrap();
     let output = folder.path().join("runs").display().to_string();
     let set = ["params.block={block_type: fragile}", "io.dataset_id=flaky", &format!("io.output_dir={output}")];
     set.iter().for_each(|assignment| document.set(assignment).unwrap());

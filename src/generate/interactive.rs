@@ -66,7 +66,8 @@ impl Session<'_> {
             prompt.iter().try_for_each(|token| stream.write(*token))?;
         }
         let start = Instant::now();
-        let ended = generate(self.model, &[prompt.clone()], std::slice::from_mut(sampler), &self.until, |_, token| {
+        let prompts = std::slice::from_ref(&prompt);
+        let ended = generate(self.model, prompts, std::slice::from_mut(sampler), &self.until, |_, token| {
             self.text.push(token);
             stream.write(token)?;
             Ok(true)

@@ -182,8 +182,10 @@ impl Progress {
         let valid = format!("valid {}{best}  data {:.0}%{saved}", shown(self.valid_loss), self.data_share());
         // Two spaces after the curve, and a column that the cursor may need.
         let room = width.saturating_sub(train.len() + valid.len() + 3).min(WIDEST);
-        let curve = if room < NARROWEST { String::new() } else { self.curve.draw(room) + "  " };
-        format!("{train}{curve}{valid}")
+        match self.curve.draw(room) {
+            curve if curve.is_empty() || room < NARROWEST => format!("{train}{valid}"),
+            curve => format!("{train}{curve}  {valid}"),
+        }
     }
 
     /// Training bytes per second of this session, and the time that is left at that pace.
