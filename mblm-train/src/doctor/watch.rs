@@ -12,7 +12,7 @@ use serde::Serialize;
 
 use crate::memory::Memory;
 
-/// What was seen of a stage in training passes since the last [`Watch::take`].
+/// What was seen of a stage in training passes since it was last asked for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub struct Seen {
     /// Root mean square of the inputs.
