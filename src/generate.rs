@@ -1,11 +1,15 @@
 //! `mblm generate`: continue a prompt.
 
+mod interactive;
+
 use std::io::{IsTerminal, Read, Write};
 use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
 use mblm::generate::{Ended, Format, Sampler, Sampling, TokenStream, Until, generate};
+use mblm::model::Mblm;
+use serde_json::json;
 
 use crate::plugins::Plugins;
 use crate::{Usage, model};
@@ -39,9 +43,12 @@ pub struct Args {
     /// The Python package's filter: 1 always takes the likeliest token, 0 chooses among all
     #[arg(long, value_name = "T")]
     filter_thres: Option<f32>,
-    /// The same seed gives the same bytes
+    /// The same seed gives the same bytes; with --samples, of the first one
     #[arg(long, default_value_t = 0)]
     seed: u64,
+    /// Make N continuations of the prompt, with seeds that follow each other
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    samples: u32,
     /// End after this token
     #[arg(long, value_name = "ID")]
     stop_token: Option<u32>,
@@ -51,6 +58,12 @@ pub struct Args {
     /// Do not print the prompt before its continuation
     #[arg(long)]
     no_prompt: bool,
+    /// Print one JSON object when all is done
+    #[arg(long, conflicts_with = "format")]
+    json: bool,
+    /// Ask for a prompt again and again; `:help` says what else can be typed
+    #[arg(short, long, conflicts_with_all = ["prompt", "prompt_file", "samples", "json"])]
+    interactive: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, clap::ValueEnum)]
@@ -62,10 +75,47 @@ enum Output {
 
 /// Runs `mblm generate`.
 pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
-    let mut samplers = [Sampler::new(sampling(args))?];
+    if args.format == Output::Raw && args.samples > 1 {
+        return Err(Usage("--format raw is for one sample, since nothing would part them; use --json".into()).into());
+    }
+    // Before the model is loaded: what is wrong with a setting shows at once.
+    let samplers = samplers(args)?;
     let trained = model::load(&args.model, plugins)?;
     let model = trained.generative()?;
+    if args.interactive {
+        return interactive::run(model, args);
+    }
     let prompt: Vec<u32> = prompt(args)?.into_iter().map(u32::from).collect();
+    let (start, mut made) = (Instant::now(), 0);
+    let count = |_: u32| made += 1;
+    let ended = match args.samples {
+        1 if !args.json => stream(model, &prompt, samplers, args, count)?,
+        _ => together(model, &prompt, samplers, args, count)?,
+    };
+    let rate = made as f64 / start.elapsed().as_secs_f64();
+    let why = if args.samples == 1 { why(ended, model, args) } else { format!("{} samples", args.samples) };
+    eprintln!("{made} bytes ({why}), {rate:.0} bytes/s");
+    Ok(())
+}
+
+/// One for each sample: the seeds follow each other.
+fn samplers(args: &Args) -> Result<Vec<Sampler>> {
+    let sampler = |n| Sampler::new(Sampling { seed: args.seed.wrapping_add(n), ..sampling(args) });
+    Ok((0..u64::from(args.samples)).map(sampler).collect::<Result<_, _>>()?)
+}
+
+fn until(args: &Args) -> Until {
+    Until { max_tokens: args.max_bytes, stop_token: args.stop_token }
+}
+
+/// One sample, byte by byte as it comes.
+fn stream(
+    model: &Mblm,
+    prompt: &[u32],
+    mut samplers: Vec<Sampler>,
+    args: &Args,
+    mut count: impl FnMut(u32),
+) -> Result<Ended> {
     let format = match args.format {
         Output::Text => Format::Utf8,
         Output::Raw => Format::Raw,
@@ -75,10 +125,8 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
     if !args.no_prompt {
         prompt.iter().try_for_each(|token| stream.write(*token))?;
     }
-    let until = Until { max_tokens: args.max_bytes, stop_token: args.stop_token };
-    let (start, mut made) = (Instant::now(), 0);
-    let ended = generate(model, &[prompt], &mut samplers, &until, |_, token| {
-        made += 1;
+    let ended = generate(model, &[prompt.to_vec()], &mut samplers, &until(args), |_, token| {
+        count(token);
         stream.write(token)?;
         Ok(true)
     })?;
@@ -86,16 +134,68 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
     if args.format == Output::Text {
         writeln!(out)?;
     }
-    let why = match ended[0] {
-        Ended::ContextLength => {
-            format!("the context of {} bytes is full", model.config().context_len())
+    Ok(ended[0])
+}
+
+/// Several samples, or one as JSON: made as a batch, and shown when all are there.
+fn together(
+    model: &Mblm,
+    prompt: &[u32],
+    mut samplers: Vec<Sampler>,
+    args: &Args,
+    mut count: impl FnMut(u32),
+) -> Result<Ended> {
+    let prompts = vec![prompt.to_vec(); samplers.len()];
+    let mut samples: Vec<Vec<u32>> = vec![vec![]; samplers.len()];
+    let ended = generate(model, &prompts, &mut samplers, &until(args), |n, token| {
+        count(token);
+        samples[n].push(token);
+        Ok(true)
+    })?;
+    let mut out = std::io::stdout().lock();
+    if args.json {
+        let sample = |(n, ids): (usize, &Vec<u32>)| {
+            let seed = args.seed.wrapping_add(n as u64);
+            json!({"seed": seed, "text": text(ids), "ids": ids, "ended": name(ended[n])})
+        };
+        let samples: Vec<_> = samples.iter().enumerate().map(sample).collect();
+        writeln!(out, "{}", json!({"prompt": text(prompt), "samples": samples}))?;
+        return Ok(ended[0]);
+    }
+    for (n, ids) in samples.iter().enumerate() {
+        writeln!(out, "── sample {}, seed {} ──", n + 1, args.seed.wrapping_add(n as u64))?;
+        let shown = if args.no_prompt { ids.clone() } else { [prompt, ids].concat() };
+        match args.format {
+            Output::Ids => shown.iter().try_for_each(|id| writeln!(out, "{id}"))?,
+            _ => writeln!(out, "{}", text(&shown))?,
         }
+    }
+    Ok(ended[0])
+}
+
+/// Tokens as text, as a stream shows them.
+fn text(ids: &[u32]) -> String {
+    let mut stream = TokenStream::new(vec![], Format::Utf8);
+    // Writing to memory cannot fail.
+    ids.iter().for_each(|token| drop(stream.write(*token)));
+    String::from_utf8_lossy(&stream.finish().unwrap_or_default()).into_owned()
+}
+
+fn name(ended: Ended) -> &'static str {
+    match ended {
+        Ended::ContextLength => "context_length",
+        Ended::StopToken => "stop_token",
+        Ended::MaxTokens => "max_bytes",
+        Ended::Receiver => "receiver",
+    }
+}
+
+fn why(ended: Ended, model: &Mblm, args: &Args) -> String {
+    match ended {
+        Ended::ContextLength => format!("the context of {} bytes is full", model.config().context_len()),
         Ended::StopToken => format!("stop token {}", args.stop_token.unwrap_or_default()),
         Ended::MaxTokens | Ended::Receiver => "as many as asked for".into(),
-    };
-    let rate = made as f64 / start.elapsed().as_secs_f64();
-    eprintln!("{made} bytes ({why}), {rate:.0} bytes/s");
-    Ok(())
+    }
 }
 
 fn sampling(args: &Args) -> Sampling {

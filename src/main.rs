@@ -2,7 +2,9 @@
 
 mod bench;
 mod blocks;
+mod check;
 mod checkpoint;
+mod doctor;
 mod eval;
 mod generate;
 mod import;
@@ -12,6 +14,7 @@ mod memory;
 mod model;
 mod plugin;
 mod plugins;
+mod schema;
 mod train;
 
 use std::process::ExitCode;
@@ -46,10 +49,16 @@ enum Command {
     Import(import::Args),
     /// List, verify and export the checkpoints of a run
     Checkpoint(checkpoint::Args),
+    /// Check a training configuration and its data without a run, and show it with all defaults
+    Check(check::Args),
     /// Show what a configuration builds: parameters, operations and memory of each stage
     Inspect(inspect::Args),
+    /// Examine the model of a configuration before it is trained: gradients, scales, causality, decoding
+    Doctor(doctor::Args),
     /// List the block types that a configuration can use
     Blocks(blocks::Args),
+    /// Print the JSON Schema of a configuration, for editors
+    Schema(schema::Args),
     /// Measure training, forward and generation on random bytes
     Bench(bench::Args),
     /// List, check and make plugins: blocks that are compiled apart from this program
@@ -81,8 +90,11 @@ fn run(Cli { plugins, command }: Cli) -> anyhow::Result<()> {
         Command::Eval(args) => eval::run(&args, &plugins),
         Command::Import(args) => import::run(&args, &plugins),
         Command::Checkpoint(args) => checkpoint::run(&args, &plugins),
+        Command::Check(args) => check::run(&args, &plugins),
         Command::Inspect(args) => inspect::run(&args, &plugins),
+        Command::Doctor(args) => doctor::run(&args, &plugins),
         Command::Blocks(args) => blocks::run(&args, &plugins),
+        Command::Schema(args) => schema::run(&args, &plugins),
         Command::Bench(args) => bench::run(&args, &plugins),
         Command::Plugin(args) => plugin::run(&args, &plugins),
         Command::Probe(args) => {

@@ -47,6 +47,9 @@ pub struct Args {
     /// After a failure (of the disk, the data, a block) go on from the newest checkpoint, at most N times
     #[arg(long, value_name = "N", default_value_t = 0)]
     retries: u32,
+    /// Show warnings and errors alone; print the run's folder at the end
+    #[arg(short, long)]
+    quiet: bool,
 }
 
 /// Runs `mblm train`.
@@ -64,6 +67,7 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
         (None, None) => return Err(Usage("expected a configuration, or --resume RUN".into()).into()),
     };
     match outcome.interrupted {
+        _ if args.quiet => println!("{}", run.display()),
         true => eprintln!("go on with: mblm train --resume {}", run.display()),
         false => conclude(&run, &outcome, args.allow_plugin_change, plugins)?,
     }
@@ -71,7 +75,7 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
 }
 
 /// Errors of the data and of the plan begin with the field that is at fault; here its file and line are known.
-fn located(error: training::Error, document: &Document) -> anyhow::Error {
+pub fn located(error: training::Error, document: &Document) -> anyhow::Error {
     let training::Error::Config(text) = &error else { return error.into() };
     match text.split_once(": ") {
         Some((field, message)) if document.get(field).is_some() => document.error(field, message).into(),
@@ -114,11 +118,11 @@ fn resume(path: &Path, args: &Args, plugins: &Plugins, stop: &AtomicBool) -> Res
 
 fn session<'a>(config: &'a RunConfig, args: &Args, stop: &'a AtomicBool) -> Result<Session<'a>> {
     let build = || Ok(Box::new(build(config)?) as Box<dyn TrainModel>);
-    Ok(Session { build: Box::new(build), retries: args.retries, ..Session::new(config, stop)? })
+    Ok(Session { build: Box::new(build), retries: args.retries, quiet: args.quiet, ..Session::new(config, stop)? })
 }
 
 /// Builds the model, and warns of one whose training does not fit the machine.
-fn build(config: &RunConfig) -> training::Result<Model> {
+pub fn build(config: &RunConfig) -> training::Result<Model> {
     let model = Model::new(config, config.train.seed)?;
     let step = Step { batch: config.train.batch_size, bytes: config.params.input_seq_len };
     let report = Report::new(config.params.model.hierarchy(), model.params(), &model.stage_models(), step);

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize, Serializer};
 use serde_yaml::Value;
 
@@ -13,7 +14,8 @@ use crate::yaml::{ConfigError, Document, describe, join};
 ///
 /// In YAML, `block` is one mapping for all stages or a list with one per stage; see
 /// [`BlockRegistry::parse`] for how its type is found. Serialised, it is a list with every `block_type` filled in.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
+#[schemars(deny_unknown_fields)]
 pub struct MblmConfig {
     /// Vocabulary size `V`.
     pub num_tokens: usize,
@@ -29,6 +31,7 @@ pub struct MblmConfig {
     pub train_checkpoint_chunks: Option<Vec<usize>>,
     /// What runs at each stage.
     #[serde(rename = "block", serialize_with = "serialize_blocks")]
+    #[schemars(with = "serde_json::Value")]
     pub blocks: Vec<Arc<dyn StageBlock>>,
 }
 
@@ -172,7 +175,7 @@ fn check_token_id(document: &Document, path: &str, id: usize, num_tokens: usize)
 }
 
 /// How the attention mask of a patch follows from those of its bytes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize, schemars::JsonSchema)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum MaskReduce {
     /// A patch is attended to if any of its bytes is.
@@ -183,11 +186,13 @@ pub enum MaskReduce {
 }
 
 /// The configuration of a [`MblmEncoder`](crate::model::MblmEncoder).
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
+#[schemars(deny_unknown_fields)]
 pub struct MblmEncoderConfig {
     /// The id that stands for a masked byte.
     pub mask_token_id: usize,
     /// How a patch's mask follows from its bytes'.
+    #[schemars(default)]
     pub mask_reduce_strat: MaskReduce,
     /// The hierarchy.
     pub mblm_config: MblmConfig,
@@ -241,6 +246,21 @@ block:
   attn_use_rot_embs: true
   pos_emb_type: fixed
 ";
+
+    #[test]
+    fn the_schemas_describe_the_fields_that_are_read() {
+        let fields = |schema: schemars::Schema| {
+            let schema = schema.to_value();
+            schema["properties"].as_object().unwrap().keys().cloned().collect::<Vec<String>>()
+        };
+        let sorted = |names: &[&str]| {
+            let mut names: Vec<String> = names.iter().map(|name| name.to_string()).collect();
+            names.sort();
+            names
+        };
+        assert_eq!(fields(schemars::schema_for!(MblmConfig)), sorted(&MblmConfig::FIELDS));
+        assert_eq!(fields(schemars::schema_for!(MblmEncoderConfig)), sorted(&MblmEncoderConfig::FIELDS));
+    }
 
     fn read(text: &str) -> Result<MblmConfig, ConfigError> {
         MblmConfig::from_document(&Document::parse(text, "a.yaml")?, "", &registry())
@@ -361,9 +381,7 @@ block:
             (
                 "- attn_head_dims: 64\n",
                 "- attn_heads: 64\n  block_type: transformer\n",
-                "block[1].attn_heads: unknown field; expected one of `attn_head_dims`, `attn_num_heads`, \
-                 `attn_use_rot_embs`, `attn_dropout`, `ff_multiplier`, `ff_dropout`, `use_flash_attn`, \
-                 `pos_emb_type` (line 13)",
+                "block[1].attn_heads: unknown field; did you mean `attn_num_heads`? (line 13)",
             ),
             ("headdim: 64", "headdim: 96", "block[0].headdim: expected a divisor of 1024, found 96 (line 11)"),
             (

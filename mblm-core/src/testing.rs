@@ -30,12 +30,22 @@ pub fn perturb(store: &ParamStore) {
     }
 }
 
+/// The first place where `got` is not within `tolerance` of `want`, relative to the largest element of `want`.
+pub fn difference(got: &[f32], want: &[f32], tolerance: f32) -> Option<String> {
+    if got.len() != want.len() {
+        return Some(format!("{} numbers, expected {}", got.len(), want.len()));
+    }
+    let scale = want.iter().fold(1e-3f32, |max, value| max.max(value.abs()));
+    let close = |(got, want): (&f32, &f32)| (got - want).abs() <= tolerance * scale;
+    let at = got.iter().zip(want).position(|pair| !close(pair))?;
+    Some(format!("element {at} is {}, expected {} (within {tolerance:e} of the largest)", got[at], want[at]))
+}
+
 /// Panics unless `got` is within `tolerance` of `want`, relative to the largest element of `want`.
+#[track_caller]
 pub fn assert_close(what: &str, got: &[f32], want: &[f32], tolerance: f32) {
-    assert_eq!(got.len(), want.len(), "{what}: length");
-    let scale = want.iter().fold(1e-3f32, |m, v| m.max(v.abs()));
-    for (i, (g, w)) in got.iter().zip(want).enumerate() {
-        assert!((g - w).abs() <= tolerance * scale, "{what}[{i}]: got {g}, want {w} (scale {scale})");
+    if let Some(difference) = difference(got, want, tolerance) {
+        panic!("{what}: {difference}");
     }
 }
 
@@ -102,45 +112,88 @@ pub fn check_gradients(model: &dyn StageModel, store: &ParamStore, dims: Dims) {
 /// Panics unless the decoder gives the outputs of `forward` position by position, also after a reset.
 pub fn check_decoder(model: &dyn StageModel, dims: Dims, tolerance: f32) {
     crate::buffer::poison_buffers();
+    if let Err(fault) = decoder_equals_forward(model, dims, tolerance) {
+        panic!("{fault}");
+    }
+}
+
+/// Whether the decoder gives the outputs of `forward` position by position, by prefill and by steps, also after a reset.
+///
+/// # Errors
+/// Says where it does not, or what failed.
+pub fn decoder_equals_forward(model: &dyn StageModel, dims: Dims, tolerance: f32) -> Result<(), String> {
     let Dims { batch, seq, dim } = dims;
-    let x = noise(dims.len(), 21);
-    let input = Tensor::from_slice(&x, (batch, seq, dim), &Device::Cpu).expect("input");
-    let forward = model.forward(&input, None, Mode::Eval).expect("forward");
-    let want = forward.transpose(0, 1).and_then(|t| t.flatten_all()?.to_vec1::<f32>()).expect("outputs");
-    let steps = input.transpose(0, 1).and_then(|t| t.flatten_all()?.to_vec1::<f32>()).expect("inputs");
-    let mut decoder = model.decoder(batch).expect("a decoder");
     let row = batch * dim;
+    let input = Tensor::from_vec(noise(dims.len(), 21), (batch, seq, dim), &Device::Cpu).map_err(words)?;
+    let want = by_position(&model.forward(&input, None, Mode::Eval).map_err(words)?).map_err(words)?;
+    let steps = by_position(&input).map_err(words)?;
+    let mut decoder = model.decoder(batch).map_err(words)?;
     // Round n: n single steps, then many positions at once, then single steps again.
-    for round in 0..3 {
+    for (round, name) in ["", ", after a reset", ", after a second reset"].into_iter().enumerate() {
         let begin = round.min(seq);
         let end = begin.max(seq / 2);
         let mut got = vec![f32::NAN; dims.len()];
         for i in (0..begin).chain(end..seq) {
             if i == end {
                 let many = begin * row..end * row;
-                decoder.prefill(&steps[many.clone()], &mut got[many], end - begin).expect("prefill");
+                decoder.prefill(&steps[many.clone()], &mut got[many], end - begin).map_err(words)?;
             }
-            decoder.step(&steps[i * row..][..row], &mut got[i * row..][..row]).expect("a step");
+            decoder.step(&steps[i * row..][..row], &mut got[i * row..][..row]).map_err(words)?;
         }
-        assert_close(&format!("decoder {dims:?}, round {round}"), &got, &want, tolerance);
+        for (at, (got, want)) in got.chunks_exact(row).zip(want.chunks_exact(row)).enumerate() {
+            if let Some(difference) = difference(got, want, tolerance) {
+                return Err(format!("the decoder at position {at}{name}: {difference}"));
+            }
+        }
         decoder.reset();
     }
+    Ok(())
+}
+
+/// `(batch, seq, dim)` as `(seq, batch, dim)`.
+fn by_position(x: &Tensor) -> Result<Vec<f32>> {
+    Ok(x.transpose(0, 1)?.flatten_all()?.to_vec1::<f32>()?)
+}
+
+fn words(error: impl std::fmt::Display) -> String {
+    error.to_string()
 }
 
 /// Panics if an output depends on a later input.
 pub fn check_causality(model: &dyn StageModel, dims: Dims) {
+    if let Err(fault) = is_causal(model, dims, &(0..dims.seq).collect::<Vec<_>>()) {
+        panic!("{fault}");
+    }
+}
+
+/// Whether a change of the input at each of `positions` leaves all outputs before it as they are, and not its own.
+///
+/// # Errors
+/// Says what a change shows at, or what failed.
+pub fn is_causal(model: &dyn StageModel, dims: Dims, positions: &[usize]) -> Result<(), String> {
     let Dims { batch, seq, dim } = dims;
     let forward = |x: &[f32]| {
-        let x = Tensor::from_slice(x, (batch, seq, dim), &Device::Cpu).expect("input");
-        model.forward(&x, None, Mode::Eval).and_then(|y| Ok(y.flatten_all()?.to_vec1::<f32>()?)).expect("forward")
+        let x = Tensor::from_slice(x, (batch, seq, dim), &Device::Cpu)?;
+        Ok::<_, crate::Error>(model.forward(&x, None, Mode::Eval)?.flatten_all()?.to_vec1::<f32>()?)
     };
-    let mut x = noise(dims.len(), 31);
-    let before = forward(&x);
-    for t in (0..seq).rev() {
-        x[t * dim..(t + 1) * dim].iter_mut().for_each(|v| *v += 1.0);
-        let after = forward(&x);
+    let x = noise(dims.len(), 31);
+    let before = forward(&x).map_err(words)?;
+    for &t in positions {
+        let mut changed = x.clone();
+        changed[t * dim..(t + 1) * dim].iter_mut().for_each(|value| *value += 1.0);
+        let after = forward(&changed).map_err(words)?;
+        let rows = after.chunks_exact(dim).zip(before.chunks_exact(dim)).take(t);
         // Matrix products may round differently by a little; a leak moves outputs by far more.
-        assert_close(&format!("outputs before position {t}"), &after[..t * dim], &before[..t * dim], 1e-5);
-        assert_ne!(after[t * dim..(t + 1) * dim], before[t * dim..(t + 1) * dim], "position {t} ignores its input");
+        let leak = rows
+            .map(|(after, before)| difference(after, before, 1e-5))
+            .enumerate()
+            .find_map(|(at, found)| Some((at, found?)));
+        if let Some((at, difference)) = leak {
+            return Err(format!("a change of position {t} shows at position {at}: {difference}"));
+        }
+        if after[t * dim..(t + 1) * dim] == before[t * dim..(t + 1) * dim] {
+            return Err(format!("position {t} ignores its input"));
+        }
     }
+    Ok(())
 }

@@ -1,5 +1,6 @@
 //! How well a model predicts bytes: the mean loss over batches of a split, and the bits per byte of whole files.
 
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use candle_core::{Device, Tensor};
@@ -76,24 +77,124 @@ impl Evaluation {
 /// # Errors
 /// Nothing to read, a byte outside the vocabulary, or the model's own.
 pub fn evaluate(model: &dyn TrainModel, place: &str, options: &EvaluateOptions) -> Result<Evaluation> {
+    let mut sum = 0.0;
+    let corpus = open(place, options)?;
+    for_sequences(&corpus, options, |_, ids| {
+        sum += loss_of(model, ids, None)? * ids.elem_count() as f64;
+        Ok(())
+    })?;
+    let bytes = num_bytes(&corpus, options);
+    Ok(Evaluation { bytes, loss: sum / bytes as f64 })
+}
+
+/// What [`evaluate_parts`] found: as much as [`evaluate`], and where the loss is.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Parts {
+    /// Everything. The pad token is no byte that is predicted.
+    pub all: Evaluation,
+    /// Each file, in the order of their paths, as far as it was read. Sequences run on from one file to the next.
+    pub files: Vec<(PathBuf, Evaluation)>,
+    /// For each stage, from global to local, and each position of its sequences, the bytes of the token there.
+    pub stages: Vec<Vec<Evaluation>>,
+}
+
+/// As [`evaluate`], and the loss of each file, and of each position in the sequences of each stage: of the local stage
+/// the byte within its patch, of those above the patch within the sequence. `seq_lens` are the stages' lengths.
+///
+/// # Errors
+/// As [`evaluate`]; or the model does not predict single bytes, as an encoder does not.
+pub fn evaluate_parts(
+    model: &dyn TrainModel,
+    seq_lens: &[usize],
+    place: &str,
+    options: &EvaluateOptions,
+) -> Result<Parts> {
+    let corpus = open(place, options)?;
+    let starts: Vec<(PathBuf, u64)> = corpus.files().map(|(path, start)| (path.into(), start)).collect();
+    let (mut all, mut files) = (Sum::default(), vec![Sum::default(); starts.len()]);
+    let mut stages: Vec<Vec<Sum>> = seq_lens.iter().map(|_| vec![]).collect();
+    let mut file = 0;
+    for_sequences(&corpus, options, |at, ids| {
+        let Some(losses) = model.byte_losses(ids)? else {
+            return Err(Error::Config("an encoder restores masked bytes; only its mean loss can be measured".into()));
+        };
+        let cols = ids.dim(1)?;
+        for (i, loss) in losses.into_iter().enumerate() {
+            while starts.get(file + 1).is_some_and(|(_, start)| *start <= at + i as u64) {
+                file += 1;
+            }
+            let mut position = i % cols;
+            for (n, sums) in stages.iter_mut().enumerate() {
+                let patch: usize = seq_lens[n + 1..].iter().product();
+                let place = position / patch;
+                position %= patch;
+                sums.resize(sums.len().max(place + 1), Sum::default());
+                sums[place].add(loss);
+            }
+            files[file].add(loss);
+            all.add(loss);
+        }
+        Ok(())
+    })?;
+    let files = starts.into_iter().zip(&files).filter(|(_, sum)| sum.bytes > 0);
+    Ok(Parts {
+        all: all.mean(),
+        files: files.map(|((path, _), sum)| (path, sum.mean())).collect(),
+        stages: stages.iter().map(|sums| sums.iter().map(Sum::mean).collect()).collect(),
+    })
+}
+
+/// Losses, added up.
+#[derive(Clone, Copy, Default)]
+struct Sum {
+    bytes: u64,
+    loss: f64,
+}
+
+impl Sum {
+    /// The pad token, whose loss is NaN, does not count.
+    fn add(&mut self, loss: f32) {
+        if !loss.is_nan() {
+            self.bytes += 1;
+            self.loss += f64::from(loss);
+        }
+    }
+
+    fn mean(&self) -> Evaluation {
+        Evaluation { bytes: self.bytes, loss: self.loss / self.bytes.max(1) as f64 }
+    }
+}
+
+fn open(place: &str, options: &EvaluateOptions) -> Result<Corpus> {
     let corpus = Corpus::open(place, &[])?;
-    let len = options.max_bytes.map_or(corpus.len(), |max| max.min(corpus.len()));
-    if len == 0 {
+    if num_bytes(&corpus, options) == 0 {
         return Err(Error::Config(format!("{place:?} holds no bytes; expected at least one")));
     }
     check_vocabulary(&corpus, options.num_tokens)?;
-    let seq_len = options.seq_len as u64;
-    let (mut at, mut sum) = (0, 0.0);
+    Ok(corpus)
+}
+
+fn num_bytes(corpus: &Corpus, options: &EvaluateOptions) -> u64 {
+    options.max_bytes.map_or(corpus.len(), |max| max.min(corpus.len()))
+}
+
+/// Calls `receive` with the place of each batch in the corpus, and its ids, `(B, L)`.
+fn for_sequences(
+    corpus: &Corpus,
+    options: &EvaluateOptions,
+    mut receive: impl FnMut(u64, &Tensor) -> Result<()>,
+) -> Result<()> {
+    let (len, seq_len) = (num_bytes(corpus, options), options.seq_len as u64);
+    let mut at = 0;
     while at < len {
         let whole = ((len - at) / seq_len).min(options.batch_size as u64);
         let (rows, cols) = if whole > 0 { (whole, seq_len) } else { (1, len - at) };
         let mut ids = vec![0; (rows * cols) as usize];
         corpus.read(at, &mut ids);
-        let ids = Tensor::from_vec(ids, (rows as usize, cols as usize), &Device::Cpu)?;
-        sum += loss_of(model, &ids, None)? * (rows * cols) as f64;
+        receive(at, &Tensor::from_vec(ids, (rows as usize, cols as usize), &Device::Cpu)?)?;
         at += rows * cols;
     }
-    Ok(Evaluation { bytes: len, loss: sum / len as f64 })
+    Ok(())
 }
 
 #[cfg(test)]
@@ -130,7 +231,47 @@ mod tests {
         let found = evaluate(&model, place, &options).unwrap();
         assert_eq!((found.bytes, found.loss as f32), (21, 10.0));
         assert!((found.bpb() - 10.0 / std::f64::consts::LN_2).abs() < 1e-5);
+        let error = evaluate_parts(&model, &[10], place, &options).unwrap_err().to_string();
+        assert!(error.contains("only its mean loss"), "{error}");
         let small = EvaluateOptions { num_tokens: 100, ..options };
         assert!(evaluate(&model, place, &small).unwrap_err().to_string().contains("the byte 100"));
+    }
+
+    /// The loss of a byte is its value, and the pad token is 255.
+    struct Value(ParamStore);
+
+    impl TrainModel for Value {
+        fn params(&self) -> &ParamStore {
+            &self.0
+        }
+        fn loss(&self, _: &Tensor, _: Option<&Tensor>, _: Mode) -> mblm_core::Result<Tensor> {
+            Err(mblm_core::Error::Input("not asked for".into()))
+        }
+        fn byte_losses(&self, ids: &Tensor) -> mblm_core::Result<Option<Vec<f32>>> {
+            let ids = ids.flatten_all()?.to_vec1::<u32>()?;
+            Ok(Some(ids.into_iter().map(|id| if id == 255 { f32::NAN } else { id as f32 }).collect()))
+        }
+    }
+
+    #[test]
+    fn losses_are_told_apart_by_file_and_position() {
+        let folder = tempfile::tempdir().unwrap();
+        for (name, bytes) in [("a", &[0, 1, 2, 3, 4, 5, 6][..]), ("b", &[7, 8, 9]), ("c", &[10, 255, 12, 13, 14, 15])] {
+            std::fs::write(folder.path().join(name), bytes).unwrap();
+        }
+        // 2 patches of 3 bytes: sequences of 6 bytes, the last of 4.
+        let options = EvaluateOptions { num_tokens: 256, seq_len: 6, batch_size: 2, max_bytes: None };
+        let found =
+            evaluate_parts(&Value(ParamStore::new(0)), &[2, 3], folder.path().to_str().unwrap(), &options).unwrap();
+        let of = |bytes: &[u64]| Evaluation {
+            bytes: bytes.len() as u64,
+            loss: bytes.iter().sum::<u64>() as f64 / bytes.len() as f64,
+        };
+        assert_eq!(found.all, of(&[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 13, 14, 15]));
+        let files: Vec<Evaluation> = found.files.iter().map(|(_, file)| *file).collect();
+        assert_eq!(files, [of(&[0, 1, 2, 3, 4, 5, 6]), of(&[7, 8, 9]), of(&[10, 12, 13, 14, 15])]);
+        let patches = [of(&[0, 1, 2, 6, 7, 8, 12, 13, 14]), of(&[3, 4, 5, 9, 10, 15])];
+        let bytes = [of(&[0, 3, 6, 9, 12, 15]), of(&[1, 4, 7, 10, 13]), of(&[2, 5, 8, 14])];
+        assert_eq!(found.stages, [patches.to_vec(), bytes.to_vec()]);
     }
 }

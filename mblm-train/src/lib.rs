@@ -7,6 +7,7 @@ pub mod checkpoint;
 pub mod config;
 mod crc32c;
 pub mod data;
+pub mod doctor;
 pub mod error;
 pub mod evaluate;
 pub mod import;
@@ -20,6 +21,7 @@ pub mod progress;
 pub mod pth;
 pub mod run;
 pub mod schedule;
+pub mod schema;
 pub mod session;
 mod tensorboard;
 pub mod timemem;
@@ -29,4 +31,4 @@ pub mod trainer;
 pub use error::{Error, Result};
 
 #[doc(hidden)]
-pub use inventory;
+pub use {inventory, schemars};

@@ -29,6 +29,11 @@ pub trait TrainModel {
         Ok((self.loss(ids, loss_mask, mode)?, Vec::new()))
     }
 
+    /// The loss of every byte of `ids`, `(B, L)`, in nats; NaN for the pad token. `None` if the model predicts no bytes.
+    fn byte_losses(&self, _ids: &Tensor) -> mblm_core::Result<Option<Vec<f32>>> {
+        Ok(None)
+    }
+
     /// The vectors of the reference package's `state_dict` that are no parameters, by name.
     fn buffers(&self) -> Vec<(String, Vec<f32>)> {
         Vec::new()
@@ -43,6 +48,10 @@ impl TrainModel for Mblm {
     fn loss(&self, ids: &Tensor, loss_mask: Option<&Tensor>, mode: Mode) -> mblm_core::Result<Tensor> {
         self.loss(ids, loss_mask, mode)
     }
+
+    fn byte_losses(&self, ids: &Tensor) -> mblm_core::Result<Option<Vec<f32>>> {
+        self.byte_losses(ids).map(Some)
+    }
 }
 
 /// The model of a configuration.
@@ -56,12 +65,16 @@ pub enum Model {
 impl Model {
     /// Builds the model that `config` describes, with initial values that follow from `seed`.
     pub fn new(config: &RunConfig, seed: u64) -> Result<Self> {
-        Ok(match &config.params.model {
+        Self::of(&config.params.model, config.train.masking_proba.unwrap_or_default(), seed)
+    }
+
+    /// As [`new`](Self::new), without the rest of a training configuration; `masking_proba` is for encoders.
+    pub fn of(model: &ModelConfig, masking_proba: f64, seed: u64) -> Result<Self> {
+        Ok(match model {
             ModelConfig::Generative(model) => Model::Generative(Mblm::new(model, seed)?),
-            ModelConfig::Encoder(encoder) => Model::Masked(MaskedBytes {
-                encoder: MblmEncoder::new(encoder, seed)?,
-                masking_proba: config.train.masking_proba.unwrap_or_default(),
-            }),
+            ModelConfig::Encoder(encoder) => {
+                Model::Masked(MaskedBytes { encoder: MblmEncoder::new(encoder, seed)?, masking_proba })
+            }
         })
     }
 
@@ -101,6 +114,13 @@ impl TrainModel for Model {
             Model::Masked(model) => model.encoder.measure_activations(loss),
         };
         Ok((loss?, activations))
+    }
+
+    fn byte_losses(&self, ids: &Tensor) -> mblm_core::Result<Option<Vec<f32>>> {
+        match self {
+            Model::Generative(model) => model.byte_losses(ids).map(Some),
+            Model::Masked(_) => Ok(None),
+        }
     }
 
     fn buffers(&self) -> Vec<(String, Vec<f32>)> {

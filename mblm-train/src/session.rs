@@ -14,7 +14,8 @@ use crate::error::{Error, Result};
 use crate::import;
 use crate::metrics::Metrics;
 use crate::model::{Model, TrainModel};
-use crate::progress::Progress;
+use crate::plan::Plan;
+use crate::progress::{Course, Progress};
 use crate::run::RunFolder;
 use crate::timemem::TimeMem;
 use crate::trainer::{Outcome, Record, Trainer};
@@ -38,6 +39,19 @@ pub fn open_data(config: &RunConfig) -> Result<Splits> {
     data::open(&config.io.dataset_id, &options)
 }
 
+/// Does what [`Session::train`] does before it makes a run's folder, but for running a sequence: what is left out of `config` and
+/// its data after this is what only training shows. Returns the plan.
+///
+/// # Errors
+/// Mistakes in `config` or its data, or in the checkpoint that it begins with.
+pub fn check(model: &dyn TrainModel, splits: Splits, config: &RunConfig) -> Result<Plan> {
+    let mut trainer = Trainer::new(model, splits, config, "")?;
+    if let Some(resume) = &config.resume {
+        import::begin(&mut trainer, model, resume)?;
+    }
+    Ok(trainer.plan().clone())
+}
+
 /// What a run is trained with.
 pub struct Session<'a> {
     /// Its configuration.
@@ -49,6 +63,8 @@ pub struct Session<'a> {
     /// After a failure the run goes on from its newest checkpoint, at most so often. Everything that ends training counts
     /// as one but a loss or a gradient that is not finite, which would come again bit for bit.
     pub retries: u32,
+    /// Whether nothing is shown; the run's log has it all.
+    pub quiet: bool,
     /// Raised to end with a checkpoint.
     pub stop: &'a AtomicBool,
 }
@@ -60,7 +76,7 @@ impl<'a> Session<'a> {
     /// A block's configuration cannot be written.
     pub fn new(config: &'a RunConfig, stop: &'a AtomicBool) -> Result<Self> {
         let build = || Ok(Box::new(Model::new(config, config.train.seed)?) as Box<dyn TrainModel>);
-        Ok(Session { config, config_yaml: config.to_yaml()?, build: Box::new(build), retries: 0, stop })
+        Ok(Session { config, config_yaml: config.to_yaml()?, build: Box::new(build), retries: 0, quiet: false, stop })
     }
 
     /// Starts a run and trains until its end or until `stop` is raised. Returns the run's folder and how it ended.
@@ -165,6 +181,7 @@ impl<'a> Session<'a> {
                 trainer.test(record, self.stop)?;
             }
             let how = if outcome.interrupted { "interrupted" } else { "finished" };
+            record.progress.summary();
             record.progress.line(&format!("{how}: saved {}", outcome.checkpoint.display()));
             Ok(outcome)
         };
@@ -174,14 +191,19 @@ impl<'a> Session<'a> {
 
     fn record(&self, run: &RunFolder, trainer: &Trainer) -> Result<Record> {
         let state = trainer.state();
-        let bytes_per_batch = (self.config.train.batch_size * self.config.params.input_seq_len) as u64;
+        let course = Course {
+            batches: trainer.plan().batches,
+            done: state.batches,
+            bytes_per_batch: (self.config.train.batch_size * self.config.params.input_seq_len) as u64,
+            best_valid_loss: state.best_valid_loss,
+        };
         Ok(Record {
             folder: run.path().into(),
             checkpoints: run.checkpoints(),
             losses: run.losses(state.cum_batch())?,
             metrics: Metrics::open(run.path(), state.cum_batch())?,
             timemem: TimeMem::open(run.path(), state.first_batch, state.cum_batch())?,
-            progress: Progress::new(run.log()?, trainer.plan().batches, state.batches, bytes_per_batch),
+            progress: Progress::new(run.log()?, course, self.quiet),
         })
     }
 }

@@ -278,7 +278,7 @@ impl<'a> Trainer<'a> {
         self.state.elements_seen += self.plan.elements_per_batch;
         self.state.next = self.train.after(at);
         self.state.valid_loss = None;
-        record.progress.batch(self.state.batches, value);
+        record.progress.batch(self.state.batches, value, read);
         let mut scalars = if is_point { self.log_train_loss(record, at, value)? } else { Scalars::new() };
         scalars.extend(activation_norms(&activations));
         if self.state.accumulated == self.plan.accumulate {
@@ -396,6 +396,7 @@ impl<'a> Trainer<'a> {
             return Err(self.non_finite_gradient());
         }
         let saved = record.checkpoints.save(self.snapshot(), self.config.io.num_models_to_save)?;
+        record.progress.saved(self.state.batches, &saved);
         self.write_chain(record, &saved)?;
         Ok(saved)
     }

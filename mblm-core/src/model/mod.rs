@@ -9,7 +9,7 @@ mod projection;
 mod stage_input;
 mod token_embedding;
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 
 use crate::block::{Mode, StageModel};
 use crate::config::MblmConfig;
@@ -23,6 +23,9 @@ pub(crate) use hierarchy::{Hierarchy, Stage};
 pub(crate) use stage_input::Positions;
 
 use input::Ids;
+
+/// Rows whose logits exist at the same time where every byte's loss is asked for.
+const LOGIT_ROWS: usize = 4096;
 
 /// A Multiscale Byte Language Model: predicts each byte from all bytes before it.
 ///
@@ -121,6 +124,30 @@ impl Mblm {
         Ok((self.cross_entropy(&local, targets, mode)?, logits))
     }
 
+    /// The loss in nats of every byte, whose mean is [`loss`](Self::loss); NaN for the pad token, which is no target.
+    ///
+    /// # Shapes
+    /// - `ids`: `(B, L)` or folded; returns `B · L` losses
+    pub fn byte_losses(&self, ids: &Tensor) -> Result<Vec<f32>> {
+        let ids = self.read(ids)?;
+        let targets = self.targets(&ids, None)?;
+        let local = self.hierarchy.run(&ids, None, Mode::Eval)?.flatten_to(1)?;
+        let mut known = Vec::with_capacity(targets.len());
+        for targets in targets.chunks(LOGIT_ROWS) {
+            let rows: Vec<u32> = targets.iter().map(|target| target.row).collect();
+            let hidden = local.index_select(&Tensor::new(rows, local.device())?, 0)?;
+            let logits = self.hierarchy.logits(&hidden, Mode::Eval)?.to_dtype(DType::F32)?.to_vec2::<f32>()?;
+            known.extend(logits.iter().zip(targets).map(|(logits, target)| surprise(logits, target.token)));
+        }
+        let mut known = known.into_iter();
+        let tokens = (0..ids.batch).flat_map(|b| &ids.values[b * ids.padded_len..b * ids.padded_len + ids.len]);
+        let loss = |token: &u32| match *token as usize == self.config().pad_token_id {
+            true => f32::NAN,
+            false => known.next().unwrap_or(f32::NAN),
+        };
+        Ok(tokens.map(loss).collect())
+    }
+
     fn read(&self, ids: &Tensor) -> Result<Ids> {
         let ids = Ids::new(ids, &self.hierarchy.config)?;
         self.hierarchy.check_length(&ids)?;
@@ -172,6 +199,13 @@ impl Mblm {
         }
         unreachable!("the last stage has no next")
     }
+}
+
+/// `-ln softmax(logits)[token]`
+fn surprise(logits: &[f32], token: u32) -> f32 {
+    let max = logits.iter().fold(f32::NEG_INFINITY, |max, logit| max.max(*logit));
+    let sum: f64 = logits.iter().map(|logit| f64::from(logit - max).exp()).sum();
+    (sum.ln() - f64::from(logits[token as usize] - max)) as f32
 }
 
 fn nothing_to_predict() -> Result<Tensor> {

@@ -3,12 +3,13 @@
 use std::path::PathBuf;
 
 use mblm_core::yaml::{ConfigError, Document};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::check;
 
 /// Section `io`.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct IoSection {
     /// Name of the model, part of the run folder's name.

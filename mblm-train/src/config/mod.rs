@@ -31,13 +31,16 @@ pub struct RunConfig {
     pub resume: Option<ResumeSection>,
 }
 
+/// The sections that every configuration has.
+pub(crate) const SECTIONS: [&str; 3] = ["params", "train", "io"];
+
 /// A section that the package's output configurations hold and that says nothing about a new run.
-const SUMMARY: &str = "summary";
+pub(crate) const SUMMARY: &str = "summary";
 
 impl RunConfig {
     /// Reads and checks a whole document.
     pub fn from_document(document: &Document, registry: &BlockRegistry) -> Result<Self, ConfigError> {
-        document.check_fields("", &["params", "train", "io", "resume", SUMMARY])?;
+        document.check_fields("", &[SECTIONS.as_slice(), &["resume", SUMMARY]].concat())?;
         let config = RunConfig {
             params: Params::from_document(document, registry)?,
             train: document.section("train")?,

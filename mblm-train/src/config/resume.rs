@@ -2,11 +2,12 @@
 
 use std::path::PathBuf;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// Section `resume`: a new run that begins with the weights of an earlier one, further on in the data. A run writes it
 /// into its `config.yaml`, so that training with that file chains runs.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ResumeSection {
     /// A run, one of its checkpoints, or a `.pth` file of the package.

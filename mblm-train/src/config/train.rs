@@ -2,12 +2,13 @@
 
 use mblm_core::gemm::Precision;
 use mblm_core::yaml::{ConfigError, Document};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::check;
 
 /// How elements count towards `target_elements`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum TargetStrategy {
     /// One per sequence of a batch.
@@ -17,7 +18,7 @@ pub enum TargetStrategy {
 }
 
 /// Section `train`.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct TrainSection {
     /// Elements to train on; a lower bound, rounded up to whole batches.

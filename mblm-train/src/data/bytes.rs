@@ -12,6 +12,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use schemars::JsonSchema;
 use serde::Deserialize;
 
 use super::corpus::Corpus;
@@ -21,10 +22,10 @@ use crate::error::{Error, Result};
 /// Counting the bytes of more data than this would delay the start of a run.
 const COUNTED: u64 = 1 << 30;
 
-crate::register_dataset!("bytes", "a file, a folder or a glob of files, byte by byte", open);
+crate::register_dataset!("bytes", "a file, a folder or a glob of files, byte by byte", open, args = BytesArgs);
 
 /// `io.dataset_args` of data set `bytes`.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct BytesArgs {
     /// Files, folders or globs below `io.dataset_dir`; empty for all of it.
@@ -33,12 +34,6 @@ pub struct BytesArgs {
     /// The share of the bytes, at the end, that is validated on; above 0 and below 1.
     #[serde(default = "default_fraction")]
     pub validation_fraction: f64,
-}
-
-impl Default for BytesArgs {
-    fn default() -> Self {
-        BytesArgs { files: Vec::new(), validation_fraction: default_fraction() }
-    }
 }
 
 fn default_fraction() -> f64 {
@@ -82,10 +77,7 @@ impl Dataset for BytesSplit {
 }
 
 fn open(options: &DatasetOptions) -> Result<Splits> {
-    let args = match options.args {
-        None => BytesArgs::default(),
-        Some(args) => serde_path(args)?,
-    };
+    let args: BytesArgs = options.read_args()?;
     let fraction = args.validation_fraction;
     if !(fraction > 0.0 && fraction < 1.0) {
         return Err(Error::Config(format!(
@@ -124,12 +116,6 @@ fn open(options: &DatasetOptions) -> Result<Splits> {
             options.dir
         ),
         fingerprint: corpus.fingerprint(),
-    })
-}
-
-fn serde_path(args: &serde_json::Value) -> Result<BytesArgs> {
-    BytesArgs::deserialize(args).map_err(|error| {
-        Error::Config(format!("io.dataset_args: {error}; data set bytes takes files and validation_fraction"))
     })
 }
 
@@ -211,7 +197,7 @@ mod tests {
             "{small}"
         );
         let args = message(100, 4, Some(json!({"fraction": 0.2})), 256);
-        assert!(args.contains("unknown field `fraction`"), "{args}");
+        assert_eq!(args, "io.dataset_args.fraction: unknown field; did you mean `validation_fraction`?");
         assert!(message(100, 4, Some(json!({"validation_fraction": 1.0})), 256).contains("found 1"));
     }
 

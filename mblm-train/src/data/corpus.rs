@@ -91,6 +91,11 @@ impl Corpus {
         self.files.len()
     }
 
+    /// The files that hold bytes, each with the place of its first byte.
+    pub fn files(&self) -> impl Iterator<Item = (&Path, u64)> {
+        self.files.iter().map(|file| (file.path.as_path(), file.start))
+    }
+
     /// The files' parts of `start..end`, in order.
     fn parts(&self, start: u64, end: u64) -> impl Iterator<Item = (&MappedFile, &[u8])> {
         let first = self.files.partition_point(|file| file.start + file.bytes.len() as u64 <= start);

@@ -9,6 +9,10 @@ pub mod order;
 pub mod pg19;
 pub mod prefetch;
 
+use mblm_core::nearest::nearest;
+use mblm_core::yaml::{from_value, join};
+use serde::de::DeserializeOwned;
+
 use crate::error::{Error, Result};
 
 /// One split of a data set: sequences of a fixed length, in a fixed order.
@@ -64,6 +68,25 @@ pub struct DatasetOptions<'a> {
     pub pad_token_id: usize,
 }
 
+impl DatasetOptions<'_> {
+    /// [`args`](Self::args) as the struct of a data set; none are read as an empty mapping.
+    ///
+    /// # Errors
+    /// Says which field is unknown, missing or of the wrong type.
+    pub fn read_args<T: DeserializeOwned>(&self) -> Result<T> {
+        const PATH: &str = "io.dataset_args";
+        let empty = serde_json::json!({});
+        let value = serde_yaml::to_value(self.args.unwrap_or(&empty))
+            .map_err(|error| Error::Config(format!("{PATH}: {error}")))?;
+        from_value(&value).map_err(|error| Error::Config(format!("{}: {}", join(PATH, &error.path), error.message)))
+    }
+}
+
+/// The arguments of a data set that takes none.
+#[derive(Debug, serde::Deserialize, schemars::JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct NoArgs {}
+
 /// A registered kind of data set.
 pub struct DatasetKind {
     /// The name in `io.dataset_id`.
@@ -72,21 +95,31 @@ pub struct DatasetKind {
     pub about: &'static str,
     /// Opens and checks it.
     pub open: fn(&DatasetOptions) -> Result<Splits>,
+    /// The JSON Schema of what `io.dataset_args` may hold, if it is known.
+    pub args: Option<fn() -> schemars::Schema>,
     /// Where it is registered.
     pub place: &'static str,
 }
 
 inventory::collect!(DatasetKind);
 
-/// Registers a kind of data set: `register_dataset!("bytes", "files as they are", open)`.
+/// Registers a kind of data set: `register_dataset!("bytes", "files as they are", open)`. With `args = BytesArgs` after
+/// that, the struct that it [reads](DatasetOptions::read_args) from `io.dataset_args`, `mblm schema` knows its fields.
 #[macro_export]
 macro_rules! register_dataset {
+    ($id:expr, $about:expr, $open:expr, args = $args:ty) => {
+        $crate::register_dataset!(@submit $id, $about, $open, Some(|| $crate::schemars::schema_for!($args)));
+    };
     ($id:expr, $about:expr, $open:expr) => {
+        $crate::register_dataset!(@submit $id, $about, $open, None);
+    };
+    (@submit $id:expr, $about:expr, $open:expr, $args:expr) => {
         $crate::inventory::submit! {
             $crate::data::DatasetKind {
                 id: $id,
                 about: $about,
                 open: $open,
+                args: $args,
                 place: concat!(file!(), ":", line!()),
             }
         }
@@ -116,8 +149,10 @@ pub fn open(id: &str, options: &DatasetOptions) -> Result<Splits> {
         Some(kind) => (kind.open)(options),
         None => {
             let known: Vec<String> = kinds.iter().map(|kind| format!("{} ({})", kind.id, kind.about)).collect();
+            let meant = nearest(id, kinds.iter().map(|kind| kind.id));
+            let meant = meant.map_or_else(String::new, |id| format!("did you mean `{id}`? "));
             Err(Error::Config(format!(
-                "io.dataset_id: found {id:?}, expected one of the known data sets: {}",
+                "io.dataset_id: unknown data set {id:?}; {meant}expected one of: {}",
                 known.join("; ")
             )))
         }
@@ -142,7 +177,7 @@ mod tests {
         let error = open("pg20", &options).err().unwrap();
         assert!(error.is_configuration());
         let message = error.to_string();
-        assert!(message.contains("found \"pg20\"") && message.contains("bytes ("), "{message}");
+        assert!(message.contains("unknown data set \"pg20\"; expected one of: bytes ("), "{message}");
     }
 
     #[test]

@@ -10,19 +10,20 @@ use std::sync::Arc;
 
 use super::bytes::{BytesSplit, check_vocabulary};
 use super::corpus::Corpus;
-use super::{Dataset, DatasetOptions, Splits};
+use super::{Dataset, DatasetOptions, NoArgs, Splits};
 use crate::error::{Error, Result};
 
-crate::register_dataset!("pg19", "a folder of books with train, validation and test, byte by byte", open);
+crate::register_dataset!(
+    "pg19",
+    "a folder of books with train, validation and test, byte by byte",
+    open,
+    args = NoArgs
+);
 // The package's name for the same books under an encoder, which masks them itself.
-crate::register_dataset!("pg19masked", "the books of pg19, for encoders", open);
+crate::register_dataset!("pg19masked", "the books of pg19, for encoders", open, args = NoArgs);
 
 fn open(options: &DatasetOptions) -> Result<Splits> {
-    if let Some(args) = options.args
-        && args.as_object().is_none_or(|args| !args.is_empty())
-    {
-        return Err(Error::Config(format!("io.dataset_args: data set pg19 takes none, found {args}; remove them")));
-    }
+    let NoArgs {} = options.read_args()?;
     let train = books(options, "train")?;
     let valid = books(options, "validation")?;
     let test = folder(options, "test").is_dir().then(|| books(options, "test")).transpose()?;
@@ -142,7 +143,7 @@ mod tests {
         let short = message(4, None);
         assert!(short.contains("validation\" hold 3 bytes; expected at least 4"), "{short}");
         let args = message(2, Some(json!({"files": ["a"]})));
-        assert!(args.contains("pg19 takes none, found {\"files\":[\"a\"]}"), "{args}");
+        assert_eq!(args, "io.dataset_args.files: unknown field; none is expected here");
         fs::rename(root.path().join("validation"), root.path().join("valid")).unwrap();
         let missing = message(2, None);
         assert!(missing.contains("there is no folder") && missing.contains("validation"), "{missing}");

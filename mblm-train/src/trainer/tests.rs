@@ -31,7 +31,8 @@ fn workplace() -> (tempfile::TempDir, RunConfig) {
 }
 
 fn session<'a>(model: &'a Bigram, config: &'a RunConfig, stop: &'a AtomicBool) -> Session<'a> {
-    Session { config, config_yaml: "yaml".into(), build: Box::new(move || Ok(Box::new(model))), retries: 0, stop }
+    let build = Box::new(move || Ok(Box::new(model) as Box<dyn TrainModel>));
+    Session { config, config_yaml: "yaml".into(), build, retries: 0, quiet: false, stop }
 }
 
 fn train(model: &Bigram, config: &RunConfig, stop: &AtomicBool) -> Result<(PathBuf, Outcome)> {
@@ -189,7 +190,7 @@ fn mistakes_leave_no_run_folder() {
     let cases: [(Change, &str); 8] = [
         (|c| c.io.dataset_dir += ".missing", "names nothing"),
         (|c| c.io.dataset_dir = c.io.dataset_dir.replace("data.bin", "*.txt"), "names nothing"),
-        (|c| c.io.dataset_id = "pg20".into(), "expected one of the known data sets: bytes"),
+        (|c| c.io.dataset_id = "pg20".into(), "unknown data set \"pg20\"; expected one of: bytes"),
         (|c| c.params.input_seq_len = 500, "sequences of 500 bytes do not fit the 900 bytes"),
         (
             |c| c.params.input_seq_len = 100,

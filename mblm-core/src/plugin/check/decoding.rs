@@ -1,10 +1,11 @@
 //! Decoding.
 
-use super::rig::{Rig, differs, input};
+use super::rig::{Rig, input};
 use super::{Outcome, Subject};
 use crate::block::Mode;
 use crate::plugin::abi;
 use crate::plugin::host::{ParamValues, State};
+use crate::testing::difference;
 
 const TOLERANCE: f32 = 1e-4;
 
@@ -63,7 +64,7 @@ pub(super) fn steps(subject: &Subject) -> Result<Outcome, String> {
             let (first, rest) = x.split_at(prefix * batch * rig.dim);
             let mut got = if first.is_empty() { vec![] } else { decoding.advance(&mut state, first, true)? };
             got.extend(decoding.advance(&mut state, rest, false)?);
-            if let Some(difference) = differs(&got, &want, TOLERANCE) {
+            if let Some(difference) = difference(&got, &want, TOLERANCE) {
                 return Err(format!(
                     "batch {batch}, {seq} positions, {what}: forward gives other outputs: {difference}"
                 ));
@@ -93,7 +94,7 @@ pub(super) fn states(subject: &Subject) -> Result<Outcome, String> {
     let want = decoding.advance(&mut state, future, false)?;
     let mut done = vec![];
     if let Some(mut copy) = cloned {
-        if let Some(difference) = differs(&decoding.advance(&mut copy, future, false)?, &want, 1e-6) {
+        if let Some(difference) = difference(&decoding.advance(&mut copy, future, false)?, &want, 1e-6) {
             return Err(format!("a clone goes on differently: {difference}"));
         }
         done.push("cloned");
@@ -103,7 +104,7 @@ pub(super) fn states(subject: &Subject) -> Result<Outcome, String> {
         if other.load(&bytes).map_err(text)?.is_none() {
             return Err("it has state_save, but no state_load".into());
         }
-        if let Some(difference) = differs(&decoding.advance(&mut other, future, false)?, &want, 1e-6) {
+        if let Some(difference) = difference(&decoding.advance(&mut other, future, false)?, &want, 1e-6) {
             return Err(format!("a saved and loaded state goes on differently: {difference}"));
         }
         for (what, rubbish) in [("nothing", &[][..]), ("half a state", &bytes[..bytes.len() / 2]), ("zeros", &[0; 64])]

@@ -1,9 +1,9 @@
 //! Gradients.
 
-use super::rig::{Gradients, MODE, Rig, differs, input};
+use super::rig::{Gradients, MODE, Rig, input};
 use super::{Outcome, Subject};
 use crate::layer::Dims;
-use crate::testing::noise;
+use crate::testing::{difference, noise};
 
 const NO_BACKWARD: &str = "it has no backward pass";
 
@@ -110,12 +110,12 @@ pub(super) fn accumulation(subject: &Subject) -> Result<Outcome, String> {
     let (dx, dparams) = rig.backward(dims, tape.ok_or("forward left no tape")?, &x, &dy, BASE)?;
     for (index, (got, want)) in dparams.iter().zip(&clean.dparams).enumerate() {
         let want: Vec<f32> = want.iter().map(|value| value + BASE).collect();
-        if let Some(difference) = differs(got, &want, 1e-5) {
+        if let Some(difference) = difference(got, &want, 1e-5) {
             let name = rig.name(index);
             return Err(format!("{name}: the buffer held {BASE} before, the gradient is not added: {difference}"));
         }
     }
-    match differs(&dx, &clean.dx, 1e-5) {
+    match difference(&dx, &clean.dx, 1e-5) {
         Some(difference) => Err(format!("the gradient of x depends on what dparams held: {difference}")),
         None => Ok(Outcome::Passed(format!("{} parameters", dparams.len()))),
     }
@@ -144,7 +144,7 @@ pub(super) fn tapes(subject: &Subject) -> Result<Outcome, String> {
             let (dx, dparams) = rig.backward(*dims, tape, x, dy, 0.0)?;
             let pairs = std::iter::once((&dx, &alone[which].dx)).chain(dparams.iter().zip(&alone[which].dparams));
             for (index, (got, want)) in pairs.enumerate() {
-                if let Some(difference) = differs(got, want, 1e-5) {
+                if let Some(difference) = difference(got, want, 1e-5) {
                     let what = index.checked_sub(1).map_or("x", |index| rig.name(index));
                     return Err(format!(
                         "two tapes, backward of number {} {}: the gradient of {what}: {difference}",

@@ -27,7 +27,7 @@ pub(super) fn threads(subject: &Subject) -> Result<Outcome, String> {
             let got = run(rig)?;
             let pairs = [(&got.y, &want.y), (&got.dx, &want.dx)];
             let pairs = pairs.into_iter().chain(got.dparams.iter().zip(&want.dparams));
-            match pairs.into_iter().find_map(|(got, want)| super::rig::differs(got, want, 1e-5)) {
+            match pairs.into_iter().find_map(|(got, want)| crate::testing::difference(got, want, 1e-5)) {
                 Some(difference) => Err(format!("called from several threads at once: {difference}")),
                 None => Ok(()),
             }

@@ -1,10 +1,11 @@
 //! What forward (and backward) write.
 
-use super::rig::{Guarded, MODE, differs, input};
+use super::rig::{Guarded, MODE, input};
 use super::{Outcome, Subject};
 use crate::block::Mode;
 use crate::plugin::abi;
 use crate::plugin::host::{ParamValues, Pass};
+use crate::testing::difference;
 
 /// Outputs are written whole, inputs are left alone, and nothing around the buffers changes.
 pub(super) fn buffers(subject: &Subject) -> Result<Outcome, String> {
@@ -72,7 +73,7 @@ pub(super) fn sizes(subject: &Subject) -> Result<Outcome, String> {
             }
             let last = (batch - 1) * seq * dim;
             let (alone, _) = rig.forward(rig.dims(1, seq), &x[last..], Mode::Eval)?;
-            if let Some(difference) = differs(&y[last..], &alone, 1e-4) {
+            if let Some(difference) = difference(&y[last..], &alone, 1e-4) {
                 return Err(format!("{what}: the last sequence gives something else alone: {difference}"));
             }
             tried += 1;
@@ -97,7 +98,7 @@ pub(super) fn causality(subject: &Subject) -> Result<Outcome, String> {
         }
         let (after, _) = rig.forward(dims, &changed, Mode::Eval)?;
         for (after, before) in after.chunks_exact(dims.seq * dims.dim).zip(before.chunks_exact(dims.seq * dims.dim)) {
-            if let Some(difference) = differs(&after[..t * dims.dim], &before[..t * dims.dim], 1e-5) {
+            if let Some(difference) = difference(&after[..t * dims.dim], &before[..t * dims.dim], 1e-5) {
                 return Err(format!("a change at position {t} shows before it: {difference}"));
             }
         }

@@ -219,14 +219,6 @@ pub(super) fn input(dims: Dims, seed: u64) -> Vec<f32> {
     noise(dims.len(), seed)
 }
 
-/// The first place where `got` is not within `tolerance` of `want`, relative to the largest of `want`.
-pub(super) fn differs(got: &[f32], want: &[f32], tolerance: f32) -> Option<String> {
-    let scale = want.iter().fold(1e-3f32, |max, value| max.max(value.abs()));
-    let close = |(got, want): (&f32, &f32)| (got - want).abs() <= tolerance * scale;
-    let at = got.iter().zip(want).position(|pair| !close(pair))?;
-    Some(format!("element {at} is {}, expected {} (within {tolerance:e} of the largest)", got[at], want[at]))
-}
-
 /// A buffer between two guards.
 pub(super) struct Guarded(Vec<f32>);
 

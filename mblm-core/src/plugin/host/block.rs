@@ -11,6 +11,7 @@ use super::library::{Library, LibraryBlock};
 use super::model::PluginModel;
 use crate::block::{FieldError, PluginOrigin, PosEmb, StageBlock, StageModel};
 use crate::error::{Error, Result};
+use crate::nearest::suggestion;
 use crate::param::ParamScope;
 use crate::plugin::abi::{self, Text};
 use crate::registry::{BlockInfo, BlockSource};
@@ -37,11 +38,27 @@ impl BlockSource for PluginSource {
         let Some(index) = self.0.blocks().iter().position(|block| block.block_type == block_type) else {
             return Err(invalid(format!("{} has no such block", self.0.origin().path.display())));
         };
+        check_fields(&self.0.blocks()[index].schema, fields)?;
         let config = serde_json::to_string(fields).map_err(|error| invalid(error.to_string()))?;
         let mut block =
             PluginBlock { fields: fields.clone(), library: self.0.clone(), index, config, pos_emb_type: None };
         block.pos_emb_type = block.check(0).map_err(|failure| block.value_error(failure))?;
         Ok(Arc::new(block))
+    }
+}
+
+/// Unknown fields are refused here, in the host's words, if the plugin's schema says that there are no others.
+fn check_fields(schema: &serde_json::Value, fields: &Value) -> std::result::Result<(), ValueError> {
+    let Some(known) = schema["properties"].as_object().filter(|_| schema["additionalProperties"] == false) else {
+        return Ok(());
+    };
+    let mut names = fields.as_mapping().into_iter().flat_map(|fields| fields.keys()).filter_map(Value::as_str);
+    match names.find(|name| !known.contains_key(*name)) {
+        Some(name) => {
+            let known: Vec<&str> = known.keys().map(String::as_str).collect();
+            Err(ValueError { path: name.into(), message: format!("unknown field; {}", suggestion(name, &known)) })
+        }
+        None => Ok(()),
     }
 }
 

@@ -1,12 +1,13 @@
 //! `io.dataset_args` of data set `clevr`: the reference package's, checked.
 
+use schemars::JsonSchema;
 use serde::Deserialize;
 
 use crate::data::DatasetOptions;
 use crate::error::{Error, Result};
 
 /// `io.dataset_args` of data set `clevr`. Whatever is `null` or left out is not done.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ClevrArgs {
     /// What is learned: everything or the answer. Without effect, as in the reference package: `qiqa_loss_mask`
@@ -47,7 +48,7 @@ fn yes() -> bool {
 }
 
 /// What is learned.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum TargetMode {
     /// Question, image, question and answer.
@@ -59,11 +60,7 @@ pub enum TargetMode {
 impl ClevrArgs {
     /// Reads and checks the arguments.
     pub(super) fn new(options: &DatasetOptions) -> Result<Self> {
-        let empty = serde_json::json!({});
-        let args: ClevrArgs = serde_path_to_error::deserialize(options.args.unwrap_or(&empty)).map_err(|error| {
-            let place = if error.path().iter().len() == 0 { String::new() } else { format!(".{}", error.path()) };
-            Error::Config(format!("io.dataset_args{place}: {}", error.inner()))
-        })?;
+        let args: ClevrArgs = options.read_args()?;
         args.check(options.num_tokens)?;
         Ok(args)
     }
@@ -156,10 +153,10 @@ mod tests {
     #[test]
     fn mistakes_are_named() {
         let cases = [
-            (json!({"target_mode": "q"}), ".target_mode: unknown variant `q`, expected `qiqa` or `a`"),
-            (json!({"qiqa_loss_mask": [0, 1]}), ".qiqa_loss_mask: invalid length 2, expected an array of length 4"),
+            (json!({"target_mode": "q"}), ".target_mode: unknown value \"q\"; did you mean `a`?"),
+            (json!({"qiqa_loss_mask": [0, 1]}), ".qiqa_loss_mask: expected a list of 4, found one of 2"),
             (json!({"qiqa_loss_mask": [0, 0, 0, -1]}), "expected weights of at least 0, not all of them 0, found [0.0"),
-            (json!({"crop": 1}), ".crop: unknown field `crop`, expected one of `target_mode`"),
+            (json!({"crop": 1}), ".crop: unknown field; expected one of `target_mode`"),
             (json!({"crop_w_perc": 0.1}), ".crop_w_perc: expected crop_h_perc beside it, found it alone"),
             (json!({"resize_to_h": 3}), ".resize_to_h: expected resize_to_w beside it, found it alone"),
             (

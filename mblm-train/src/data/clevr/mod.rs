@@ -33,7 +33,7 @@ use self::questions::{Question, Questions};
 use super::{Dataset, DatasetOptions, Splits};
 use crate::error::{Error, Result};
 
-crate::register_dataset!("clevr", "questions about images, with their answers", open);
+crate::register_dataset!("clevr", "questions about images, with their answers", open, args = args::ClevrArgs);
 
 /// A split: its questions, in the order of their file.
 struct ClevrSplit {

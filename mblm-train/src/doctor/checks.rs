@@ -1,0 +1,141 @@
+//! What a model that generates promises: no output depends on later bytes or on other sequences, and decoding gives the
+//! outputs of the forward pass. Each stage is held to it alone, so that the one at fault is named, and then the whole.
+
+use candle_core::{Device, Tensor};
+use mblm_core::Mode;
+use mblm_core::generate::Decoder;
+use mblm_core::layer::Dims;
+use mblm_core::model::Mblm;
+use mblm_core::testing::{decoder_equals_forward, difference, is_causal};
+use serde::Serialize;
+
+use crate::error::Result;
+
+/// How far decoded outputs may be from those of the forward pass, relative to the largest at a position.
+const TOLERANCE: f32 = 1e-3;
+/// The longest sequences that a stage, and a stage's decoder, are tried on.
+const LONGEST: usize = 2048;
+const LONGEST_DECODED: usize = 257;
+
+/// One promise and whether it is kept.
+#[derive(Clone, Debug, Serialize)]
+pub struct Check {
+    /// What is promised.
+    pub name: &'static str,
+    /// The stage, from 1; none for the whole model.
+    pub stage: Option<usize>,
+    /// What is wrong; none if nothing is.
+    pub fault: Option<String>,
+}
+
+pub(super) const CAUSAL: &str = "causal";
+pub(super) const CACHED: &str = "cached == full";
+pub(super) const INDEPENDENT: &str = "independent sequences";
+
+pub(super) fn all(model: &Mblm, ids: &Tensor) -> Result<Vec<Check>> {
+    let config = model.config();
+    let mut checks = vec![];
+    for (n, stage) in model.stage_models().enumerate() {
+        let patch: usize = config.seq_lens[n + 1..].iter().product();
+        let tokens = if n == 0 { ids.dim(1)?.div_ceil(patch) } else { config.seq_lens[n] };
+        let dims = |longest: usize| Dims { batch: 2, seq: (1 + tokens).min(longest), dim: config.hidden_dims[n] };
+        let causal = dims(LONGEST);
+        let mut check = |name, kept: std::result::Result<(), String>| {
+            checks.push(Check { name, stage: Some(n + 1), fault: kept.err() });
+        };
+        check(CAUSAL, is_causal(stage, causal, &spread(causal.seq, 1)));
+        check(CACHED, decoder_equals_forward(stage, dims(LONGEST_DECODED), TOLERANCE));
+    }
+    let patch: usize = config.seq_lens[1..].iter().product();
+    let whole = Whole { model, ids: rows(ids)?, patch, vocab: config.num_tokens };
+    let logits = whole.logits(&whole.ids)?;
+    let mut check = |name, fault| checks.push(Check { name, stage: None, fault });
+    check(CAUSAL, whole.causal(&logits)?);
+    check(CACHED, whole.cached(&logits)?);
+    check(INDEPENDENT, whole.independent(&logits)?);
+    Ok(checks)
+}
+
+fn rows(ids: &Tensor) -> Result<Vec<Vec<u32>>> {
+    Ok(ids.to_dtype(candle_core::DType::U32)?.to_vec2::<u32>()?)
+}
+
+/// Positions to change something at: at both ends, in the middle, and around the end of the first patch.
+fn spread(len: usize, patch: usize) -> Vec<usize> {
+    let mut positions = vec![0, 1, patch.saturating_sub(1), patch, len / 2, len.saturating_sub(2), len - 1];
+    positions.retain(|position| *position < len);
+    positions.sort_unstable();
+    positions.dedup();
+    positions
+}
+
+struct Whole<'m> {
+    model: &'m Mblm,
+    ids: Vec<Vec<u32>>,
+    /// Bytes of a token of the first stage.
+    patch: usize,
+    vocab: usize,
+}
+
+impl Whole<'_> {
+    /// The logits of each sequence, a row of `V` for every byte.
+    fn logits(&self, ids: &[Vec<u32>]) -> Result<Vec<Vec<f32>>> {
+        let shape = (ids.len(), ids[0].len());
+        let logits = self.model.logits(&Tensor::from_vec(ids.concat(), shape, &Device::Cpu)?, Mode::Eval)?;
+        Ok(logits.flatten_from(1)?.to_vec2::<f32>()?)
+    }
+
+    /// Whether each byte shows in the logits that follow it, and in none before.
+    fn causal(&self, before: &[Vec<f32>]) -> Result<Option<String>> {
+        let row = |logits: &[f32], at: usize| logits[at * self.vocab..(at + 1) * self.vocab].to_vec();
+        for t in spread(self.ids[0].len(), self.patch) {
+            let mut changed = self.ids.clone();
+            changed.iter_mut().for_each(|ids| ids[t] = self.other(ids[t]));
+            for (after, before) in self.logits(&changed)?.iter().zip(before) {
+                let leak = (0..t).find_map(|at| Some((at, difference(&row(after, at), &row(before, at), 1e-5)?)));
+                if let Some((at, difference)) = leak {
+                    return Ok(Some(format!("byte {t} shows in the logits that byte {at} gives: {difference}")));
+                }
+                if row(after, t) == row(before, t) {
+                    return Ok(Some(format!("byte {t} does not show in the logits that it gives")));
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    /// Another byte that is not the pad token.
+    fn other(&self, byte: u32) -> u32 {
+        let next = |byte: u32| (byte + 1) % self.vocab.min(256) as u32;
+        let other = next(byte);
+        if other as usize == self.model.config().pad_token_id { next(other) } else { other }
+    }
+
+    /// Whether a decoder gives the logits of the forward pass: after half the bytes at once, then byte by byte.
+    fn cached(&self, logits: &[Vec<f32>]) -> Result<Option<String>> {
+        let len = self.ids[0].len().min(LONGEST_DECODED.max(3 * self.patch));
+        let mut decoder = Decoder::new(self.model, self.ids.len())?;
+        let half = len / 2;
+        decoder.prefill(&self.ids.iter().flat_map(|ids| &ids[..half]).copied().collect::<Vec<_>>())?;
+        for at in half..=len {
+            for (sequence, decoded) in decoder.logits().chunks_exact(self.vocab).enumerate().filter(|_| at > 0) {
+                let full = &logits[sequence][(at - 1) * self.vocab..at * self.vocab];
+                if let Some(difference) = difference(decoded, full, TOLERANCE) {
+                    return Ok(Some(format!("the logits after {at} bytes: {difference}")));
+                }
+            }
+            if at < len {
+                decoder.step(&self.ids.iter().map(|ids| ids[at]).collect::<Vec<_>>())?;
+            }
+        }
+        Ok(None)
+    }
+
+    /// Whether the last sequence has the same logits alone.
+    fn independent(&self, logits: &[Vec<f32>]) -> Result<Option<String>> {
+        let last = self.ids.len() - 1;
+        let alone = self.logits(&self.ids[last..])?;
+        let found = difference(&logits[last], &alone[0], 1e-4);
+        Ok(found.map(|difference| format!("the last sequence of the batch gives something else alone: {difference}")))
+    }
+}

@@ -1,0 +1,127 @@
+//! What a model configuration is like before it is trained: a few training steps and forward passes on a little data show
+//! dead and exploding gradients, activations out of scale, outputs that see later bytes, and decoders that decode
+//! something else. For whoever writes a block, as a plugin or compiled in, the first thing to run.
+
+mod checks;
+mod report;
+mod watch;
+
+use std::time::Instant;
+
+use candle_core::{DType, Tensor};
+use mblm_core::registry::block_type;
+use mblm_core::testing::noise;
+use mblm_core::{Mode, ParamStore};
+
+pub use checks::Check;
+pub use report::{Finding, Group, Report, Severity, StageReport};
+pub use watch::{Mean, Seen};
+
+use crate::config::ModelConfig;
+use crate::error::Result;
+use crate::model::{Model, TrainModel};
+use report::{findings, groups};
+use watch::Watch;
+
+/// The dropout seed of all steps: they are one step, repeated.
+const MODE: Mode = Mode::Train { seed: 1 };
+
+/// Builds the model of `config` with initial values from `seed` and examines it on `ids`.
+///
+/// # Shapes
+/// - `ids`: `(B, L)`, `u32`; at least two patches of the first stage, or some parameters see nothing
+///
+/// # Errors
+/// The model cannot be built, or a pass fails; what is merely wrong is in the report.
+pub fn examine(config: &ModelConfig, masking_proba: f64, seed: u64, ids: &Tensor) -> Result<Report> {
+    let mut config = config.clone();
+    let hierarchy = match &mut config {
+        ModelConfig::Generative(model) => model,
+        ModelConfig::Encoder(encoder) => &mut encoder.mblm_config,
+    };
+    let watches = Watch::every_stage(hierarchy);
+    let model = Model::of(&config, masking_proba, seed)?;
+    let hierarchy = config.hierarchy();
+    // The first step takes memory that later ones have; the second shows the time.
+    let first = Step::run(&model, ids, &watches)?;
+    let step = Step::run(&model, ids, &watches)?;
+    let stage = |(n, seen): (usize, &Seen)| StageReport {
+        stage: n + 1,
+        block_type: block_type(&*hierarchy.blocks[n]),
+        seq_len: hierarchy.seq_lens[n],
+        hidden_dim: hierarchy.hidden_dims[n],
+        num_layers: hierarchy.num_layers[n],
+        seen: Seen { memory: first.seen[n].memory, ..*seen },
+    };
+    let (batch, bytes) = ids.dims2()?;
+    let mut report = Report {
+        batch,
+        bytes,
+        parameters: model.params().num_elements(),
+        loss: step.loss,
+        uniform_loss: (hierarchy.num_tokens as f64).ln(),
+        forward_seconds: step.forward_seconds,
+        backward_seconds: step.backward_seconds,
+        stages: step.seen.iter().enumerate().map(stage).collect(),
+        groups: groups(model.params(), hierarchy.num_stages()),
+        checks: vec![],
+        findings: vec![],
+    };
+    let still: Vec<String> = zero_gradients(model.params());
+    nudge(model.params())?;
+    let dead = match still.is_empty() {
+        true => vec![],
+        false => {
+            Step::run(&model, ids, &watches)?;
+            zero_gradients(model.params())
+        }
+    };
+    let asleep: Vec<String> = still.into_iter().filter(|name| !dead.contains(name)).collect();
+    if let Model::Generative(model) = &model {
+        report.checks = checks::all(model, ids)?;
+    }
+    report.findings = findings(&report, &dead, &asleep, model.params());
+    Ok(report)
+}
+
+/// One training step without an update: it leaves its gradients in the parameters.
+struct Step {
+    loss: f64,
+    forward_seconds: f64,
+    backward_seconds: f64,
+    seen: Vec<Seen>,
+}
+
+impl Step {
+    fn run(model: &Model, ids: &Tensor, watches: &[Watch]) -> Result<Self> {
+        model.params().zero_grad();
+        let start = Instant::now();
+        let loss = model.loss(ids, None, MODE)?;
+        let forward = start.elapsed().as_secs_f64();
+        model.params().backward(&loss)?;
+        Ok(Step {
+            loss: f64::from(loss.to_dtype(DType::F32)?.to_scalar::<f32>()?),
+            forward_seconds: forward,
+            backward_seconds: start.elapsed().as_secs_f64() - forward,
+            seen: watches.iter().map(Watch::take).collect(),
+        })
+    }
+}
+
+/// The parameters without any gradient.
+fn zero_gradients(store: &ParamStore) -> Vec<String> {
+    let zero = |grad: &[f32]| grad.iter().all(|value| *value == 0.0);
+    store.iter().filter(|param| zero(&param.grad())).map(|param| param.name().to_string()).collect()
+}
+
+/// Moves every parameter a little away from its initial value, where a zero or a one may hide what is wrong.
+fn nudge(store: &ParamStore) -> Result<()> {
+    for (i, param) in store.iter().enumerate() {
+        let noise = noise(param.len(), i as u64);
+        let largest = param.values().iter().fold(0.01f32, |max, value| max.max(value.abs()));
+        param.update(|values| {
+            values.iter_mut().zip(&noise).for_each(|(value, noise)| *value += 0.1 * largest * noise)
+        })?;
+    }
+    Ok(())
+}

@@ -1,0 +1,202 @@
+//! What an examination found, and what to do about it.
+
+use mblm_core::{Param, ParamStore};
+use serde::Serialize;
+
+use super::checks::{CACHED, CAUSAL, Check};
+use super::watch::Seen;
+use crate::optimizer::sums;
+
+/// Norms of gradients, and activations, above this are not those of a model that trains.
+const EXPLODED: f64 = 1e3;
+/// A stage whose gradient shrinks to this share on its way through learns from the loss, and nothing above it does.
+const VANISHED: f64 = 1e-5;
+
+/// What an examination found.
+#[derive(Debug, Serialize)]
+pub struct Report {
+    /// Sequences of the step.
+    pub batch: usize,
+    /// Bytes of each.
+    pub bytes: usize,
+    /// Learned numbers.
+    pub parameters: usize,
+    /// The loss at the initial values, in nats.
+    pub loss: f64,
+    /// The loss of a model that takes all tokens for equally likely, `ln V`.
+    pub uniform_loss: f64,
+    /// Seconds of a forward pass in training.
+    pub forward_seconds: f64,
+    /// Seconds of a backward pass.
+    pub backward_seconds: f64,
+    /// The stages, from global to local.
+    pub stages: Vec<StageReport>,
+    /// The parameters, by what they belong to.
+    pub groups: Vec<Group>,
+    /// What was held against the forward pass; nothing for an encoder, which does not generate.
+    pub checks: Vec<Check>,
+    /// What is wrong, or looks as if it were.
+    pub findings: Vec<Finding>,
+}
+
+/// A stage in one training step.
+#[derive(Debug, Serialize)]
+pub struct StageReport {
+    /// Its number, from 1.
+    pub stage: usize,
+    /// What runs there.
+    pub block_type: &'static str,
+    /// Tokens of a sequence.
+    pub seq_len: usize,
+    /// Its width.
+    pub hidden_dim: usize,
+    /// Its layers.
+    pub num_layers: usize,
+    /// What went in and out.
+    #[serde(flatten)]
+    pub seen: Seen,
+}
+
+/// Parameters that belong together, at the initial values.
+#[derive(Debug, Serialize)]
+pub struct Group {
+    /// What they belong to.
+    pub name: String,
+    /// Tensors.
+    pub tensors: usize,
+    /// Numbers.
+    pub parameters: usize,
+    /// The Euclidean norm of the values.
+    pub norm: f64,
+    /// The Euclidean norm of the gradients.
+    pub gradient_norm: f64,
+}
+
+/// How bad a finding is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Severity {
+    /// It looks odd.
+    Warning,
+    /// It is wrong.
+    Problem,
+}
+
+/// Something that is wrong, or looks as if it were.
+#[derive(Clone, Debug, Serialize)]
+pub struct Finding {
+    /// How bad it is.
+    pub severity: Severity,
+    /// Where: a stage, a parameter or the model.
+    pub place: String,
+    /// What was found.
+    pub what: String,
+    /// What to do.
+    pub advice: &'static str,
+}
+
+/// What a parameter belongs to, in the order of the hierarchy.
+fn group(param: &Param, stages: usize) -> (usize, usize, String) {
+    let mut parts = param.name().split('.');
+    let (first, number) = (parts.next().unwrap_or_default(), parts.next().and_then(|part| part.parse::<usize>().ok()));
+    let number = number.unwrap_or_default();
+    let stage = if first == "token_embs_rev" { stages.saturating_sub(1 + number) } else { number };
+    let (order, what) = match first {
+        "token_embs_rev" => (0, "embedding"),
+        "pos_embs" => (1, "positions"),
+        "start_tokens" => (2, "start token"),
+        "stage_models" => (3, "layers"),
+        "to_next_stage_proj" => (4, "projection to the next"),
+        _ => return (stages, 0, "output layer".into()),
+    };
+    (stage, order, format!("stage {} {what}", stage + 1))
+}
+
+pub(super) fn groups(store: &ParamStore, stages: usize) -> Vec<Group> {
+    let mut named: Vec<_> = store.iter().map(|param| (group(param, stages), param)).collect();
+    named.sort_by(|a, b| a.0.cmp(&b.0));
+    let groups = named.chunk_by(|a, b| a.0 == b.0).map(|members| Group {
+        name: members[0].0.2.clone(),
+        tensors: members.len(),
+        parameters: members.iter().map(|(_, param)| param.len()).sum(),
+        norm: members.iter().map(|(_, param)| sums(&param.values()).1).sum::<f64>().sqrt(),
+        gradient_norm: members.iter().map(|(_, param)| sums(&param.grad()).1).sum::<f64>().sqrt(),
+    });
+    groups.collect()
+}
+
+/// What the numbers of a report mean. `dead`: parameters that never had a gradient; `asleep`: those that had none at
+/// their initial values.
+pub(super) fn findings(report: &Report, dead: &[String], asleep: &[String], store: &ParamStore) -> Vec<Finding> {
+    let mut found = vec![];
+    let mut add = |severity, place: String, what: String, advice| {
+        found.push(Finding { severity, place, what, advice });
+    };
+    use Severity::{Problem, Warning};
+    for stage in &report.stages {
+        let place = || format!("stage {} ({})", stage.stage, stage.block_type);
+        let (output, through) =
+            (stage.seen.output.rms(), stage.seen.input_gradient.rms() / stage.seen.output_gradient.rms());
+        if !output.is_finite() {
+            let advice = "look for a division, a logarithm or an exponential without a bound in `forward`";
+            add(Problem, place(), "its output is not finite".into(), advice);
+        } else if output > EXPLODED {
+            let advice = "normalise inside the block, or scale its initial weights down by the root of their inputs";
+            add(Problem, place(), format!("its output has a scale of {output:.3e}"), advice);
+        }
+        if through.is_finite() && through > EXPLODED {
+            let advice = "normalise inside the block, lower its initial weights, or bound what feeds back";
+            add(Problem, place(), format!("the gradient grows {through:.1e} times on its way through"), advice);
+        } else if through < VANISHED {
+            let advice =
+                "add a residual path, or look for an operation without a backward pass; what lies above learns nothing";
+            add(
+                Problem,
+                place(),
+                format!("the gradient shrinks to {through:.1e} of itself on its way through"),
+                advice,
+            );
+        }
+    }
+    for param in store.iter() {
+        let norm = sums(&param.grad()).1.sqrt();
+        let name = || param.name().to_string();
+        if !norm.is_finite() {
+            add(Problem, name(), "its gradient is not finite".into(), "look at the operations between it and the loss");
+        } else if norm > EXPLODED {
+            let advice = "lower its initial values, or normalise what it is multiplied with";
+            add(Problem, name(), format!("its gradient has the norm {norm:.3e}"), advice);
+        }
+        if dead.iter().any(|dead| dead == param.name()) {
+            let advice = "use it in `forward`, and let no operation cut the gradient (candle_nn's softmax_last_dim, \
+                          rms_norm, layer_norm and rope do; so does `detach`), or do not create it";
+            add(Problem, name(), "it gets no gradient: it never learns".into(), advice);
+        } else if asleep.iter().any(|asleep| asleep == param.name()) {
+            let advice = "fine if it waits for another one that starts at zero; else start one of the two elsewhere";
+            add(Warning, name(), "it gets no gradient at its initial value, and one when moved".into(), advice);
+        }
+    }
+    if !report.loss.is_finite() {
+        add(Problem, "the model".into(), format!("the loss is {}", report.loss), "mend the stage that is named above");
+    } else if report.loss > 2.0 * report.uniform_loss {
+        let what = format!("the loss is {:.2}, where guessing costs {:.2}", report.loss, report.uniform_loss);
+        add(Warning, "the model".into(), what, "scale the last stage's output down, for example by a norm at its end");
+    }
+    for check in &report.checks {
+        let Some(fault) = &check.fault else { continue };
+        let place = match check.stage {
+            Some(n) => format!("stage {n} ({})", report.stages[n - 1].block_type),
+            None => "the model".into(),
+        };
+        let advice = match check.name {
+            CAUSAL => {
+                "position t may read positions up to t alone: look for a missing mask, a reversed scan or a mean over the \
+                 sequence; a block that sees all on purpose says so in `is_causal`, and runs in encoders"
+            }
+            CACHED => "make the decoder compute what `forward` does, or remove it: without one, `forward` is repeated",
+            _ => "look for a sum or a norm over the batch",
+        };
+        add(Problem, place, format!("{}: {fault}", check.name), advice);
+    }
+    found
+}

@@ -1,0 +1,94 @@
+//! `mblm check`: mistakes in a configuration and its data, before anything runs.
+
+use std::fs;
+
+use assert_cmd::Command;
+
+const CONFIG: &str = "\
+io: {name_model: toy, output_dir: runs, dataset_dir: data.txt, dataset_id: bytes, num_models_to_save: 1,
+  validate_amount: 2, log_train_loss_amount: 5}
+train: {target_elements: 4_000, target_elements_strategy: sequence, batch_size: 4, learning_rate: 0.01,
+  gradient_accumulate_every: 1}
+params: {num_tokens: 257, pad_token_id: 256, input_seq_len: 32, hidden_dims: [16], num_layers: [1], seq_lens: [32],
+  block: {attn_head_dims: 8, attn_num_heads: 2, attn_use_rot_embs: true}}
+";
+
+/// Exit code, standard output and error of `mblm check` in a folder that holds `run.yaml` and `data.txt`.
+fn check(args: &[&str]) -> (i32, String, String) {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("run.yaml"), CONFIG).unwrap();
+    fs::write(folder.path().join("data.txt"), "0123456789".repeat(100)).unwrap();
+    let mut command = Command::cargo_bin("mblm").unwrap();
+    let output = command.current_dir(&folder).args(["check", "run.yaml"]).args(args).output().unwrap();
+    assert_eq!(folder.path().read_dir().unwrap().count(), 2, "nothing is written");
+    let text = |bytes| String::from_utf8(bytes).unwrap();
+    (output.status.code().unwrap(), text(output.stdout), text(output.stderr))
+}
+
+#[test]
+fn a_good_configuration_is_shown_with_its_defaults() {
+    let (code, yaml, said) = check(&[]);
+    assert_eq!(code, 0, "{said}");
+    let want = "data: 1000 bytes in 1 file(s) of \"data.txt\": the first 900 train, the last 100 validate\n\
+                model: 10641 parameters; training: 32 batches, 32 gradient steps\n\
+                run.yaml: nothing is wrong with it\n";
+    assert_eq!(said, want);
+    for line in [
+        "  - block_type: transformer\n",
+        "  warmup_steps_perc: 0.1\n",
+        "    ff_multiplier: 2\n",
+        "  target_elements: 4000\n",
+    ] {
+        assert!(yaml.contains(line), "{yaml}");
+    }
+    // What it shows is a configuration that it shows again.
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("run.yaml"), &yaml).unwrap();
+    let mut again = Command::cargo_bin("mblm").unwrap();
+    again.current_dir(&folder).args(["check", "run.yaml", "--no-data"]).assert().success().stdout(yaml);
+}
+
+#[test]
+fn a_mistake_is_named_with_what_was_meant() {
+    let cases = [
+        ("params.block.num_heads=3", "params.block: these fields fit no block type"),
+        ("params.block.num_heads=3", "transformer: num_heads: unknown field; did you mean `attn_num_heads`?"),
+        ("params.block.block_type=transfomer", "unknown block type \"transfomer\"; did you mean `transformer`?"),
+        ("params.block.block_type=transformerEncoder", "it can run in an encoder only"),
+        ("params.input_len=3", "params.input_len: unknown field; did you mean `input_seq_len`?"),
+        (
+            "train.learning_rat=3",
+            "train.learning_rat: unknown field; did you mean `learning_rate`? (--set train.learning_rat=3)",
+        ),
+        ("io.dataset_id=byte", "io.dataset_id: unknown data set \"byte\"; did you mean `bytes`?"),
+        (
+            "io.dataset_args={fraction: 0.2}",
+            "io.dataset_args.fraction: unknown field; did you mean `validation_fraction`?",
+        ),
+        ("io.dataset_dir=none.txt", "io.dataset_dir: \"none.txt\" names nothing"),
+        ("train.batch_size=50", "train.batch_size: found 50, but the training data are 28 sequence(s)"),
+        (
+            "resume={checkpoint_file: no, next_epoch_index: 0, next_batch_index: 0}",
+            "resume.checkpoint_file: there is no no",
+        ),
+        ("resume={checkpoint: no}", "resume.checkpoint: unknown field; did you mean `checkpoint_file`?"),
+    ];
+    for (set, want) in cases {
+        let (code, yaml, said) = check(&["--set", set]);
+        assert!(said.contains(want), "{set}: {said}");
+        assert!(code != 0 && yaml.is_empty(), "{set}: {code}");
+    }
+}
+
+#[test]
+fn the_data_may_be_elsewhere() {
+    let (code, yaml, said) = check(&["--no-data", "--set", "io.dataset_dir=none.txt"]);
+    assert_eq!((code, yaml.contains("dataset_dir: none.txt\n")), (0, true), "{said}");
+    assert!(said.starts_with("data: not looked at\n"), "{said}");
+}
+
+#[test]
+fn a_step_that_does_not_fit_the_machine_is_a_warning() {
+    let (code, _, said) = check(&["--no-data", "--set", "train.batch_size=1000000000"]);
+    assert!(code == 0 && said.contains("warning: a training step needs about"), "{said}");
+}
