@@ -9,6 +9,7 @@ use mblm::generate::{Format, Sampler, Sampling, TokenStream, Until, generate};
 use mblm::model::Mblm;
 use mblm::train as training;
 use mblm::train::config::RunConfig;
+use mblm::train::cost::{Report, Step, bytes as shown_bytes};
 use mblm::train::data::{Splits, unigram_entropy};
 use mblm::train::evaluate::bpb;
 use mblm::train::memory::Memory;
@@ -18,7 +19,6 @@ use mblm::train::session;
 use mblm::train::trainer::Outcome;
 use mblm::yaml::Document;
 
-use crate::inspect::report::{Report, Step, bytes as shown_bytes};
 use crate::plugins::Plugins;
 use crate::{Usage, model};
 
@@ -35,6 +35,9 @@ pub struct Args {
     /// Go on with this run from its newest checkpoint
     #[arg(long, value_name = "RUN", conflicts_with = "config")]
     resume: Option<PathBuf>,
+    /// Make this run folder [default: `io.output_dir`/`io.name_model`-TIME]
+    #[arg(long, value_name = "RUN", conflicts_with = "resume")]
+    out: Option<PathBuf>,
     /// Override a field of the configuration, as in `--set train.learning_rate=3e-4`
     #[arg(long, value_name = "FIELD=VALUE")]
     set: Vec<String>,
@@ -44,11 +47,14 @@ pub struct Args {
     /// Go on although a plugin's file is not the one that the run was trained with
     #[arg(long, requires = "resume", conflicts_with = "config")]
     allow_plugin_change: bool,
+    /// End as at Ctrl-C when standard input does: a run that a study started ends with that study
+    #[arg(long, hide = true)]
+    until_eof: bool,
 }
 
 /// Runs `mblm train`.
 pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
-    let stop = stop_flag()?;
+    let stop = stop_flag(args.until_eof)?;
     let (run, outcome) = match (&args.resume, &args.config) {
         (Some(run), _) => (run.clone(), resume(run, args, plugins, &stop)?),
         (None, Some(path)) => {
@@ -58,7 +64,12 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
             let located = |error| located(error, &document);
             let data = session::open_data(&config).map_err(located)?;
             let model = build(&config)?;
-            session::train(&model, data, &config, &config.to_yaml()?, &stop).map_err(located)?
+            let yaml = config.to_yaml()?;
+            match &args.out {
+                Some(place) => session::train_at(place, &model, data, &config, &yaml, &stop),
+                None => session::train(&model, data, &config, &yaml, &stop),
+            }
+            .map_err(located)?
         }
         (None, None) => return Err(Usage("expected a configuration, or --resume RUN".into()).into()),
     };
@@ -131,9 +142,17 @@ fn build(config: &RunConfig) -> Result<Model> {
     Ok(model)
 }
 
-/// Raised by Ctrl-C and by SIGTERM; a second one ends the program at once.
-fn stop_flag() -> Result<Arc<AtomicBool>> {
+/// Raised by Ctrl-C and by SIGTERM, of which a second one ends the program at once, and at the end of standard input if
+/// `until_eof`.
+pub fn stop_flag(until_eof: bool) -> Result<Arc<AtomicBool>> {
     let stop = Arc::new(AtomicBool::new(false));
+    if until_eof {
+        let raised = stop.clone();
+        std::thread::spawn(move || {
+            let _ = std::io::copy(&mut std::io::stdin(), &mut std::io::sink()); // an error is an end too
+            raised.store(true, Ordering::SeqCst);
+        });
+    }
     let raised = stop.clone();
     ctrlc::set_handler(move || {
         if raised.swap(true, Ordering::SeqCst) {
@@ -167,7 +186,7 @@ fn conclude(run: &Path, outcome: &Outcome, allow_plugin_change: bool, plugins: &
 }
 
 /// The beginning of the validation data.
-fn prompt(data: &Splits, seq_len: usize) -> Result<Vec<u32>> {
+pub fn prompt(data: &Splits, seq_len: usize) -> Result<Vec<u32>> {
     let mut ids = vec![0; seq_len];
     let mut mask = vec![0.0; if data.valid.has_loss_mask() { seq_len } else { 0 }];
     data.valid.sample(0, 0, &mut ids, &mut mask)?;

@@ -5,9 +5,11 @@ use std::path::PathBuf;
 use mblm_core::block::{PluginOrigin, PosEmb};
 use mblm_core::config::{MblmConfig, MblmEncoderConfig};
 use mblm_core::registry::BlockRegistry;
-use mblm_core::yaml::{ConfigError, Document, describe, join};
+use mblm_core::yaml::{ConfigError, Document};
 use serde::{Deserialize, Serialize};
 use serde_yaml::Value;
+
+use crate::difference::differences;
 
 /// A whole training YAML: `params`, `train`, `io`, `resume`. Serialised, it reads back as the same, without `resume`.
 #[derive(Clone, Debug, Serialize)]
@@ -249,9 +251,7 @@ impl RunConfig {
             serde_yaml::to_value(config)
                 .map_err(|error| mblm_core::Error::Block(format!("a block's configuration cannot be written: {error}")))
         };
-        let mut lines = Vec::new();
-        compare("", &value(self)?, &value(other)?, &mut lines);
-        Ok(lines)
+        Ok(differences(&value(self)?, &value(other)?))
     }
 
     /// The configuration as YAML, with every default and `block_type` filled in.
@@ -332,24 +332,6 @@ impl IoSection {
             Some(args) if !args.is_object() => check(document, "io.dataset_args", false, "a mapping or nothing", args),
             _ => Ok(()),
         }
-    }
-}
-
-/// Adds a line for each field of two values that differs.
-fn compare(path: &str, old: &Value, new: &Value, lines: &mut Vec<String>) {
-    match (old, new) {
-        (Value::Mapping(a), Value::Mapping(b)) => {
-            let keys: Vec<&Value> = a.keys().chain(b.keys().filter(|key| !a.contains_key(key))).collect();
-            for key in keys {
-                let (old, new) = (a.get(key).unwrap_or(&Value::Null), b.get(key).unwrap_or(&Value::Null));
-                compare(&join(path, key.as_str().unwrap_or("?")), old, new, lines);
-            }
-        }
-        (Value::Sequence(a), Value::Sequence(b)) if a.len() == b.len() => {
-            a.iter().zip(b).enumerate().for_each(|(i, (a, b))| compare(&format!("{path}[{i}]"), a, b, lines));
-        }
-        _ if old == new => {}
-        _ => lines.push(format!("{path}: {}, now {}", describe(old), describe(new))),
     }
 }
 

@@ -1,8 +1,9 @@
 //! A run from start to end: what the program's `train` does. Nothing is written before everything is known to be good.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
+use crate::checkpoint::Snapshot;
 use crate::config::RunConfig;
 use crate::data::{self, DatasetOptions, Splits, unigram_entropy};
 use crate::error::Result;
@@ -37,13 +38,37 @@ pub fn train(
     config_yaml: &str,
     stop: &AtomicBool,
 ) -> Result<(PathBuf, Outcome)> {
+    let create = |first: Snapshot| RunFolder::create(&config.io.output_dir, &config.io.name_model, first);
+    begin(create, model, splits, config, config_yaml, stop)
+}
+
+/// As [`train`], in the folder `place`, which must not be there yet.
+pub fn train_at(
+    place: &Path,
+    model: &dyn TrainModel,
+    splits: Splits,
+    config: &RunConfig,
+    config_yaml: &str,
+    stop: &AtomicBool,
+) -> Result<(PathBuf, Outcome)> {
+    begin(|first| RunFolder::create_at(place, first), model, splits, config, config_yaml, stop)
+}
+
+fn begin(
+    create: impl FnOnce(Snapshot) -> Result<RunFolder>,
+    model: &dyn TrainModel,
+    splits: Splits,
+    config: &RunConfig,
+    config_yaml: &str,
+    stop: &AtomicBool,
+) -> Result<(PathBuf, Outcome)> {
     let about = splits.about.clone();
     let mut trainer = Trainer::new(model, splits, config, config_yaml)?;
     if let Some(resume) = &config.resume {
         import::begin(&mut trainer, model, resume)?;
     }
     trainer.rehearse()?;
-    let run = RunFolder::create(&config.io.output_dir, &config.io.name_model, trainer.snapshot())?;
+    let run = create(trainer.snapshot())?;
     let mut record = record(&run, &trainer, config)?;
     let progress = &mut record.progress;
     progress.line(&format!("run: {}", run.path().display()));
