@@ -1,7 +1,6 @@
 //! `mblm compare`: train the variants of a study and report which is best.
 
 use std::path::PathBuf;
-use std::sync::Mutex;
 
 use anyhow::{Result, bail};
 use mblm::train::report::Report;
@@ -55,12 +54,8 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
     if runner.calibrate(&stop)? && has_unmeasured {
         println!("{}", runner.plan());
     }
-    // One report at a time; the last one is what counts.
-    let reporting = Mutex::new(());
-    let ended = runner.run(&stop, &|| {
-        let _one = reporting.lock();
-        let _ = Report::of_study(&folder).and_then(|report| report.write(&folder));
-    })?;
+    // On the way a report that cannot be written is no reason to stop.
+    let ended = runner.run(&stop, &|| drop(Report::of_study(&folder).and_then(|report| report.write(&folder))))?;
     let report = Report::of_study(&folder)?;
     report.write(&folder)?;
     println!("\n{}\nreport: {}", report.to_text(), folder.join("report.html").display());

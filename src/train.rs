@@ -61,7 +61,8 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
             let mut document = Document::read(path)?;
             args.set.iter().try_for_each(|assignment| document.set(assignment))?;
             let config = RunConfig::from_document(&document, &plugins.registry(Some(path))?)?;
-            let located = |error| located(error, &document);
+            // Errors of the data and of the plan begin with the field that is at fault; here its line is known.
+            let located = |error: training::Error| error.located(&document);
             let data = session::open_data(&config).map_err(located)?;
             let model = build(&config)?;
             let yaml = config.to_yaml()?;
@@ -78,15 +79,6 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
         false => conclude(&run, &outcome, args.allow_plugin_change, plugins)?,
     }
     Ok(())
-}
-
-/// Errors of the data and of the plan begin with the field that is at fault; here its file and line are known.
-fn located(error: training::Error, document: &Document) -> anyhow::Error {
-    let training::Error::Config(text) = &error else { return error.into() };
-    match text.split_once(": ") {
-        Some((field, message)) if document.get(field).is_some() => document.error(field, message).into(),
-        _ => error.into(),
-    }
 }
 
 /// Goes on with a run. Its configuration is that of its newest checkpoint, unless `--force` lets it be another one.

@@ -2,7 +2,7 @@
 
 use super::format::{duration, escape, si, with_unit};
 use super::front::front;
-use super::scale::{Scale, Unit};
+use super::scale::{Scale, Unit, ceiling};
 use super::svg::{COLOURS, Format, Margins, Places, Svg, colour, fitting, path, spread_labels, thinned};
 use super::variant::{Axis, CurvePoint, Variant};
 use crate::metrics::Kind;
@@ -16,8 +16,8 @@ const MAX_LABELS: usize = 14;
 /// Training losses are averaged over this share of a curve on either side.
 const SMOOTHING: f64 = 0.02;
 /// Curves are shown from here on; what lies before is high and says little.
-const SHOWN_FROM: f64 = 0.12;
-const LABEL_WIDTH: f64 = 190.0;
+const SHOWN_FROM: f64 = 0.2;
+const LABEL_WIDTH: f64 = 212.0;
 
 /// What a variant costs, against its bits per byte.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -106,10 +106,12 @@ impl Axis {
     }
 }
 
-/// Bits per byte of all variants that have some: the mean of each, and its seeds. None if there is none.
+/// Bits per byte of all variants that have some: the mean of each, and its seeds. None if fewer than two have.
 pub(super) fn ranking(variants: &[Variant], format: Format) -> Option<Svg> {
     let rows: Vec<_> = variants.iter().enumerate().filter_map(|(i, v)| Some((i, v, v.valid_bpb()?))).collect();
-    let scale = Scale::around(rows.iter().flat_map(|(_, _, bpb)| [bpb.min, bpb.max]), 0.08, false, Unit::Plain);
+    let most = ceiling(rows.iter().map(|(_, _, bpb)| bpb.max));
+    let ends = rows.iter().flat_map(|(_, _, bpb)| [bpb.min, bpb.max]).filter(|end| *end <= most);
+    let scale = Scale::around(ends, 0.08, false, Unit::Plain);
     let (step, left, over) = match format {
         Format::Wide => (27.0, 250.0, 0.0),
         Format::Narrow => (42.0, 14.0, 16.0),
@@ -128,17 +130,22 @@ pub(super) fn ranking(variants: &[Variant], format: Format) -> Option<Svg> {
     svg.text(right, below, "end", "name", "bits per byte in validation, lower is better");
     for (row, (i, variant, bpb)) in rows.iter().enumerate() {
         let y = margins.top + step * (row as f64 + 0.5) + over / 2.0;
-        let place = |value: f64| svg.x(scale.place(value));
+        let place = |value: f64| svg.x(scale.place(value).min(1.0));
         let (low, high, mean) = (place(bpb.min), place(bpb.max), place(bpb.mean));
         let title = format!("{}: {} bits per byte, {} seed(s)", variant.name, bpb.text(3), bpb.count);
         let mut group = format!("<g class=\"s {}\" data-v=\"{i}\"><title>{}</title>", colour(*i), escape(&title));
         if bpb.count > 1 {
             group += &format!("<path class=\"range\" d=\"M{low:.1} {y:.1}H{high:.1}\"/>");
-            for run in variant.counted().iter().filter_map(|run| run.valid_bpb()) {
+            let bpbs = variant.counted().into_iter().filter_map(|run| run.valid_bpb());
+            for run in bpbs.filter(|bpb| *bpb <= most) {
                 group += &format!("<circle class=\"seed\" cx=\"{:.1}\" cy=\"{y:.1}\" r=\"3.5\"/>", place(run));
             }
         }
-        group += &format!("<circle class=\"dot\" cx=\"{mean:.1}\" cy=\"{y:.1}\" r=\"5.5\"/>");
+        group += &match bpb.mean <= most {
+            true => format!("<circle class=\"dot\" cx=\"{mean:.1}\" cy=\"{y:.1}\" r=\"5.5\"/>"),
+            // Further out than the chart goes.
+            false => format!("<path class=\"dot\" d=\"M{mean:.1} {:.1}l10 6l-10 6z\"/>", y - 6.0),
+        };
         svg.add(&group);
         match format {
             Format::Wide => svg.text(left - 12.0, y + 4.0, "end", "label", &fitting(&variant.name, left - 12.0)),
@@ -148,7 +155,7 @@ pub(super) fn ranking(variants: &[Variant], format: Format) -> Option<Svg> {
         svg.text(right + 10.0, y + 4.0, "start", "tick", &format!("{:.3}{mark}", bpb.mean));
         svg.add("</g>");
     }
-    (!rows.is_empty()).then_some(svg)
+    (rows.len() > 1).then_some(svg)
 }
 
 /// A curve to draw.
@@ -184,7 +191,7 @@ pub(super) fn gradients(variants: &[Variant], stage: usize, format: Format) -> O
         id: format!("gradients-{stage}"),
         title: &title,
         x_name: Axis::Bytes.name(),
-        y_name: &format!("gradient norm of stage {}, before clipping (smoothed)", stage + 1),
+        y_name: &format!("gradient norm of stage {} (smoothed)", stage + 1),
         x_unit: Unit::Metric,
         is_log: true,
         text: &|point| format!("gradient norm {:.3} after {}", point.mean, Axis::Bytes.text(point.x)),
@@ -243,7 +250,8 @@ impl LineChart<'_> {
         svg.axes((&x, self.x_name), (&y, self.y_name), format.ticks());
         let dots: usize = series.iter().map(|series| series.points.len()).sum();
         let has_dots = format == Format::Wide && !self.is_log && dots <= MAX_DOTS;
-        let inside: String = series.iter().map(|series| self.series(&svg, series, (&x, &y), has_dots)).collect();
+        let inside: String =
+            series.iter().map(|s| self.series(&svg, s, (&x, &y), has_dots && is_labelled(series, s))).collect();
         svg.clipped(&format!("{}-{format:?}", self.id), &inside);
         if format == Format::Wide {
             label_ends(&mut svg, series, (&x, &y));
@@ -251,14 +259,17 @@ impl LineChart<'_> {
         svg
     }
 
-    /// From the lowest value to the highest, of what comes after the first steep part.
+    /// From the lowest value to the highest, of what comes after the first steep part; a curve that lies far above the
+    /// others leaves the frame.
     fn heights(&self, series: &[Series], last: f64) -> Scale {
-        let shown = series.iter().flat_map(|s| {
-            let shown = s.points.iter().filter(move |point| point.x >= SHOWN_FROM * last);
-            shown.chain(s.points.last()).flat_map(|point| [point.min, point.max])
-        });
+        let shown = |series: &Series| -> Vec<f64> {
+            let late = series.points.iter().filter(|point| self.is_log || point.x >= SHOWN_FROM * last);
+            late.chain(series.points.last()).flat_map(|point| [point.min, point.max]).collect()
+        };
+        let most = ceiling(series.iter().map(|series| shown(series).into_iter().fold(f64::MIN, f64::max)));
         let unit = if self.is_log { Unit::Metric } else { Unit::Plain };
-        Scale::around(shown, 0.06, self.is_log, unit)
+        let values = series.iter().flat_map(shown).filter(|value| *value <= most || self.is_log);
+        Scale::around(values, 0.06, self.is_log, unit)
     }
 
     fn series(&self, svg: &Svg, series: &Series, (x, y): (&Scale, &Scale), has_dots: bool) -> String {
@@ -295,9 +306,14 @@ impl LineChart<'_> {
     }
 }
 
+/// Whether a curve has a label beside it.
+fn is_labelled(all: &[Series], one: &Series) -> bool {
+    all.len() <= MAX_LABELS || one.rank < COLOURS
+}
+
 /// Names beside the ends of the curves.
 fn label_ends(svg: &mut Svg, series: &[Series], (x, y): (&Scale, &Scale)) {
-    let labelled: Vec<&Series> = series.iter().filter(|s| series.len() <= MAX_LABELS || s.rank < COLOURS).collect();
+    let labelled: Vec<&Series> = series.iter().filter(|one| is_labelled(series, one)).collect();
     let ends: Vec<(f64, f64)> = labelled
         .iter()
         .filter_map(|series| series.points.last())
@@ -309,19 +325,21 @@ fn label_ends(svg: &mut Svg, series: &[Series], (x, y): (&Scale, &Scale)) {
     for ((series, end), place) in labelled.iter().zip(ends).zip(places) {
         svg.add(&format!("<g class=\"s {}\" data-v=\"{}\">", colour(series.rank), series.rank));
         svg.add(&format!("<path class=\"lead\" d=\"M{:.1} {:.1}L{:.1} {place:.1}\"/>", end.0 + 5.0, end.1, at - 3.0));
-        svg.text(at, place + 4.0, "start", "label", &fitting(&series.variant.name, LABEL_WIDTH - 18.0));
+        let is_above = series.points.last().is_some_and(|point| y.place(point.mean) > 1.0);
+        let name = fitting(&series.variant.name, LABEL_WIDTH - 30.0);
+        svg.text(at, place + 4.0, "start", "label", &if is_above { format!("{name} ↑") } else { name });
         svg.add("</g>");
     }
 }
 
-/// Bits per byte against what that costs, with the Pareto front. None if fewer than one variant has both.
+/// Bits per byte against what that costs, with the Pareto front. None if fewer than two variants have both.
 pub(super) fn trade_off(variants: &[Variant], measure: Measure, format: Format) -> Option<Svg> {
     let dots: Vec<_> = variants
         .iter()
         .enumerate()
         .filter_map(|(i, variant)| Some((i, variant, measure.of(variant)?, variant.valid_bpb()?)))
         .collect();
-    if dots.is_empty() {
+    if dots.len() < 2 {
         return None;
     }
     let height = if format == Format::Wide { 440.0 } else { 320.0 };
@@ -331,7 +349,9 @@ pub(super) fn trade_off(variants: &[Variant], measure: Measure, format: Format) 
     let values = || dots.iter().map(|(_, _, value, _)| *value);
     let ratio = values().fold(0.0, f64::max) / values().fold(f64::MAX, f64::min);
     let x = Scale::around(values(), 0.12, ratio > 4.0, Unit::Metric);
-    let y = Scale::around(dots.iter().flat_map(|(_, _, _, bpb)| [bpb.min, bpb.max]), 0.1, false, Unit::Plain);
+    let most = ceiling(dots.iter().map(|(_, _, _, bpb)| bpb.max));
+    let heights = dots.iter().flat_map(|(_, _, _, bpb)| [bpb.min, bpb.max]).filter(|bpb| *bpb <= most);
+    let y = Scale::around(heights, 0.1, false, Unit::Plain);
     let direction = if measure.more_is_better() { "more is better" } else { "less is better" };
     svg.axes(
         (&x, &format!("{}, {direction}", measure.name())),
@@ -340,7 +360,7 @@ pub(super) fn trade_off(variants: &[Variant], measure: Measure, format: Format) 
     );
     let points: Vec<(f64, f64)> = dots.iter().map(|(_, _, value, bpb)| (*value, bpb.mean)).collect();
     let best = front(&points, measure.more_is_better());
-    let at = |(px, py): (f64, f64)| (svg.x(x.place(px)), svg.y(y.place(py)));
+    let at = |(px, py): (f64, f64)| (svg.x(x.place(px)), svg.y(y.place(py).min(1.0)));
     let mut staircase = String::new();
     for (i, &point) in best.iter().enumerate() {
         let (px, py) = at(points[point]);
@@ -352,7 +372,7 @@ pub(super) fn trade_off(variants: &[Variant], measure: Measure, format: Format) 
     }
     let places: Vec<(f64, f64)> = points.iter().map(|point| at(*point)).collect();
     svg.add(&format!("<path class=\"front\" d=\"{staircase}\"/>"));
-    let mut labels = Places::new((format.width(), height));
+    let mut labels = Places::new((margins.left + 2.0, format.width()));
     places.iter().for_each(|(px, py)| labels.take_dot(*px, *py));
     // Those on the front choose first, then the better ones.
     let mut order: Vec<usize> = (0..dots.len()).collect();
@@ -360,7 +380,7 @@ pub(super) fn trade_off(variants: &[Variant], measure: Measure, format: Format) 
     for i in order {
         let (rank, variant, value, bpb) = &dots[i];
         let (px, py) = places[i];
-        let (low, high) = (svg.y(y.place(bpb.min)), svg.y(y.place(bpb.max)));
+        let (low, high) = (svg.y(y.place(bpb.min).min(1.0)), svg.y(y.place(bpb.max).min(1.0)));
         let on_front = if best.contains(&i) { ", on the front" } else { "" };
         let title =
             format!("{}: {} bits per byte, {} {}{on_front}", variant.name, bpb.text(3), si(*value), measure.name());
@@ -371,7 +391,8 @@ pub(super) fn trade_off(variants: &[Variant], measure: Measure, format: Format) 
             escape(&title),
             if best.contains(&i) { 6.5 } else { 5.0 }
         ));
-        let name = fitting(&variant.name, 200.0);
+        let above = if bpb.mean > most { format!(" ↑ {:.3}", bpb.mean) } else { String::new() };
+        let name = fitting(&variant.name, 200.0) + &above;
         if format == Format::Wide || best.contains(&i) {
             if let Some((lx, ly, anchor)) = labels.label(px, py, &name) {
                 svg.text(lx, ly, anchor, "label", &name);

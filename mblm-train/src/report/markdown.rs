@@ -111,6 +111,7 @@ fn about(variant: &Variant, base: &str) -> String {
         text.push('\n');
     }
     match variant.differences.is_empty() {
+        true if variant.name == base => text += "What the others are compared with.\n\n",
         true => text += &format!("Configured as {base}.\n\n"),
         false => {
             text += &format!("Differences from {base}:\n\n```text\n{}\n```\n\n", variant.differences.join("\n"));

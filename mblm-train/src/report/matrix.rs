@@ -1,5 +1,6 @@
 //! Global or local? For models of two stages: bits per byte by the block of stage 1 and the block of stage 2.
 
+use super::scale::ceiling;
 use super::variant::Variant;
 
 /// Bits per byte, rows by the block of stage 1 and columns by that of stage 2.
@@ -43,10 +44,11 @@ impl Matrix {
         (0..self.columns.len()).map(|column| mean(self.cells.iter().map(|row| row[column]))).collect()
     }
 
-    /// The lowest and the highest.
+    /// The lowest, and the highest that is no outlier.
     pub(super) fn range(&self) -> (f64, f64) {
-        let all = self.cells.iter().flatten().flatten();
-        all.fold((f64::MAX, f64::MIN), |(low, high), &bpb| (low.min(bpb), high.max(bpb)))
+        let all = || self.cells.iter().flatten().flatten().copied();
+        let most = ceiling(all());
+        (all().fold(f64::MAX, f64::min), all().filter(|bpb| *bpb <= most).fold(f64::MIN, f64::max))
     }
 }
 

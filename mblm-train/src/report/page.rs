@@ -189,7 +189,7 @@ fn matrix(report: &Report) -> String {
     let (low, high) = matrix.range();
     let cell = |bpb: &Option<f64>| match bpb {
         Some(bpb) => {
-            let heat = if high > low { (high - bpb) / (high - low) } else { 1.0 };
+            let heat = if high > low { ((high - bpb) / (high - low)).max(0.0) } else { 1.0 };
             let best = if *bpb == low { " class=\"best\"" } else { "" };
             format!("<td{best} style=\"--heat:{heat:.2}\">{bpb:.3}</td>")
         }
@@ -199,7 +199,7 @@ fn matrix(report: &Report) -> String {
         format!("<td class=\"mean\">{}</td>", mean.map_or("–".into(), |mean| format!("{mean:.3}")))
     };
     let mut html = "<h2>Global or local?</h2>\n<p class=\"soft\">Bits per byte by the block of the global stage (rows) and of \
-                    the local stage (columns); the darker, the better.</p>\n<div class=\"scroll\"><table class=\"matrix\">\n\
+                    the local stage (columns); the stronger the colour, the better.</p>\n<div class=\"scroll\"><table class=\"matrix\">\n\
                     <tr><th class=\"corner\">global ↓ local →</th>"
         .to_string();
     matrix.columns.iter().for_each(|name| html += &format!("<th scope=\"col\">{}</th>", escape(name)));
@@ -346,6 +346,7 @@ fn stages(variant: &Variant) -> String {
 
 fn changes(variant: &Variant, base: &str) -> String {
     let mut html = match variant.differences.is_empty() {
+        true if variant.name == base => "<h3>What the others are compared with</h3>".into(),
         true => format!("<h3>Configured as {}</h3>", escape(base)),
         false => {
             let lines = escape(&variant.differences.join("\n"));

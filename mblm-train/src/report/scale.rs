@@ -48,7 +48,8 @@ impl Scale {
                 Scale::log(low / room, high * room, unit)
             }
             false => {
-                let room = (high - low).max(low.abs() * 0.01).max(1e-9) * margin;
+                // Around one value alone: a twentieth of it.
+                let room = if high > low { (high - low) * margin } else { (low.abs() / 20.0).max(1e-9) };
                 Scale::linear(low - room, high + room, unit)
             }
         }
@@ -77,12 +78,42 @@ impl Scale {
 
     fn text(&self, value: f64, step: f64) -> String {
         match self.unit {
-            Unit::Metric => si(value),
+            Unit::Metric => metric(value, step),
             Unit::Time if value == 0.0 => "0".into(),
             Unit::Time if value >= 1.0 => duration(value).replace(".0 s", " s"),
             Unit::Time | Unit::Plain => format!("{value:.*}", (-step.log10().floor()).clamp(0.0, 9.0) as usize),
         }
     }
+}
+
+/// The highest of `values` that is no outlier: one that lies so far above the lower two thirds that these would be pressed
+/// together if all were shown.
+pub(super) fn ceiling(values: impl Iterator<Item = f64>) -> f64 {
+    const FAR: f64 = 2.5;
+    let mut values: Vec<f64> = values.filter(|value| value.is_finite()).collect();
+    values.sort_by(f64::total_cmp);
+    let (Some(low), Some(two_thirds)) = (values.first(), values.get(values.len().saturating_sub(1) * 2 / 3)) else {
+        return f64::MAX;
+    };
+    let limit = two_thirds + FAR * (two_thirds - low);
+    match values.len() {
+        0..3 => f64::MAX,
+        _ => values.iter().copied().rfind(|value| *value <= limit).unwrap_or(f64::MAX),
+    }
+}
+
+/// A value with a metric prefix and as many digits as tell it from one that is `step` away.
+fn metric(value: f64, step: f64) -> String {
+    if value < 1000.0 || step <= 0.0 {
+        return si(value);
+    }
+    let prefixes = ["k", "M", "G", "T", "P", "E"];
+    let power = ((value.log10() + 1e-9) / 3.0).floor().clamp(1.0, prefixes.len() as f64);
+    let unit = 1000f64.powf(power);
+    let decimals = (-(step / unit).log10().floor()).clamp(0.0, 9.0) as usize;
+    let digits = format!("{:.decimals$}", value / unit);
+    let digits = if decimals > 0 { digits.trim_end_matches('0').trim_end_matches('.') } else { &digits };
+    format!("{digits} {}", prefixes[power as usize - 1])
 }
 
 /// 1, 2 or 5 times a power of ten: the next that is at least `at_least`.
@@ -135,6 +166,7 @@ mod tests {
     #[test]
     fn marks_are_round() {
         assert_eq!(texts(Scale::linear(0.0, 2e6, Unit::Metric), 4), ["0", "500 k", "1 M", "1.5 M", "2 M"]);
+        assert_eq!(texts(Scale::linear(190_200.0, 191_300.0, Unit::Metric), 3), ["190.5 k", "191 k"]);
         assert_eq!(texts(Scale::linear(1.93, 2.31, Unit::Plain), 4), ["2.0", "2.1", "2.2", "2.3"]);
         assert_eq!(texts(Scale::linear(0.0, 100.0, Unit::Time), 4), ["0", "30 s", "1 min", "1 min 30 s"]);
         assert_eq!(texts(Scale::linear(0.0, 7200.0, Unit::Time), 4), ["0", "30 min", "1 h", "1 h 30 min", "2 h"]);
@@ -142,6 +174,14 @@ mod tests {
         assert_eq!(texts(Scale::log(900.0, 40_000.0, Unit::Metric), 6), ["1 k", "2 k", "5 k", "10 k", "20 k"]);
         assert_eq!(texts(Scale::log(1e-3, 1e5, Unit::Metric), 4).len(), 4, "every second power of ten");
         assert_eq!(texts(Scale::log(100.0, 180.0, Unit::Metric), 4), ["100", "120", "140", "160", "180"]);
+    }
+
+    #[test]
+    fn outliers_are_left_out() {
+        assert_eq!(ceiling([1.36, 1.41, 1.37, 1.38, 1.75, 1.39].into_iter()), 1.41);
+        assert_eq!(ceiling([1.0, 2.0, 3.0, 4.0, f64::NAN].into_iter()), 4.0);
+        assert_eq!(ceiling([1.0, 9.0].into_iter()), f64::MAX, "of two none is an outlier");
+        assert_eq!(ceiling([2.0, 2.0, 2.0, 8.0].into_iter()), 2.0);
     }
 
     #[test]

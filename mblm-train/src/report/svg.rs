@@ -15,7 +15,7 @@ pub(super) const COLOURS: usize = 8;
 /// The height of a line of text.
 const LINE: f64 = 15.0;
 /// The width of a letter, about.
-const LETTER: f64 = 6.6;
+const LETTER: f64 = 7.2;
 
 /// Where a chart is read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -195,13 +195,14 @@ pub(super) fn spread_labels(wanted: &[f64], low: f64, high: f64) -> Vec<f64> {
 /// Rectangles that are taken, and where a label beside a dot still fits.
 pub(super) struct Places {
     taken: Vec<(f64, f64, f64, f64)>,
-    bounds: (f64, f64),
+    /// The least and the greatest place along.
+    along: (f64, f64),
 }
 
 impl Places {
-    /// Labels may lie between these heights and widths: `bounds` is the width and height of the chart.
-    pub(super) fn new(bounds: (f64, f64)) -> Self {
-        Places { taken: vec![], bounds }
+    /// Labels may lie between these places along.
+    pub(super) fn new(along: (f64, f64)) -> Self {
+        Places { taken: vec![], along }
     }
 
     /// A dot, which no label may cover.
@@ -223,7 +224,7 @@ impl Places {
                 _ => x - width / 2.0,
             };
             let area = (start, y - 11.0, start + width, y + 3.0);
-            let inside = area.0 >= 0.0 && area.1 >= 0.0 && area.2 <= self.bounds.0 && area.3 <= self.bounds.1;
+            let inside = area.0 >= self.along.0 && area.2 <= self.along.1;
             let free = self.taken.iter().all(|t| area.0 >= t.2 || area.2 <= t.0 || area.1 >= t.3 || area.3 <= t.1);
             if inside && free {
                 self.taken.push(area);
@@ -264,7 +265,7 @@ mod tests {
 
     #[test]
     fn a_label_finds_a_free_side() {
-        let mut places = Places::new((200.0, 100.0));
+        let mut places = Places::new((0.0, 200.0));
         places.take_dot(100.0, 50.0);
         assert_eq!(places.label(100.0, 50.0, "abc"), Some((110.0, 54.0, "start")));
         assert_eq!(places.label(100.0, 50.0, "abc").unwrap().2, "end", "the right side is taken");
@@ -282,6 +283,6 @@ mod tests {
 
     #[test]
     fn names_are_cut() {
-        assert_eq!((&fitting("short", 100.0)[..], &fitting("much too long", 40.0)[..]), ("short", "much …"));
+        assert_eq!((&fitting("short", 100.0)[..], &fitting("much too long", 40.0)[..]), ("short", "much…"));
     }
 }

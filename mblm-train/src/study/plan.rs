@@ -262,7 +262,7 @@ impl Planner<'_> {
     fn variant(&self, name: &str, document: &Document) -> Result<PlannedVariant> {
         let mut config =
             RunConfig::from_document(document, self.registry).map_err(|error| Error::Config(error.to_string()))?;
-        self.refuse(&config)?;
+        self.refuse(&config).map_err(|error| error.located(document))?;
         let budget = &self.spec.budget;
         let solved = match (&budget.parameters, self.target) {
             (Some(parameters), Some(target)) => Some(solve(&mut config, parameters, target, budget.tolerance)?),
@@ -280,7 +280,8 @@ impl Planner<'_> {
         config.train.target_elements = wanted.unwrap_or(smallest);
         let yaml = config.to_yaml()?;
         // Everything else that a run checks before it begins.
-        let batches = Trainer::new(&model, open_data(&config)?, &config, &yaml)?.plan().batches;
+        let trainer = open_data(&config).and_then(|data| Trainer::new(&model, data, &config, &yaml));
+        let batches = trainer.map_err(|error| error.located(document))?.plan().batches;
         let bytes = batches * (step.batch * step.bytes) as u64;
         if let Some(wanted) = wanted {
             self.check_rounding(wanted, bytes, step)?;

@@ -149,7 +149,8 @@ impl<'a> Runner<'a> {
         (config.train.batch_size * config.params.input_seq_len * config.train.gradient_accumulate_every) as u64
     }
 
-    /// Runs what is left to do, until all runs have ended or `stop` is raised; `after` is called after each run.
+    /// Runs what is left to do, until all runs have ended or `stop` is raised; `after` is called after each run, one
+    /// call at a time.
     pub fn run(&self, stop: &AtomicBool, after: &(dyn Fn() + Sync)) -> Result<Ended> {
         let plan: &Plan = self.plan;
         let runs = plan.runs();
