@@ -9,6 +9,8 @@ use std::time::{Duration, Instant};
 use assert_cmd::cargo::CommandCargoExt;
 use serde_json::Value;
 
+mod compiled;
+
 const BASE: &str = "
 io: {name_model: toy, output_dir: runs, dataset_dir: data.txt, dataset_id: bytes, num_models_to_save: 1,
   validate_amount: 4, log_train_loss_amount: 10}
@@ -156,35 +158,86 @@ fn the_others_finish_when_a_variant_fails_and_the_report_says_what_their_files_s
     );
 }
 
-#[cfg(unix)]
-#[test]
-fn a_study_that_was_killed_goes_on_where_it_was() {
-    let study = "base: base.yaml\nseeds: [1]\nbudget: {bytes: 150_000}\noutput_dir: out\ngrid: {'params.num_layers[0]': [2, 1]}\n";
-    let whole = workplace(study);
-    assert_eq!(mblm(whole.path(), &["compare", "study.yaml"]).0, 0);
-    let folder = workplace(study);
-    let run = folder.path().join("out/runs/num_layers-0-2-seed1");
-    let mut child =
-        command(folder.path(), &["compare", "study.yaml"]).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+/// Two variants of one seed, each of which takes a second or so.
+const SLOW: &str = "base: base.yaml\nseeds: [1]\nbudget: {bytes: 200_000}\noutput_dir: out\n\
+                    grid: {'params.num_layers[0]': [2, 1]}\n";
+const SLOW_RUNS: [&str; 2] = ["num_layers-0-2-seed1", "num_layers-0-1-seed1"];
+
+/// Starts the study and returns when its first run has logged a few losses.
+fn begin(folder: &Path) -> std::process::Child {
+    let quiet = Stdio::null;
+    let child = command(folder, &["compare", "study.yaml"]).stdout(quiet()).stderr(quiet()).spawn().unwrap();
+    let metrics = folder.join("out/runs").join(SLOW_RUNS[0]).join("metrics.jsonl");
     let start = Instant::now();
-    // In the middle of the first run: it has logged a few losses.
-    while fs::read_to_string(run.join("metrics.jsonl")).map_or(0, |text| text.lines().count()) < 4 {
+    while fs::read_to_string(&metrics).map_or(0, |text| text.lines().count()) < 4 {
         assert!(start.elapsed() < Duration::from_secs(60), "the study did not begin");
         std::thread::sleep(Duration::from_millis(2));
     }
-    child.kill().unwrap();
-    child.wait().unwrap();
+    child
+}
+
+/// The losses of a run in the study's folder.
+fn losses(folder: &Path, run: &str) -> Vec<Value> {
+    metrics(&folder.join("out/runs").join(run)).into_iter().map(|line| line["loss"].clone()).collect()
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn killed_or_its_processes_killed_a_study_goes_on_where_it_was() {
+    let whole = workplace(SLOW);
+    assert_eq!(mblm(whole.path(), &["compare", "study.yaml"]).0, 0);
+
+    let folder = workplace(SLOW);
+    let mut study = begin(folder.path());
+    study.kill().unwrap();
+    study.wait().unwrap();
+    let run = folder.path().join("out/runs").join(SLOW_RUNS[0]);
     assert!(!run.join("result.json").exists(), "killed too late");
     let (code, out, error) = mblm(folder.path(), &["compare", "study.yaml"]);
     assert_eq!(code, 0, "{out}{error}");
     let log = read(run.join("train.log"));
     assert!(log.contains("interrupted: saved") && log.contains("resume: batch"), "its process ended by itself:\n{log}");
-    for name in ["num_layers-0-2-seed1", "num_layers-0-1-seed1"] {
-        let losses = |folder: &Path| -> Vec<Value> {
-            metrics(&folder.join("out/runs").join(name)).into_iter().map(|line| line["loss"].clone()).collect()
-        };
-        assert_eq!(losses(folder.path()), losses(whole.path()), "{name} is as if nothing had happened");
+    for name in SLOW_RUNS {
+        assert_eq!(losses(folder.path(), name), losses(whole.path(), name), "{name} is as if nothing had happened");
     }
+
+    // A process that the system ends, as it does when memory runs out, is one run that failed.
+    let folder = workplace(SLOW);
+    let mut study = begin(folder.path());
+    kill_training(folder.path());
+    assert_eq!(study.wait().unwrap().code(), Some(1));
+    let failed = read(folder.path().join("out/failed").join(format!("{}.txt", SLOW_RUNS[0])));
+    assert!(failed.contains("ended by signal 9, as the system does when memory runs out"), "{failed}");
+    assert_eq!(losses(folder.path(), SLOW_RUNS[1]), losses(whole.path(), SLOW_RUNS[1]), "the other one finished");
+    assert!(read(folder.path().join("out/report.html")).contains("1 run failed"));
+    let (code, _, error) = mblm(folder.path(), &["compare", "study.yaml", "--retry-failed"]);
+    assert_eq!(code, 0, "{error}");
+    assert_eq!(losses(folder.path(), SLOW_RUNS[0]), losses(whole.path(), SLOW_RUNS[0]), "from its last checkpoint");
+    assert!(!read(folder.path().join("out/report.html")).contains("1 run failed"));
+}
+
+/// Kills the process that trains the study's first run, which was started in `folder`.
+#[cfg(target_os = "linux")]
+fn kill_training(folder: &Path) {
+    let is_it = |process: &Path| {
+        let arguments = fs::read(process.join("cmdline")).unwrap_or_default();
+        let arguments = String::from_utf8_lossy(&arguments);
+        let here = process.join("cwd").read_link().is_ok_and(|cwd| cwd == folder.canonicalize().unwrap());
+        here && arguments.split('\0').any(|word| word == "train") && arguments.contains(SLOW_RUNS[0])
+    };
+    let mut processes = fs::read_dir("/proc").unwrap().map(|entry| entry.unwrap().path());
+    let process = processes.find(|process| is_it(process)).expect("a process that trains");
+    let id = process.file_name().unwrap();
+    assert!(Command::new("kill").arg("-9").arg(id).status().unwrap().success());
+}
+
+#[test]
+fn the_shipped_study_can_run() {
+    let (plugin, root) = (compiled::lstm(), Path::new(env!("CARGO_MANIFEST_DIR")));
+    let args = ["compare", "configs/study.yaml", "--dry-run", "--plugin-dir", plugin.to_str().unwrap()];
+    let (code, plan, error) = mblm(root, &args);
+    assert!(code == 0 && plan.starts_with("global-or-local: 9 variants x 2 seeds = 18 runs"), "{plan}{error}");
+    assert_eq!(plan.matches("parameters, ").count(), 9, "each is brought to the base's size: {plan}");
 }
 
 #[test]

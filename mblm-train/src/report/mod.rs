@@ -4,8 +4,10 @@
 //! (`report.html`), as text (`report.md`), as tables (`results.csv`, `results.json`) and as charts (`*.svg`).
 
 mod charts;
+mod details;
 mod format;
 mod front;
+mod lines;
 mod markdown;
 mod matrix;
 mod page;
@@ -137,14 +139,14 @@ impl Report {
         let mut charts = vec![("ranking".to_string(), charts::ranking(variants, format))];
         for kind in [Kind::Valid, Kind::Train] {
             for axis in Axis::ALL {
-                charts.push((curve_id(kind, axis), charts::curves(variants, kind, axis, format)));
+                charts.push((curve_id(kind, axis), lines::curves(variants, kind, axis, format)));
             }
         }
         for measure in Measure::ALL {
             charts.push((trade_off_id(measure), charts::trade_off(variants, measure, format)));
         }
         for stage in 0..self.num_stages() {
-            charts.push((gradient_id(stage), charts::gradients(variants, stage, format)));
+            charts.push((gradient_id(stage), lines::gradients(variants, stage, format)));
         }
         charts.into_iter().filter_map(|(name, svg)| Some((name, svg?))).collect()
     }

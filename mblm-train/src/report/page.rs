@@ -1,19 +1,17 @@
 //! The report as one HTML page that needs nothing but itself: works from disk, light and dark, on a phone.
 
-use super::format::{count, duration, escape, si, with_unit};
+use super::format::{count, escape, si, with_unit};
 use super::matrix::Matrix;
-use super::run::{Run, Status};
+use super::run::Run;
 use super::svg::{Format, STYLE, colour};
-use super::table::{bpb, columns, status};
+use super::table::{bpb, columns};
 use super::variant::Variant;
 use super::verdict::verdict;
-use super::{Axis, Kind, Measure, Report, curve_id, gradient_id, trade_off_id};
+use super::{Axis, Kind, Measure, Report, curve_id, details, gradient_id, trade_off_id};
 use crate::cost::bytes as binary;
 
 const PAGE_STYLE: &str = include_str!("page.css");
 const SCRIPT: &str = include_str!("page.js");
-/// Variants whose details are open at first.
-const OPEN: usize = 2;
 
 /// `report.html`
 pub(super) fn html(report: &Report) -> String {
@@ -27,7 +25,7 @@ pub(super) fn html(report: &Report) -> String {
         learning_curves(report, &charts),
         trade_offs(&charts),
         gradients(report, &charts),
-        variants(report),
+        details::variants(report),
         footer(),
     ];
     format!(
@@ -305,89 +303,6 @@ fn gradients(report: &Report, charts: &Charts) -> String {
     }
 }
 
-fn variants(report: &Report) -> String {
-    let mut html =
-        "<h2>Variants</h2>\n<p class=\"soft\">What each changes, what its seeds reached, and what it writes.</p>\n"
-            .to_string();
-    for (i, variant) in report.variants.iter().enumerate() {
-        let open = if i < OPEN { " open" } else { "" };
-        html += &format!(
-            "<details class=\"{}\"{open}><summary><span class=\"swatch\" style=\"margin:0\"></span>{}<span class=\"soft\">{}</span>\
-             </summary>\n<div class=\"inside\"><div>{}{}{}</div><div>{}</div></div></details>\n",
-            colour(i),
-            escape(&variant.name),
-            bpb(variant),
-            stages(variant),
-            changes(variant, &report.base),
-            seeds(variant),
-            sample(variant)
-        );
-    }
-    html
-}
-
-fn stages(variant: &Variant) -> String {
-    let Some(cost) = &variant.cost else { return String::new() };
-    let mut html = "<h3>Stages, from global to local</h3><table><tr><th>block</th><th>width</th><th>layers</th><th>parameters</th>\
-                    <th>FLOP/byte</th></tr>"
-        .to_string();
-    for stage in &cost.stages {
-        html += &format!(
-            "<tr><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td></tr>",
-            escape(&stage.block_type),
-            stage.hidden_dim,
-            stage.num_layers,
-            si(stage.part.parameters as f64),
-            stage.part.flops_per_byte.map_or("unknown".into(), si)
-        );
-    }
-    html + "</table>"
-}
-
-fn changes(variant: &Variant, base: &str) -> String {
-    let mut html = match variant.differences.is_empty() {
-        true if variant.name == base => "<h3>What the others are compared with</h3>".into(),
-        true => format!("<h3>Configured as {}</h3>", escape(base)),
-        false => {
-            let lines = escape(&variant.differences.join("\n"));
-            format!("<h3>Differences from {}</h3><pre>{lines}</pre>", escape(base))
-        }
-    };
-    if let Some(solved) = &variant.solved {
-        html += &format!("<h3>Solved for equal parameters</h3><pre>{}</pre>", escape(solved));
-    }
-    html
-}
-
-fn seeds(variant: &Variant) -> String {
-    let mut html =
-        "<h3>Runs</h3><table><tr><th>seed</th><th>valid bpb</th><th>bytes</th><th>time</th><th></th></tr>".to_string();
-    for run in &variant.runs {
-        let seed = run.seed.map_or("–".into(), |seed| seed.to_string());
-        let valid = run.valid_bpb().map_or("–".into(), |bpb| format!("{bpb:.4}"));
-        let bytes = run.bytes().map_or("–".into(), |bytes| with_unit(bytes, "B"));
-        let time = run.seconds().map_or("–".into(), duration);
-        let mark = if run.status == Status::Finished { "" } else { status(run) };
-        html += &format!("<tr><td>{seed}</td><td>{valid}</td><td>{bytes}</td><td>{time}</td><td>{mark}</td></tr>");
-    }
-    html + "</table>"
-}
-
-fn sample(variant: &Variant) -> String {
-    let missing = variant.runs.iter().find_map(|run| run.result.as_ref()?.measured.missing.as_deref());
-    match (variant.generation(), missing) {
-        (Some(generation), _) => format!(
-            "<h3>A sample: the prompt in grey, then {} at {}</h3><pre><span class=\"prompt\">{}</span>{}</pre>",
-            count(generation.bytes, "byte"),
-            with_unit(generation.bytes_per_second, "B/s"),
-            escape(&generation.prompt),
-            escape(&generation.text)
-        ),
-        (None, Some(why)) => format!("<h3>No sample</h3><pre>{}</pre>", escape(why)),
-        (None, None) => String::new(),
-    }
-}
-
 fn footer() -> String {
     "<footer>\n<p>Bits per byte are the mean loss per byte divided by ln 2, of each run's best validation; parameters and FLOPs are \
      counted as <code>mblm inspect</code> counts them, of a forward pass, from the global stage to the local one; a training step \
@@ -400,7 +315,7 @@ fn footer() -> String {
 #[cfg(test)]
 mod tests {
     use super::super::matrix::tests::cost;
-    use super::super::run::{Generation, Measured, RunResult};
+    use super::super::run::{Generation, Measured, RunResult, Status};
     use super::super::variant::tests::{run, variant};
     use super::*;
 
@@ -441,6 +356,6 @@ mod tests {
     fn a_chart_without_numbers_says_so() {
         let page = html(&report(2));
         assert!(page.contains("p-curves-train-bytes\"><p>There are no numbers"), "nothing was logged in training");
-        assert!(page.contains("+1.000</small>") && page.contains("class=\"dim rest\"") == false);
+        assert!(page.contains("+1.000</small>") && page.contains("class=\"dim c2\""));
     }
 }

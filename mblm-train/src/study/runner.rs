@@ -228,7 +228,7 @@ impl<'a> Runner<'a> {
                 write_whole(&failure, why)?;
                 display.ended(&run.name, &format!("failed: {}", first_line(why)));
             }
-            Fate::Stopped => display.ended(&run.name, "stopped, with a checkpoint"),
+            Fate::Stopped => display.line(&format!("{} is stopped, with a checkpoint", run.name)),
         }
         Ok(fate)
     }
