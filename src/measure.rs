@@ -60,7 +60,7 @@ fn sample(model: &Mblm, prompt: Vec<u32>) -> Result<Generation> {
     let until = Until { max_tokens: Some(SAMPLE), stop_token: None };
     // The first byte comes after the prompt was read, which is no generation.
     let (mut first, mut last, mut bytes) = (None, Instant::now(), 0);
-    generate(model, &[prompt.clone()], &mut samplers, &until, |_, token| {
+    generate(model, std::slice::from_ref(&prompt), &mut samplers, &until, |_, token| {
         stream.write(token)?;
         bytes += 1;
         last = Instant::now();
