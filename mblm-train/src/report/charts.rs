@@ -120,7 +120,7 @@ pub(super) fn trade_off(variants: &[Variant], measure: Measure, format: Format) 
         return None;
     }
     let height = if format == Format::Wide { 440.0 } else { 320.0 };
-    let margins = Margins { left: 52.0, right: 24.0, top: 30.0, bottom: 48.0 };
+    let margins = Margins { left: 52.0, right: 24.0, top: 46.0, bottom: 48.0 };
     let title = format!("Bits per byte against {}, with the Pareto front", measure.name());
     let mut svg = Svg::new(&title, format.width(), height, margins);
     let values = || dots.iter().map(|(_, _, value, _)| *value);
@@ -150,6 +150,7 @@ pub(super) fn trade_off(variants: &[Variant], measure: Measure, format: Format) 
     let places: Vec<(f64, f64)> = points.iter().map(|point| at(*point)).collect();
     svg.add(&format!("<path class=\"front\" d=\"{staircase}\"/>"));
     let mut labels = Places::new((margins.left + 2.0, format.width()));
+    labels.take_name();
     places.iter().for_each(|(px, py)| labels.take_dot(*px, *py));
     // Those on the front choose first, then the better ones.
     let mut order: Vec<usize> = (0..dots.len()).collect();

@@ -210,6 +210,11 @@ impl Places {
         self.taken.push((x - 6.0, y - 6.0, x + 6.0, y + 6.0));
     }
 
+    /// The name of the axis up, in the corner.
+    pub(super) fn take_name(&mut self) {
+        self.taken.push((0.0, 0.0, 340.0, 20.0));
+    }
+
     /// A place for a label beside the dot at `(x, y)`: where it starts, and its anchor.
     pub(super) fn label(&mut self, x: f64, y: f64, text: &str) -> Option<(f64, f64, &'static str)> {
         let width = text.chars().count() as f64 * LETTER;
