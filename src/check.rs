@@ -12,7 +12,7 @@ use mblm::train::session;
 use mblm::yaml::Document;
 
 use crate::plugins::Plugins;
-use crate::train::{build, located};
+use crate::train::build;
 
 /// Arguments of `mblm check`.
 #[derive(clap::Args)]
@@ -32,7 +32,7 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
     let mut document = Document::read(&args.config)?;
     args.set.iter().try_for_each(|assignment| document.set(assignment))?;
     let config = RunConfig::from_document(&document, &plugins.registry(Some(&args.config))?)?;
-    let located = |error| located(error, &document);
+    let located = |error: mblm::train::Error| error.located(&document);
     let data = match args.no_data {
         true => None,
         false => Some(session::open_data(&config).map_err(located)?),

@@ -8,13 +8,13 @@ use anyhow::Result;
 use candle_core::{Device, Tensor};
 use mblm::testing::noise;
 use mblm::train::config::ModelConfig;
+use mblm::train::cost::bytes as shown_bytes;
 use mblm::train::data::corpus::Corpus;
 use mblm::train::doctor::{Report, Severity, examine};
 use mblm::yaml::Document;
 
 use crate::Usage;
 use crate::inspect;
-use crate::inspect::report::bytes as shown_bytes;
 use crate::plugins::Plugins;
 
 /// The share of bytes that an encoder has to restore, if the configuration does not say.

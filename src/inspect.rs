@@ -1,7 +1,5 @@
 //! `mblm inspect`: what a configuration builds, stage by stage, and what that costs.
 
-pub mod report;
-
 use std::io::Write;
 use std::path::PathBuf;
 
@@ -10,9 +8,9 @@ use mblm_core::model::{Mblm, MblmEncoder};
 use mblm_core::registry::BlockRegistry;
 use mblm_core::yaml::Document;
 use mblm_train::config::{ModelConfig, RunConfig};
+use mblm_train::cost::{Report, Step};
 
 use crate::plugins::Plugins;
-use report::{Report, Step};
 
 /// Arguments of `mblm inspect`.
 #[derive(clap::Args)]

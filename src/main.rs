@@ -4,16 +4,19 @@ mod bench;
 mod blocks;
 mod check;
 mod checkpoint;
+mod compare;
 mod doctor;
 mod eval;
 mod generate;
 mod import;
 mod inspect;
 mod log;
+mod measure;
 mod memory;
 mod model;
 mod plugin;
 mod plugins;
+mod report;
 mod schema;
 mod train;
 
@@ -43,6 +46,10 @@ enum Command {
     Train(train::Args),
     /// Continue a prompt with a trained model
     Generate(generate::Args),
+    /// Train variants of a model under one budget and report which is best
+    Compare(compare::Args),
+    /// Compare runs that are there: a page, tables and charts
+    Report(report::Args),
     /// Measure the bits per byte of a trained model on data
     Eval(eval::Args),
     /// Make a run of a checkpoint that the Python package saved (.pth)
@@ -66,6 +73,9 @@ enum Command {
     /// Open a plugin and say how that went
     #[command(name = plugins::PROBE, hide = true)]
     Probe(plugin::ProbeArgs),
+    /// Measure the model of a study's run and print that as JSON
+    #[command(hide = true)]
+    MeasureRun(measure::Args),
 }
 
 fn main() -> ExitCode {
@@ -87,6 +97,8 @@ fn run(Cli { plugins, command }: Cli) -> anyhow::Result<()> {
     match command {
         Command::Train(args) => train::run(&args, &plugins),
         Command::Generate(args) => generate::run(&args, &plugins),
+        Command::Compare(args) => compare::run(&args, &plugins),
+        Command::Report(args) => report::run(&args, &plugins),
         Command::Eval(args) => eval::run(&args, &plugins),
         Command::Import(args) => import::run(&args, &plugins),
         Command::Checkpoint(args) => checkpoint::run(&args, &plugins),
@@ -97,6 +109,7 @@ fn run(Cli { plugins, command }: Cli) -> anyhow::Result<()> {
         Command::Schema(args) => schema::run(&args, &plugins),
         Command::Bench(args) => bench::run(&args, &plugins),
         Command::Plugin(args) => plugin::run(&args, &plugins),
+        Command::MeasureRun(args) => measure::run(&args, &plugins),
         Command::Probe(args) => {
             plugin::probe(&args);
             Ok(())

@@ -9,6 +9,7 @@ use mblm::generate::{Format, Sampler, Sampling, TokenStream, Until, generate};
 use mblm::model::Mblm;
 use mblm::train as training;
 use mblm::train::config::RunConfig;
+use mblm::train::cost::{Report, Step, bytes as shown_bytes};
 use mblm::train::data::{Splits, unigram_entropy};
 use mblm::train::evaluate::bpb;
 use mblm::train::memory::Memory;
@@ -18,7 +19,6 @@ use mblm::train::session::{self, Session};
 use mblm::train::trainer::Outcome;
 use mblm::yaml::Document;
 
-use crate::inspect::report::{Report, Step, bytes as shown_bytes};
 use crate::plugins::Plugins;
 use crate::{Usage, model};
 
@@ -35,6 +35,9 @@ pub struct Args {
     /// Go on with this run from its newest checkpoint
     #[arg(long, value_name = "RUN", conflicts_with = "config")]
     resume: Option<PathBuf>,
+    /// Make this run folder [default: `io.output_dir`/`io.name_model`-TIME]
+    #[arg(long, value_name = "RUN", conflicts_with = "resume")]
+    out: Option<PathBuf>,
     /// Override a field of the configuration, as in `--set train.learning_rate=3e-4`
     #[arg(long, value_name = "FIELD=VALUE")]
     set: Vec<String>,
@@ -50,18 +53,22 @@ pub struct Args {
     /// Show warnings and errors alone; print the run's folder at the end
     #[arg(short, long)]
     quiet: bool,
+    /// End as at Ctrl-C when standard input does: a run that a study started ends with that study
+    #[arg(long, hide = true)]
+    until_eof: bool,
 }
 
 /// Runs `mblm train`.
 pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
-    let stop = stop_flag()?;
+    let stop = stop_flag(args.until_eof)?;
     let (run, outcome) = match (&args.resume, &args.config) {
         (Some(run), _) => (run.clone(), resume(run, args, plugins, &stop)?),
         (None, Some(path)) => {
             let mut document = Document::read(path)?;
             args.set.iter().try_for_each(|assignment| document.set(assignment))?;
             let config = RunConfig::from_document(&document, &plugins.registry(Some(path))?)?;
-            let located = |error| located(error, &document);
+            // Errors of the data and of the plan begin with the field that is at fault; here its line is known.
+            let located = |error: training::Error| error.located(&document);
             session(&config, args, &stop)?.train().map_err(located)?
         }
         (None, None) => return Err(Usage("expected a configuration, or --resume RUN".into()).into()),
@@ -72,15 +79,6 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
         false => conclude(&run, &outcome, args.allow_plugin_change, plugins)?,
     }
     Ok(())
-}
-
-/// Errors of the data and of the plan begin with the field that is at fault; here its file and line are known.
-pub fn located(error: training::Error, document: &Document) -> anyhow::Error {
-    let training::Error::Config(text) = &error else { return error.into() };
-    match text.split_once(": ") {
-        Some((field, message)) if document.get(field).is_some() => document.error(field, message).into(),
-        _ => error.into(),
-    }
 }
 
 /// Goes on with a run. Its configuration is that of its newest checkpoint, unless `--force` lets it be another one.
@@ -118,7 +116,13 @@ fn resume(path: &Path, args: &Args, plugins: &Plugins, stop: &AtomicBool) -> Res
 
 fn session<'a>(config: &'a RunConfig, args: &Args, stop: &'a AtomicBool) -> Result<Session<'a>> {
     let build = || Ok(Box::new(build(config)?) as Box<dyn TrainModel>);
-    Ok(Session { build: Box::new(build), retries: args.retries, quiet: args.quiet, ..Session::new(config, stop)? })
+    Ok(Session {
+        build: Box::new(build),
+        place: args.out.clone(),
+        retries: args.retries,
+        quiet: args.quiet,
+        ..Session::new(config, stop)?
+    })
 }
 
 /// Builds the model, and warns of one whose training does not fit the machine.
@@ -140,9 +144,17 @@ pub fn build(config: &RunConfig) -> training::Result<Model> {
     Ok(model)
 }
 
-/// Raised by Ctrl-C and by SIGTERM; a second one ends the program at once.
-fn stop_flag() -> Result<Arc<AtomicBool>> {
+/// Raised by Ctrl-C and by SIGTERM, of which a second one ends the program at once, and at the end of standard input if
+/// `until_eof`.
+pub fn stop_flag(until_eof: bool) -> Result<Arc<AtomicBool>> {
     let stop = Arc::new(AtomicBool::new(false));
+    if until_eof {
+        let raised = stop.clone();
+        std::thread::spawn(move || {
+            let _ = std::io::copy(&mut std::io::stdin(), &mut std::io::sink()); // an error is an end too
+            raised.store(true, Ordering::SeqCst);
+        });
+    }
     let raised = stop.clone();
     ctrlc::set_handler(move || {
         if raised.swap(true, Ordering::SeqCst) {
@@ -176,7 +188,7 @@ fn conclude(run: &Path, outcome: &Outcome, allow_plugin_change: bool, plugins: &
 }
 
 /// The beginning of the validation data.
-fn prompt(data: &Splits, seq_len: usize) -> Result<Vec<u32>> {
+pub fn prompt(data: &Splits, seq_len: usize) -> Result<Vec<u32>> {
     let mut ids = vec![0; seq_len];
     let mut mask = vec![0.0; if data.valid.has_loss_mask() { seq_len } else { 0 }];
     data.valid.sample(0, 0, &mut ids, &mut mask)?;

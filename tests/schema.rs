@@ -44,7 +44,8 @@ fn read(path: &Path) -> Value {
 fn configs() -> Vec<PathBuf> {
     let in_folder = |folder: &str| Path::new(ROOT).join(folder).read_dir().unwrap().map(|entry| entry.unwrap().path());
     let mut paths: Vec<PathBuf> = ["configs", "tests/upstream-configs"].into_iter().flat_map(in_folder).collect();
-    paths.retain(|path| path.extension().is_some_and(|extension| extension == "yaml"));
+    // A study is no training configuration: it holds one, with variants.
+    paths.retain(|path| path.extension().is_some_and(|extension| extension == "yaml") && !path.ends_with("study.yaml"));
     paths
 }
 

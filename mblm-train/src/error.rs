@@ -3,6 +3,8 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use mblm_core::yaml::Document;
+
 /// Everything that can go wrong in `mblm-train`.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -54,6 +56,17 @@ impl Error {
     pub fn is_configuration(&self) -> bool {
         use mblm_core::Error as Core;
         matches!(self, Error::Config(_) | Error::Core(Core::Config(_) | Core::Input(_)))
+    }
+
+    /// Names the file and the line of the field that a mistake in the configuration begins with, if `document` has it.
+    pub fn located(self, document: &Document) -> Self {
+        let Error::Config(text) = &self else { return self };
+        match text.split_once(": ") {
+            Some((field, message)) if document.get(field).is_some() => {
+                Error::Config(document.error(field, message).to_string())
+            }
+            _ => self,
+        }
     }
 
     pub(crate) fn checkpoint(path: &Path, message: impl Into<String>) -> Self {

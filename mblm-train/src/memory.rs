@@ -21,6 +21,11 @@ impl Memory {
         Self::parse(&status, &machine)
     }
 
+    /// The most that process `pid` ever held; `None` when it has ended.
+    pub fn peak_of(pid: u32) -> Option<u64> {
+        bytes(&fs::read_to_string(format!("/proc/{pid}/status")).ok()?, "VmHWM:")
+    }
+
     fn parse(status: &str, machine: &str) -> Option<Self> {
         Some(Memory {
             resident: bytes(status, "VmRSS:")?,

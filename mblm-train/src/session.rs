@@ -39,8 +39,8 @@ pub fn open_data(config: &RunConfig) -> Result<Splits> {
     data::open(&config.io.dataset_id, &options)
 }
 
-/// Does what [`Session::train`] does before it makes a run's folder, but for running a sequence: what is left out of `config` and
-/// its data after this is what only training shows. Returns the plan.
+/// Does what [`Session::train`] does before it makes a run's folder, but for running a sequence: what is wrong with
+/// `config` and its data after this is what only training shows. Returns the plan.
 ///
 /// # Errors
 /// Mistakes in `config` or its data, or in the checkpoint that it begins with.
@@ -60,6 +60,8 @@ pub struct Session<'a> {
     pub config_yaml: String,
     /// Builds its model: at the start, and for each retry, since a block that panicked is not to be trusted.
     pub build: Box<dyn Fn() -> Result<Box<dyn TrainModel + 'a>> + 'a>,
+    /// The run's folder, which must not be there yet; else one with a name of its own in `io.output_dir`.
+    pub place: Option<PathBuf>,
     /// After a failure the run goes on from its newest checkpoint, at most so often. Everything that ends training counts
     /// as one but a loss or a gradient that is not finite, which would come again bit for bit.
     pub retries: u32,
@@ -76,7 +78,8 @@ impl<'a> Session<'a> {
     /// A block's configuration cannot be written.
     pub fn new(config: &'a RunConfig, stop: &'a AtomicBool) -> Result<Self> {
         let build = || Ok(Box::new(Model::new(config, config.train.seed)?) as Box<dyn TrainModel>);
-        Ok(Session { config, config_yaml: config.to_yaml()?, build: Box::new(build), retries: 0, quiet: false, stop })
+        let (config_yaml, build) = (config.to_yaml()?, Box::new(build));
+        Ok(Session { config, config_yaml, build, place: None, retries: 0, quiet: false, stop })
     }
 
     /// Starts a run and trains until its end or until `stop` is raised. Returns the run's folder and how it ended.
@@ -110,7 +113,10 @@ impl<'a> Session<'a> {
             import::begin(&mut trainer, &*model, resume)?;
         }
         trainer.rehearse()?;
-        let run = RunFolder::create(&self.config.io.output_dir, &self.config.io.name_model, trainer.snapshot())?;
+        let run = match &self.place {
+            Some(place) => RunFolder::create_at(place, trainer.snapshot())?,
+            None => RunFolder::create(&self.config.io.output_dir, &self.config.io.name_model, trainer.snapshot())?,
+        };
         let mut record = self.record(&run, &trainer)?;
         let progress = &mut record.progress;
         progress.line(&format!("run: {}", run.path().display()));

@@ -37,6 +37,29 @@ impl Timestamp {
         Timestamp { date: (year, month, days + 1), time, micros }
     }
 
+    /// Reads what [`Display`](std::fmt::Display) writes, with or without a fraction of a second.
+    pub fn parse(text: &str) -> Option<Self> {
+        let (date, time) = text.trim().split_once([' ', 'T'])?;
+        let three = |text: &str, by| -> Option<(u64, u64, u64)> {
+            let mut numbers = text.splitn(3, by).map(|part: &str| part.parse().ok());
+            Some((numbers.next()??, numbers.next()??, numbers.next()??))
+        };
+        let (time, fraction) = time.split_once('.').unwrap_or((time, "0"));
+        let (date @ (year, month, day), time) = (three(date, '-')?, three(time, ':')?);
+        let micros = format!("{fraction:0<6}").get(..6)?.parse().ok()?;
+        let is_date = (1970..10_000).contains(&year) && (1..=12).contains(&month) && (1..=31).contains(&day);
+        is_date.then_some(Timestamp { date, time, micros })
+    }
+
+    /// Seconds since 1970.
+    pub fn seconds(&self) -> f64 {
+        let ((year, month, day), (hour, minute, second)) = (self.date, self.time);
+        // Years that begin in March end with the leap day.
+        let (year, month) = if month > 2 { (year, month - 3) } else { (year - 1, month + 9) };
+        let days = year * 365 + year / 4 - year / 100 + year / 400 + (153 * month + 2) / 5 + day - 1 - 719_468;
+        (days * 86_400 + hour * 3600 + minute * 60 + second) as f64 + f64::from(self.micros) / 1e6
+    }
+
     /// `20240229-130507`, for names of folders.
     pub fn compact(&self) -> String {
         let ((year, month, day), (hour, minute, second)) = (self.date, self.time);
@@ -55,6 +78,20 @@ impl std::fmt::Display for Timestamp {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn text_is_read_back() {
+        for seconds in [0, 951_782_400, 1_709_211_907, 4_107_542_399, 4_107_542_400] {
+            let moment = Timestamp::from_unix(seconds, 250_000);
+            assert_eq!(Timestamp::parse(&moment.to_string()), Some(moment));
+            assert_eq!(moment.seconds(), seconds as f64 + 0.25);
+        }
+        let short = Timestamp::parse("2024-02-29T13:05:07.5").unwrap();
+        assert_eq!((short.seconds(), short.micros), (1_709_211_907.5, 500_000));
+        for text in ["", "2024-02-29", "2024-13-01 00:00:00", "a-b-c d:e:f"] {
+            assert_eq!(Timestamp::parse(text), None, "{text}");
+        }
+    }
 
     #[test]
     fn known_moments() {

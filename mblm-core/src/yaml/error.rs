@@ -13,6 +13,8 @@ use crate::nearest::suggestion;
 pub enum Place {
     /// A line of the file, counted from 1.
     Line(usize),
+    /// A line of another file, which overrides this one.
+    Other(String, usize),
     /// An override on the command line, such as `train.learning_rate=3e-4`.
     Set(String),
 }
@@ -52,6 +54,7 @@ impl fmt::Display for ConfigError {
         f.write_str(message)?;
         match &self.place {
             Some(Place::Line(line)) => write!(f, " (line {line})")?,
+            Some(Place::Other(file, line)) => write!(f, " ({file} line {line})")?,
             Some(Place::Set(assignment)) => write!(f, " (--set {assignment})")?,
             None => {}
         }

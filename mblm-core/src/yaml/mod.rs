@@ -124,10 +124,41 @@ impl Document {
             return Err(error("", "expected NAME=VALUE, such as train.learning_rate=3e-4".into()));
         };
         let path = path.trim();
+        let (new, _) = parse::parse(text).map_err(|(_, message)| error(path, message))?;
+        self.put(path, new, BTreeMap::from([(String::new(), place)]))
+    }
+
+    /// Replaces the value at `path`, or adds it, as [`set`](Self::set) does. It stands at `from` in `source`, a string
+    /// whose fields may hold dots, and errors will name that place.
+    pub fn graft(&mut self, path: &str, value: Value, source: &Document, from: &str) -> Result<(), ConfigError> {
+        let elsewhere = |place: &Place| match place {
+            Place::Line(line) => Place::Other(source.name.clone(), *line),
+            other => other.clone(),
+        };
+        let within = |(place, at): (&String, &Place)| {
+            let rest = place.strip_prefix(from).filter(|rest| rest.is_empty() || rest.starts_with(['.', '[']))?;
+            Some((rest.trim_start_matches('.').to_string(), elsewhere(at)))
+        };
+        self.put(path, value, source.places.iter().filter_map(within).collect())
+    }
+
+    /// The section `path` as a document of its own, in which every field keeps its line.
+    pub fn extract(&self, path: &str) -> Option<Document> {
+        let value = self.get(path)?.clone();
+        let places = self.places.iter().filter(|(place, _)| is_within(place, path) && *place != path);
+        let places = places.map(|(place, at)| (place[path.len()..].trim_start_matches('.').to_string(), at.clone()));
+        Some(Document { name: self.name.clone(), value, places: places.collect() })
+    }
+
+    /// Puts a value at `path`; `places` says where it and its fields were given.
+    fn put(&mut self, path: &str, new: Value, places: BTreeMap<String, Place>) -> Result<(), ConfigError> {
+        let place = places.get("").cloned();
+        let file = self.name.clone();
+        let error =
+            |path: &str, message| ConfigError { file: file.clone(), path: path.into(), place: place.clone(), message };
         let Some(names) = segments(path).filter(|names| !names.is_empty()) else {
             return Err(error("", format!("expected a field such as `params.block[1].dropout`, found `{path}`")));
         };
-        let (new, _) = parse::parse(text).map_err(|(_, message)| error(path, message))?;
         let mut slot = &mut self.value;
         let mut walked = String::new();
         for (i, name) in names.iter().enumerate() {
@@ -137,7 +168,7 @@ impl Document {
         }
         *slot = new;
         self.places.retain(|place, _| !is_within(place, path));
-        self.places.insert(path.into(), place);
+        self.places.extend(places.into_iter().map(|(field, place)| (join(path, &field), place)));
         Ok(())
     }
 
@@ -310,6 +341,25 @@ io: {dir: /data, keep: 3}
             let found = document(&[]).set(set).unwrap_err().to_string();
             assert!(if want.ends_with(": ") { found.starts_with(want) } else { found == want }, "{found}");
         }
+    }
+
+    #[test]
+    fn what_another_file_overrides_is_named_there() {
+        let study = "base: {train: {steps: 1, rates: [2, {}], name: x}}\nset:\n  train.rates[1]:\n    final: 3\n";
+        let study = Document::parse(study, "study.yaml").unwrap();
+        let mut base = study.extract("base").unwrap();
+        assert_eq!(base.error("train.steps", "x").to_string(), "study.yaml: train.steps: x (line 1)");
+        let value = study.get("set").unwrap()["train.rates[1]"].clone();
+        let mut other = document(&[]);
+        for document in [&mut base, &mut other] {
+            document.graft("train.rates[1]", value.clone(), &study, "set.train.rates[1]").unwrap();
+            assert_eq!(document.get("train.rates[1].final"), Some(&Value::from(3)));
+        }
+        let error = other.error("train.rates[1].final", "x").to_string();
+        assert_eq!(error, "a.yaml: train.rates[1].final: x (study.yaml line 4)");
+        let error = other.graft("train.x.y", value, &study, "set.train.rates[1]").unwrap_err().to_string();
+        assert!(error.starts_with("a.yaml: train: there is no section `x`"), "{error}");
+        assert!(error.ends_with("(study.yaml line 3)"), "{error}");
     }
 
     #[test]

@@ -254,7 +254,7 @@ mod tests {
     fn lines(text: &str) -> Vec<(String, usize)> {
         let line = |(path, place)| match place {
             Place::Line(line) => (path, line),
-            Place::Set(_) => unreachable!(),
+            Place::Set(_) | Place::Other(..) => unreachable!(),
         };
         parse(text).unwrap().1.into_iter().map(line).collect()
     }

@@ -1,11 +1,11 @@
-//! The numbers of `mblm inspect`, and the table that shows them.
+//! What a model costs, stage by stage: parameters, operations and memory, and the table of `mblm inspect`.
 
 use std::fmt;
 
 use mblm_core::config::MblmConfig;
 use mblm_core::registry::block_type;
 use mblm_core::{ParamStore, StageModel};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// Everything is held in 32 bit floats.
 const FLOAT_BYTES: f64 = 4.0;
@@ -13,11 +13,11 @@ const FLOAT_BYTES: f64 = 4.0;
 const TRAINED_COPIES: f64 = 4.0;
 /// What the program holds besides: its code, the threads' stacks, the chunks that long loops work in.
 const PROCESS_BYTES: f64 = 128.0 * 1048576.0;
-/// A backward pass costs about twice its forward pass.
-const STEP_PER_FORWARD: f64 = 3.0;
+/// A training step in forward passes: backward costs about twice as much as forward.
+pub const STEP_PER_FORWARD: f64 = 3.0;
 
 /// What one training step reads.
-#[derive(Clone, Copy, Debug, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Step {
     /// Sequences.
     pub batch: usize,
@@ -26,40 +26,48 @@ pub struct Step {
 }
 
 /// What a part of the model costs. `None` where a block does not say.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-struct Part {
-    parameters: usize,
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Part {
+    /// Learned numbers.
+    pub parameters: usize,
     /// Floating point operations of a forward pass.
-    flops_per_byte: Option<f64>,
+    pub flops_per_byte: Option<f64>,
     /// What a training step keeps for backward, in bytes.
-    activation_bytes: Option<f64>,
+    pub activation_bytes: Option<f64>,
 }
 
 /// A stage and its cost.
-#[derive(Debug, Serialize)]
-struct Stage {
-    block_type: &'static str,
-    seq_len: usize,
-    hidden_dim: usize,
-    num_layers: usize,
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Stage {
+    /// Its block's type.
+    pub block_type: String,
+    /// Its sequence length `P_n`.
+    pub seq_len: usize,
+    /// Its width `D_n`.
+    pub hidden_dim: usize,
+    /// Its layers.
+    pub num_layers: usize,
+    /// What its model costs.
     #[serde(flatten)]
-    part: Part,
+    pub part: Part,
 }
 
 /// A model's costs.
-#[derive(Debug, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Report {
     step: Step,
     context_len: usize,
     num_tokens: usize,
-    stages: Vec<Stage>,
+    /// From global to local.
+    pub stages: Vec<Stage>,
     /// Token embeddings with their projections, positions and start tokens.
     embeddings: Part,
     /// From each stage to the next.
     projections: Part,
     /// The logits.
     head: Part,
-    total: Part,
+    /// The whole model.
+    pub total: Part,
     /// The most memory that a training step holds at once, in bytes.
     peak_bytes: Option<f64>,
 }
@@ -70,7 +78,7 @@ impl Report {
         let counts = Counts { config, params, step };
         let stages: Vec<Stage> = (0..config.num_stages())
             .map(|n| Stage {
-                block_type: block_type(&*config.blocks[n]),
+                block_type: block_type(&*config.blocks[n]).into(),
                 seq_len: config.seq_lens[n],
                 hidden_dim: config.hidden_dims[n],
                 num_layers: config.num_layers[n],
@@ -229,7 +237,7 @@ impl fmt::Display for Report {
             let [seq_len, dim, layers] = [stage.seq_len, stage.hidden_dim, stage.num_layers].map(|n| n.to_string());
             let [parameters, flops, activations] = stage.part.cells();
             let name = (n + 1).to_string();
-            rows.push([name, stage.block_type.into(), seq_len, dim, layers, parameters, flops, activations]);
+            rows.push([name, stage.block_type.clone(), seq_len, dim, layers, parameters, flops, activations]);
         }
         let rest = [("embeddings", &self.embeddings), ("projections", &self.projections), ("head", &self.head)];
         for (name, part) in rest.into_iter().chain([("total", &self.total)]) {
@@ -268,7 +276,7 @@ impl Part {
 }
 
 /// Columns as wide as needed; the first two are text and start at the left.
-fn write_table<const N: usize>(f: &mut fmt::Formatter<'_>, rows: &[[String; N]]) -> fmt::Result {
+pub(crate) fn write_table<const N: usize>(f: &mut fmt::Formatter<'_>, rows: &[[String; N]]) -> fmt::Result {
     let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
     let widths: [usize; N] = std::array::from_fn(width);
     for row in rows {
@@ -286,7 +294,7 @@ fn or_unknown(number: Option<f64>, show: impl Fn(f64) -> String) -> String {
 }
 
 /// Three digits and a metric prefix, `12.3 M`.
-fn metric(number: f64) -> String {
+pub fn metric(number: f64) -> String {
     scaled(number, 1000.0, &["", "k", "M", "G", "T", "P", "E"])
 }
 

@@ -1,0 +1,285 @@
+//! The comparison of runs: which variant is best, by how much, at what speed and memory.
+//!
+//! A [`Report`] is made from the files of run folders alone, of one study or of any runs, and written as one page
+//! (`report.html`), as text (`report.md`), as tables (`results.csv`, `results.json`) and as charts (`*.svg`).
+
+mod charts;
+mod details;
+mod format;
+mod front;
+mod lines;
+mod markdown;
+mod matrix;
+mod page;
+mod run;
+mod scale;
+mod svg;
+mod table;
+mod variant;
+mod verdict;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+
+use serde_yaml::Value;
+
+use crate::cost;
+use crate::difference::differences;
+use crate::error::{AtPath, Result};
+use crate::metrics::Kind;
+use crate::study::{Amount, PlanFile, failure_file, run_folder, run_name};
+use charts::Measure;
+use format::count;
+pub(crate) use format::{duration, with_unit};
+use svg::{Format, Svg};
+
+pub use run::{Generation, Measured, Point, Run, RunResult, Status};
+pub use variant::{Axis, CurvePoint, Spread, Variant};
+
+/// Fields in which runs of one variant may differ.
+const NO_VARIANTS: [&str; 3] = ["train.seed", "io.name_model", "io.output_dir"];
+
+/// A comparison.
+#[derive(Clone, Debug)]
+pub struct Report {
+    /// Its title.
+    pub title: String,
+    /// What was asked, in words.
+    pub description: Option<String>,
+    /// What all runs have in common, in a few words each.
+    pub facts: Vec<String>,
+    /// What differences are counted from.
+    pub base: String,
+    /// The best first.
+    pub variants: Vec<Variant>,
+}
+
+impl Report {
+    /// The report of the study in `folder`, as far as it has come.
+    ///
+    /// # Errors
+    /// It is no study's folder.
+    pub fn of_study(folder: &Path) -> Result<Self> {
+        let plan = PlanFile::read(folder)?;
+        let mut variants = Vec::new();
+        for about in &plan.variants {
+            let runs = plan.seeds.iter().map(|&seed| study_run(folder, &about.name, seed)).collect();
+            variants.push(Variant {
+                name: about.name.clone(),
+                runs,
+                cost: Some(about.cost.clone()),
+                differences: about.differences.clone(),
+                solved: about.solved.clone(),
+            });
+        }
+        variant::rank(&mut variants);
+        let facts = study_facts(&plan, &variants);
+        let PlanFile { name, description, .. } = plan;
+        Ok(Report { title: name, description, facts, base: "the study's base".into(), variants })
+    }
+
+    /// The report of any runs. Those that differ in their seeds alone are one variant; differences are counted from the
+    /// first. `cost` is asked where a run's files do not tell what its model costs.
+    pub fn of_runs(runs: Vec<Run>, cost: impl Fn(&Path) -> Option<cost::Report>) -> Self {
+        let mut groups: Vec<(Option<Value>, Vec<Run>)> = Vec::new();
+        for run in runs {
+            let config = run.config.as_ref().map(without_names);
+            match groups.iter_mut().find(|(other, _)| config.is_some() && *other == config) {
+                Some((_, runs)) => runs.push(run),
+                None => groups.push((config, vec![run])),
+            }
+        }
+        let names = names(&groups);
+        let base = groups.first().and_then(|(config, _)| config.clone());
+        let first = names.first().cloned().unwrap_or_default();
+        let mut variants: Vec<Variant> = groups
+            .into_iter()
+            .zip(names)
+            .map(|((config, runs), name)| {
+                let differences = base.as_ref().zip(config.as_ref()).map(|(base, config)| differences(base, config));
+                Variant {
+                    name,
+                    cost: known_cost(&runs).or_else(|| runs.iter().find_map(|run| cost(run.folder.as_ref()?))),
+                    runs,
+                    differences: differences.unwrap_or_default(),
+                    solved: None,
+                }
+            })
+            .collect();
+        variant::rank(&mut variants);
+        let runs: usize = variants.iter().map(|variant| variant.runs.len()).sum();
+        let facts = vec![count(variants.len(), "variant"), count(runs, "run")];
+        Report { title: "Comparison of runs".into(), description: None, facts, base: first, variants }
+    }
+
+    /// Writes everything to `folder`.
+    pub fn write(&self, folder: &Path) -> Result<()> {
+        fs::create_dir_all(folder).at(folder)?;
+        let write = |name: &str, text: &str| crate::study::write_whole(&folder.join(name), text);
+        let charts = self.charts(Format::Wide);
+        for (name, svg) in &charts {
+            write(&format!("{name}.svg"), &svg.file())?;
+        }
+        let names: Vec<&str> = charts.iter().map(|(name, _)| &name[..]).collect();
+        write("report.md", &markdown::text(self, &names))?;
+        write("results.csv", &table::csv(self)?)?;
+        write("results.json", &table::json(self)?)?;
+        write("report.html", &page::html(self))
+    }
+
+    /// The ranking as text for a terminal.
+    pub fn to_text(&self) -> String {
+        table::text(self)
+    }
+
+    /// All charts there is something for, by name.
+    fn charts(&self, format: Format) -> Vec<(String, Svg)> {
+        let variants = &self.variants;
+        let mut charts = vec![("ranking".to_string(), charts::ranking(variants, format))];
+        for kind in [Kind::Valid, Kind::Train] {
+            for axis in Axis::ALL {
+                charts.push((curve_id(kind, axis), lines::curves(variants, kind, axis, format)));
+            }
+        }
+        for measure in Measure::ALL {
+            charts.push((trade_off_id(measure), charts::trade_off(variants, measure, format)));
+        }
+        for stage in 0..self.num_stages() {
+            charts.push((gradient_id(stage), lines::gradients(variants, stage, format)));
+        }
+        charts.into_iter().filter_map(|(name, svg)| Some((name, svg?))).collect()
+    }
+
+    /// The most stages that a variant has gradients of.
+    fn num_stages(&self) -> usize {
+        let runs = self.variants.iter().flat_map(|variant| &variant.runs);
+        runs.flat_map(|run| &run.points).map(|point| point.stage_grads.len()).max().unwrap_or(0)
+    }
+}
+
+/// The name of a chart of learning curves.
+fn curve_id(kind: Kind, axis: Axis) -> String {
+    format!("curves-{}-{}", kind.name(), axis.id())
+}
+
+/// The name of a chart with a Pareto front.
+fn trade_off_id(measure: Measure) -> String {
+    format!("quality-{}", measure.id())
+}
+
+/// The name of a chart of gradient norms; stages are counted from 0 here, and from 1 in its name.
+fn gradient_id(stage: usize) -> String {
+    format!("gradients-stage{}", stage + 1)
+}
+
+/// A run of a study: from its folder, or that it has none.
+fn study_run(study: &Path, variant: &str, seed: u64) -> Run {
+    let name = run_name(variant, seed);
+    let mut run = Run::read(&run_folder(study, &name)).unwrap_or_else(|_| Run::absent(&name, seed, Status::Unfinished));
+    match fs::read_to_string(failure_file(study, &name)) {
+        Ok(why) => run.status = Status::Failed(why),
+        // The study knows better than the log: a run it has not measured is not finished.
+        Err(_) if run.result.is_none() => run.status = Status::Unfinished,
+        Err(_) => run.status = Status::Finished,
+    }
+    (run.name, run.seed) = (name, Some(seed));
+    run
+}
+
+fn study_facts(plan: &PlanFile, variants: &[Variant]) -> Vec<String> {
+    let equal = match plan.amount {
+        Amount::Bytes(bytes) => format!("{} of training each", format::with_unit(bytes as f64, "B")),
+        Amount::Flops(flops) => format!("{} of training each", format::with_unit(flops, "FLOP")),
+        Amount::Seconds(seconds) => format!("{} of training each", format::duration(seconds)),
+    };
+    let mut facts = vec![count(plan.variants.len(), "variant"), count(plan.seeds.len(), "seed"), equal];
+    if plan.equal_parameters {
+        facts.push("equal parameters".into());
+    }
+    let results = || variants.iter().flat_map(|variant| &variant.runs).filter_map(|run| run.result.as_ref());
+    if let Some(threads) = results().map(|result| result.threads).max() {
+        let jobs = results().map(|result| result.jobs).max().unwrap_or(1);
+        let at_once = if jobs > 1 { format!(", {jobs} runs at a time") } else { String::new() };
+        facts.push(format!("{} per run{at_once}", count(threads, "thread")));
+    }
+    let open = variants.iter().flat_map(|v| &v.runs).filter(|run| run.status == Status::Unfinished).count();
+    if open > 0 {
+        facts.push(format!("{} not finished", count(open, "run")));
+    }
+    facts
+}
+
+/// A configuration without what tells runs of one variant apart.
+fn without_names(config: &Value) -> Value {
+    let mut config = config.clone();
+    if let Some(fields) = config.as_mapping_mut() {
+        fields.shift_remove("resume");
+        fields.shift_remove("summary");
+    }
+    for field in NO_VARIANTS {
+        let (section, name) = field.split_once('.').unwrap_or((field, ""));
+        if let Some(section) = config.get_mut(section).and_then(Value::as_mapping_mut) {
+            section.shift_remove(name);
+        }
+    }
+    config
+}
+
+/// A name for each group: what its model is called, or its folder where two are called the same.
+fn names(groups: &[(Option<Value>, Vec<Run>)]) -> Vec<String> {
+    let model = |runs: &[Run]| -> Option<String> {
+        Some(runs[0].config.as_ref()?.get("io")?.get("name_model")?.as_str()?.to_string())
+    };
+    let mut times: BTreeMap<Option<String>, usize> = BTreeMap::new();
+    groups.iter().for_each(|(_, runs)| *times.entry(model(runs)).or_default() += 1);
+    let name = |(_, runs): &(_, Vec<Run>)| match model(runs) {
+        Some(name) if times[&Some(name.clone())] == 1 => name,
+        _ => runs[0].name.clone(),
+    };
+    groups.iter().map(name).collect()
+}
+
+fn known_cost(runs: &[Run]) -> Option<cost::Report> {
+    runs.iter().find_map(|run| run.result.as_ref()?.measured.cost.clone())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::run::tests::folder;
+    use super::*;
+
+    fn metrics(bpb: f64) -> String {
+        format!("{{\"batch\":0,\"bytes_seen\":64,\"seconds\":1.0,\"kind\":\"valid\",\"bpb\":{bpb}}}\n")
+    }
+
+    fn read(config: &str, bpb: f64) -> Run {
+        let log = "2024-01-01 00:00:00.0 finished: saved x\n";
+        let folder = folder(&[("config.yaml", config), ("metrics.jsonl", &metrics(bpb)), ("train.log", log)]);
+        Run::read(folder.path()).unwrap()
+    }
+
+    #[test]
+    fn runs_that_differ_in_their_seeds_are_one_variant() {
+        let config = |name: &str, seed: u64, lr: f64| {
+            format!("io: {{name_model: {name}, output_dir: x{seed}}}\ntrain: {{seed: {seed}, lr: {lr}}}\n")
+        };
+        let runs =
+            vec![read(&config("a", 1, 0.1), 3.0), read(&config("b", 1, 0.2), 2.0), read(&config("a", 2, 0.1), 4.0)];
+        let report = Report::of_runs(runs, |_| None);
+        let found: Vec<_> =
+            report.variants.iter().map(|v| (&v.name[..], v.runs.len(), v.valid_bpb().unwrap().mean)).collect();
+        assert_eq!(found, [("b", 1, 2.0), ("a", 2, 3.5)]);
+        assert_eq!(report.variants[0].differences, ["train.lr: 0.1, now 0.2"]);
+        assert_eq!(report.facts, ["2 variants", "3 runs"]);
+    }
+
+    #[test]
+    fn runs_that_are_called_the_same_go_by_their_folders() {
+        let config = |lr: f64| format!("io: {{name_model: a}}\ntrain: {{lr: {lr}}}\n");
+        let runs = vec![read(&config(0.1), 3.0), read(&config(0.2), 2.0)];
+        let names = [runs[1].name.clone(), runs[0].name.clone()];
+        let report = Report::of_runs(runs, |_| None);
+        assert_eq!([&report.variants[0].name, &report.variants[1].name], [&names[0], &names[1]]);
+    }
+}

@@ -1,0 +1,64 @@
+//! `mblm report`: compare runs that are there.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+use mblm::train::checkpoint::{self, Which};
+use mblm::train::config::RunConfig;
+use mblm::train::cost::{Report as Cost, Step};
+use mblm::train::model::{Model, TrainModel};
+use mblm::train::report::{Report, Run};
+use mblm::train::run::RunFolder;
+use mblm::train::study::PlanFile;
+use mblm::yaml::Document;
+
+use crate::Usage;
+use crate::plugins::Plugins;
+
+/// Arguments of `mblm report`.
+#[derive(clap::Args)]
+pub struct Args {
+    /// Run folders, also of the Python package, or the folder of one study
+    #[arg(required = true, value_name = "RUN")]
+    runs: Vec<PathBuf>,
+    /// Where to write report.html and the rest
+    #[arg(long, value_name = "DIR", default_value = "report")]
+    out: PathBuf,
+}
+
+/// Runs `mblm report`.
+pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
+    let report = match &args.runs[..] {
+        [study] if PlanFile::is_in(study) => Report::of_study(study)?,
+        folders => Report::of_runs(read(folders)?, |run| cost(run, plugins).ok()),
+    };
+    report.write(&args.out)?;
+    println!("{}\nreport: {}", report.to_text(), args.out.join("report.html").display());
+    Ok(())
+}
+
+/// Reads the runs; what is none is named and skipped.
+fn read(folders: &[PathBuf]) -> Result<Vec<Run>> {
+    let mut runs = Vec::new();
+    for folder in folders {
+        match Run::read(folder) {
+            Ok(run) => runs.push(run),
+            Err(error) => eprintln!("skipped: {error}"),
+        }
+    }
+    match runs.is_empty() {
+        true => Err(Usage("none of these folders is one of a run".into()).into()),
+        false => Ok(runs),
+    }
+}
+
+/// What the model of a run costs, from its configuration and with the plugins that it was trained with.
+fn cost(run: &Path, plugins: &Plugins) -> Result<Cost> {
+    let recorded = checkpoint::find(run, Which::Newest).and_then(|found| found.state()).map(|state| state.plugins);
+    let registry = plugins.registry_of_run(run, &recorded.unwrap_or_default())?;
+    let document = Document::parse(&RunFolder::config_yaml(run)?, &run.join("config.yaml").display().to_string())?;
+    let config = RunConfig::from_document(&document, &registry)?;
+    let model = Model::new(&config, 0)?;
+    let step = Step { batch: config.train.batch_size, bytes: config.params.input_seq_len };
+    Ok(Cost::new(config.params.model.hierarchy(), model.params(), &model.stage_models(), step))
+}
