@@ -131,9 +131,8 @@ fn mistakes_are_named_with_their_line() {
         ("1_024", "0", "params.input_seq_len: expected a positive integer, found 0 (line 13)"),
         (
             "toy_size: 3",
-            "toy_sizes: 3",
-            "params.block: these fields fit no block type; name the one you mean \
-         with `block_type` (line 18)\n  toy: toy_sizes: unknown field; did you mean `toy_size`?",
+            "toy_sizes: 3\n    block_type: toy",
+            "params.block.toy_sizes: unknown field; did you mean `toy_size`? (line 19)",
         ),
         (
             "toy_size: 3",
@@ -195,6 +194,10 @@ fn mistakes_are_named_with_their_line() {
         let found = read(&RUN.replacen(from, to, 1)).unwrap_err().to_string();
         assert_eq!(found, format!("run.yaml: {want}"));
     }
+    // Without `block_type`, every type that could have been meant says what does not fit.
+    let found = read(&RUN.replacen("toy_size", "toy_sizes", 1)).unwrap_err().to_string();
+    assert!(found.contains("params.block: these fields fit no block type; name the one you mean with `block_type`"));
+    assert!(found.contains("\n  toy: toy_sizes: unknown field; did you mean `toy_size`?"), "{found}");
 }
 
 #[test]
