@@ -266,41 +266,55 @@ pub fn step(q: &[f32], keys: &[Vec<f32>], values: &[Vec<f32>], heads: usize, hea
     let scale = 1.0 / (head_dim as f32).sqrt();
     let out = Shared::new(out);
     for_rows(keys.len() * heads, positions * head_dim / 2, |range| {
-        let mut weights = Buffer::take(positions);
-        for index in range {
-            let at = index * head_dim; // heads of a row lie one after another, rows too
+        let mut weights = Buffer::take(heads.min(range.len()) * positions);
+        let mut first = range.start;
+        while first < range.end {
+            // The heads of one sequence together, since they lie side by side in its caches.
+            let sequence = first / heads;
+            let count = range.end.min((sequence + 1) * heads) - first;
+            let at = first * head_dim..(first + count) * head_dim;
             // SAFETY: every head writes its own columns.
-            let (q, out) = (&q[at..at + head_dim], unsafe { out.slice(at..at + head_dim) });
-            let first = index % heads * head_dim;
-            let (keys, values) = (&keys[index / heads][first..], &values[index / heads][first..]);
+            let (q, out) = (&q[at.clone()], unsafe { out.slice(at) });
+            let column = first % heads * head_dim;
+            let (keys, values) = (&keys[sequence][column..], &values[sequence][column..]);
+            let weights = &mut weights[..count * positions];
             vectorize(
                 #[inline(always)]
                 || {
-                    let mut max = f32::NEG_INFINITY;
-                    for (t, weight) in weights.iter_mut().enumerate() {
-                        prefetch_head(keys, (t + AHEAD) * inner, head_dim);
-                        *weight = scale * simd::dot(q, &keys[t * inner..][..head_dim]);
-                        max = max.max(*weight);
+                    for t in 0..positions {
+                        prefetch(keys, (t + AHEAD) * inner, q.len());
+                        let rows = q.chunks_exact(head_dim).zip(keys[t * inner..].chunks_exact(head_dim));
+                        for (h, (q, key)) in rows.enumerate() {
+                            weights[h * positions + t] = scale * simd::dot(q, key);
+                        }
                     }
-                    for w in weights.iter_mut() {
-                        *w = simd::exp(*w - max);
+                    for weights in weights.chunks_exact_mut(positions) {
+                        let max = weights.iter().fold(f32::NEG_INFINITY, |m, w| m.max(*w));
+                        for w in weights.iter_mut() {
+                            *w = simd::exp(*w - max);
+                        }
+                        let inverse = 1.0 / simd::sum(weights);
+                        simd::scale(inverse, weights);
                     }
-                    let inverse = 1.0 / simd::sum(&weights);
                     out.fill(0.0);
-                    for (t, weight) in weights.iter().enumerate() {
-                        prefetch_head(values, (t + AHEAD) * inner, head_dim);
-                        simd::axpy(weight * inverse, &values[t * inner..][..head_dim], out);
+                    for t in 0..positions {
+                        prefetch(values, (t + AHEAD) * inner, q.len());
+                        let rows = out.chunks_exact_mut(head_dim).zip(values[t * inner..].chunks_exact(head_dim));
+                        for (h, (out, value)) in rows.enumerate() {
+                            simd::axpy(weights[h * positions + t], value, out);
+                        }
                     }
                 },
             );
+            first += count;
         }
     });
 }
 
-/// Asks for the `head_dim` floats at `first`.
+/// Asks for the `len` floats at `first`.
 #[inline(always)]
-fn prefetch_head(data: &[f32], first: usize, head_dim: usize) {
-    for i in (0..head_dim).step_by(16) {
+fn prefetch(data: &[f32], first: usize, len: usize) {
+    for i in (0..len).step_by(16) {
         simd::prefetch(data, first + i);
     }
 }
