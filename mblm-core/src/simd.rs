@@ -141,6 +141,21 @@ pub fn prefetch(data: &[f32], i: usize) {
     let _ = (data, i);
 }
 
+/// Runs kernels that `make` builds with the registers of every instruction set that this machine has, not its best alone.
+#[cfg(test)]
+pub(crate) fn for_every_arch<W: pulp::WithSimd>(mut make: impl FnMut(&'static str) -> W) {
+    make("scalar").with_simd(pulp::Scalar::new());
+    #[cfg(target_arch = "x86_64")]
+    if let Some(avx2) = pulp::x86::V3::try_new() {
+        let work = make("AVX2");
+        avx2.vectorize(
+            #[inline(always)]
+            || work.with_simd(avx2),
+        );
+    }
+    dispatch(make("best"));
+}
+
 const LANES: usize = 16;
 
 /// `Σ a_i b_i`, summed in 16 lanes: fast, and more accurate than one running sum.

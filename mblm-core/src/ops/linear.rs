@@ -270,4 +270,25 @@ mod tests {
             assert_close("added", &got, &want, 1e-5);
         }
     }
+
+    #[test]
+    fn every_instruction_set_gives_the_same() {
+        let (inputs, outputs) = (37, 9);
+        for rows in [1, 2, 5] {
+            let (x, weight) = (noise(rows * inputs, 1), noise(inputs * outputs, 2));
+            let mut want = vec![f32::NAN; rows * outputs];
+            forward(&x, &weight, inputs, Into::Set, &mut want);
+            let mut all = vec![f32::NAN; 3 * want.len()];
+            let (parts, mut names) = (Shared::new(&mut all), vec![]);
+            simd::for_every_arch(|name| {
+                // SAFETY: each instruction set has a part of its own.
+                let y = unsafe { parts.matrix(names.len() * rows * outputs, rows, outputs, outputs) };
+                names.push(name);
+                FewRows { x: &x, weight: &weight, inputs, into: Into::Set, y }
+            });
+            for (name, got) in names.iter().zip(all.chunks_exact(want.len())) {
+                assert_close(name, got, &want, 1e-5);
+            }
+        }
+    }
 }

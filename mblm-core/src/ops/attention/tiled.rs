@@ -330,3 +330,55 @@ impl<S: Simd, const MR: usize> Tile<S, MR> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::parallel::Shared;
+    use crate::simd::for_every_arch;
+    use crate::testing::{assert_close, noise};
+
+    /// The outputs of one kernel on every instruction set, each in a part of its own.
+    const ARCHS: usize = 3;
+
+    #[test]
+    fn every_instruction_set_gives_the_same() {
+        crate::buffer::poison_buffers();
+        for (seq, head_dim, causal) in [(33, 40, true), (300, 64, true), (101, 7, false)] {
+            let attention = Attention { batch: 1, seq, heads: 1, head_dim, causal, mask: None, dropout: None };
+            let (qkv, dout) = (noise(seq * 3 * head_dim, 1), noise(seq * head_dim, 2));
+            let (mut out, mut lse) = (vec![f32::NAN; ARCHS * seq * head_dim], vec![f32::NAN; ARCHS * seq]);
+            let (out_parts, lse_parts) = (Shared::new(&mut out), Shared::new(&mut lse));
+            let mut names = vec![];
+            for_every_arch(|name| {
+                let at = names.len();
+                names.push(name);
+                let head = attention.head(&qkv, 0);
+                // SAFETY: each instruction set has a part of its own.
+                let out = unsafe { out_parts.matrix(at * seq * head_dim, seq, head_dim, head_dim) };
+                // SAFETY: as above.
+                let lse = unsafe { lse_parts.slice(at * seq..(at + 1) * seq) };
+                Forward { attention: &attention, head, out, lse }
+            });
+            let part = |all: &[f32], i: usize, len: usize| all[i * len..(i + 1) * len].to_vec();
+            let best = names.len() - 1;
+            let (want, want_lse) = (part(&out, best, seq * head_dim), part(&lse, best, seq));
+            let mut grads = vec![f32::NAN; ARCHS * seq * 3 * head_dim];
+            let (grad_parts, mut at) = (Shared::new(&mut grads), 0);
+            for_every_arch(|_| {
+                // SAFETY: each instruction set has rows of its own, and the three are different columns of these.
+                let grad =
+                    |p: usize| unsafe { grad_parts.matrix((at * seq * 3 + p) * head_dim, seq, head_dim, 3 * head_dim) };
+                let (dq, dk, dv) = (grad(0), grad(1), grad(2));
+                at += 1;
+                let head = attention.head(&qkv, 0);
+                Backward { attention: &attention, head, out: &want, dout: &dout, lse: &want_lse, dq, dk, dv }
+            });
+            for (i, name) in names.iter().enumerate() {
+                assert_close(&format!("{name}, outputs"), &part(&out, i, want.len()), &want, 1e-5);
+                let len = seq * 3 * head_dim;
+                assert_close(&format!("{name}, gradients"), &part(&grads, i, len), &part(&grads, best, len), 1e-5);
+            }
+        }
+    }
+}
