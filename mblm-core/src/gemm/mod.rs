@@ -120,7 +120,7 @@ pub fn matmul(out: MatMut, accumulate: bool, scale: f32, a: Mat, b: Mat, threads
     }
     let small = out.rows * out.cols * a.cols < 64 * 64 * 64;
     #[cfg(target_arch = "x86_64")]
-    if threads == Threads::All && precision::current() == Precision::Bf16 {
+    if threads == Threads::All && a.cols > 0 && precision::current() == Precision::Bf16 {
         return bf16::matmul(out, accumulate, scale, a, b, if small { Threads::One } else { threads });
     }
     let parallelism = match threads {
