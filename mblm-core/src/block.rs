@@ -60,7 +60,7 @@ pub struct Dropout {
 }
 
 impl Dropout {
-    fn new(p: f32, seed: u64, stream: u64) -> Self {
+    pub(crate) fn new(p: f32, seed: u64, stream: u64) -> Self {
         let mut key = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ stream;
         // SplitMix64's finaliser (Steele et al. 2014).
         key = (key ^ (key >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);

@@ -75,6 +75,25 @@ pub fn exp_decay(x: f32) -> f32 {
     f32::from_bits(p.to_bits().wrapping_add(shifted.to_bits() << 23))
 }
 
+/// `e^x` for `x <= 0` (or a rounding above), as the weights of a softmax: the error of [`exp_decay`], but 0 below -87.
+#[inline(always)]
+pub fn exp_weight(x: f32) -> f32 {
+    const ROUND: f32 = 12_582_912.0; // as in `exp`
+    // Not `max`, which would make NaN a number.
+    let clamped = if x < -87.0 { -87.0 } else { x };
+    let shifted = clamped.mul_add(std::f32::consts::LOG2_E, ROUND);
+    let r = (shifted - ROUND).mul_add(-std::f32::consts::LN_2, clamped);
+    let p = 1.0 / 720.0;
+    let p = r.mul_add(p, 1.0 / 120.0);
+    let p = r.mul_add(p, 1.0 / 24.0);
+    let p = r.mul_add(p, 1.0 / 6.0);
+    let p = r.mul_add(p, 0.5);
+    let p = r.mul_add(p, 1.0);
+    let p = r.mul_add(p, 1.0);
+    let scale = f32::from_bits((shifted.to_bits() << 23).wrapping_add(1.0f32.to_bits()));
+    if x < -87.0 { 0.0 } else { p * scale }
+}
+
 /// The logistic function `1 / (1 + e^-x)`.
 #[inline(always)]
 pub fn sigmoid(x: f32) -> f32 {
@@ -197,6 +216,40 @@ fn sum_lanes(mut lanes: [f32; LANES]) -> f32 {
     lanes[0]
 }
 
+/// Turns every `s` of the row into `e^(s - max)` and returns their sum.
+#[inline(always)]
+pub fn exp_weights(row: &mut [f32], max: f32) -> f32 {
+    let mut lanes = [0.0f32; LANES];
+    let (chunks, rest) = row.as_chunks_mut::<LANES>();
+    for x in chunks {
+        for l in 0..LANES {
+            x[l] = exp_weight(x[l] - max);
+            lanes[l] += x[l];
+        }
+    }
+    let mut sum = sum_lanes(lanes);
+    for x in rest {
+        *x = exp_weight(*x - max);
+        sum += *x;
+    }
+    sum
+}
+
+/// The largest element that is a number; -∞ if there is none.
+#[inline(always)]
+pub fn max(a: &[f32]) -> f32 {
+    // Not `f32::max`, which takes three instructions.
+    let larger = |a: f32, b: f32| if b > a { b } else { a };
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    let (chunks, rest) = a.as_chunks::<LANES>();
+    for x in chunks {
+        for l in 0..LANES {
+            lanes[l] = larger(lanes[l], x[l]);
+        }
+    }
+    lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |m, x| larger(m, *x))
+}
+
 /// `y += a x`.
 #[inline(always)]
 pub fn axpy(a: f32, x: &[f32], y: &mut [f32]) {
@@ -251,6 +304,19 @@ mod tests {
     }
 
     #[test]
+    fn exp_weight_is_exp_decay_but_zero_far_below_and_nan_of_nan() {
+        for x in grid(-86.9, 1e-5) {
+            let (got, want) = (exp_weight(x) as f64, (x as f64).exp());
+            let tolerance = if x > -16.0 { 3e-7 } else { 1e-6 };
+            assert!(((got - want) / want).abs() < tolerance, "exp_weight({x}) = {got}, want {want}");
+        }
+        assert_eq!((exp_weight(0.0), exp_weight(-87.1), exp_weight(f32::NEG_INFINITY)), (1.0, 0.0, 0.0));
+        assert!(exp_weight(f32::NAN).is_nan());
+        let mut row: Vec<f32> = (0..37).map(|i| (i as f32).ln()).collect();
+        assert!((exp_weights(&mut row, 2f32.ln()) - 333.0).abs() < 1e-3 && (row[36] - 18.0).abs() < 1e-4);
+    }
+
+    #[test]
     fn softplus_and_silu_follow_f64() {
         for x in grid(-80.0, 80.0) {
             let wide = x as f64;
@@ -284,5 +350,6 @@ mod tests {
         let squares: f32 = (0..37).map(|i| (i * i) as f32).sum();
         assert_eq!(vectorize(|| dot(&a, &a)), squares);
         assert_eq!(sum(&a), 666.0);
+        assert_eq!((max(&a), max(&a[..5]), max(&[])), (36.0, 4.0, f32::NEG_INFINITY));
     }
 }

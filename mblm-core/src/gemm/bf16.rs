@@ -6,10 +6,15 @@
 //! neighbours along the summed dimension to a 32-bit word, as `vdpbf16ps` reads them.
 
 use std::arch::x86_64::*;
+use std::mem::transmute;
 use std::sync::OnceLock;
 
+use pulp::f32x16;
+use pulp::x86::V4;
 use rayon::prelude::*;
 
+use super::arithmetic::{Arithmetic, WithArithmetic};
+use super::pack::{self, Lanes, first_lanes};
 use super::{Mat, MatMut, Threads};
 use crate::buffer::Buffer;
 use crate::parallel::Shared;
@@ -33,6 +38,68 @@ pub(super) fn available() -> bool {
     })
 }
 
+/// Runs a kernel over pairs of bfloat16.
+pub(super) fn dispatch(work: impl WithArithmetic) {
+    #[target_feature(enable = "avx2,fma,bmi1,bmi2,lzcnt,popcnt")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx512bf16")]
+    fn run(simd: V4, work: impl WithArithmetic) {
+        work.run(Bf16(simd));
+    }
+    let simd = V4::try_new().filter(|_| available()).expect("bf16 products need AVX-512 BF16");
+    // SAFETY: the instructions are there: `V4` is all but the last, `available` that one.
+    unsafe { run(simd, work) }
+}
+
+/// Two bfloat16 in a word.
+#[derive(Clone, Copy)]
+struct Bf16(V4);
+
+impl Arithmetic for Bf16 {
+    type Simd = V4;
+    const PACK: usize = 2;
+
+    #[inline(always)]
+    fn simd(self) -> V4 {
+        self.0
+    }
+
+    #[inline(always)]
+    fn multiply_add(self, left: f32x16, right: f32x16, sum: f32x16) -> f32x16 {
+        // SAFETY: a `Bf16` is only made where the instruction is; both types are 64 bytes.
+        unsafe { transmute(_mm512_dpbf16_ps(transmute(sum), transmute(left), transmute(right))) }
+    }
+
+    #[inline(always)]
+    fn pack(self, right: Mat, panels: &mut [f32]) {
+        // SAFETY: as above.
+        unsafe { pack::pairs::<NR>(Lanes::columns(&right, 0, right.rows), panels) }
+    }
+
+    #[inline(always)]
+    fn along(self, row: &[f32], words: &mut [f32]) {
+        assert!(words.len() * 2 >= row.len());
+        for (row, words) in row.chunks(32).zip(words.chunks_mut(16)) {
+            let held = first_lanes(words.len());
+            // SAFETY: as above; masks keep to the elements and words.
+            unsafe { _mm512_mask_storeu_epi32(words.as_mut_ptr().cast(), held, pack::words::<2>(row.as_ptr(), row.len())) };
+        }
+    }
+
+    #[inline(always)]
+    fn across(self, rows: [&[f32]; 2], words: &mut [f32]) {
+        assert!(rows.iter().all(|row| row.len() == words.len()));
+        for ((low, high), words) in rows[0].chunks(16).zip(rows[1].chunks(16)).zip(words.chunks_mut(16)) {
+            let held = first_lanes(words.len());
+            // SAFETY: as above.
+            unsafe {
+                let (low, high) =
+                    (_mm512_maskz_loadu_ps(held, low.as_ptr()), _mm512_maskz_loadu_ps(held, high.as_ptr()));
+                _mm512_mask_storeu_epi32(words.as_mut_ptr().cast(), held, pack::across(low, high));
+            }
+        }
+    }
+}
+
 /// As [`super::matmul`], both operands rounded to bfloat16.
 pub(super) fn matmul(out: MatMut, accumulate: bool, scale: f32, a: Mat, b: Mat, threads: Threads) {
     assert!(available(), "bf16 products need AVX-512 BF16");
@@ -52,7 +119,7 @@ pub(super) fn matmul(out: MatMut, accumulate: bool, scale: f32, a: Mat, b: Mat, 
             let mut packed = Buffer::take(rows.next_multiple_of(MR) * sum.pairs);
             // SAFETY: the instructions are there by the assertion, and blocks are different rows of `out`.
             unsafe {
-                pack::<MR>(a.part(start, rows), &mut packed);
+                pack::pairs::<MR>(a.part(start, rows), &mut packed);
                 tiles(out.part(start, rows), sum, &packed, panels);
             }
         };
@@ -78,44 +145,6 @@ struct Sum {
     pairs: usize,
 }
 
-/// An operand while it is packed: `count` lanes (rows of `a`, columns of `b`), each `depth` long.
-#[derive(Clone, Copy)]
-struct Lanes {
-    data: *const f32,
-    count: usize,
-    depth: usize,
-    lane_stride: usize,
-    depth_stride: usize,
-}
-
-// SAFETY: only read, while the `Mat` it is made of is borrowed.
-unsafe impl Send for Lanes {}
-// SAFETY: as above.
-unsafe impl Sync for Lanes {}
-
-impl Lanes {
-    /// The rows of `a`, of each the `depth` elements from `first` on.
-    fn rows(a: &Mat, first: usize, depth: usize) -> Self {
-        Lanes {
-            // In bounds, or no element is read.
-            data: a.data.as_ptr().wrapping_add(first * a.col_stride),
-            count: a.rows,
-            depth,
-            lane_stride: a.row_stride,
-            depth_stride: a.col_stride,
-        }
-    }
-
-    /// The columns of `b`.
-    fn columns(b: &Mat, first: usize, depth: usize) -> Self {
-        Self::rows(&b.t(), first, depth)
-    }
-
-    fn part(self, start: usize, count: usize) -> Self {
-        Lanes { data: self.data.wrapping_add(start * self.lane_stride), count: count.min(self.count - start), ..self }
-    }
-}
-
 /// Packs `b` on all threads.
 fn pack_all(b: Lanes, panels: &mut [f32], threads: Threads) {
     let panel = NR * b.depth.div_ceil(2);
@@ -128,135 +157,13 @@ fn pack_all(b: Lanes, panels: &mut [f32], threads: Threads) {
         // SAFETY: chunks do not overlap; the caller has checked the instructions.
         unsafe {
             let lanes = b.part(start * NR, (end - start) * NR);
-            pack::<NR>(lanes, shared.slice(start * panel..end * panel));
+            pack::pairs::<NR>(lanes, shared.slice(start * panel..end * panel));
         }
     };
     match threads {
         Threads::One => pack_chunk(0),
         Threads::All => (0..count.div_ceil(chunk)).into_par_iter().for_each(pack_chunk),
     }
-}
-
-/// Packs panels of `WIDTH` lanes: a panel is, pair after pair, `WIDTH` words. What is missing becomes zero.
-///
-/// # Safety
-/// The processor must have AVX-512 F, BW and BF16.
-#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-unsafe fn pack<const WIDTH: usize>(lanes: Lanes, packed: &mut [f32]) {
-    let pairs = lanes.depth.div_ceil(2);
-    let needed = lanes.count.next_multiple_of(WIDTH) * pairs;
-    assert!(needed <= packed.len(), "{needed} words do not fit in {}", packed.len());
-    for (panel, start) in packed.chunks_exact_mut(WIDTH * pairs).zip((0..lanes.count).step_by(WIDTH)) {
-        for group in (0..WIDTH).step_by(16) {
-            let width = (WIDTH - group).min(16);
-            let held = lanes.count.saturating_sub(start + group).min(width);
-            let group = Group {
-                lanes: lanes.part((start + group).min(lanes.count), held),
-                out: panel[group..].as_mut_ptr(),
-                width,
-            };
-            // SAFETY: the panel has `pairs` rows of `WIDTH` words.
-            unsafe {
-                match (lanes.depth_stride, lanes.lane_stride) {
-                    (1, _) => group.transpose::<WIDTH>(),
-                    (_, 1) => group.interleave::<WIDTH>(),
-                    _ => unreachable!("a matrix has rows or columns of neighbours"),
-                }
-            }
-        }
-    }
-}
-
-/// Up to 16 lanes on their way to the words `out + pair * WIDTH ..`, `width` of each row.
-struct Group {
-    lanes: Lanes,
-    out: *mut f32,
-    width: usize,
-}
-
-impl Group {
-    /// Lanes whose elements are neighbours.
-    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-    unsafe fn transpose<const WIDTH: usize>(&self) {
-        let Lanes { data, count, depth, lane_stride, .. } = self.lanes;
-        for k in (0..depth).step_by(32) {
-            let left = depth - k;
-            let (low, high) = (first_lanes(left), first_lanes(left.saturating_sub(16)));
-            let mut words = [_mm512_setzero_si512(); 16];
-            for (i, word) in words.iter_mut().enumerate().take(count) {
-                // SAFETY: the masks keep to the lane's elements.
-                unsafe {
-                    let lane = data.add(i * lane_stride + k);
-                    let low = _mm512_maskz_loadu_ps(low, lane);
-                    let high = _mm512_maskz_loadu_ps(high, lane.wrapping_add(16));
-                    *word = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low));
-                }
-            }
-            let words = transpose16(words);
-            for (pair, word) in words.iter().enumerate().take(left.div_ceil(2)) {
-                // SAFETY: a row of the panel; the mask keeps to its words.
-                unsafe {
-                    let out = self.out.add((k / 2 + pair) * WIDTH);
-                    _mm512_mask_storeu_epi32(out.cast(), first_lanes(self.width), *word);
-                }
-            }
-        }
-    }
-
-    /// Lanes that are neighbours.
-    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-    unsafe fn interleave<const WIDTH: usize>(&self) {
-        let Lanes { data, count, depth, depth_stride, .. } = self.lanes;
-        let (held, width) = (first_lanes(count), first_lanes(self.width));
-        let order: [i16; 32] = std::array::from_fn(|i| (i / 2 + 16 * (i % 2)) as i16);
-        // SAFETY: 32 words of 16 bits.
-        let order = unsafe { _mm512_loadu_epi16(order.as_ptr()) };
-        for pair in 0..depth.div_ceil(2) {
-            let both = 2 * pair + 1 < depth;
-            // SAFETY: the mask keeps to the lanes, and an odd last row is not read past.
-            unsafe {
-                let row = data.wrapping_add(2 * pair * depth_stride);
-                let low = _mm512_maskz_loadu_ps(held, row);
-                let high = _mm512_maskz_loadu_ps(if both { held } else { 0 }, row.wrapping_add(depth_stride));
-                let words = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low));
-                let words = _mm512_permutexvar_epi16(order, words);
-                _mm512_mask_storeu_epi32(self.out.add(pair * WIDTH).cast(), width, words);
-            }
-        }
-    }
-}
-
-fn first_lanes(count: usize) -> __mmask16 {
-    if count >= 16 { !0 } else { (1 << count) - 1 }
-}
-
-/// The transpose of 16 x 16 words.
-#[target_feature(enable = "avx512f")]
-fn transpose16(rows: [__m512i; 16]) -> [__m512i; 16] {
-    let mut a = [_mm512_setzero_si512(); 16];
-    let mut b = a;
-    for i in (0..16).step_by(2) {
-        a[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
-        a[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
-    }
-    // b[4 i + j]: word j of every 128-bit lane, of the rows 4 i to 4 i + 3.
-    for i in (0..16).step_by(4) {
-        b[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
-        b[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
-        b[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
-        b[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
-    }
-    for j in 0..4 {
-        let low = _mm512_shuffle_i32x4::<0b10_00_10_00>(b[j], b[4 + j]);
-        let high = _mm512_shuffle_i32x4::<0b11_01_11_01>(b[j], b[4 + j]);
-        let low2 = _mm512_shuffle_i32x4::<0b10_00_10_00>(b[8 + j], b[12 + j]);
-        let high2 = _mm512_shuffle_i32x4::<0b11_01_11_01>(b[8 + j], b[12 + j]);
-        a[j] = _mm512_shuffle_i32x4::<0b10_00_10_00>(low, low2);
-        a[8 + j] = _mm512_shuffle_i32x4::<0b11_01_11_01>(low, low2);
-        a[4 + j] = _mm512_shuffle_i32x4::<0b10_00_10_00>(high, high2);
-        a[12 + j] = _mm512_shuffle_i32x4::<0b11_01_11_01>(high, high2);
-    }
-    a
 }
 
 /// All tiles of a block of rows.
@@ -308,7 +215,7 @@ fn tile(a: &[f32], b: &[f32], pairs: usize) -> [[__m512; 2]; MR] {
         unsafe {
             let right = [load(b), load(b.add(16))];
             for (i, sums) in sums.iter_mut().enumerate() {
-                let left = std::mem::transmute::<__m512, __m512bh>(_mm512_set1_ps(*a.add(i)));
+                let left = transmute::<__m512, __m512bh>(_mm512_set1_ps(*a.add(i)));
                 sums[0] = _mm512_dpbf16_ps(sums[0], left, right[0]);
                 sums[1] = _mm512_dpbf16_ps(sums[1], left, right[1]);
             }
@@ -323,7 +230,7 @@ fn tile(a: &[f32], b: &[f32], pairs: usize) -> [[__m512; 2]; MR] {
 #[target_feature(enable = "avx512f,avx512bf16")]
 unsafe fn load(words: *const f32) -> __m512bh {
     // SAFETY: 16 readable words, by the caller.
-    unsafe { std::mem::transmute::<__m512, __m512bh>(_mm512_loadu_ps(words)) }
+    unsafe { transmute::<__m512, __m512bh>(_mm512_loadu_ps(words)) }
 }
 
 #[cfg(test)]

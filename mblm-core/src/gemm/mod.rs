@@ -1,12 +1,16 @@
 //! Matrix products on slices, with bounds checked once and SIMD (AVX-512 included) chosen at run time by `gemm`; inside
 //! [`autocast`] the large ones in bfloat16.
 
+pub(crate) mod arithmetic;
 #[cfg(target_arch = "x86_64")]
 mod bf16;
+#[cfg(target_arch = "x86_64")]
+mod pack;
 mod precision;
 
 use std::marker::PhantomData;
 
+pub(crate) use precision::current;
 pub use precision::{Precision, autocast};
 
 /// A read-only matrix view of a slice.
@@ -38,6 +42,11 @@ impl<'a> Mat<'a> {
     pub fn strided(data: &'a [f32], rows: usize, cols: usize, row_stride: usize) -> Self {
         check(data.len(), rows, cols, row_stride);
         Mat { data, rows, cols, row_stride, col_stride: 1 }
+    }
+
+    /// Rows and columns.
+    pub fn shape(&self) -> (usize, usize) {
+        (self.rows, self.cols)
     }
 
     /// The transpose; nothing is moved.
@@ -120,7 +129,7 @@ pub fn matmul(out: MatMut, accumulate: bool, scale: f32, a: Mat, b: Mat, threads
     }
     let small = out.rows * out.cols * a.cols < 64 * 64 * 64;
     #[cfg(target_arch = "x86_64")]
-    if threads == Threads::All && a.cols > 0 && precision::current() == Precision::Bf16 {
+    if threads == Threads::All && a.cols > 0 && current() == Precision::Bf16 {
         return bf16::matmul(out, accumulate, scale, a, b, if small { Threads::One } else { threads });
     }
     let parallelism = match threads {

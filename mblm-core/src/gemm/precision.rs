@@ -33,7 +33,8 @@ thread_local! {
     static CURRENT: Cell<Precision> = const { Cell::new(Precision::F32) };
 }
 
-pub(super) fn current() -> Precision {
+/// The precision of [`autocast`] around this call.
+pub(crate) fn current() -> Precision {
     CURRENT.get()
 }
 

@@ -6,10 +6,12 @@ use candle_core::{D, Tensor};
 use crate::block::Dropout;
 use crate::buffer::Buffer;
 use crate::error::Result;
-use crate::gemm::MatMut;
+use crate::gemm::arithmetic::dispatch;
+use crate::gemm::{self, MatMut};
 use crate::parallel::{Shared, for_rows};
 use crate::simd::{self, vectorize};
 
+mod operands;
 mod short;
 mod tiled;
 
@@ -114,7 +116,7 @@ impl Attention<'_> {
     ///   of each row's sum of exponentials (infinite where a row attends to nothing)
     pub fn forward(&self, qkv: &[f32], out: &mut [f32], lse: &mut [f32]) {
         let (seq, inner) = (self.seq, self.inner());
-        let (out, lse) = (Shared::new(out), Shared::new(lse));
+        let (out, lse, precision) = (Shared::new(out), Shared::new(lse), gemm::current());
         for_rows(self.batch * self.heads, seq * self.head_dim * 8, |heads| {
             for index in heads {
                 let head = self.head(qkv, index);
@@ -124,7 +126,7 @@ impl Attention<'_> {
                     (lse.slice(index * seq..(index + 1) * seq), out.matrix(first, seq, self.head_dim, inner))
                 };
                 if seq > SHORT {
-                    simd::dispatch(tiled::Forward { attention: self, head, out, lse });
+                    dispatch(precision, tiled::Forward { attention: self, head, out, lse });
                 } else {
                     vectorize(
                         #[inline(always)]
@@ -135,25 +137,21 @@ impl Attention<'_> {
         });
     }
 
-    /// Turns the visible scores of row `i` into weights, with the dropout of training, and returns the logarithm of
-    /// their sum.
+    /// Turns the visible scores of row `i` into weights, with the dropout of training, but for a factor. Returns this and
+    /// the logarithm of the sum of exponentials.
     #[inline(always)]
-    fn softmax(&self, head: &Head, i: usize, row: &mut [f32]) -> f32 {
+    fn softmax(&self, head: &Head, i: usize, row: &mut [f32]) -> (f32, f32) {
         hide(head.mask, row);
-        let max = row.iter().fold(f32::NEG_INFINITY, |m, s| m.max(*s));
-        let lse = if max == f32::NEG_INFINITY {
-            row.fill(1.0 / row.len() as f32);
-            f32::INFINITY
+        let max = simd::max(row);
+        let (sum, lse) = if max == f32::NEG_INFINITY {
+            row.fill(1.0);
+            (row.len() as f32, f32::INFINITY)
         } else {
-            for s in row.iter_mut() {
-                *s = simd::exp(*s - max);
-            }
-            let sum = simd::sum(row);
-            simd::scale(1.0 / sum, row);
-            max + sum.ln()
+            let sum = simd::exp_weights(row, max);
+            (sum, max + sum.ln())
         };
         self.drop_out(head, i, 0, row);
-        lse
+        (1.0 / sum, lse)
     }
 
     /// Drops weights of row `i`, of the keys from `first` on.
@@ -173,7 +171,7 @@ impl Attention<'_> {
     /// - `out`, `dout`: `(B, S, H d)`; `qkv`, `dqkv`: `(B, S, 3 H d)`; `lse`: `(B, H, S)`
     pub fn backward(&self, qkv: &[f32], out: &[f32], lse: &[f32], dout: &[f32], dqkv: &mut [f32]) {
         let (seq, inner, dim) = (self.seq, self.inner(), self.head_dim);
-        let dqkv = Shared::new(dqkv);
+        let (dqkv, precision) = (Shared::new(dqkv), gemm::current());
         for_rows(self.batch * self.heads, seq * dim * 16, |heads| {
             for index in heads {
                 let (sequence, h) = (index / self.heads, index % self.heads);
@@ -193,7 +191,7 @@ impl Attention<'_> {
                     dv: grad(2),
                 };
                 if seq > SHORT {
-                    simd::dispatch(back);
+                    dispatch(precision, back);
                 } else {
                     vectorize(
                         #[inline(always)]
@@ -237,10 +235,9 @@ impl Backward<'_> {
         }
         hide(head.mask.map(|mask| &mask[first..]), p);
         attention.drop_out(head, i, first, dp);
-        let scale = attention.scale();
         for (p, dp) in p.iter_mut().zip(dp.iter_mut()) {
-            *p = simd::exp(*p - lse);
-            *dp = *p * (*dp - delta) * scale;
+            *p = simd::exp_weight(*p - lse);
+            *dp = *p * (*dp - delta);
         }
         attention.drop_out(head, i, first, p);
     }
@@ -289,12 +286,9 @@ pub fn step(q: &[f32], keys: &[Vec<f32>], values: &[Vec<f32>], heads: usize, hea
                         }
                     }
                     for weights in weights.chunks_exact_mut(positions) {
-                        let max = weights.iter().fold(f32::NEG_INFINITY, |m, w| m.max(*w));
-                        for w in weights.iter_mut() {
-                            *w = simd::exp(*w - max);
-                        }
-                        let inverse = 1.0 / simd::sum(weights);
-                        simd::scale(inverse, weights);
+                        let max = simd::max(weights);
+                        let sum = simd::exp_weights(weights, max);
+                        simd::scale(1.0 / sum, weights);
                     }
                     out.fill(0.0);
                     for t in 0..positions {

@@ -12,11 +12,12 @@ impl Attention<'_> {
         for (i, lse) in lse.iter_mut().enumerate() {
             let weights = &mut weights[..self.visible(i)];
             dots(self.scale(), &head.q[i * stride..][..self.head_dim], head.k, stride, weights);
-            *lse = self.softmax(head, i, weights);
+            let factor;
+            (factor, *lse) = self.softmax(head, i, weights);
             let out = out.row(i);
             out.fill(0.0);
             for (j, weight) in weights.iter().enumerate() {
-                simd::axpy(*weight, &head.v[j * stride..][..self.head_dim], out);
+                simd::axpy(factor * weight, &head.v[j * stride..][..self.head_dim], out);
             }
         }
     }
@@ -36,15 +37,16 @@ impl Backward<'_> {
             let visible = self.attention.visible(i);
             let (p, dp) = (&mut weights[..visible], &mut grads[..visible]);
             let (q, dout) = (&self.head.q[i * stride..][..dim], &self.dout[i * inner..][..dim]);
-            dots(self.attention.scale(), q, self.head.k, stride, p);
+            let scale = self.attention.scale();
+            dots(scale, q, self.head.k, stride, p);
             dots(1.0, dout, self.head.v, stride, dp);
             self.softmax(i, 0, self.delta(i), p, dp);
             let dq = self.dq.row(i);
             dq.fill(0.0);
             for (j, (p, dp)) in p.iter().zip(dp.iter()).enumerate() {
                 simd::axpy(*p, dout, self.dv.row(j));
-                simd::axpy(*dp, q, self.dk.row(j));
-                simd::axpy(*dp, &self.head.k[j * stride..][..dim], dq);
+                simd::axpy(scale * dp, q, self.dk.row(j));
+                simd::axpy(scale * dp, &self.head.k[j * stride..][..dim], dq);
             }
         }
     }

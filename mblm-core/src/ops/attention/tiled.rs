@@ -1,28 +1,20 @@
 //! Attention over many keys: tiles of query rows against panels of keys, each operand packed once per head, sums of a
 //! register tile in registers. What no row of a register tile can see is not computed.
 
-use pulp::{Simd, WithSimd};
-
+use super::operands::{Panels, Rows, Sums, Tile};
 use super::{Attention, Backward, Head};
-use crate::buffer::Buffer;
-use crate::gemm::MatMut;
+use crate::gemm::arithmetic::{Arithmetic, WithArithmetic};
+use crate::gemm::{Mat, MatMut};
 use crate::ops::linear::Into;
 
 /// Query rows of a tile.
 const ROWS: usize = 96;
 /// Keys of a block in backward: `ROWS x KEYS` weights and their gradients stay in the second-level cache.
 const KEYS: usize = 288;
-/// Added to the length of a row of scores, so that rows lie in different sets of the cache.
-const GAP: usize = 16;
 
 /// The rows of a register tile: what 32 registers of 16 floats hold, or 16 of 8. `ROWS` and `KEYS` are multiples.
 const WIDE: usize = 12;
 const NARROW: usize = 6;
-
-/// The columns of a register tile, and the width of a panel.
-const fn width<S: Simd>() -> usize {
-    2 * S::F32_LANES
-}
 
 pub(super) struct Forward<'a> {
     pub attention: &'a Attention<'a>,
@@ -31,21 +23,17 @@ pub(super) struct Forward<'a> {
     pub lse: &'a mut [f32],
 }
 
-impl WithSimd for Forward<'_> {
-    type Output = ();
-
+impl WithArithmetic for Forward<'_> {
     #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) {
-        if S::F32_LANES == 16 { self.run::<S, WIDE>(simd) } else { self.run::<S, NARROW>(simd) }
+    fn run<A: Arithmetic>(self, arithmetic: A) {
+        if A::WIDTH == 32 { self.tiles::<A, WIDE>(arithmetic) } else { self.tiles::<A, NARROW>(arithmetic) }
     }
 }
 
-impl WithSimd for Backward<'_> {
-    type Output = ();
-
+impl WithArithmetic for Backward<'_> {
     #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) {
-        if S::F32_LANES == 16 { self.run::<S, WIDE>(simd) } else { self.run::<S, NARROW>(simd) }
+    fn run<A: Arithmetic>(self, arithmetic: A) {
+        if A::WIDTH == 32 { self.tiles::<A, WIDE>(arithmetic) } else { self.tiles::<A, NARROW>(arithmetic) }
     }
 }
 
@@ -63,107 +51,116 @@ impl Attention<'_> {
     fn seen_by<const MR: usize>(&self, i: usize) -> usize {
         self.visible(i + MR - 1).min(self.seq)
     }
+
+    /// The rows from `start` on of `from`, which are `stride` apart, times `factor`.
+    #[inline(always)]
+    fn copy<A: Arithmetic>(&self, from: &[f32], stride: usize, start: usize, factor: f32, to: &mut Rows<A>) {
+        for r in 0..ROWS.min(self.seq - start) {
+            for (to, from) in to.row(r).iter_mut().zip(&from[(start + r) * stride..][..self.head_dim]) {
+                *to = factor * from;
+            }
+            to.pack_along(r, self.head_dim);
+        }
+    }
 }
 
 impl Forward<'_> {
     #[inline(always)]
-    fn run<S: Simd, const MR: usize>(mut self, simd: S) {
+    fn tiles<A: Arithmetic, const MR: usize>(mut self, arithmetic: A) {
         let (attention, stride) = (self.attention, 3 * self.attention.inner());
         let (dim, seq) = (attention.head_dim, attention.seq);
-        let tile = Tile::<S, MR> { simd };
-        let keys = Panels::of_columns::<S>(self.head.k, stride, seq, dim);
-        let values = Panels::of_rows::<S>(self.head.v, stride, seq, dim);
-        let row = seq.next_multiple_of(width::<S>()) + GAP;
-        let (mut scores, mut q) = (Buffer::take(ROWS * row), Buffer::take(ROWS * dim));
-        let mut sums = Sums::take(ROWS, &values);
+        let tile = Tile::<A, MR> { arithmetic };
+        let keys = Panels::pack(arithmetic, Mat::strided(self.head.k, seq, dim, stride).t());
+        let values = Panels::pack(arithmetic, Mat::strided(self.head.v, seq, dim, stride));
+        let mut q = Rows::take(arithmetic, ROWS, dim);
+        let mut scores = Rows::take(arithmetic, ROWS, seq);
+        let (mut sums, mut factors) = (Sums::take(ROWS, &values), [0.0; ROWS]);
         for (start, rows, limit) in attention.tiles() {
-            copy(self.head.q, stride, start, rows, &mut q);
+            attention.copy(self.head.q, stride, start, attention.scale(), &mut q);
             for (first, panel) in keys.starts(limit) {
                 for group in groups::<MR>(rows, start, first, attention.causal) {
-                    let q = Left { data: &q[group * dim..], row: dim, step: 1, depth: dim };
-                    tile.product(attention.scale(), q, panel, Into::Set, &mut scores[group * row + first..], row);
+                    let (out, row) = scores.part(group, first);
+                    tile.product(q.along(group, 0, dim), panel, Into::Set, out, row);
                 }
             }
-            for r in 0..rows {
-                let (seen, hidden) = scores[r * row..][..limit].split_at_mut(attention.visible(start + r));
-                self.lse[start + r] = attention.softmax(&self.head, start + r, seen);
+            for (r, factor) in factors.iter_mut().enumerate().take(rows) {
+                let (seen, hidden) = scores.row(r)[..limit].split_at_mut(attention.visible(start + r));
+                (*factor, self.lse[start + r]) = attention.softmax(&self.head, start + r, seen);
                 hidden.fill(0.0);
+                scores.pack_along(r, limit);
             }
             for first in (0..limit).step_by(KEYS) {
                 for group in groups::<MR>(rows, start, first, attention.causal) {
                     let depth = attention.seen_by::<MR>(start + group).min(first + KEYS) - first;
-                    let weights = Left { data: &scores[group * row + first..], row, step: 1, depth };
-                    sums.add(&tile, group, weights, &values, first, first == 0);
+                    sums.add(&tile, group, scores.along(group, first, depth), &values, first, first == 0);
                 }
             }
-            sums.write(start, rows, &mut self.out);
+            sums.write(start, rows, |r| factors[r], &mut self.out);
         }
     }
 }
 
 impl Backward<'_> {
     #[inline(always)]
-    fn run<S: Simd, const MR: usize>(mut self, simd: S) {
+    fn tiles<A: Arithmetic, const MR: usize>(mut self, arithmetic: A) {
         let (attention, stride) = (self.attention, 3 * self.attention.inner());
         let (dim, seq) = (attention.head_dim, attention.seq);
-        let tile = Tile::<S, MR> { simd };
-        let keys = Panels::of_columns::<S>(self.head.k, stride, seq, dim);
-        let values = Panels::of_columns::<S>(self.head.v, stride, seq, dim);
-        let keys_again = Panels::of_rows::<S>(self.head.k, stride, seq, dim);
-        let (mut dk, mut dv) = (Sums::take(seq + MR, &keys_again), Sums::take(seq + MR, &keys_again));
-        dk.data.fill(0.0);
-        dv.data.fill(0.0);
+        let tile = Tile::<A, MR> { arithmetic };
+        let head = |part| Mat::strided(part, seq, dim, stride);
+        let keys = Panels::pack(arithmetic, head(self.head.k).t());
+        let values = Panels::pack(arithmetic, head(self.head.v).t());
+        let keys_again = Panels::pack(arithmetic, head(self.head.k));
+        let (mut dk, mut dv) = (Sums::zeros(seq + MR, &keys_again), Sums::zeros(seq + MR, &keys_again));
         let mut dq = Sums::take(ROWS, &keys_again);
-        let row = KEYS + GAP;
-        let (mut p, mut dp) = (Buffer::take(ROWS * row), Buffer::take(ROWS * row));
-        let (mut q, mut dout) = (Buffer::take(ROWS * dim), Buffer::take(ROWS * dim));
+        let (mut p, mut dp) = (Rows::take(arithmetic, ROWS, KEYS), Rows::take(arithmetic, ROWS, KEYS));
+        let (mut q, mut dout) = (Rows::take(arithmetic, ROWS, dim), Rows::take(arithmetic, ROWS, dim));
         let mut deltas = [0.0; ROWS];
         for (start, rows, limit) in attention.tiles() {
-            copy(self.head.q, stride, start, rows, &mut q);
-            copy(self.dout, attention.inner(), start, rows, &mut dout);
-            let q_panels = Panels::of_rows::<S>(&q, dim, rows, dim);
-            let dout_panels = Panels::of_rows::<S>(&dout, dim, rows, dim);
+            attention.copy(self.head.q, stride, start, attention.scale(), &mut q);
+            attention.copy(self.dout, attention.inner(), start, 1.0, &mut dout);
+            let q_panels = Panels::pack(arithmetic, q.floats(rows, dim));
+            let dout_panels = Panels::pack(arithmetic, dout.floats(rows, dim));
             for (r, delta) in deltas.iter_mut().enumerate().take(rows) {
                 *delta = self.delta(start + r);
             }
             for first in (0..limit).step_by(KEYS) {
                 let last = limit.min(first + KEYS);
-                let panels = keys.starts(last).zip(values.starts(last)).skip(first / width::<S>());
+                let panels = keys.starts(last).zip(values.starts(last)).skip(first / A::WIDTH);
                 for ((panel_start, key_panel), (_, value_panel)) in panels {
                     for group in groups::<MR>(rows, start, panel_start, attention.causal) {
-                        let left = |rows| Left { data: rows, row: dim, step: 1, depth: dim };
-                        let (q, dout) = (left(&q[group * dim..]), left(&dout[group * dim..]));
-                        let out = group * row + panel_start - first;
-                        tile.product(attention.scale(), q, key_panel, Into::Set, &mut p[out..], row);
-                        tile.product(1.0, dout, value_panel, Into::Set, &mut dp[out..], row);
+                        let (out, row) = p.part(group, panel_start - first);
+                        tile.product(q.along(group, 0, dim), key_panel, Into::Set, out, row);
+                        let (out, row) = dp.part(group, panel_start - first);
+                        tile.product(dout.along(group, 0, dim), value_panel, Into::Set, out, row);
                     }
                 }
                 for r in 0..rows {
                     let seen = attention.visible(start + r).clamp(first, last) - first;
-                    let (p, hidden) = p[r * row..][..KEYS].split_at_mut(seen);
+                    let (p, hidden) = p.row(r)[..KEYS].split_at_mut(seen);
                     hidden.fill(0.0);
-                    let (dp, hidden) = dp[r * row..][..KEYS].split_at_mut(seen);
+                    let (seen_dp, hidden) = dp.row(r)[..KEYS].split_at_mut(seen);
                     hidden.fill(0.0);
-                    self.softmax(start + r, first, deltas[r], p, dp);
+                    self.softmax(start + r, first, deltas[r], p, seen_dp);
+                    dp.pack_along(r, last - first);
                 }
+                let columns = (last - first).next_multiple_of(MR);
+                p.pack_across(rows, columns);
+                dp.pack_across(rows, columns);
                 for key in (first..last).step_by(MR) {
                     // Rows before the first that sees one of these keys have no weight for them.
-                    let skip = if attention.causal { key.saturating_sub(start) } else { 0 };
-                    let at = skip * row + key - first;
-                    let left = |data| Left { data, row: 1, step: row, depth: rows - skip };
-                    dv.add(&tile, key, left(&p[at..]), &dout_panels, skip, false);
-                    dk.add(&tile, key, left(&dp[at..]), &q_panels, skip, false);
+                    let skip = if attention.causal { key.saturating_sub(start) / A::PACK * A::PACK } else { 0 };
+                    dv.add(&tile, key, p.across(skip, rows, key - first), &dout_panels, skip, false);
+                    dk.add(&tile, key, dp.across(skip, rows, key - first), &q_panels, skip, false);
                 }
                 for group in groups::<MR>(rows, start, first, attention.causal) {
                     let depth = attention.seen_by::<MR>(start + group).min(last) - first;
-                    let grads = Left { data: &dp[group * row..], row, step: 1, depth };
-                    dq.add(&tile, group, grads, &keys_again, first, first == 0);
+                    dq.add(&tile, group, dp.along(group, 0, depth), &keys_again, first, first == 0);
                 }
             }
-            dq.write(start, rows, &mut self.dq);
+            dq.write(start, rows, |_| attention.scale(), &mut self.dq);
         }
-        dk.write(0, seq, &mut self.dk);
-        dv.write(0, seq, &mut self.dv);
+        dk.write(0, seq, |_| 1.0, &mut self.dk);
+        dv.write(0, seq, |_| 1.0, &mut self.dv);
     }
 }
 
@@ -174,166 +171,12 @@ fn groups<const MR: usize>(rows: usize, start: usize, first: usize, causal: bool
     (hidden..rows).step_by(MR)
 }
 
-/// Copies the `rows` from `start` on, `stride` apart, one after another.
-#[inline(always)]
-fn copy(from: &[f32], stride: usize, start: usize, rows: usize, to: &mut [f32]) {
-    let dim = to.len() / ROWS;
-    for (r, to) in to.chunks_exact_mut(dim).enumerate().take(rows) {
-        to.copy_from_slice(&from[(start + r) * stride..][..dim]);
-    }
-}
-
-/// The right operand of a product: panels of [`width`] columns, each row after row. Missing columns are zero.
-struct Panels {
-    data: Buffer,
-    width: usize,
-    /// Rows of a panel.
-    rows: usize,
-}
-
-impl Panels {
-    /// `rows x dim`, as it is.
-    #[inline(always)]
-    fn of_rows<S: Simd>(from: &[f32], stride: usize, rows: usize, dim: usize) -> Self {
-        let width = width::<S>();
-        let mut data = Buffer::take(rows * dim.next_multiple_of(width));
-        for (panel, first) in data.chunks_exact_mut(rows * width).zip((0..dim).step_by(width)) {
-            let held = width.min(dim - first);
-            for (r, to) in panel.chunks_exact_mut(width).enumerate() {
-                to[..held].copy_from_slice(&from[r * stride + first..][..held]);
-                to[held..].fill(0.0);
-            }
-        }
-        Panels { data, width, rows }
-    }
-
-    /// The transpose of `columns x dim`.
-    #[inline(always)]
-    fn of_columns<S: Simd>(from: &[f32], stride: usize, columns: usize, dim: usize) -> Self {
-        let width = width::<S>();
-        let mut data = Buffer::take(columns.next_multiple_of(width) * dim);
-        for (panel, first) in data.chunks_exact_mut(dim * width).zip((0..columns).step_by(width)) {
-            let held = width.min(columns - first);
-            if held < width {
-                panel.fill(0.0);
-            }
-            for c in 0..held {
-                let from = &from[(first + c) * stride..][..dim];
-                for (to, from) in panel.chunks_exact_mut(width).zip(from) {
-                    to[c] = *from;
-                }
-            }
-        }
-        Panels { data, width, rows: dim }
-    }
-
-    #[inline(always)]
-    fn panels(&self) -> impl Iterator<Item = &[f32]> {
-        self.data.chunks_exact(self.rows * self.width)
-    }
-
-    /// The panels that have one of the columns below `limit`, with their first column.
-    #[inline(always)]
-    fn starts(&self, limit: usize) -> impl Iterator<Item = (usize, &[f32])> {
-        (0..limit).step_by(self.width).zip(self.panels())
-    }
-}
-
-/// Rows of sums, as wide as the panels of the right operand.
-struct Sums {
-    data: Buffer,
-    stride: usize,
-}
-
-impl Sums {
-    #[inline(always)]
-    fn take(rows: usize, right: &Panels) -> Self {
-        let stride = right.panels().count() * right.width;
-        Sums { data: Buffer::take(rows * stride), stride }
-    }
-
-    /// Sets (or adds to) `MR` rows from `row` on: `left` times the panels' rows from `first` on.
-    #[inline(always)]
-    fn add<S: Simd, const MR: usize>(
-        &mut self,
-        tile: &Tile<S, MR>,
-        row: usize,
-        left: Left,
-        right: &Panels,
-        first: usize,
-        set: bool,
-    ) {
-        let into = if set { Into::Set } else { Into::Add };
-        for (i, panel) in right.panels().enumerate() {
-            let out = &mut self.data[row * self.stride + i * right.width..];
-            tile.product(1.0, left, &panel[first * right.width..], into, out, self.stride);
-        }
-    }
-
-    /// Copies the first `rows` to the rows of `out` from `start` on.
-    #[inline(always)]
-    fn write(&self, start: usize, rows: usize, out: &mut MatMut) {
-        for (r, sums) in self.data.chunks_exact(self.stride).enumerate().take(rows) {
-            let out = out.row(start + r);
-            out.copy_from_slice(&sums[..out.len()]);
-        }
-    }
-}
-
-/// The left operand of a register tile: element `(i, k)` at `i * row + k * step`, `k` below `depth`.
-#[derive(Clone, Copy)]
-struct Left<'a> {
-    data: &'a [f32],
-    row: usize,
-    step: usize,
-    depth: usize,
-}
-
-/// `MR` rows of sums of two registers each.
-#[derive(Clone, Copy)]
-struct Tile<S, const MR: usize> {
-    simd: S,
-}
-
-impl<S: Simd, const MR: usize> Tile<S, MR> {
-    /// `out (=|+=) scale * left * panel`, the rows of `out` being `stride` apart.
-    #[inline(always)]
-    fn product(&self, scale: f32, left: Left, panel: &[f32], into: Into, out: &mut [f32], stride: usize) {
-        let simd = self.simd;
-        let Left { data, row, step, depth } = left;
-        assert!(depth > 0 && (MR - 1) * row + (depth - 1) * step < data.len(), "left operand");
-        assert!(depth * width::<S>() <= panel.len() && (MR - 1) * stride + width::<S>() <= out.len(), "panel, sums");
-        let mut sums = [[simd.splat_f32s(0.0); 2]; MR];
-        // SAFETY: in bounds by the assertions; an `f32s` is `F32_LANES` floats without padding.
-        unsafe {
-            let panel = panel.as_ptr().cast::<[S::f32s; 2]>();
-            for k in 0..depth {
-                let right = panel.add(k).read_unaligned();
-                for (i, sums) in sums.iter_mut().enumerate() {
-                    let left = simd.splat_f32s(*data.get_unchecked(i * row + k * step));
-                    sums[0] = simd.mul_add_e_f32s(left, right[0], sums[0]);
-                    sums[1] = simd.mul_add_e_f32s(left, right[1], sums[1]);
-                }
-            }
-            let scale = simd.splat_f32s(scale);
-            for (i, sums) in sums.iter().enumerate() {
-                let out = out.as_mut_ptr().add(i * stride).cast::<[S::f32s; 2]>();
-                let sums = sums.map(|sum| simd.mul_f32s(scale, sum));
-                let sums = if into == Into::Add {
-                    let before = out.read_unaligned();
-                    [simd.add_f32s(before[0], sums[0]), simd.add_f32s(before[1], sums[1])]
-                } else {
-                    sums
-                };
-                out.write_unaligned(sums);
-            }
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::block::Dropout;
+    use crate::gemm::arithmetic::InFloats;
+    use crate::gemm::{Precision, autocast};
     use crate::parallel::Shared;
     use crate::simd::for_every_arch;
     use crate::testing::{assert_close, noise};
@@ -358,7 +201,7 @@ mod tests {
                 let out = unsafe { out_parts.matrix(at * seq * head_dim, seq, head_dim, head_dim) };
                 // SAFETY: as above.
                 let lse = unsafe { lse_parts.slice(at * seq..(at + 1) * seq) };
-                Forward { attention: &attention, head, out, lse }
+                InFloats(Forward { attention: &attention, head, out, lse })
             });
             let part = |all: &[f32], i: usize, len: usize| all[i * len..(i + 1) * len].to_vec();
             let best = names.len() - 1;
@@ -372,13 +215,45 @@ mod tests {
                 let (dq, dk, dv) = (grad(0), grad(1), grad(2));
                 at += 1;
                 let head = attention.head(&qkv, 0);
-                Backward { attention: &attention, head, out: &want, dout: &dout, lse: &want_lse, dq, dk, dv }
+                InFloats(Backward { attention: &attention, head, out: &want, dout: &dout, lse: &want_lse, dq, dk, dv })
             });
             for (i, name) in names.iter().enumerate() {
                 assert_close(&format!("{name}, outputs"), &part(&out, i, want.len()), &want, 1e-5);
                 let len = seq * 3 * head_dim;
                 assert_close(&format!("{name}, gradients"), &part(&grads, i, len), &part(&grads, best, len), 1e-5);
             }
+        }
+    }
+
+    /// Queries are large, so that a row attends to few keys and each of these counts.
+    #[test]
+    fn bf16_is_close_to_f32() {
+        if !Precision::Bf16.is_available() {
+            return eprintln!("no AVX-512 BF16 here");
+        }
+        crate::buffer::poison_buffers();
+        for (seq, head_dim, causal) in [(25, 64, true), (97, 7, false), (101, 40, true), (389, 16, true)] {
+            let (batch, heads) = (2, 3);
+            let inner = heads * head_dim;
+            let mut mask = vec![1; batch * seq];
+            mask[seq / 2..seq / 2 + 3].fill(0);
+            let dropout = Some(Dropout::new(0.2, 7, 0));
+            let attention = Attention { batch, seq, heads, head_dim, causal, mask: Some(&mask), dropout };
+            let mut qkv = noise(batch * seq * 3 * inner, 1);
+            qkv.chunks_exact_mut(3 * inner).for_each(|row| row[..inner].iter_mut().for_each(|q| *q *= 8.0));
+            let dout = noise(batch * seq * inner, 2);
+            let both = [Precision::F32, Precision::Bf16].map(|precision| {
+                let (mut out, mut lse) = (vec![f32::NAN; dout.len()], vec![f32::NAN; batch * heads * seq]);
+                let mut dqkv = vec![f32::NAN; qkv.len()];
+                autocast(precision, || {
+                    attention.forward(&qkv, &mut out, &mut lse);
+                    attention.backward(&qkv, &out, &lse, &dout, &mut dqkv);
+                });
+                (out, dqkv)
+            });
+            assert!(both[0].0 != both[1].0, "nothing was rounded");
+            assert_close("outputs", &both[1].0, &both[0].0, 0.02);
+            assert_close("gradients", &both[1].1, &both[0].1, 0.02);
         }
     }
 }
