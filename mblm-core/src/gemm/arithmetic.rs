@@ -63,6 +63,28 @@ impl<W: WithArithmetic> WithSimd for InFloats<W> {
     }
 }
 
+/// Packs the columns of `right` into panels of `REGISTERS` (1 or 2) registers; see [`Arithmetic::pack`].
+#[inline(always)]
+pub(crate) fn pack_floats<S: Simd, const REGISTERS: usize>(right: Mat, panels: &mut [f32]) {
+    #[cfg(target_arch = "x86_64")]
+    if S::F32_LANES == 16 {
+        use super::pack::{Lanes, floats};
+        let columns = Lanes::columns(&right, 0, right.rows);
+        // SAFETY: on this architecture, AVX-512 alone has such registers.
+        return unsafe { if REGISTERS == 1 { floats::<16>(columns, panels) } else { floats::<32>(columns, panels) } };
+    }
+    let width = REGISTERS * S::F32_LANES;
+    for (panel, first) in panels.chunks_exact_mut(right.rows * width).zip((0..right.cols).step_by(width)) {
+        let held = width.min(right.cols - first);
+        for (r, to) in panel.chunks_exact_mut(width).enumerate() {
+            for (c, to) in to[..held].iter_mut().enumerate() {
+                *to = right.data[r * right.row_stride + (first + c) * right.col_stride];
+            }
+            to[held..].fill(0.0);
+        }
+    }
+}
+
 #[derive(Clone, Copy)]
 struct F32<S>(S);
 
@@ -82,22 +104,7 @@ impl<S: Simd> Arithmetic for F32<S> {
 
     #[inline(always)]
     fn pack(self, right: Mat, panels: &mut [f32]) {
-        #[cfg(target_arch = "x86_64")]
-        if S::F32_LANES == 16 {
-            use super::pack::{Lanes, floats};
-            // SAFETY: on this architecture, AVX-512 alone has such registers.
-            return unsafe { floats::<32>(Lanes::columns(&right, 0, right.rows), panels) };
-        }
-        let width = Self::WIDTH;
-        for (panel, first) in panels.chunks_exact_mut(right.rows * width).zip((0..right.cols).step_by(width)) {
-            let held = width.min(right.cols - first);
-            for (r, to) in panel.chunks_exact_mut(width).enumerate() {
-                for (c, to) in to[..held].iter_mut().enumerate() {
-                    *to = right.data[r * right.row_stride + (first + c) * right.col_stride];
-                }
-                to[held..].fill(0.0);
-            }
-        }
+        pack_floats::<S, 2>(right, panels);
     }
 
     #[inline(always)]

@@ -3,7 +3,9 @@
 use candle_core::{D, Tensor};
 use pulp::{Simd, WithSimd};
 
+use crate::buffer::Buffer;
 use crate::error::Result;
+use crate::gemm::arithmetic::pack_floats;
 use crate::gemm::{Mat, MatMut, Threads, matmul};
 use crate::parallel::{MIN_PARALLEL, Shared, for_rows, reduce_rows};
 use crate::simd::{self, vectorize};
@@ -134,50 +136,102 @@ struct FewRows<'a> {
 /// Rows of the weight that share a pass over `x`.
 const OUTPUTS: usize = 4;
 
+/// As [`OUTPUTS`], where rows of `x` lie side by side in a register. More would lie in too few sets of the first-level cache,
+/// since rows are often powers of two apart.
+const BESIDE: usize = 8;
+
 impl WithSimd for FewRows<'_> {
     type Output = ();
 
     /// A group of rows of the weight stays in the first-level cache for all of `x`. For a single `x` the weight is read
-    /// from front to back, which is what the processor fetches ahead best.
+    /// from front to back, which is what the processor fetches ahead best. Many `x` fill registers side by side.
     #[inline(always)]
     fn with_simd<S: Simd>(mut self, simd: S) {
-        if self.x.len() == self.inputs {
+        let (rows, lanes) = (self.x.len() / self.inputs, S::F32_LANES);
+        if rows == 1 {
             for (output, weight) in self.weight.chunks_exact(self.inputs).enumerate() {
                 self.store(0, output, [[long_dot(simd, weight, self.x)]]);
             }
             return;
         }
-        for (group, weight) in self.weight.chunks(OUTPUTS * self.inputs).enumerate() {
-            if weight.len() < OUTPUTS * self.inputs {
-                for (i, row) in weight.chunks_exact(self.inputs).enumerate() {
-                    self.all_of_x::<S, 1>(simd, group * OUTPUTS + i, row);
-                }
-            } else {
-                self.all_of_x::<S, OUTPUTS>(simd, group * OUTPUTS, weight);
-            }
+        let rest = if rows % lanes >= lanes * 3 / 4 { 0 } else { rows % lanes };
+        self.side_by_side(simd, rows - rest);
+        if rest > 0 {
+            self.one_by_one(simd, rows - rest);
         }
     }
 }
 
 impl FewRows<'_> {
+    /// The first `rows`, in panels of a register.
     #[inline(always)]
-    fn all_of_x<S: Simd, const O: usize>(&mut self, simd: S, output: usize, weight: &[f32]) {
-        // As many sums as registers hold.
-        if S::F32_LANES == 16 {
-            self.groups_of_x::<S, O, 4>(simd, output, weight);
-        } else {
-            self.groups_of_x::<S, O, 2>(simd, output, weight);
+    fn side_by_side<S: Simd>(&mut self, simd: S, rows: usize) {
+        let (inputs, lanes) = (self.inputs, S::F32_LANES);
+        let mut panels = Buffer::take(rows.next_multiple_of(lanes) * inputs);
+        pack_floats::<S, 1>(Mat::new(self.x, rows, inputs).t(), &mut panels);
+        for (group, weight) in self.weight.chunks(BESIDE * inputs).enumerate() {
+            for (panel, first) in panels.chunks_exact(lanes * inputs).zip((0..rows).step_by(lanes)) {
+                let held = lanes.min(rows - first);
+                if weight.len() == BESIDE * inputs {
+                    let sums = sums::<S, BESIDE>(simd, weight, panel, inputs);
+                    self.store_beside::<S, BESIDE>(first, held, group * BESIDE, sums);
+                } else {
+                    for (i, weight) in weight.chunks_exact(inputs).enumerate() {
+                        let sums = sums::<S, 1>(simd, weight, panel, inputs);
+                        self.store_beside::<S, 1>(first, held, group * BESIDE + i, sums);
+                    }
+                }
+            }
         }
     }
 
     #[inline(always)]
-    fn groups_of_x<S: Simd, const O: usize, const B: usize>(&mut self, simd: S, output: usize, weight: &[f32]) {
-        let groups = self.x.chunks_exact(B * self.inputs);
+    fn store_beside<S: Simd, const O: usize>(&mut self, first: usize, held: usize, output: usize, sums: [S::f32s; O]) {
+        // SAFETY: a register is `F32_LANES` floats without padding.
+        let sums = unsafe { std::slice::from_raw_parts(sums.as_ptr().cast::<f32>(), O * S::F32_LANES) };
+        for b in 0..held {
+            self.store(first + b, output, [std::array::from_fn::<_, O, _>(|o| sums[o * S::F32_LANES + b])]);
+        }
+    }
+
+    /// The rows from `first` on.
+    #[inline(always)]
+    fn one_by_one<S: Simd>(&mut self, simd: S, first: usize) {
+        for (group, weight) in self.weight.chunks(OUTPUTS * self.inputs).enumerate() {
+            if weight.len() < OUTPUTS * self.inputs {
+                for (i, row) in weight.chunks_exact(self.inputs).enumerate() {
+                    self.all_of_x::<S, 1>(simd, first, group * OUTPUTS + i, row);
+                }
+            } else {
+                self.all_of_x::<S, OUTPUTS>(simd, first, group * OUTPUTS, weight);
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn all_of_x<S: Simd, const O: usize>(&mut self, simd: S, first: usize, output: usize, weight: &[f32]) {
+        // As many sums as registers hold.
+        if S::F32_LANES == 16 {
+            self.groups_of_x::<S, O, 4>(simd, first, output, weight);
+        } else {
+            self.groups_of_x::<S, O, 2>(simd, first, output, weight);
+        }
+    }
+
+    #[inline(always)]
+    fn groups_of_x<S: Simd, const O: usize, const B: usize>(
+        &mut self,
+        simd: S,
+        first: usize,
+        output: usize,
+        weight: &[f32],
+    ) {
+        let groups = self.x[first * self.inputs..].chunks_exact(B * self.inputs);
         let rest = groups.remainder();
         for (group, x) in groups.enumerate() {
-            self.store(group * B, output, dots::<S, O, B>(simd, weight, x, self.inputs));
+            self.store(first + group * B, output, dots::<S, O, B>(simd, weight, x, self.inputs));
         }
-        let first = self.x.len() / self.inputs / B * B;
+        let first = self.x.len() / self.inputs - rest.len() / self.inputs;
         for (i, x) in rest.chunks_exact(self.inputs).enumerate() {
             self.store(first + i, output, dots::<S, O, 1>(simd, weight, x, self.inputs));
         }
@@ -211,6 +265,51 @@ fn long_dot<S: Simd>(simd: S, weight: &[f32], x: &[f32]) -> f32 {
     }
     let total = simd.add_f32s(simd.add_f32s(sums[0], sums[1]), simd.add_f32s(sums[2], sums[3]));
     simd.reduce_sum_f32s(total) + w_rest.iter().zip(x_rest).map(|(w, x)| w * x).sum::<f32>()
+}
+
+/// The products of `O` rows of the weight with a panel of `x`, whose rows are the lanes.
+#[inline(always)]
+fn sums<S: Simd, const O: usize>(simd: S, weight: &[f32], panel: &[f32], inputs: usize) -> [S::f32s; O] {
+    /// Floats of a cache line.
+    const LINE: usize = 16;
+    let mut sums = [simd.splat_f32s(0.0); O];
+    let (panel, _) = S::as_simd_f32s(panel);
+    assert!(weight.len() >= O * inputs && panel.len() >= inputs);
+    for line in (0..inputs / LINE * LINE).step_by(LINE) {
+        for o in 0..O {
+            // The same place in the next group.
+            simd::prefetch(weight, (O + o) * inputs + line);
+        }
+        for k in line..line + LINE {
+            // SAFETY: `k < inputs`.
+            unsafe { add(simd, weight, inputs, k, panel[k], &mut sums) };
+        }
+    }
+    for k in inputs / LINE * LINE..inputs {
+        // SAFETY: `k < inputs`.
+        unsafe { add(simd, weight, inputs, k, panel[k], &mut sums) };
+    }
+    sums
+}
+
+/// Adds element `k` of each of `O` rows of the weight, times `x`.
+///
+/// # Safety
+/// `weight` must have `O` rows of `inputs`, and `k` be one of these.
+#[inline(always)]
+unsafe fn add<S: Simd, const O: usize>(
+    simd: S,
+    weight: &[f32],
+    inputs: usize,
+    k: usize,
+    x: S::f32s,
+    sums: &mut [S::f32s; O],
+) {
+    for (o, sum) in sums.iter_mut().enumerate() {
+        // SAFETY: within row `o`, by the caller.
+        let weight = unsafe { *weight.get_unchecked(o * inputs + k) };
+        *sum = simd.mul_add_e_f32s(simd.splat_f32s(weight), x, *sum);
+    }
 }
 
 /// The products of `B` rows of `x` with `O` rows of the weight.
@@ -255,7 +354,7 @@ mod tests {
 
     #[test]
     fn few_rows_and_many_are_the_same_product() {
-        for (rows, inputs, outputs) in [(1, 5, 3), (1, 64, 1030), (3, 37, 9), (9, 40, 41), (63, 33, 6), (17, 2000, 13)]
+        for (rows, inputs, outputs) in [(1, 5, 3), (1, 64, 1030), (3, 37, 9), (9, 40, 41), (63, 33, 6), (17, 2000, 13), (16, 64, 257), (30, 40, 19)]
         {
             let (x, w, b) = (noise(rows * inputs, 1), noise(inputs * outputs, 2), noise(outputs, 3));
             let mut want = vec![f32::NAN; rows * outputs];
@@ -274,7 +373,7 @@ mod tests {
     #[test]
     fn every_instruction_set_gives_the_same() {
         let (inputs, outputs) = (37, 9);
-        for rows in [1, 2, 5] {
+        for rows in [1, 2, 5, 7, 14, 16] {
             let (x, weight) = (noise(rows * inputs, 1), noise(inputs * outputs, 2));
             let mut want = vec![f32::NAN; rows * outputs];
             forward(&x, &weight, inputs, Into::Set, &mut want);
