@@ -8,7 +8,7 @@ use std::sync::Arc;
 use candle_core::{Device, Tensor};
 use criterion::{Criterion, criterion_group, criterion_main};
 use mblm_core::Mode;
-use mblm_core::gemm::{Mat, MatMut, Precision, Threads, autocast, matmul};
+use mblm_core::gemm::{Into, Mat, MatMut, Precision, Threads, autocast, matmul};
 use mblm_core::layer::Dims;
 use mblm_core::node::apply1;
 use mblm_core::ops::attention::{Attention, attention_composed};
@@ -169,18 +169,18 @@ fn products(c: &mut Criterion) {
         let x = noise(rows * inputs, 2);
         let mut y = vec![0.0; rows * outputs];
         group.bench_function(format!("{rows} rows"), |b| {
-            b.iter(|| linear::forward(&x, &weight, inputs, linear::Into::Set, &mut y));
+            b.iter(|| linear::forward(&x, &weight, inputs, Into::Set, &mut y));
         });
         group.bench_function(format!("{rows} rows, packed"), |b| {
             b.iter(|| {
                 let (x, weight) = (Mat::new(&x, rows, inputs), Mat::new(&weight, outputs, inputs));
-                matmul(MatMut::new(&mut y, rows, outputs), false, 1.0, x, weight.t(), Threads::All);
+                matmul(MatMut::new(&mut y, rows, outputs), Into::Set, x, weight.t(), Threads::All);
             });
         });
         if Precision::Bf16.is_available() {
             group.bench_function(format!("{rows} rows, bf16"), |b| {
                 autocast(Precision::Bf16, || {
-                    b.iter(|| linear::forward(&x, &weight, inputs, linear::Into::Set, &mut y));
+                    b.iter(|| linear::forward(&x, &weight, inputs, Into::Set, &mut y));
                 });
             });
         }

@@ -5,9 +5,10 @@ use std::sync::Arc;
 use mblm_core::Result;
 use mblm_core::block::StageDecoder;
 use mblm_core::buffer::Buffer;
+use mblm_core::gemm::Into;
 use mblm_core::layer::Dims;
 use mblm_core::ops::conv1d::Conv1d;
-use mblm_core::ops::linear::{self, Into};
+use mblm_core::ops::linear;
 use mblm_core::ops::selective_scan::SelectiveScan;
 
 use super::Sizes;

@@ -5,10 +5,10 @@ use std::sync::Arc;
 use candle_core::Tensor;
 use mblm_core::block::Mode;
 use mblm_core::buffer::Buffer;
-use mblm_core::gemm::{Mat, MatMut, Threads, matmul};
+use mblm_core::gemm::{Into, Mat, MatMut, Threads, matmul};
 use mblm_core::layer::{Context, Layer, param_like};
 use mblm_core::ops::conv1d::{Conv1d, conv1d_silu_composed};
-use mblm_core::ops::linear::{self, Into, linear_composed};
+use mblm_core::ops::linear::{self, linear_composed};
 use mblm_core::ops::rms_norm::{Eps, RmsNorm, rms_norm_composed};
 use mblm_core::ops::selective_scan::{Grads, Inputs, ParamGrads, SelectiveScan, selective_scan_composed};
 use mblm_core::parallel::Shared;
@@ -151,7 +151,7 @@ impl Layer for MambaLayer {
         let dt_weight = self.dt_weight.values();
         let low = Rows::columns(&dbc, sizes.dbc(), 0..dt_rank).all();
         let wide = Mat::new(&dt_weight, inner, dt_rank).t();
-        matmul(MatMut::new(&mut dt, rows, inner), false, 1.0, low, wide, Threads::All);
+        matmul(MatMut::new(&mut dt, rows, inner), Into::Set, low, wide, Threads::All);
         let mut gated = Buffer::take(rows * inner);
         let states = self.scan().forward(&sizes.inputs(&xz, &u, &dt, &dbc), seq, &mut gated);
         y.copy_from_slice(x);
@@ -205,10 +205,10 @@ impl MambaLayer {
         let low = Rows::columns(&tape.dbc, sizes.dbc(), 0..dt_rank).all();
         let ddt = Mat::new(&ddt, rows, inner);
         let mut dweight = self.dt_weight.grad_mut();
-        matmul(MatMut::new(&mut dweight, inner, dt_rank), true, 1.0, ddt.t(), low, Threads::All);
+        matmul(MatMut::new(&mut dweight, inner, dt_rank), Into::Add, ddt.t(), low, Threads::All);
         let weight = self.dt_weight.values();
         let dlow = MatMut::strided(&mut ddbc, rows, dt_rank, sizes.dbc());
-        matmul(dlow, false, 1.0, ddt, Mat::new(&weight, inner, dt_rank), Threads::All);
+        matmul(dlow, Into::Set, ddt, Mat::new(&weight, inner, dt_rank), Threads::All);
 
         linear::backward_weight(&ddbc, &tape.x, inner, &mut self.x_proj.grad_mut());
         linear::backward_input(&ddbc, &self.x_proj.values(), inner, Into::Add, du);

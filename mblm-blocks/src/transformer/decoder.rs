@@ -3,8 +3,9 @@
 use mblm_core::Result;
 use mblm_core::block::{Mode, StageDecoder};
 use mblm_core::buffer::Buffer;
+use mblm_core::gemm::Into;
 use mblm_core::layer::{Context, Dims, Layer};
-use mblm_core::ops::linear::{self, Into};
+use mblm_core::ops::linear;
 use mblm_core::ops::{attention, gelu};
 
 use super::layer::{Tape, TransformerLayer};

@@ -7,12 +7,12 @@ use candle_core::Tensor;
 use mblm_core::Result;
 use mblm_core::block::{Cost, Dropout, Mode, stream};
 use mblm_core::buffer::Buffer;
-use mblm_core::gemm::{Mat, MatMut, Threads, matmul};
+use mblm_core::gemm::{Into, Mat, MatMut, Threads, matmul};
 use mblm_core::layer::{Context, Dims, Layer, param_like};
 use mblm_core::ops::attention::{Attention, attention_composed};
 use mblm_core::ops::dropout::dropout_composed;
 use mblm_core::ops::gelu;
-use mblm_core::ops::linear::{self, Into, linear_composed};
+use mblm_core::ops::linear::{self, linear_composed};
 use mblm_core::ops::rms_norm::{RmsNorm, rms_norm_composed, token_shift_composed};
 use mblm_core::ops::rotary::Rotary;
 use mblm_core::param::{Init, Param, ParamScope};
@@ -149,7 +149,7 @@ impl TransformerLayer {
             let weight = weight.values();
             let out = MatMut::strided(&mut qkv[first..], rows, count, 3 * inner);
             let weight = Mat::new(&weight, count, self.dim);
-            matmul(out, false, 1.0, Mat::new(h, rows, self.dim), weight.t(), Threads::All);
+            matmul(out, Into::Set, Mat::new(h, rows, self.dim), weight.t(), Threads::All);
         }
         self.rotate(qkv, dims.seq, false);
     }
@@ -167,10 +167,16 @@ impl TransformerLayer {
             let grad = Mat::strided(&dqkv[first..], rows, count, 3 * inner);
             let weight = param.values();
             let out = MatMut::new(dh, rows, self.dim);
-            matmul(out, first > 0, 1.0, grad, Mat::new(&weight, count, self.dim), Threads::All);
+            matmul(
+                out,
+                if first > 0 { Into::Add } else { Into::Set },
+                grad,
+                Mat::new(&weight, count, self.dim),
+                Threads::All,
+            );
             let mut dweight = param.grad_mut();
             let out = MatMut::new(&mut dweight, count, self.dim);
-            matmul(out, true, 1.0, grad.t(), Mat::new(h, rows, self.dim), Threads::All);
+            matmul(out, Into::Add, grad.t(), Mat::new(h, rows, self.dim), Threads::All);
         }
     }
 

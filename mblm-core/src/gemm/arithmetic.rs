@@ -3,6 +3,8 @@
 
 use pulp::{Simd, WithSimd};
 
+#[cfg(target_arch = "x86_64")]
+use super::tile::WIDE;
 use super::{Mat, Precision};
 use crate::simd;
 
@@ -21,9 +23,9 @@ pub(crate) trait Arithmetic: Copy {
     /// `sum + left * right`, lane by lane.
     fn multiply_add(self, left: Floats<Self>, right: Floats<Self>, sum: Floats<Self>) -> Floats<Self>;
 
-    /// The right operand of products: panels of [`WIDTH`](Self::WIDTH) columns, each row of words after row of words.
-    /// Missing columns are zero.
-    fn pack(self, right: Mat, panels: &mut [f32]);
+    /// Packs columns into panels of `width`: a panel is row of words after row of words, missing columns are zero. The
+    /// right operand of a tile is a panel of [`WIDTH`](Self::WIDTH).
+    fn pack(self, columns: Mat, width: usize, panels: &mut [f32]);
 
     /// The words of neighbours in a row.
     fn along(self, row: &[f32], words: &mut [f32]);
@@ -63,22 +65,26 @@ impl<W: WithArithmetic> WithSimd for InFloats<W> {
     }
 }
 
-/// Packs the columns of `right` into panels of `REGISTERS` (1 or 2) registers; see [`Arithmetic::pack`].
+/// [`Arithmetic::pack`] where words are floats.
 #[inline(always)]
-pub(crate) fn pack_floats<S: Simd, const REGISTERS: usize>(right: Mat, panels: &mut [f32]) {
+pub(crate) fn pack_floats<S: Simd>(columns: Mat, width: usize, panels: &mut [f32]) {
     #[cfg(target_arch = "x86_64")]
     if S::F32_LANES == 16 {
-        use super::pack::{Lanes, floats};
-        let columns = Lanes::columns(&right, 0, right.rows);
+        use super::pack::floats;
         // SAFETY: on this architecture, AVX-512 alone has such registers.
-        return unsafe { if REGISTERS == 1 { floats::<16>(columns, panels) } else { floats::<32>(columns, panels) } };
+        return unsafe {
+            match width {
+                WIDE => floats::<WIDE>(columns, panels),
+                16 => floats::<16>(columns, panels),
+                _ => floats::<32>(columns, panels),
+            }
+        };
     }
-    let width = REGISTERS * S::F32_LANES;
-    for (panel, first) in panels.chunks_exact_mut(right.rows * width).zip((0..right.cols).step_by(width)) {
-        let held = width.min(right.cols - first);
+    for (panel, first) in panels.chunks_exact_mut(columns.rows * width).zip((0..columns.cols).step_by(width)) {
+        let held = width.min(columns.cols - first);
         for (r, to) in panel.chunks_exact_mut(width).enumerate() {
             for (c, to) in to[..held].iter_mut().enumerate() {
-                *to = right.data[r * right.row_stride + (first + c) * right.col_stride];
+                *to = columns.data[r * columns.row_stride + (first + c) * columns.col_stride];
             }
             to[held..].fill(0.0);
         }
@@ -103,8 +109,8 @@ impl<S: Simd> Arithmetic for F32<S> {
     }
 
     #[inline(always)]
-    fn pack(self, right: Mat, panels: &mut [f32]) {
-        pack_floats::<S, 2>(right, panels);
+    fn pack(self, columns: Mat, width: usize, panels: &mut [f32]) {
+        pack_floats::<S>(columns, width, panels);
     }
 
     #[inline(always)]

@@ -4,14 +4,18 @@
 pub(crate) mod arithmetic;
 #[cfg(target_arch = "x86_64")]
 mod bf16;
+mod blocked;
 #[cfg(target_arch = "x86_64")]
 mod pack;
 mod precision;
+pub(crate) mod tile;
 
 use std::marker::PhantomData;
 
 pub(crate) use precision::current;
 pub use precision::{Precision, autocast};
+
+use crate::simd;
 
 /// A read-only matrix view of a slice.
 #[derive(Clone, Copy)]
@@ -47,6 +51,14 @@ impl<'a> Mat<'a> {
     /// Rows and columns.
     pub fn shape(&self) -> (usize, usize) {
         (self.rows, self.cols)
+    }
+
+    /// The `rows x cols` elements from row `row` and column `col` on.
+    pub(crate) fn part(self, row: usize, rows: usize, col: usize, cols: usize) -> Self {
+        assert!(row + rows <= self.rows && col + cols <= self.cols, "a part outside of the matrix");
+        // A part without elements may start at the end.
+        let start = (row * self.row_stride + col * self.col_stride).min(self.data.len());
+        Mat { data: &self.data[start..], rows, cols, ..self }
     }
 
     /// The transpose; nothing is moved.
@@ -95,6 +107,14 @@ impl<'a> MatMut<'a> {
         unsafe { self.part(start, rows) }
     }
 
+    /// The `rows x cols` elements from row `row` and column `col` on.
+    #[inline(always)]
+    pub(crate) fn block(&mut self, row: usize, rows: usize, col: usize, cols: usize) -> MatMut<'_> {
+        assert!(row + rows <= self.rows && col + cols <= self.cols, "a block outside of the matrix");
+        // SAFETY: in bounds by the assertion, and this view is borrowed mutably.
+        unsafe { MatMut::from_ptr(self.ptr.add(row * self.row_stride + col), rows, cols, self.row_stride) }
+    }
+
     /// As [`MatMut::rows`], for threads that each take their own.
     ///
     /// # Safety
@@ -120,22 +140,28 @@ pub enum Threads {
     All,
 }
 
-/// `out = scale * a b`, or `out += scale * a b` with `accumulate`. Products of the whole pool take the precision of
-/// [`autocast`], those of one thread `f32`.
-pub fn matmul(out: MatMut, accumulate: bool, scale: f32, a: Mat, b: Mat, threads: Threads) {
+/// Whether a product replaces what the output holds or adds to it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Into {
+    /// Overwrite.
+    Set,
+    /// Add.
+    Add,
+}
+
+/// `out (=|+=) a b`. Products of the whole pool take the precision of [`autocast`], those of one thread `f32`.
+pub fn matmul(out: MatMut, into: Into, a: Mat, b: Mat, threads: Threads) {
     assert_eq!((out.rows, a.cols, out.cols), (a.rows, b.rows, b.cols), "matmul: shapes disagree");
     if out.rows == 0 || out.cols == 0 {
         return;
     }
     let small = out.rows * out.cols * a.cols < 64 * 64 * 64;
-    #[cfg(target_arch = "x86_64")]
-    if threads == Threads::All && a.cols > 0 && current() == Precision::Bf16 {
-        return bf16::matmul(out, accumulate, scale, a, b, if small { Threads::One } else { threads });
+    let wide = threads == Threads::All && !small;
+    let precision = if threads == Threads::All { current() } else { Precision::F32 };
+    if a.cols > 0 && (precision == Precision::Bf16 || wide && b.row_stride == 1 && simd::has_wide_registers()) {
+        return blocked::matmul(precision, out, into, a, b, if small { Threads::One } else { threads });
     }
-    let parallelism = match threads {
-        Threads::All if !small => gemm::Parallelism::Rayon(0),
-        _ => gemm::Parallelism::None,
-    };
+    let parallelism = if wide { gemm::Parallelism::Rayon(0) } else { gemm::Parallelism::None };
     // SAFETY: `Mat` and `MatMut` checked at construction that their last element lies within their slice, the three
     // slices are borrowed for the call, and `out` is borrowed mutably, so it overlaps neither input.
     unsafe {
@@ -146,7 +172,7 @@ pub fn matmul(out: MatMut, accumulate: bool, scale: f32, a: Mat, b: Mat, threads
             out.ptr,
             1,
             out.row_stride as isize,
-            accumulate,
+            into == Into::Add,
             a.data.as_ptr(),
             a.col_stride as isize,
             a.row_stride as isize,
@@ -154,7 +180,7 @@ pub fn matmul(out: MatMut, accumulate: bool, scale: f32, a: Mat, b: Mat, threads
             b.col_stride as isize,
             b.row_stride as isize,
             1.0,
-            scale,
+            1.0,
             false,
             false,
             false,
@@ -176,8 +202,8 @@ mod tests {
         out[0..2].fill(1.0);
         out[3..5].fill(1.0);
         let (a, b) = (Mat::strided(&a, 2, 3, 4), Mat::new(&b, 2, 3).t());
-        matmul(MatMut::strided(&mut out, 2, 2, 3), true, 2.0, a, b, Threads::One);
-        assert_eq!((&out[..2], &out[3..5]), (&[15., 11.][..], &[33., 23.][..]));
+        matmul(MatMut::strided(&mut out, 2, 2, 3), Into::Add, a, b, Threads::One);
+        assert_eq!((&out[..2], &out[3..5]), (&[8., 6.][..], &[17., 12.][..]));
         assert!(out[2].is_nan() && out[5].is_nan());
     }
 

@@ -1,55 +1,17 @@
-//! Packing an operand into panels with AVX-512: of floats as they are, or of pairs of bfloat16.
+//! Packing an operand with AVX-512 into panels of its columns, the lanes: of floats as they are, or of pairs of bfloat16.
 
 use std::arch::x86_64::*;
 
 use super::Mat;
-
-/// An operand while it is packed: `count` lanes (rows of `a`, columns of `b`), each `depth` long.
-#[derive(Clone, Copy)]
-pub(super) struct Lanes {
-    data: *const f32,
-    pub count: usize,
-    pub depth: usize,
-    lane_stride: usize,
-    depth_stride: usize,
-}
-
-// SAFETY: only read, while the `Mat` it is made of is borrowed.
-unsafe impl Send for Lanes {}
-// SAFETY: as above.
-unsafe impl Sync for Lanes {}
-
-impl Lanes {
-    /// The rows of `a`, of each the `depth` elements from `first` on.
-    pub fn rows(a: &Mat, first: usize, depth: usize) -> Self {
-        Lanes {
-            // In bounds, or no element is read.
-            data: a.data.as_ptr().wrapping_add(first * a.col_stride),
-            count: a.rows,
-            depth,
-            lane_stride: a.row_stride,
-            depth_stride: a.col_stride,
-        }
-    }
-
-    /// The columns of `b`.
-    pub fn columns(b: &Mat, first: usize, depth: usize) -> Self {
-        Self::rows(&b.t(), first, depth)
-    }
-
-    pub fn part(self, start: usize, count: usize) -> Self {
-        Lanes { data: self.data.wrapping_add(start * self.lane_stride), count: count.min(self.count - start), ..self }
-    }
-}
 
 /// Packs panels of `WIDTH` lanes of floats: a panel is, element after element, `WIDTH` floats. Missing lanes are zero.
 ///
 /// # Safety
 /// The processor must have AVX-512 F.
 #[target_feature(enable = "avx512f")]
-pub(super) unsafe fn floats<const WIDTH: usize>(lanes: Lanes, packed: &mut [f32]) {
+pub(super) unsafe fn floats<const WIDTH: usize>(columns: Mat, packed: &mut [f32]) {
     // SAFETY: floats need AVX-512 F alone.
-    unsafe { pack::<WIDTH, 1>(lanes, packed) }
+    unsafe { pack::<WIDTH, 1>(columns, packed) }
 }
 
 /// Packs panels of `WIDTH` lanes, two neighbours of a lane rounded to bfloat16 in a word: a panel is, pair after pair,
@@ -58,29 +20,26 @@ pub(super) unsafe fn floats<const WIDTH: usize>(lanes: Lanes, packed: &mut [f32]
 /// # Safety
 /// The processor must have AVX-512 F, BW and BF16.
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-pub(super) unsafe fn pairs<const WIDTH: usize>(lanes: Lanes, packed: &mut [f32]) {
+pub(super) unsafe fn pairs<const WIDTH: usize>(columns: Mat, packed: &mut [f32]) {
     // SAFETY: by the caller.
-    unsafe { pack::<WIDTH, 2>(lanes, packed) }
+    unsafe { pack::<WIDTH, 2>(columns, packed) }
 }
 
 /// A word holds `PACK` elements.
 #[inline(always)]
-unsafe fn pack<const WIDTH: usize, const PACK: usize>(lanes: Lanes, packed: &mut [f32]) {
-    let words = lanes.depth.div_ceil(PACK);
-    let needed = lanes.count.next_multiple_of(WIDTH) * words;
+unsafe fn pack<const WIDTH: usize, const PACK: usize>(columns: Mat, packed: &mut [f32]) {
+    let words = columns.rows.div_ceil(PACK);
+    let needed = columns.cols.next_multiple_of(WIDTH) * words;
     assert!(needed <= packed.len(), "{needed} words do not fit in {}", packed.len());
-    for (panel, start) in packed.chunks_exact_mut(WIDTH * words).zip((0..lanes.count).step_by(WIDTH)) {
+    for (panel, start) in packed.chunks_exact_mut(WIDTH * words).zip((0..columns.cols).step_by(WIDTH)) {
         for group in (0..WIDTH).step_by(16) {
             let width = (WIDTH - group).min(16);
-            let held = lanes.count.saturating_sub(start + group).min(width);
-            let group = Group {
-                lanes: lanes.part((start + group).min(lanes.count), held),
-                out: panel[group..].as_mut_ptr(),
-                width,
-            };
+            let first = (start + group).min(columns.cols);
+            let lanes = columns.part(0, columns.rows, first, (columns.cols - first).min(width));
+            let group = Group { lanes, out: panel[group..].as_mut_ptr(), width };
             // SAFETY: the panel has `words` rows of `WIDTH` words.
             unsafe {
-                match (lanes.depth_stride, lanes.lane_stride) {
+                match (columns.row_stride, columns.col_stride) {
                     (1, _) => group.transpose::<WIDTH, PACK>(),
                     (_, 1) => group.interleave::<WIDTH, PACK>(),
                     _ => unreachable!("a matrix has rows or columns of neighbours"),
@@ -91,24 +50,24 @@ unsafe fn pack<const WIDTH: usize, const PACK: usize>(lanes: Lanes, packed: &mut
 }
 
 /// Up to 16 lanes on their way to the words `out + word * WIDTH ..`, `width` of each row.
-struct Group {
-    lanes: Lanes,
+struct Group<'a> {
+    lanes: Mat<'a>,
     out: *mut f32,
     width: usize,
 }
 
-impl Group {
+impl Group<'_> {
     /// Lanes whose elements are neighbours.
     #[inline(always)]
     unsafe fn transpose<const WIDTH: usize, const PACK: usize>(&self) {
-        let Lanes { data, count, depth, lane_stride, .. } = self.lanes;
+        let Mat { data, rows: depth, cols: count, col_stride, .. } = self.lanes;
         for k in (0..depth).step_by(16 * PACK) {
             let left = depth - k;
             // SAFETY: `words` keeps to the lane's elements, and the mask of the store to a row of the panel.
             unsafe {
                 let mut rows = [_mm512_setzero_si512(); 16];
                 for (i, row) in rows.iter_mut().enumerate().take(count) {
-                    *row = words::<PACK>(data.add(i * lane_stride + k), left);
+                    *row = words::<PACK>(data.as_ptr().add(i * col_stride + k), left);
                 }
                 for (i, row) in transpose16(rows).iter().enumerate().take(left.div_ceil(PACK)) {
                     let out = self.out.add((k / PACK + i) * WIDTH);
@@ -121,10 +80,10 @@ impl Group {
     /// Lanes that are neighbours.
     #[inline(always)]
     unsafe fn interleave<const WIDTH: usize, const PACK: usize>(&self) {
-        let Lanes { data, count, depth, depth_stride, .. } = self.lanes;
+        let Mat { data, rows: depth, cols: count, row_stride, .. } = self.lanes;
         let (held, width) = (first_lanes(count), first_lanes(self.width));
         for word in 0..depth.div_ceil(PACK) {
-            let row = data.wrapping_add(PACK * word * depth_stride);
+            let row = data.as_ptr().wrapping_add(PACK * word * row_stride);
             // SAFETY: the masks keep to the lanes, and an odd last row is not read past.
             unsafe {
                 let low = _mm512_maskz_loadu_ps(held, row);
@@ -132,7 +91,7 @@ impl Group {
                     _mm512_castps_si512(low)
                 } else {
                     let held = if PACK * word + 1 < depth { held } else { 0 };
-                    across(low, _mm512_maskz_loadu_ps(held, row.wrapping_add(depth_stride)))
+                    across(low, _mm512_maskz_loadu_ps(held, row.wrapping_add(row_stride)))
                 };
                 _mm512_mask_storeu_epi32(self.out.add(word * WIDTH).cast(), width, words);
             }

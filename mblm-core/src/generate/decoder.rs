@@ -5,8 +5,9 @@ use candle_core::{DType, Device, Tensor};
 
 use crate::block::{Mode, StageDecoder};
 use crate::error::{Error, Result};
+use crate::gemm::Into;
 use crate::model::{Hierarchy, Mblm, Positions, Stage};
-use crate::ops::linear::{self, Into};
+use crate::ops::linear;
 
 /// The state of a batch of sequences of equal length that grow together.
 pub struct Decoder<'m> {

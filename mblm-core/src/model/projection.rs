@@ -7,9 +7,10 @@ use candle_core::{Shape, Tensor};
 use crate::block::Mode;
 use crate::buffer::Buffer;
 use crate::error::Result;
+use crate::gemm::Into;
 use crate::layer::Dims;
 use crate::node::{Node, apply1};
-use crate::ops::linear::{self, Into};
+use crate::ops::linear;
 use crate::param::{Init, Param, ParamScope};
 
 /// `D_n -> P_{n+1} · D_{n+1}`.

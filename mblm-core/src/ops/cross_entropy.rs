@@ -7,9 +7,9 @@ use candle_core::{D, Shape, Tensor};
 
 use crate::buffer::Buffer;
 use crate::error::Result;
-use crate::gemm::{Mat, MatMut, Threads, matmul};
+use crate::gemm::{Into, Mat, MatMut, Threads, matmul};
 use crate::node::Node;
-use crate::ops::linear::{self, Into, linear_composed};
+use crate::ops::linear::{self, linear_composed};
 use crate::parallel::{Shared, row_ranges};
 use crate::param::Param;
 use crate::simd::{self, vectorize};
@@ -141,7 +141,7 @@ impl Node for CrossEntropy {
                 let out = &mut tape.hidden[i * CHUNK * dim..][..targets.len() * dim];
                 let grad = Mat::new(logits, targets.len(), vocab);
                 let out = MatMut::new(out, targets.len(), dim);
-                matmul(out, false, 1.0, grad, Mat::new(&weight, vocab, dim), Threads::All);
+                matmul(out, Into::Set, grad, Mat::new(&weight, vocab, dim), Threads::All);
             }
         }
         y[0] = (loss / self.targets.len() as f64) as f32;

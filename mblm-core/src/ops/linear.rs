@@ -6,7 +6,8 @@ use pulp::{Simd, WithSimd};
 use crate::buffer::Buffer;
 use crate::error::Result;
 use crate::gemm::arithmetic::pack_floats;
-use crate::gemm::{Mat, MatMut, Threads, matmul};
+
+use crate::gemm::{Into, Mat, MatMut, Threads, matmul};
 use crate::parallel::{MIN_PARALLEL, Shared, for_rows, reduce_rows};
 use crate::simd::{self, vectorize};
 
@@ -28,15 +29,6 @@ pub fn linear_composed(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Re
     Ok(y.reshape(shape)?)
 }
 
-/// Whether a product replaces what the output holds or adds to it.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Into {
-    /// Overwrite.
-    Set,
-    /// Add.
-    Add,
-}
-
 /// `y (=|+=) x Wᵀ`. For few rows, as in decoding, it reads the weights once and packs nothing.
 ///
 /// # Shapes
@@ -45,7 +37,7 @@ pub fn forward(x: &[f32], weight: &[f32], inputs: usize, into: Into, y: &mut [f3
     let (rows, outputs) = (x.len() / inputs, weight.len() / inputs);
     if rows >= GEMM_ROWS {
         let (x, w) = (Mat::new(x, rows, inputs), Mat::new(weight, outputs, inputs));
-        return matmul(MatMut::new(y, rows, outputs), into == Into::Add, 1.0, x, w.t(), Threads::All);
+        return matmul(MatMut::new(y, rows, outputs), into, x, w.t(), Threads::All);
     }
     let y = Shared::new(y);
     // A thread is worth waking for about 64 K multiplications.
@@ -63,7 +55,7 @@ pub fn forward(x: &[f32], weight: &[f32], inputs: usize, into: Into, y: &mut [f3
 pub fn backward_input(dy: &[f32], weight: &[f32], inputs: usize, into: Into, dx: &mut [f32]) {
     let (rows, outputs) = (dx.len() / inputs, weight.len() / inputs);
     let (dy, w) = (Mat::new(dy, rows, outputs), Mat::new(weight, outputs, inputs));
-    matmul(MatMut::new(dx, rows, inputs), into == Into::Add, 1.0, dy, w, Threads::All);
+    matmul(MatMut::new(dx, rows, inputs), into, dy, w, Threads::All);
 }
 
 /// The gradient of the weight: `dw += dyᵀ x`.
@@ -73,7 +65,7 @@ pub fn backward_input(dy: &[f32], weight: &[f32], inputs: usize, into: Into, dx:
 pub fn backward_weight(dy: &[f32], x: &[f32], inputs: usize, dweight: &mut [f32]) {
     let (rows, outputs) = (x.len() / inputs, dweight.len() / inputs);
     let (dy, x) = (Mat::new(dy, rows, outputs), Mat::new(x, rows, inputs));
-    matmul(MatMut::new(dweight, outputs, inputs), true, 1.0, dy.t(), x, Threads::All);
+    matmul(MatMut::new(dweight, outputs, inputs), Into::Add, dy.t(), x, Threads::All);
 }
 
 /// The gradient of the bias: adds the rows of `dy` to `dbias`.
@@ -168,7 +160,7 @@ impl FewRows<'_> {
     fn side_by_side<S: Simd>(&mut self, simd: S, rows: usize) {
         let (inputs, lanes) = (self.inputs, S::F32_LANES);
         let mut panels = Buffer::take(rows.next_multiple_of(lanes) * inputs);
-        pack_floats::<S, 1>(Mat::new(self.x, rows, inputs).t(), &mut panels);
+        pack_floats::<S>(Mat::new(self.x, rows, inputs).t(), lanes, &mut panels);
         for (group, weight) in self.weight.chunks(BESIDE * inputs).enumerate() {
             for (panel, first) in panels.chunks_exact(lanes * inputs).zip((0..rows).step_by(lanes)) {
                 let held = lanes.min(rows - first);
@@ -280,14 +272,15 @@ fn sums<S: Simd, const O: usize>(simd: S, weight: &[f32], panel: &[f32], inputs:
             // The same place in the next group.
             simd::prefetch(weight, (O + o) * inputs + line);
         }
-        for k in line..line + LINE {
+        for (k, x) in (line..).zip(&panel[line..line + LINE]) {
             // SAFETY: `k < inputs`.
-            unsafe { add(simd, weight, inputs, k, panel[k], &mut sums) };
+            unsafe { add(simd, weight, inputs, k, *x, &mut sums) };
         }
     }
-    for k in inputs / LINE * LINE..inputs {
+    let rest = inputs / LINE * LINE;
+    for (k, x) in (rest..).zip(&panel[rest..inputs]) {
         // SAFETY: `k < inputs`.
-        unsafe { add(simd, weight, inputs, k, panel[k], &mut sums) };
+        unsafe { add(simd, weight, inputs, k, *x, &mut sums) };
     }
     sums
 }
@@ -354,12 +347,20 @@ mod tests {
 
     #[test]
     fn few_rows_and_many_are_the_same_product() {
-        for (rows, inputs, outputs) in [(1, 5, 3), (1, 64, 1030), (3, 37, 9), (9, 40, 41), (63, 33, 6), (17, 2000, 13), (16, 64, 257), (30, 40, 19)]
-        {
+        for (rows, inputs, outputs) in [
+            (1, 5, 3),
+            (1, 64, 1030),
+            (3, 37, 9),
+            (9, 40, 41),
+            (63, 33, 6),
+            (17, 2000, 13),
+            (16, 64, 257),
+            (30, 40, 19),
+        ] {
             let (x, w, b) = (noise(rows * inputs, 1), noise(inputs * outputs, 2), noise(outputs, 3));
             let mut want = vec![f32::NAN; rows * outputs];
             let (x_mat, w_mat) = (Mat::new(&x, rows, inputs), Mat::new(&w, outputs, inputs));
-            matmul(MatMut::new(&mut want, rows, outputs), false, 1.0, x_mat, w_mat.t(), Threads::One);
+            matmul(MatMut::new(&mut want, rows, outputs), Into::Set, x_mat, w_mat.t(), Threads::One);
             add_bias(&b, &mut want);
             let mut got = vec![f32::NAN; rows * outputs];
             step(&x, &w, Some(&b), inputs, Into::Set, &mut got);

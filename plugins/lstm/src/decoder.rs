@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use mblm_core::block::StageDecoder;
 use mblm_core::buffer::Buffer;
-use mblm_core::ops::linear::{self, Into};
+use mblm_core::gemm::Into;
+use mblm_core::ops::linear;
 use mblm_core::simd::vectorize;
 use mblm_core::{Error, Result};
 

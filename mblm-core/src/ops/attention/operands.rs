@@ -1,11 +1,9 @@
-//! The operands of attention's products: panels on the right, rows of words on the left, sums of register tiles.
-
-use pulp::Simd;
+//! The operands of attention's products: panels on the right, rows of words on the left, and sums.
 
 use crate::buffer::Buffer;
-use crate::gemm::arithmetic::{Arithmetic, Floats};
-use crate::gemm::{Mat, MatMut};
-use crate::ops::linear::Into;
+use crate::gemm::arithmetic::Arithmetic;
+use crate::gemm::tile::{Left, Tile};
+use crate::gemm::{Into, Mat, MatMut};
 
 /// Added to the length of a row, so that rows lie in different sets of the cache.
 const GAP: usize = 16;
@@ -26,7 +24,7 @@ impl Panels {
         let (rows, columns) = right.shape();
         let (rows, width) = (rows.div_ceil(A::PACK), A::WIDTH);
         let mut data = Buffer::take(rows * columns.next_multiple_of(width));
-        arithmetic.pack(right, &mut data);
+        arithmetic.pack(right, width, &mut data);
         Panels { data, width, rows, pack: A::PACK }
     }
 
@@ -66,10 +64,10 @@ impl<A: Arithmetic> Rows<A> {
         &mut self.floats[r * self.stride..][..self.stride]
     }
 
-    /// What lies from row `r` and column `c` on, and how far rows are apart.
+    /// The tile of `MR` rows whose first element is in row `r` and column `c`.
     #[inline(always)]
-    pub fn part(&mut self, r: usize, c: usize) -> (&mut [f32], usize) {
-        (&mut self.floats[r * self.stride + c..], self.stride)
+    pub fn tile<const MR: usize>(&mut self, r: usize, c: usize) -> MatMut<'_> {
+        MatMut::strided(&mut self.floats[r * self.stride + c..], MR, A::WIDTH, self.stride)
     }
 
     #[inline(always)]
@@ -125,15 +123,6 @@ impl<A: Arithmetic> Rows<A> {
     }
 }
 
-/// The left operand of a register tile: word `(i, k)` at `i * row + k * step`, `k` below `depth`.
-#[derive(Clone, Copy)]
-pub(super) struct Left<'a> {
-    data: &'a [f32],
-    row: usize,
-    step: usize,
-    depth: usize,
-}
-
 /// Rows of sums, as wide as the panels of the right operand.
 pub(super) struct Sums {
     data: Buffer,
@@ -168,7 +157,8 @@ impl Sums {
         let into = if set { Into::Set } else { Into::Add };
         for (i, panel) in right.panels().enumerate() {
             let out = &mut self.data[row * self.stride + i * right.width..];
-            tile.product(left, &panel[first / right.pack * right.width..], into, out, self.stride);
+            let out = MatMut::strided(out, MR, right.width, self.stride);
+            tile.product(left, &panel[first / right.pack * right.width..], into, out);
         }
     }
 
@@ -179,45 +169,6 @@ impl Sums {
             let factor = factor(r);
             for (out, sum) in out.row(start + r).iter_mut().zip(sums) {
                 *out = factor * sum;
-            }
-        }
-    }
-}
-
-/// `MR` rows of sums of two registers each.
-#[derive(Clone, Copy)]
-pub(super) struct Tile<A, const MR: usize> {
-    pub arithmetic: A,
-}
-
-impl<A: Arithmetic, const MR: usize> Tile<A, MR> {
-    /// `out (=|+=) left * panel`, the rows of `out` being `stride` apart.
-    #[inline(always)]
-    pub fn product(&self, left: Left, panel: &[f32], into: Into, out: &mut [f32], stride: usize) {
-        let (arithmetic, simd) = (self.arithmetic, self.arithmetic.simd());
-        let Left { data, row, step, depth } = left;
-        assert!(depth > 0 && (MR - 1) * row + (depth - 1) * step < data.len(), "left operand");
-        assert!(depth * A::WIDTH <= panel.len() && (MR - 1) * stride + A::WIDTH <= out.len(), "panel, sums");
-        let mut sums = [[simd.splat_f32s(0.0); 2]; MR];
-        // SAFETY: in bounds by the assertions; a register is `WIDTH / 2` floats without padding.
-        unsafe {
-            let panel = panel.as_ptr().cast::<[Floats<A>; 2]>();
-            for k in 0..depth {
-                let right = panel.add(k).read_unaligned();
-                for (i, sums) in sums.iter_mut().enumerate() {
-                    let left = simd.splat_f32s(*data.get_unchecked(i * row + k * step));
-                    sums[0] = arithmetic.multiply_add(left, right[0], sums[0]);
-                    sums[1] = arithmetic.multiply_add(left, right[1], sums[1]);
-                }
-            }
-            for (i, sums) in sums.iter().enumerate() {
-                let out = out.as_mut_ptr().add(i * stride).cast::<[Floats<A>; 2]>();
-                let mut sums = *sums;
-                if into == Into::Add {
-                    let before = out.read_unaligned();
-                    sums = [simd.add_f32s(before[0], sums[0]), simd.add_f32s(before[1], sums[1])];
-                }
-                out.write_unaligned(sums);
             }
         }
     }

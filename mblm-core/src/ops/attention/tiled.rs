@@ -1,20 +1,16 @@
 //! Attention over many keys: tiles of query rows against panels of keys, each operand packed once per head, sums of a
 //! register tile in registers. What no row of a register tile can see is not computed.
 
-use super::operands::{Panels, Rows, Sums, Tile};
+use super::operands::{Panels, Rows, Sums};
 use super::{Attention, Backward, Head};
 use crate::gemm::arithmetic::{Arithmetic, WithArithmetic};
-use crate::gemm::{Mat, MatMut};
-use crate::ops::linear::Into;
+use crate::gemm::tile::{NARROW, Tile, WIDE};
+use crate::gemm::{Into, Mat, MatMut};
 
-/// Query rows of a tile.
+/// Query rows of a tile. `ROWS` and `KEYS` are multiples of a register tile's rows.
 const ROWS: usize = 96;
 /// Keys of a block in backward: `ROWS x KEYS` weights and their gradients stay in the second-level cache.
 const KEYS: usize = 288;
-
-/// The rows of a register tile: what 32 registers of 16 floats hold, or 16 of 8. `ROWS` and `KEYS` are multiples.
-const WIDE: usize = 12;
-const NARROW: usize = 6;
 
 pub(super) struct Forward<'a> {
     pub attention: &'a Attention<'a>,
@@ -79,8 +75,7 @@ impl Forward<'_> {
             attention.copy(self.head.q, stride, start, attention.scale(), &mut q);
             for (first, panel) in keys.starts(limit) {
                 for group in groups::<MR>(rows, start, first, attention.causal) {
-                    let (out, row) = scores.part(group, first);
-                    tile.product(q.along(group, 0, dim), panel, Into::Set, out, row);
+                    tile.product(q.along(group, 0, dim), panel, Into::Set, scores.tile::<MR>(group, first));
                 }
             }
             for (r, factor) in factors.iter_mut().enumerate().take(rows) {
@@ -128,19 +123,19 @@ impl Backward<'_> {
                 let panels = keys.starts(last).zip(values.starts(last)).skip(first / A::WIDTH);
                 for ((panel_start, key_panel), (_, value_panel)) in panels {
                     for group in groups::<MR>(rows, start, panel_start, attention.causal) {
-                        let (out, row) = p.part(group, panel_start - first);
-                        tile.product(q.along(group, 0, dim), key_panel, Into::Set, out, row);
-                        let (out, row) = dp.part(group, panel_start - first);
-                        tile.product(dout.along(group, 0, dim), value_panel, Into::Set, out, row);
+                        let column = panel_start - first;
+                        tile.product(q.along(group, 0, dim), key_panel, Into::Set, p.tile::<MR>(group, column));
+                        let dout = dout.along(group, 0, dim);
+                        tile.product(dout, value_panel, Into::Set, dp.tile::<MR>(group, column));
                     }
                 }
-                for r in 0..rows {
+                for (r, delta) in deltas.iter().enumerate().take(rows) {
                     let seen = attention.visible(start + r).clamp(first, last) - first;
                     let (p, hidden) = p.row(r)[..KEYS].split_at_mut(seen);
                     hidden.fill(0.0);
                     let (seen_dp, hidden) = dp.row(r)[..KEYS].split_at_mut(seen);
                     hidden.fill(0.0);
-                    self.softmax(start + r, first, deltas[r], p, seen_dp);
+                    self.softmax(start + r, first, *delta, p, seen_dp);
                     dp.pack_along(r, last - first);
                 }
                 let columns = (last - first).next_multiple_of(MR);
