@@ -154,7 +154,21 @@ pub fn prefetch(data: &[f32], i: usize) {
     // SAFETY: a hint; it reads nothing and faults nowhere.
     #[cfg(target_arch = "x86_64")]
     unsafe {
-        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(data.as_ptr().wrapping_add(i).cast())
+        use std::arch::x86_64::*;
+        _mm_prefetch::<_MM_HINT_T0>(data.as_ptr().wrapping_add(i).cast())
+    };
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (data, i);
+}
+
+/// [`prefetch`] into the second-level cache, for what is needed later.
+#[inline(always)]
+pub fn prefetch_early(data: &[f32], i: usize) {
+    // SAFETY: as above.
+    #[cfg(target_arch = "x86_64")]
+    unsafe {
+        use std::arch::x86_64::*;
+        _mm_prefetch::<_MM_HINT_T1>(data.as_ptr().wrapping_add(i).cast())
     };
     #[cfg(not(target_arch = "x86_64"))]
     let _ = (data, i);

@@ -15,6 +15,8 @@ const WORDS: usize = 512;
 const BLOCK: usize = 120;
 /// Rows of `a` no further apart than this many floats fall into enough sets of the first-level cache.
 const NEAR: usize = 512;
+/// Added to the length of a row of words, for the same reason.
+const GAP: usize = 16;
 /// The width of the panels of `b`: that of the widest tile, and a multiple of others.
 const PANEL: usize = 32;
 
@@ -99,14 +101,22 @@ impl Block<'_> {
     #[inline(always)]
     fn tiles<A: Arithmetic, const MR: usize>(mut self, arithmetic: A) {
         let (rows, cols, depth) = (self.out.rows, self.out.cols, self.a.cols.div_ceil(A::PACK));
+        let (a, in_rows) = (self.a, self.a.col_stride == 1);
         // Rows of floats are read where they lie.
-        let lying =
-            if A::PACK == 1 && self.a.col_stride == 1 && self.a.row_stride <= NEAR { rows / MR * MR } else { 0 };
-        let mut packed = Buffer::take((rows - lying).next_multiple_of(MR) * depth);
-        arithmetic.pack(self.a.part(lying, rows - lying, 0, self.a.cols).t(), MR, &mut packed);
+        let lying = if A::PACK == 1 && in_rows && a.row_stride <= NEAR { rows / MR * MR } else { 0 };
+        let rest = a.part(lying, rows - lying, 0, a.cols);
+        let (row_len, step) = if in_rows { (depth + GAP, 1) } else { (depth, MR) };
+        let mut packed = Buffer::take(rest.rows.next_multiple_of(MR) * row_len);
+        if in_rows {
+            for (i, words) in packed.chunks_exact_mut(row_len).enumerate().take(rest.rows) {
+                arithmetic.along(&rest.data[i * a.row_stride..][..a.cols], &mut words[..depth]);
+            }
+        } else {
+            arithmetic.pack(rest.t(), MR, &mut packed);
+        }
         let left = |row: usize| match row.checked_sub(lying) {
-            None => Left { data: &self.a.data[row * self.a.row_stride..], row: self.a.row_stride, step: 1, depth },
-            Some(row) => Left { data: &packed[row * depth..], row: 1, step: MR, depth },
+            None => Left { data: &a.data[row * a.row_stride..], row: a.row_stride, step: 1, depth },
+            Some(row) => Left { data: &packed[row * row_len..], row: if in_rows { row_len } else { 1 }, step, depth },
         };
         let tile = Tile::<A, MR> { arithmetic };
         for (panel, col) in self.panels.chunks_exact(A::WIDTH * depth).zip((0..cols).step_by(A::WIDTH)) {

@@ -269,8 +269,8 @@ fn sums<S: Simd, const O: usize>(simd: S, weight: &[f32], panel: &[f32], inputs:
     assert!(weight.len() >= O * inputs && panel.len() >= inputs);
     for line in (0..inputs / LINE * LINE).step_by(LINE) {
         for o in 0..O {
-            // The same place in the next group.
-            simd::prefetch(weight, (O + o) * inputs + line);
+            // The same place in the group after the next.
+            simd::prefetch_early(weight, (2 * O + o) * inputs + line);
         }
         for (k, x) in (line..).zip(&panel[line..line + LINE]) {
             // SAFETY: `k < inputs`.
