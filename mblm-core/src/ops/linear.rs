@@ -247,7 +247,11 @@ fn long_dot<S: Simd>(simd: S, weight: &[f32], x: &[f32]) -> f32 {
     let mut sums = [simd.splat_f32s(0.0); 4];
     let (w4, w1) = w.as_chunks::<4>();
     let (x4, x1) = x.as_chunks::<4>();
-    for (w, x) in w4.iter().zip(x4) {
+    for (i, (w, x)) in w4.iter().zip(x4).enumerate() {
+        // What is a page ahead, before which the processor's own prefetching stops.
+        for line in (0..4 * S::F32_LANES).step_by(16) {
+            simd::prefetch_early(weight, 1024 + 4 * S::F32_LANES * i + line);
+        }
         for (sum, (w, x)) in sums.iter_mut().zip(w.iter().zip(x)) {
             *sum = simd.mul_add_e_f32s(*w, *x, *sum);
         }
