@@ -6,6 +6,7 @@ use candle_core::backprop::GradStore;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, Device, Layout, Shape, Storage, Tensor};
 
 use crate::block::Mode;
+use crate::parallel;
 
 /// A differentiable function of `f32` CPU tensors. It may own parameters, whose gradients it deposits in backward.
 pub trait Node: Send + Sync + 'static {
@@ -69,7 +70,7 @@ struct Op<N: Node> {
 impl<N: Node> Op<N> {
     fn run(&self, inputs: &[&[f32]]) -> (CpuStorage, Shape) {
         let shape = self.node.shape();
-        let mut y = vec![0.0; shape.elem_count()];
+        let mut y = parallel::zeros(shape.elem_count());
         let tape = self.node.forward(inputs, &mut y);
         if self.keep {
             *self.tape.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(tape);
@@ -84,7 +85,7 @@ impl<N: Node> Op<N> {
         let guards: Vec<_> = inputs.iter().map(|t| t.storage_and_layout()).collect();
         let slices = guards.iter().map(|(storage, layout)| on_cpu(storage, layout)).collect::<Result<Vec<_>, _>>()?;
         let (dy_storage, dy_layout) = dy.storage_and_layout();
-        let mut grads: Vec<Vec<f32>> = slices.iter().map(|s| vec![0.0; s.len()]).collect();
+        let mut grads: Vec<Vec<f32>> = slices.iter().map(|s| parallel::zeros(s.len())).collect();
         self.node.backward(&slices, tape, on_cpu(&dy_storage, dy_layout)?, &mut grads);
         grads.into_iter().zip(inputs).map(|(grad, t)| Tensor::from_vec(grad, t.shape(), &Device::Cpu)).collect()
     }

@@ -1,5 +1,6 @@
 //! Splitting work over the thread pool in a fixed way: the same thread count gives the same bits.
 
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use rayon::prelude::*;
@@ -44,6 +45,33 @@ pub fn reduce_rows(rows: usize, row_len: usize, sum: &mut [f32], work: impl Fn(R
     for partial in &partials {
         sum.iter_mut().zip(partial.iter()).for_each(|(s, p)| *s += p);
     }
+}
+
+/// `to = from`.
+pub fn copy(from: &[f32], to: &mut [f32]) {
+    assert_eq!(from.len(), to.len());
+    let to = Shared::new(to);
+    for_rows(from.len(), 1, |range| {
+        // SAFETY: ranges do not overlap.
+        unsafe { to.slice(range.clone()) }.copy_from_slice(&from[range]);
+    });
+}
+
+/// Sets all of `data` to zero.
+pub fn clear(data: &mut [f32]) {
+    let (len, shared) = (data.len(), Shared::new(data));
+    // SAFETY: ranges do not overlap.
+    for_rows(len, 1, |range| unsafe { shared.slice(range) }.fill(0.0));
+}
+
+/// `len` zeros.
+pub fn zeros(len: usize) -> Vec<f32> {
+    let mut data = Vec::with_capacity(len);
+    let parts = data.spare_capacity_mut()[..len].par_chunks_mut(MIN_PARALLEL);
+    parts.for_each(|part| part.fill(MaybeUninit::new(0.0)));
+    // SAFETY: all of them are written.
+    unsafe { data.set_len(len) };
+    data
 }
 
 /// A mutable slice that several threads write at once, each its own places.
@@ -109,6 +137,19 @@ mod tests {
             }
         });
         assert_eq!(sum, [1001.0, 499_501.0]);
+    }
+
+    #[test]
+    fn copies_and_zeros_are_whole() {
+        for len in [0, 5, 3 * MIN_PARALLEL + 1] {
+            let from: Vec<f32> = (1..=len).map(|i| i as f32).collect();
+            let mut to = zeros(len);
+            assert!(to.len() == len && to.iter().all(|v| v.to_bits() == 0));
+            copy(&from, &mut to);
+            assert_eq!(from, to);
+            clear(&mut to);
+            assert_eq!(to, zeros(len));
+        }
     }
 
     #[test]

@@ -15,6 +15,7 @@ use sha2::{Digest, Sha256};
 
 use crate::block::Mode;
 use crate::error::{Error, Result};
+use crate::parallel;
 
 /// How a parameter starts. The random ones draw from a stream of their own, keyed by seed and parameter name.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -295,7 +296,7 @@ impl ParamStore {
 
     /// Sets every gradient to zero.
     pub fn zero_grad(&self) {
-        self.iter().for_each(|p| p.grad().fill(0.0));
+        self.iter().for_each(|p| parallel::clear(&mut p.grad()));
     }
 
     /// Replaces all values. Names and shapes must agree exactly; an error lists what does not.

@@ -11,7 +11,7 @@ use mblm_core::ops::conv1d::{Conv1d, conv1d_silu_composed};
 use mblm_core::ops::linear::{self, linear_composed};
 use mblm_core::ops::rms_norm::{Eps, RmsNorm, rms_norm_composed};
 use mblm_core::ops::selective_scan::{Grads, Inputs, ParamGrads, SelectiveScan, selective_scan_composed};
-use mblm_core::parallel::Shared;
+use mblm_core::parallel::{self, Shared};
 use mblm_core::rows::{Rows, RowsMut};
 use mblm_core::{Init, Param, ParamScope, Result};
 
@@ -154,7 +154,7 @@ impl Layer for MambaLayer {
         matmul(MatMut::new(&mut dt, rows, inner), Into::Set, low, wide, Threads::All);
         let mut gated = Buffer::take(rows * inner);
         let states = self.scan().forward(&sizes.inputs(&xz, &u, &dt, &dbc), seq, &mut gated);
-        y.copy_from_slice(x);
+        parallel::copy(x, y);
         linear::forward(&gated, &self.out_proj.values(), inner, Into::Add, y);
         Tape { xz, x: u, dbc, dt, y: gated, states }
     }
@@ -177,7 +177,7 @@ impl Layer for MambaLayer {
         linear::backward_weight(&dxz, &normed, dim, &mut self.in_proj.grad_mut());
         let mut dnormed = normed;
         linear::backward_input(&dxz, &self.in_proj.values(), dim, Into::Set, &mut dnormed);
-        dx.copy_from_slice(dy);
+        parallel::copy(dy, dx);
         self.norm(&self.norm.values()).backward(x, context.dims, &dnormed, dx, &mut self.norm.grad_mut());
     }
 }

@@ -13,7 +13,7 @@ use mblm_core::ops::gated_rms_norm::{GatedRmsNorm, gated_rms_norm_composed};
 use mblm_core::ops::linear::{self, linear_composed};
 use mblm_core::ops::rms_norm::{Eps, RmsNorm, rms_norm_composed};
 use mblm_core::ops::ssd::{self, Grads, Inputs, ParamGrads, Ssd, ssd_composed};
-use mblm_core::parallel::Shared;
+use mblm_core::parallel::{self, Shared};
 use mblm_core::rows::{Rows, RowsMut};
 use mblm_core::simd;
 use mblm_core::{Init, Param, ParamScope, Result};
@@ -101,7 +101,7 @@ impl Mamba2Layer {
     /// `y + D x`, and its gated norm.
     fn gated(&self, proj: &[f32], xbc: &[f32], y: &[f32]) -> (Buffer, Buffer) {
         let (mut full, mut gated) = (Buffer::take(y.len()), Buffer::take(y.len()));
-        full.copy_from_slice(y);
+        parallel::copy(y, &mut full);
         self.with_ssd(|ssd| ssd.add_skip(self.sizes.inputs(proj, xbc).x, &mut full));
         self.with_gate(|gate| gate.forward(&full, self.sizes.gate(proj), &mut gated));
         (full, gated)
@@ -179,7 +179,7 @@ impl Layer for Mamba2Layer {
                 simd::add(x, y);
             }
             None => {
-                y.copy_from_slice(x);
+                parallel::copy(x, y);
                 linear::forward(&gated, &self.out_proj.values(), inner, Into::Add, y);
             }
         }
@@ -187,7 +187,7 @@ impl Layer for Mamba2Layer {
     }
 
     fn backward(&self, x: &[f32], context: Context, tape: Tape, dy: &[f32], dx: &mut [f32]) {
-        dx.copy_from_slice(dy);
+        parallel::copy(dy, dx);
         if let Some(dropout) = context.mode.dropout(self.dropout.0, self.dropout.1) {
             dropout::apply(dropout, dx);
         }
@@ -197,7 +197,7 @@ impl Layer for Mamba2Layer {
         linear::backward_weight(&dproj, &normed, self.sizes.dim, &mut self.in_proj.grad_mut());
         let mut dnormed = normed;
         linear::backward_input(&dproj, &self.in_proj.values(), self.sizes.dim, Into::Set, &mut dnormed);
-        dx.copy_from_slice(dy);
+        parallel::copy(dy, dx);
         self.norm(&self.norm.values()).backward(x, context.dims, &dnormed, dx, &mut self.norm.grad_mut());
     }
 }

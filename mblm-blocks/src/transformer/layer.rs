@@ -15,6 +15,7 @@ use mblm_core::ops::gelu;
 use mblm_core::ops::linear::{self, linear_composed};
 use mblm_core::ops::rms_norm::{RmsNorm, rms_norm_composed, token_shift_composed};
 use mblm_core::ops::rotary::Rotary;
+use mblm_core::parallel;
 use mblm_core::param::{Init, Param, ParamScope};
 
 use super::{EPS, TransformerConfig};
@@ -264,7 +265,7 @@ impl Layer for TransformerLayer {
         };
         self.project_qkv(&h, dims, &mut tape.qkv);
         self.attention(context).forward(&tape.qkv, &mut tape.attended, &mut tape.lse);
-        tape.middle.copy_from_slice(x);
+        parallel::copy(x, &mut tape.middle);
         linear::forward(&tape.attended, &self.to_out.values(), self.inner(), Into::Add, &mut tape.middle);
 
         self.norm(&self.ff_gain.values()).forward(&tape.middle, dims, &mut h);
@@ -272,14 +273,13 @@ impl Layer for TransformerLayer {
         linear::add_bias(&self.up_bias.values(), &mut tape.up);
         let mut wide = Buffer::take(tape.up.len());
         gelu::forward(&tape.up, self.ff_dropout(context.mode), &mut wide);
-        y.copy_from_slice(&tape.middle);
+        linear::residual(&tape.middle, &self.down_bias.values(), y);
         linear::forward(&wide, &self.down.values(), self.wide(), Into::Add, y);
-        linear::add_bias(&self.down_bias.values(), y);
         tape
     }
 
     fn backward(&self, x: &[f32], context: Context, tape: Tape, dy: &[f32], dx: &mut [f32]) {
-        dx.copy_from_slice(dy);
+        parallel::copy(dy, dx);
         self.feed_forward_backward(context, &tape, dy, dx);
         self.attention_backward(x, context, &tape, dx);
     }

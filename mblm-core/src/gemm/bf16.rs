@@ -4,23 +4,18 @@
 
 use std::arch::x86_64::*;
 use std::mem::transmute;
-use std::sync::OnceLock;
+
+use pulp::f32x16;
+use pulp::x86::V4;
 
 use super::Mat;
 use super::arithmetic::{Arithmetic, WithArithmetic};
 use super::pack::{self, first_lanes};
 use super::tile::WIDE;
-use pulp::f32x16;
-use pulp::x86::V4;
 
 /// Whether this machine has the instructions.
 pub(super) fn available() -> bool {
-    static AVAILABLE: OnceLock<bool> = OnceLock::new();
-    *AVAILABLE.get_or_init(|| {
-        is_x86_feature_detected!("avx512f")
-            && is_x86_feature_detected!("avx512bw")
-            && is_x86_feature_detected!("avx512bf16")
-    })
+    is_x86_feature_detected!("avx512bf16") && V4::is_available()
 }
 
 /// Runs a kernel over pairs of bfloat16.
@@ -30,7 +25,7 @@ pub(super) fn dispatch(work: impl WithArithmetic) {
     fn run(simd: V4, work: impl WithArithmetic) {
         work.run(Bf16(simd));
     }
-    let simd = V4::try_new().filter(|_| available()).expect("bf16 products need AVX-512 BF16");
+    let simd = available().then(V4::try_new).flatten().expect("bf16 products need AVX-512 BF16");
     // SAFETY: the instructions are there: `V4` is all but the last, `available` that one.
     unsafe { run(simd, work) }
 }
@@ -52,8 +47,8 @@ impl Arithmetic for Bf16 {
     fn multiply_add(self, left: f32x16, right: f32x16, sum: f32x16) -> f32x16 {
         // SAFETY: a `Bf16` is only made where the instruction is; all types are 64 bytes.
         unsafe {
-            let words = |floats| transmute::<f32x16, __m512bh>(floats);
-            let sum = _mm512_dpbf16_ps(transmute::<f32x16, __m512>(sum), words(left), words(right));
+            let [left, right] = transmute::<[f32x16; 2], [__m512bh; 2]>([left, right]);
+            let sum = _mm512_dpbf16_ps(transmute::<f32x16, __m512>(sum), left, right);
             transmute::<__m512, f32x16>(sum)
         }
     }

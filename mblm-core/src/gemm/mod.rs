@@ -1,5 +1,5 @@
-//! Matrix products on slices, with bounds checked once and SIMD (AVX-512 included) chosen at run time by `gemm`; inside
-//! [`autocast`] the large ones in bfloat16.
+//! Matrix products on slices, with bounds checked once and SIMD (AVX-512 included) chosen at run time; inside
+//! [`autocast`] the large ones in bfloat16. In `f32`, the `gemm` crate computes what it does as fast as `blocked.rs`.
 
 pub(crate) mod arithmetic;
 #[cfg(target_arch = "x86_64")]
@@ -150,6 +150,8 @@ pub enum Into {
 }
 
 /// `out (=|+=) a b`. Products of the whole pool take the precision of [`autocast`], those of one thread `f32`.
+///
+/// `blocked.rs` is ahead of `gemm` where registers are wide and `b` has to be transposed, as in every forward pass.
 pub fn matmul(out: MatMut, into: Into, a: Mat, b: Mat, threads: Threads) {
     assert_eq!((out.rows, a.cols, out.cols), (a.rows, b.rows, b.cols), "matmul: shapes disagree");
     if out.rows == 0 || out.cols == 0 {

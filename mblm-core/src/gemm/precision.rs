@@ -38,7 +38,8 @@ pub(crate) fn current() -> Precision {
     CURRENT.get()
 }
 
-/// Runs `work`, with the matrix products that it hands to the whole pool in `precision` (as `torch.autocast` does).
+/// Runs `work`, with the matrix products that it hands to the whole pool in `precision` (as `torch.autocast` does), and
+/// those of attention over many keys.
 ///
 /// # Panics
 /// If the machine cannot: see [`Precision::is_available`].

@@ -12,7 +12,7 @@ use crate::gemm::Into;
 use crate::node::{Node, apply1};
 use crate::ops::layer_norm;
 use crate::ops::linear;
-use crate::parallel::{Shared, for_rows, reduce_rows};
+use crate::parallel::{self, Shared, for_rows, reduce_rows};
 use crate::param::{Init, Param, ParamScope};
 use crate::simd;
 
@@ -174,7 +174,7 @@ impl Node for Embed {
         let embedding = &self.embedding;
         let Some(p) = &embedding.projection else { return self.scatter(&self.ids, dy, &mut grads[0]) };
         let mut d = Buffer::take(dy.len());
-        d.copy_from_slice(dy);
+        parallel::copy(dy, &mut d);
         let [weight, bias] = &p.norm_out;
         let values = weight.values();
         layer_norm::backward(&projected, &values, &mut d, &mut weight.grad_mut(), &mut bias.grad_mut());

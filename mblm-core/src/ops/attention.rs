@@ -1,5 +1,6 @@
 //! Softmax attention over packed queries, keys and values (Vaswani et al. 2017, eq. 1), in tiles of query rows with a
-//! causal skip; scores are recomputed in backward (Dao et al. 2022). Short sequences take plain loops, long ones GEMMs.
+//! causal skip; scores are recomputed in backward (Dao et al. 2022). Short sequences take plain loops; long ones take
+//! products, in the precision of [`gemm::autocast`].
 
 use candle_core::{D, Tensor};
 

@@ -102,6 +102,28 @@ pub fn add_bias(bias: &[f32], y: &mut [f32]) {
     });
 }
 
+/// `y = x + b` in every row: what a product is added to where a residual path joins.
+pub fn residual(x: &[f32], bias: &[f32], y: &mut [f32]) {
+    let outputs = bias.len();
+    let rows = y.len() / outputs;
+    let y = Shared::new(y);
+    for_rows(rows, outputs, |rows| {
+        let range = rows.start * outputs..rows.end * outputs;
+        // SAFETY: ranges of rows do not overlap.
+        let y = unsafe { y.slice(range.clone()) };
+        vectorize(
+            #[inline(always)]
+            || {
+                for (y, x) in y.chunks_exact_mut(outputs).zip(x[range].chunks_exact(outputs)) {
+                    for ((y, x), b) in y.iter_mut().zip(x).zip(bias) {
+                        *y = x + b;
+                    }
+                }
+            },
+        );
+    });
+}
+
 /// `y (=|+=) x Wᵀ + b`, for the rows of a decoding step.
 ///
 /// # Shapes

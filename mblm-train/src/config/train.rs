@@ -55,8 +55,8 @@ pub struct TrainSection {
     /// Adam's decay rates of the mean gradient and of its square (addition; the package's values are the default).
     #[serde(default = "default_betas")]
     pub betas: (f64, f64),
-    /// What the operands of training's large matrix products are rounded to (addition). Weights, moments, sums and
-    /// everything else are `f32`, and so are validation, evaluation and generation.
+    /// What the operands of training's large matrix products are rounded to, those of attention included (addition).
+    /// Weights, moments, sums and everything else are `f32`, and so are validation, evaluation and generation.
     #[serde(default)]
     pub precision: Precision,
     /// Validate (and save) after every so many batches, in place of `io.validate_amount` (addition).
