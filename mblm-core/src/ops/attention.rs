@@ -106,6 +106,20 @@ impl Attention<'_> {
         Head { q: part(0), k: part(1), v: part(2), mask, index }
     }
 
+    /// Asks for a head one sequence after `index`, in rows of `width`: the heads of short sequences lie in pieces, which
+    /// the processor's own prefetching does not find.
+    #[inline(always)]
+    fn ask_ahead(&self, data: &[f32], width: usize, index: usize) {
+        let (next, h) = (index / self.heads + 1, index % self.heads);
+        for row in next * self.seq..(next + 1) * self.seq {
+            for part in (0..width).step_by(self.inner()) {
+                for i in (0..self.head_dim).step_by(16) {
+                    simd::prefetch_early(data, row * width + part + h * self.head_dim + i);
+                }
+            }
+        }
+    }
+
     /// How many keys row `i` sees, but for the mask.
     #[inline(always)]
     fn visible(&self, i: usize) -> usize {
@@ -129,6 +143,7 @@ impl Attention<'_> {
                 if seq > SHORT {
                     dispatch(precision, tiled::Forward { attention: self, head, out, lse });
                 } else {
+                    self.ask_ahead(qkv, 3 * inner, index);
                     vectorize(
                         #[inline(always)]
                         || self.forward_short(&head, out, lse),
@@ -194,6 +209,9 @@ impl Attention<'_> {
                 if seq > SHORT {
                     dispatch(precision, back);
                 } else {
+                    self.ask_ahead(qkv, 3 * inner, index);
+                    self.ask_ahead(out, inner, index);
+                    self.ask_ahead(dout, inner, index);
                     vectorize(
                         #[inline(always)]
                         || back.short(),
