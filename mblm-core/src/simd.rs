@@ -60,29 +60,26 @@ pub fn exp(x: f32) -> f32 {
 /// than `e^-87`.
 #[inline(always)]
 pub fn exp_decay(x: f32) -> f32 {
-    const ROUND: f32 = 12_582_912.0; // as in `exp`
-    let clamped = x.max(-87.0);
-    let shifted = clamped.mul_add(std::f32::consts::LOG2_E, ROUND);
-    let r = (shifted - ROUND).mul_add(-std::f32::consts::LN_2, clamped);
-    let p = 1.0 / 720.0;
-    let p = r.mul_add(p, 1.0 / 120.0);
-    let p = r.mul_add(p, 1.0 / 24.0);
-    let p = r.mul_add(p, 1.0 / 6.0);
-    let p = r.mul_add(p, 0.5);
-    let p = r.mul_add(p, 1.0);
-    let p = r.mul_add(p, 1.0);
+    let (p, n) = exp_parts(x.max(-87.0));
     // 2^n is added to the exponent; the clamp keeps the sum a normal number.
-    f32::from_bits(p.to_bits().wrapping_add(shifted.to_bits() << 23))
+    f32::from_bits(p.to_bits().wrapping_add(n))
 }
 
-/// `e^x` for `x <= 0` (or a rounding above), as the weights of a softmax: the error of [`exp_decay`], but 0 below -87.
+/// `e^x` for `x <= 0` (or a rounding above), as the weights of a softmax: the error of [`exp_decay`], but 0 below -87 and
+/// NaN of NaN.
 #[inline(always)]
 pub fn exp_weight(x: f32) -> f32 {
-    const ROUND: f32 = 12_582_912.0; // as in `exp`
     // Not `max`, which would make NaN a number.
-    let clamped = if x < -87.0 { -87.0 } else { x };
-    let shifted = clamped.mul_add(std::f32::consts::LOG2_E, ROUND);
-    let r = (shifted - ROUND).mul_add(-std::f32::consts::LN_2, clamped);
+    let (p, n) = exp_parts(if x < -87.0 { -87.0 } else { x });
+    if x < -87.0 { 0.0 } else { p * f32::from_bits(1.0f32.to_bits().wrapping_add(n)) }
+}
+
+/// `e^x` as `p 2^n`: `p`, and `n` where the exponent's bits are.
+#[inline(always)]
+fn exp_parts(x: f32) -> (f32, u32) {
+    const ROUND: f32 = 12_582_912.0; // as in `exp`
+    let shifted = x.mul_add(std::f32::consts::LOG2_E, ROUND);
+    let r = (shifted - ROUND).mul_add(-std::f32::consts::LN_2, x);
     let p = 1.0 / 720.0;
     let p = r.mul_add(p, 1.0 / 120.0);
     let p = r.mul_add(p, 1.0 / 24.0);
@@ -90,8 +87,7 @@ pub fn exp_weight(x: f32) -> f32 {
     let p = r.mul_add(p, 0.5);
     let p = r.mul_add(p, 1.0);
     let p = r.mul_add(p, 1.0);
-    let scale = f32::from_bits((shifted.to_bits() << 23).wrapping_add(1.0f32.to_bits()));
-    if x < -87.0 { 0.0 } else { p * scale }
+    (p, shifted.to_bits() << 23)
 }
 
 /// The logistic function `1 / (1 + e^-x)`.
@@ -147,31 +143,33 @@ pub fn normal_cdf_pdf(x: f32) -> (f32, f32) {
     (cdf, gauss * 0.398_942_3)
 }
 
+/// Where [`prefetch`] brings a cache line.
+#[derive(Clone, Copy)]
+pub enum Cache {
+    /// What is needed next.
+    First,
+    /// What is needed later.
+    Second,
+}
+
 /// Asks for the cache line of `data[i]`, which may lie past the end: the processor's own prefetching starts late on short
 /// rows.
 #[inline(always)]
-pub fn prefetch(data: &[f32], i: usize) {
-    // SAFETY: a hint; it reads nothing and faults nowhere.
+pub fn prefetch(data: &[f32], i: usize, cache: Cache) {
     #[cfg(target_arch = "x86_64")]
-    unsafe {
+    {
         use std::arch::x86_64::*;
-        _mm_prefetch::<_MM_HINT_T0>(data.as_ptr().wrapping_add(i).cast())
-    };
+        let line = data.as_ptr().wrapping_add(i).cast();
+        // SAFETY: a hint; it reads nothing and faults nowhere.
+        unsafe {
+            match cache {
+                Cache::First => _mm_prefetch::<_MM_HINT_T0>(line),
+                Cache::Second => _mm_prefetch::<_MM_HINT_T1>(line),
+            }
+        }
+    }
     #[cfg(not(target_arch = "x86_64"))]
-    let _ = (data, i);
-}
-
-/// [`prefetch`] into the second-level cache, for what is needed later.
-#[inline(always)]
-pub fn prefetch_early(data: &[f32], i: usize) {
-    // SAFETY: as above.
-    #[cfg(target_arch = "x86_64")]
-    unsafe {
-        use std::arch::x86_64::*;
-        _mm_prefetch::<_MM_HINT_T1>(data.as_ptr().wrapping_add(i).cast())
-    };
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = (data, i);
+    let _ = (data, i, cache);
 }
 
 /// Runs kernels that `make` builds with the registers of every instruction set that this machine has, not its best alone.

@@ -167,14 +167,8 @@ impl TransformerLayer {
         for (param, first, count) in [(&self.to_q, 0, inner), (&self.to_kv, inner, 2 * inner)] {
             let grad = Mat::strided(&dqkv[first..], rows, count, 3 * inner);
             let weight = param.values();
-            let out = MatMut::new(dh, rows, self.dim);
-            matmul(
-                out,
-                if first > 0 { Into::Add } else { Into::Set },
-                grad,
-                Mat::new(&weight, count, self.dim),
-                Threads::All,
-            );
+            let (out, into) = (MatMut::new(dh, rows, self.dim), if first > 0 { Into::Add } else { Into::Set });
+            matmul(out, into, grad, Mat::new(&weight, count, self.dim), Threads::All);
             let mut dweight = param.grad_mut();
             let out = MatMut::new(&mut dweight, count, self.dim);
             matmul(out, Into::Add, grad.t(), Mat::new(h, rows, self.dim), Threads::All);

@@ -10,7 +10,7 @@ use crate::error::Result;
 use crate::gemm::arithmetic::dispatch;
 use crate::gemm::{self, MatMut};
 use crate::parallel::{Shared, for_rows};
-use crate::simd::{self, vectorize};
+use crate::simd::{self, Cache, vectorize};
 
 mod operands;
 mod short;
@@ -113,9 +113,7 @@ impl Attention<'_> {
         let (next, h) = (index / self.heads + 1, index % self.heads);
         for row in next * self.seq..(next + 1) * self.seq {
             for part in (0..width).step_by(self.inner()) {
-                for i in (0..self.head_dim).step_by(16) {
-                    simd::prefetch_early(data, row * width + part + h * self.head_dim + i);
-                }
+                prefetch(data, row * width + part + h * self.head_dim, self.head_dim, Cache::Second);
             }
         }
     }
@@ -298,7 +296,7 @@ pub fn step(q: &[f32], keys: &[Vec<f32>], values: &[Vec<f32>], heads: usize, hea
                 #[inline(always)]
                 || {
                     for t in 0..positions {
-                        prefetch(keys, (t + AHEAD) * inner, q.len());
+                        prefetch(keys, (t + AHEAD) * inner, q.len(), Cache::First);
                         let rows = q.chunks_exact(head_dim).zip(keys[t * inner..].chunks_exact(head_dim));
                         for (h, (q, key)) in rows.enumerate() {
                             weights[h * positions + t] = scale * simd::dot(q, key);
@@ -311,7 +309,7 @@ pub fn step(q: &[f32], keys: &[Vec<f32>], values: &[Vec<f32>], heads: usize, hea
                     }
                     out.fill(0.0);
                     for t in 0..positions {
-                        prefetch(values, (t + AHEAD) * inner, q.len());
+                        prefetch(values, (t + AHEAD) * inner, q.len(), Cache::First);
                         let rows = out.chunks_exact_mut(head_dim).zip(values[t * inner..].chunks_exact(head_dim));
                         for (h, (out, value)) in rows.enumerate() {
                             simd::axpy(weights[h * positions + t], value, out);
@@ -326,8 +324,8 @@ pub fn step(q: &[f32], keys: &[Vec<f32>], values: &[Vec<f32>], heads: usize, hea
 
 /// Asks for the `len` floats at `first`.
 #[inline(always)]
-fn prefetch(data: &[f32], first: usize, len: usize) {
+fn prefetch(data: &[f32], first: usize, len: usize, cache: Cache) {
     for i in (0..len).step_by(16) {
-        simd::prefetch(data, first + i);
+        simd::prefetch(data, first + i, cache);
     }
 }

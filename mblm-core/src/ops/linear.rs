@@ -9,7 +9,7 @@ use crate::gemm::arithmetic::pack_floats;
 
 use crate::gemm::{Into, Mat, MatMut, Threads, matmul};
 use crate::parallel::{MIN_PARALLEL, Shared, for_rows, reduce_rows};
-use crate::simd::{self, vectorize};
+use crate::simd::{self, Cache, vectorize};
 
 /// The definition.
 ///
@@ -272,7 +272,7 @@ fn long_dot<S: Simd>(simd: S, weight: &[f32], x: &[f32]) -> f32 {
     for (i, (w, x)) in w4.iter().zip(x4).enumerate() {
         // What is a page ahead, before which the processor's own prefetching stops.
         for line in (0..4 * S::F32_LANES).step_by(16) {
-            simd::prefetch_early(weight, 1024 + 4 * S::F32_LANES * i + line);
+            simd::prefetch(weight, 1024 + 4 * S::F32_LANES * i + line, Cache::Second);
         }
         for (sum, (w, x)) in sums.iter_mut().zip(w.iter().zip(x)) {
             *sum = simd.mul_add_e_f32s(*w, *x, *sum);
@@ -296,7 +296,7 @@ fn sums<S: Simd, const O: usize>(simd: S, weight: &[f32], panel: &[f32], inputs:
     for line in (0..inputs / LINE * LINE).step_by(LINE) {
         for o in 0..O {
             // The same place in the group after the next.
-            simd::prefetch_early(weight, (2 * O + o) * inputs + line);
+            simd::prefetch(weight, (2 * O + o) * inputs + line, Cache::Second);
         }
         for (k, x) in (line..).zip(&panel[line..line + LINE]) {
             // SAFETY: `k < inputs`.
@@ -342,7 +342,7 @@ fn dots<S: Simd, const O: usize, const B: usize>(simd: S, weight: &[f32], x: &[f
     for k in (0..whole * S::F32_LANES).step_by(S::F32_LANES) {
         let mut weights = [zero; O];
         for (o, to) in weights.iter_mut().enumerate() {
-            simd::prefetch(weight, o * inputs + k + ahead);
+            simd::prefetch(weight, o * inputs + k + ahead, Cache::First);
             // SAFETY: a register from `k` on lies within a row, and the rows within the slice by the assertion.
             *to = unsafe { weight.as_ptr().add(o * inputs + k).cast::<S::f32s>().read_unaligned() };
         }
