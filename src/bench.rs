@@ -1,5 +1,6 @@
 //! `mblm bench`: speed and memory of a model configuration.
 
+use std::io::Write;
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -11,6 +12,7 @@ use mblm::generate::Decoder;
 use mblm::model::Mblm;
 use mblm::testing::noise;
 use mblm::train::optimizer::{Adam, AdamConfig, clip_grad_norm};
+use mblm::train::terminal::Output;
 use mblm::yaml::Document;
 use mblm::{Mode, buffer};
 use serde::Serialize;
@@ -195,13 +197,13 @@ fn peak_rss_mb() -> Option<u64> {
 }
 
 fn print(report: &Report, json: bool) -> Result<()> {
+    let mut out = Output::new();
     if json {
-        println!("{}", serde_json::to_string(report)?);
-        return Ok(());
+        return Ok(writeln!(out, "{}", serde_json::to_string(report)?)?);
     }
     let threads = report.threads;
-    println!("{} · {} parameters · {threads} threads", report.config.display(), report.params);
-    println!("batch {} x {} bytes", report.batch, report.length);
+    writeln!(out, "{} · {} parameters · {threads} threads", report.config.display(), report.params)?;
+    writeln!(out, "batch {} x {} bytes", report.batch, report.length)?;
     let prefix = report.prefix.unwrap_or_default();
     for (what, rate) in [
         ("train".to_string(), report.train_bytes_per_s),
@@ -209,11 +211,11 @@ fn print(report: &Report, json: bool) -> Result<()> {
         (format!("generate at {prefix}"), report.generate_bytes_per_s),
     ] {
         if let Some(rate) = rate {
-            println!("{what:<18} {rate:>10.0} bytes/s");
+            writeln!(out, "{what:<18} {rate:>10.0} bytes/s")?;
         }
     }
     if let Some(peak) = report.peak_rss_mb {
-        println!("{:<18} {peak:>10} MB", "peak memory");
+        writeln!(out, "{:<18} {peak:>10} MB", "peak memory")?;
     }
     Ok(())
 }

@@ -2,6 +2,8 @@
 
 use std::io::Write;
 
+use mblm::train::terminal::Output;
+
 use crate::Usage;
 use crate::plugins::Plugins;
 
@@ -16,7 +18,7 @@ pub struct Args {
 /// Runs `mblm blocks`.
 pub fn run(args: &Args, plugins: &Plugins) -> anyhow::Result<()> {
     let registry = plugins.registry(None)?;
-    let mut out = std::io::stdout().lock();
+    let mut out = Output::new();
     if let Some(name) = &args.schema {
         let Some(block) = registry.get(name) else {
             return Err(Usage(format!("unknown block type {name:?}; {}", registry.suggestion(name))).into());

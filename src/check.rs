@@ -9,6 +9,7 @@ use mblm::train::config::RunConfig;
 use mblm::train::model::TrainModel;
 use mblm::train::plan::Plan;
 use mblm::train::session;
+use mblm::train::terminal::{self, Output};
 use mblm::yaml::Document;
 
 use crate::plugins::Plugins;
@@ -44,15 +45,15 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
         None => Plan::new(&config),
     };
     let plan = plan.map_err(located)?;
-    std::io::stdout().lock().write_all(resolved(&config)?.as_bytes())?;
-    eprintln!("data: {about}");
-    eprintln!(
+    Output::new().write_all(resolved(&config)?.as_bytes())?;
+    terminal::line(format_args!("data: {about}"));
+    terminal::line(format_args!(
         "model: {} parameters; training: {} batches, {} gradient steps",
         model.params().num_elements(),
         plan.batches,
         plan.steps()
-    );
-    eprintln!("{}: nothing is wrong with it", args.config.display());
+    ));
+    terminal::line(format_args!("{}: nothing is wrong with it", args.config.display()));
     Ok(())
 }
 

@@ -1,10 +1,12 @@
 //! `mblm compare`: train the variants of a study and report which is best.
 
+use std::io::Write;
 use std::path::PathBuf;
 
 use anyhow::{Result, bail};
 use mblm::train::report::Report;
 use mblm::train::study::{Options, Plan, Runner, Spec};
+use mblm::train::terminal::{self, Output};
 
 use crate::plugins::Plugins;
 use crate::train::stop_flag;
@@ -39,12 +41,13 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
     let registry = plugins.registry(Some(&args.study))?;
     let mut plan = Plan::new(spec, &registry)?;
     plan.check_earlier_runs(&registry)?;
-    println!("{plan}");
+    let mut out = Output::new();
+    let shown = writeln!(out, "{plan}");
     if let Some(warning) = plan.memory_warning() {
-        eprintln!("{warning}");
+        terminal::line(warning);
     }
     if args.dry_run {
-        return Ok(());
+        return Ok(shown?);
     }
     let stop = stop_flag(false)?;
     let folder = plan.folder().to_path_buf();
@@ -52,19 +55,19 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
     let mut runner =
         Runner::new(&mut plan, Options { program: std::env::current_exe()?, retry_failed: args.retry_failed })?;
     if runner.calibrate(&stop)? && has_unmeasured {
-        println!("{}", runner.plan());
+        let _ = writeln!(out, "{}", runner.plan()); // an error comes again at the end
     }
     // On the way a report that cannot be written is no reason to stop.
     let ended = runner.run(&stop, &|| drop(Report::of_study(&folder).and_then(|report| report.write(&folder))))?;
     let report = Report::of_study(&folder)?;
     report.write(&folder)?;
-    println!("\n{}\nreport: {}", report.to_text(), folder.join("report.html").display());
+    let shown = writeln!(out, "\n{}\nreport: {}", report.to_text(), folder.join("report.html").display());
     if ended.interrupted {
-        eprintln!("go on with the same command; what is finished stays");
+        terminal::line("go on with the same command; what is finished stays");
         return Ok(());
     }
     match ended.failed.len() {
-        0 => Ok(()),
+        0 => Ok(shown?),
         n => bail!(
             "{n} of {} runs failed; the report says why, --retry-failed tries again",
             ended.failed.len() + ended.finished

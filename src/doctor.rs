@@ -11,6 +11,7 @@ use mblm::train::config::ModelConfig;
 use mblm::train::cost::bytes as shown_bytes;
 use mblm::train::data::corpus::Corpus;
 use mblm::train::doctor::{Report, Severity, examine};
+use mblm::train::terminal::Output;
 use mblm::yaml::Document;
 
 use crate::Usage;
@@ -57,9 +58,9 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
     };
     let report = examine(&config, MASKING, args.seed, &Tensor::from_vec(ids, shape, &Device::Cpu)?)?;
     let text = if args.json { serde_json::to_string_pretty(&report)? + "\n" } else { table(&report) };
-    std::io::stdout().lock().write_all(text.as_bytes())?;
+    let shown = Output::new().write_all(text.as_bytes());
     match report.findings.iter().filter(|finding| finding.severity == Severity::Problem).count() {
-        0 => Ok(()),
+        0 => Ok(shown?),
         count => anyhow::bail!("{}: {count} problem(s), listed above", args.config.display()),
     }
 }

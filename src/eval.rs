@@ -1,11 +1,13 @@
 //! `mblm eval`: the bits per byte of a model on data.
 
 use std::fs;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use mblm::train::evaluate::{EvaluateOptions, Evaluation, Parts, evaluate, evaluate_parts};
 use mblm::train::model::Model;
+use mblm::train::terminal::Output;
 use serde_json::json;
 
 use crate::plugins::Plugins;
@@ -70,6 +72,7 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
         written
             .map_err(|error| Usage(format!("--csv {}: {error}; choose a file that can be written", path.display())))?;
     }
+    let mut out = Output::new();
     if args.json {
         let mut json = json!({
             "checkpoint": trained.checkpoint, "data": args.data, "bytes": found.bytes, "loss": found.loss, "bpb": found.bpb()
@@ -85,32 +88,30 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
                 .collect();
             json["stages"] = parts.stages.iter().map(|stage| stage.iter().map(of).collect::<Vec<_>>()).collect();
         }
-        println!("{json}");
-        return Ok(());
+        return Ok(writeln!(out, "{json}")?);
     }
-    println!("{:.4} bpb  (loss {:.4} nats) on {} bytes of {}", found.bpb(), found.loss, found.bytes, args.data);
-    if let Some(parts) = &parts {
-        print(parts, args);
-    }
-    Ok(())
+    let (bpb, loss, bytes) = (found.bpb(), found.loss, found.bytes);
+    writeln!(out, "{bpb:.4} bpb  (loss {loss:.4} nats) on {bytes} bytes of {}", args.data)?;
+    Ok(parts.map_or(Ok(()), |parts| print(&mut out, &parts, args))?)
 }
 
-fn print(parts: &Parts, args: &Args) {
+fn print(out: &mut Output, parts: &Parts, args: &Args) -> io::Result<()> {
     if args.files {
-        println!("\n{:>8} {:>12}  file", "bpb", "bytes");
+        writeln!(out, "\n{:>8} {:>12}  file", "bpb", "bytes")?;
         for (path, found) in &parts.files {
-            println!("{:>8.4} {:>12}  {}", found.bpb(), found.bytes, path.display());
+            writeln!(out, "{:>8.4} {:>12}  {}", found.bpb(), found.bytes, path.display())?;
         }
     }
     if let (true, Some(local)) = (args.positions, parts.stages.last()) {
         let what = if parts.stages.len() > 1 { "patch" } else { "sequence" };
-        println!("\n{:>8} {:>12}  byte within its {what}", "bpb", "bytes");
+        writeln!(out, "\n{:>8} {:>12}  byte within its {what}", "bpb", "bytes")?;
         let worst = local.iter().map(Evaluation::bpb).fold(f64::MIN_POSITIVE, f64::max);
         for (position, found) in local.iter().enumerate() {
             let bar = "▇".repeat((found.bpb() / worst * BAR) as usize);
-            println!("{:>8.4} {:>12}  {:>5} {bar}", found.bpb(), found.bytes, position + 1);
+            writeln!(out, "{:>8.4} {:>12}  {:>5} {bar}", found.bpb(), found.bytes, position + 1)?;
         }
     }
+    Ok(())
 }
 
 /// One row for everything, one per file, and one per position of each stage; stages and positions are counted from 1.

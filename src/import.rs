@@ -1,11 +1,13 @@
 //! `mblm import`: a checkpoint of the Python package as a run.
 
+use std::io::Write;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use mblm::train::config::RunConfig;
 use mblm::train::import::{ImportOptions, import};
 use mblm::train::pth;
+use mblm::train::terminal::Output;
 use mblm::yaml::Document;
 
 use crate::Usage;
@@ -40,7 +42,5 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
     let options =
         ImportOptions { place: args.out.as_deref(), migrate_embeddings: args.migrate_embeddings, source: &source };
     let checkpoint = import(&config, &config.to_yaml()?, saved, &options).with_context(|| source.clone())?;
-    println!("{source}: {tensors} tensors, loss {loss:.4}");
-    println!("{}", checkpoint.display());
-    Ok(())
+    Ok(writeln!(Output::new(), "{source}: {tensors} tensors, loss {loss:.4}\n{}", checkpoint.display())?)
 }

@@ -9,6 +9,7 @@ use mblm_core::registry::BlockRegistry;
 use mblm_core::yaml::Document;
 use mblm_train::config::{ModelConfig, RunConfig};
 use mblm_train::cost::{Report, Step};
+use mblm_train::terminal::Output;
 
 use crate::plugins::Plugins;
 
@@ -48,7 +49,7 @@ pub fn run(args: &Args, plugins: &Plugins) -> anyhow::Result<()> {
         }
     };
     let text = if args.json { serde_json::to_string_pretty(&report)? + "\n" } else { report.to_string() };
-    std::io::stdout().lock().write_all(text.as_bytes())?;
+    Output::new().write_all(text.as_bytes())?;
     Ok(())
 }
 

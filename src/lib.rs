@@ -1,5 +1,6 @@
 //! MBLM: Multiscale Byte Language Models. This crate gathers the library: the core, the built-in blocks and training.
 #![warn(missing_docs)]
+#![deny(clippy::print_stdout, clippy::print_stderr)]
 
 pub use mblm_blocks as blocks;
 pub use mblm_core::*;

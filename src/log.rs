@@ -1,7 +1,9 @@
-//! Warnings of the library, and of plugins, as lines on standard error.
+//! Warnings of the library and of plugins, and messages of panics, as lines on standard error.
 
+use std::backtrace::{Backtrace, BacktraceStatus};
 use std::fmt::{Debug, Write};
 
+use mblm::train::terminal;
 use tracing::field::{Field, Visit};
 use tracing::span::{Attributes, Id, Record};
 use tracing::{Event, Level, Metadata, Subscriber};
@@ -9,10 +11,17 @@ use tracing::{Event, Level, Metadata, Subscriber};
 /// Shows errors and warnings; everything else is dropped where it arises.
 struct Terminal;
 
-/// From now on warnings are shown.
+/// From now on warnings are shown, and panics in the words of the standard library's own hook.
 pub fn start() {
     let started = tracing::subscriber::set_global_default(Terminal);
     debug_assert!(started.is_ok(), "started once");
+    std::panic::set_hook(Box::new(|panic| {
+        let thread = std::thread::current();
+        let backtrace = Backtrace::capture();
+        let backtrace =
+            if backtrace.status() == BacktraceStatus::Captured { format!("\n{backtrace}") } else { "".into() };
+        terminal::line(format_args!("\nthread '{}' {panic}{backtrace}", thread.name().unwrap_or("<unnamed>")));
+    }));
 }
 
 impl Subscriber for Terminal {
@@ -24,7 +33,7 @@ impl Subscriber for Terminal {
         let mut line = Line(String::new());
         event.record(&mut line);
         let kind = if *event.metadata().level() == Level::ERROR { "error" } else { "warning" };
-        eprintln!("{kind}: {}", line.0);
+        terminal::line(format_args!("{kind}: {}", line.0));
     }
 
     // Nothing opens spans.

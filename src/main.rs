@@ -1,4 +1,5 @@
 //! The `mblm` program. Each subcommand is a file with its arguments and one function that calls the library.
+#![deny(clippy::print_stdout, clippy::print_stderr)]
 
 mod bench;
 mod blocks;
@@ -20,9 +21,11 @@ mod report;
 mod schema;
 mod train;
 
+use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use mblm::train::terminal::{self, Output};
 use mblm::{Error, train as training};
 use mblm_blocks as _;
 use plugins::Plugins;
@@ -81,16 +84,31 @@ enum Command {
 fn main() -> ExitCode {
     memory::keep();
     log::start();
-    let cli = Cli::parse();
     // On a thread of the pool, so that a parallel loop starts by handing out work, not by waking a thread and sleeping.
-    match rayon::scope(|_| run(cli)) {
+    let ended = match Cli::try_parse() {
+        Ok(cli) => rayon::scope(|_| run(cli)),
+        Err(answer) => explain(&answer),
+    };
+    match ended.and_then(|()| Ok(Output::new().flush()?)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if is_closed_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            terminal::line(format_args!("error: {error:#}"));
             ExitCode::from(if is_usage(&error) { EXIT_USAGE } else { 1 })
         }
     }
+}
+
+/// What clap has to say: help, the version, or what is wrong with the arguments.
+fn explain(answer: &clap::Error) -> anyhow::Result<()> {
+    if answer.use_stderr() {
+        // As plain text: the arguments in it may be the names of files.
+        let text = answer.to_string();
+        return Err(Usage(text.trim_start_matches("error: ").trim_end().into()).into());
+    }
+    let text = answer.render();
+    let text = if std::io::stdout().is_terminal() { text.ansi().to_string() } else { text.to_string() };
+    Ok(Output::raw().write_all(text.as_bytes())?)
 }
 
 fn run(Cli { plugins, command }: Cli) -> anyhow::Result<()> {

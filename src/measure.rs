@@ -1,5 +1,6 @@
 //! `mblm measure-run`, which a study calls when a run has ended: what the model costs, what it writes and how fast.
 
+use std::io::Write;
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -10,6 +11,7 @@ use mblm::train::cost::{Report, Step};
 use mblm::train::model::{Model, TrainModel};
 use mblm::train::report::{Generation, Measured};
 use mblm::train::session;
+use mblm::train::terminal::Output;
 
 use crate::plugins::Plugins;
 use crate::{model, train};
@@ -47,8 +49,7 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
         }
     };
     let measured = Measured { cost: Some(cost), generation, missing: None };
-    println!("{}", serde_json::to_string(&measured)?);
-    Ok(())
+    Ok(writeln!(Output::new(), "{}", serde_json::to_string(&measured)?)?)
 }
 
 /// Continues `prompt`, or its end if it would leave no room in the context.

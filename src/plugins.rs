@@ -7,6 +7,7 @@ use mblm::block::PluginOrigin;
 use mblm::plugin::host::probe::Probe;
 use mblm::plugin::host::{Found, SearchPath, load};
 use mblm::registry::BlockRegistry;
+use mblm::train::terminal;
 
 /// The subcommand that a probe runs.
 pub const PROBE: &str = "probe-plugin";
@@ -25,7 +26,11 @@ impl Plugins {
     pub fn registry(&self, config: Option<&Path>) -> Result<BlockRegistry> {
         let found = self.find(config)?;
         for skipped in found.skipped.iter().filter(|skipped| skipped.looks_like_one) {
-            eprintln!("warning: plugin {} was not loaded: {}", skipped.path.display(), skipped.reason);
+            terminal::line(format_args!(
+                "warning: plugin {} was not loaded: {}",
+                skipped.path.display(),
+                skipped.reason
+            ));
         }
         Ok(found.registry)
     }

@@ -1,5 +1,6 @@
 //! `mblm report`: compare runs that are there.
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
@@ -10,6 +11,7 @@ use mblm::train::model::{Model, TrainModel};
 use mblm::train::report::{Report, Run};
 use mblm::train::run::RunFolder;
 use mblm::train::study::PlanFile;
+use mblm::train::terminal::{self, Output};
 use mblm::yaml::Document;
 
 use crate::Usage;
@@ -33,8 +35,7 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
         folders => Report::of_runs(read(folders)?, |run| cost(run, plugins).ok()),
     };
     report.write(&args.out)?;
-    println!("{}\nreport: {}", report.to_text(), args.out.join("report.html").display());
-    Ok(())
+    Ok(writeln!(Output::new(), "{}\nreport: {}", report.to_text(), args.out.join("report.html").display())?)
 }
 
 /// Reads the runs; what is none is named and skipped.
@@ -43,7 +44,7 @@ fn read(folders: &[PathBuf]) -> Result<Vec<Run>> {
     for folder in folders {
         match Run::read(folder) {
             Ok(run) => runs.push(run),
-            Err(error) => eprintln!("skipped: {error}"),
+            Err(error) => terminal::line(format_args!("skipped: {error}")),
         }
     }
     match runs.is_empty() {

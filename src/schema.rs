@@ -4,6 +4,7 @@ use std::io::Write;
 
 use anyhow::Result;
 use mblm::train::schema::{markdown, schema};
+use mblm::train::terminal::Output;
 
 use crate::plugins::Plugins;
 
@@ -33,5 +34,5 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
         true => format!("{HEAD}{}", markdown::markdown(&schema)),
         false => serde_json::to_string_pretty(&schema)? + "\n",
     };
-    Ok(std::io::stdout().lock().write_all(text.as_bytes())?)
+    Ok(Output::new().write_all(text.as_bytes())?)
 }

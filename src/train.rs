@@ -1,5 +1,6 @@
 //! `mblm train`: start a run, or go on with one.
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -16,11 +17,12 @@ use mblm::train::memory::Memory;
 use mblm::train::model::{Model, TrainModel};
 use mblm::train::run::RunFolder;
 use mblm::train::session::{self, Session};
+use mblm::train::terminal::{self, Output};
 use mblm::train::trainer::Outcome;
 use mblm::yaml::Document;
 
 use crate::plugins::Plugins;
-use crate::{Usage, model};
+use crate::{Usage, is_closed_pipe, model};
 
 /// Bytes of validation data that the sample at a run's end continues, and bytes that it makes.
 const PROMPT: usize = 100;
@@ -73,10 +75,18 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
         }
         (None, None) => return Err(Usage("expected a configuration, or --resume RUN".into()).into()),
     };
-    match outcome.interrupted {
-        _ if args.quiet => println!("{}", run.display()),
-        true => eprintln!("go on with: mblm train --resume {}", run.display()),
-        false => conclude(&run, &outcome, args.allow_plugin_change, plugins)?,
+    let shown = match outcome.interrupted {
+        _ if args.quiet => writeln!(Output::new(), "{}", run.display()).map_err(anyhow::Error::from),
+        true => {
+            terminal::line(format_args!("go on with: mblm train --resume {}", run.display()));
+            Ok(())
+        }
+        false => conclude(&run, &outcome, args.allow_plugin_change, plugins),
+    };
+    // The run is complete, whether or not this can be shown.
+    match shown {
+        Err(error) if !is_closed_pipe(&error) => terminal::line(format_args!("warning: {error:#}")),
+        _ => {}
     }
     Ok(())
 }
@@ -108,7 +118,7 @@ fn resume(path: &Path, args: &Args, plugins: &Plugins, stop: &AtomicBool) -> Res
             ))
             .into());
         }
-        eprintln!("note: the configuration changes:{list}");
+        terminal::line(format_args!("note: the configuration changes:{list}"));
         training::run::replace_config(path, &config.to_yaml()?)?;
     }
     Ok(session(&config, args, stop)?.resume(&run)?)
@@ -133,13 +143,13 @@ pub fn build(config: &RunConfig) -> training::Result<Model> {
     if let (Some(peak), Some(memory)) = (report.peak_bytes(), Memory::now())
         && peak > memory.total as f64
     {
-        eprintln!(
+        terminal::line(format_args!(
             "warning: a training step needs about {}, and this machine has {} of memory; lower train.batch_size or \
              params.input_seq_len, or recompute stages in chunks (params.train_checkpoint_chunks); `mblm inspect` shows \
              what needs how much",
             shown_bytes(peak),
             shown_bytes(memory.total as f64)
-        );
+        ));
     }
     Ok(model)
 }
@@ -160,7 +170,7 @@ pub fn stop_flag(until_eof: bool) -> Result<Arc<AtomicBool>> {
         if raised.swap(true, Ordering::SeqCst) {
             std::process::exit(130);
         }
-        eprintln!("\nending after this batch, with a checkpoint; once more to end at once");
+        terminal::line("\nending after this batch, with a checkpoint; once more to end at once");
     })
     .context("cannot catch Ctrl-C")?;
     Ok(stop)
@@ -170,21 +180,20 @@ pub fn stop_flag(until_eof: bool) -> Result<Arc<AtomicBool>> {
 fn conclude(run: &Path, outcome: &Outcome, allow_plugin_change: bool, plugins: &Plugins) -> Result<()> {
     let trained = model::load(&model::Args { run: run.into(), best: false, allow_plugin_change }, plugins)?;
     let data = session::open_data(&trained.config)?;
-    println!();
+    let mut out = Output::new();
+    writeln!(out)?;
     if let Some(loss) = outcome.state.valid_loss {
-        print!("validation: {:.3} bpb", bpb(loss));
+        write!(out, "validation: {:.3} bpb", bpb(loss))?;
         match data.train.byte_counts() {
-            Some(counts) => println!("; the entropy of single bytes is {:.3} bits", unigram_entropy(&counts)),
-            None => println!(),
+            Some(counts) => writeln!(out, "; the entropy of single bytes is {:.3} bits", unigram_entropy(&counts))?,
+            None => writeln!(out)?,
         }
     }
     let Ok(model) = trained.generative() else {
-        println!("\nmore:\n  {} eval {} DATA", program(), run.display());
-        return Ok(());
+        return Ok(writeln!(out, "\nmore:\n  {} eval {} DATA", program(), run.display())?);
     };
-    sample(model, &prompt(&data, trained.config.params.input_seq_len)?)?;
-    println!("\nmore:\n  {} generate {} --prompt \"//! \"", program(), run.display());
-    Ok(())
+    let mut out = sample(out, model, &prompt(&data, trained.config.params.input_seq_len)?)?;
+    Ok(writeln!(out, "\nmore:\n  {} generate {} --prompt \"//! \"", program(), run.display())?)
 }
 
 /// The beginning of the validation data.
@@ -196,10 +205,11 @@ pub fn prompt(data: &Splits, seq_len: usize) -> Result<Vec<u32>> {
     Ok(ids)
 }
 
-fn sample(model: &Mblm, prompt: &[u32]) -> Result<()> {
-    let mut stream = TokenStream::new(std::io::stdout().lock(), Format::Utf8);
-    println!("\na sample: {} bytes of the validation data, then what the model makes of them", prompt.len());
-    println!("{}", "─".repeat(78));
+fn sample(mut out: Output, model: &Mblm, prompt: &[u32]) -> Result<Output> {
+    let rule = "─".repeat(78);
+    let length = prompt.len();
+    writeln!(out, "\na sample: {length} bytes of the validation data, then what the model makes of them\n{rule}")?;
+    let mut stream = TokenStream::new(out, Format::Utf8);
     prompt.iter().try_for_each(|token| stream.write(*token))?;
     let mut samplers = [Sampler::new(Sampling { temperature: 0.7, ..Sampling::default() })?];
     let until = Until { max_tokens: Some(SAMPLE), stop_token: None };
@@ -207,9 +217,9 @@ fn sample(model: &Mblm, prompt: &[u32]) -> Result<()> {
         stream.write(token)?;
         Ok(true)
     })?;
-    drop(stream.finish()?);
-    println!("\n{}", "─".repeat(78));
-    Ok(())
+    let mut out = stream.finish()?;
+    writeln!(out, "\n{rule}")?;
+    Ok(out)
 }
 
 /// How this program was called, so that the printed command works as it is.

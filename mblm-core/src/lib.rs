@@ -3,6 +3,7 @@
 //!
 //! Shape letters: `B` batch, `L` bytes, `P_n` sequence length of stage n, `D_n` its width, `V` vocabulary.
 #![warn(missing_docs)]
+#![deny(clippy::print_stdout, clippy::print_stderr)]
 
 pub mod block;
 pub mod buffer;

@@ -1,5 +1,6 @@
 //! Data, optimizer, schedule, trainer and checkpoints of MBLM.
 #![warn(missing_docs)]
+#![deny(clippy::print_stdout, clippy::print_stderr)]
 
 #[cfg(test)]
 mod bigram;
@@ -28,6 +29,7 @@ pub mod schema;
 pub mod session;
 pub mod study;
 mod tensorboard;
+pub mod terminal;
 pub mod timemem;
 mod timestamp;
 pub mod trainer;

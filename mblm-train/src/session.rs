@@ -17,6 +17,7 @@ use crate::model::{Model, TrainModel};
 use crate::plan::Plan;
 use crate::progress::{Course, Progress};
 use crate::run::RunFolder;
+use crate::terminal;
 use crate::timemem::TimeMem;
 use crate::trainer::{Outcome, Record, Trainer};
 
@@ -154,7 +155,7 @@ impl<'a> Session<'a> {
             let most = self.retries;
             let text = format!("retry {retry} of {most} in {} s, since training failed: {error}", pause.as_secs());
             run.note(&text);
-            eprintln!("{text}");
+            terminal::line(&text);
             if !self.rest(pause) {
                 return Err(error);
             }
@@ -232,8 +233,8 @@ fn introduce(progress: &mut Progress, trainer: &Trainer, model: &dyn TrainModel,
         progress.line(&format!("byte-unigram entropy of the training bytes: {entropy:.4} bits"));
         let pad = config.params.model.hierarchy().pad_token_id;
         if let Some(count @ 1..) = counts.get(pad) {
-            progress.line(&format!(
-                "warning: the pad token {pad} is also a byte of the training data ({count} times), which is not \
+            progress.warn(&format!(
+                "the pad token {pad} is also a byte of the training data ({count} times), which is not \
                  learned; a pad_token_id of 256 or more avoids that"
             ));
         }

@@ -1,11 +1,13 @@
 //! `mblm checkpoint export`: the weights as one file under the Python package's names.
 
+use std::io::Write;
 use std::path::PathBuf;
 
 use anyhow::Result;
 use mblm::train::checkpoint::{self, Checkpoint, Which, export_pth, export_safetensors};
 
 use mblm::train::model::TrainModel;
+use mblm::train::terminal::Output;
 
 use crate::plugins::Plugins;
 use crate::{Usage, model};
@@ -41,8 +43,7 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
             export_safetensors(&checkpoint::find(&args.model.run, which)?, &args.out)?;
         }
     }
-    println!("{}", args.out.display());
-    Ok(())
+    Ok(writeln!(Output::new(), "{}", args.out.display())?)
 }
 
 /// The package wants all of its `state_dict`, of which the model knows what is no parameter.

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 use mblm::train::checkpoint::{Entry, Shelf};
 use mblm::train::evaluate::bpb;
+use mblm::train::terminal::Output;
 
 /// Arguments of `mblm checkpoint list`.
 #[derive(clap::Args)]
@@ -17,7 +18,7 @@ pub struct Args {
 /// Runs `mblm checkpoint list`.
 pub fn run(args: &Args) -> Result<()> {
     let entries = Shelf::of_run(&args.run)?.survey()?;
-    let mut out = std::io::stdout().lock();
+    let mut out = Output::new();
     writeln!(out, "checkpoint            step  valid loss     bpb        size")?;
     for entry in entries {
         let name = entry.path.file_name().unwrap_or_default().to_string_lossy().into_owned();

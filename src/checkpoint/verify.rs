@@ -1,9 +1,11 @@
 //! `mblm checkpoint verify`: every file against the SHA-256 in its checkpoint's manifest.
 
+use std::io::Write;
 use std::path::PathBuf;
 
 use anyhow::{Result, bail};
 use mblm::train::checkpoint::{Shelf, check, shelf_of};
+use mblm::train::terminal::Output;
 
 /// Arguments of `mblm checkpoint verify`.
 #[derive(clap::Args)]
@@ -24,17 +26,14 @@ pub fn run(args: &Args) -> Result<()> {
     if paths.is_empty() {
         bail!("{}: no checkpoint yet", args.path.display());
     }
-    let mut damaged = Vec::new();
+    let (mut out, mut shown, mut damaged) = (Output::new(), Ok(()), Vec::new());
     for path in paths {
-        match check(&path) {
-            Ok(()) => println!("{}: whole", path.display()),
-            Err(fault) => {
-                println!("{}: damaged", path.display());
-                damaged.push((path, fault));
-            }
-        }
+        let checked = check(&path);
+        let verdict = if checked.is_ok() { "whole" } else { "damaged" };
+        shown = shown.and(writeln!(out, "{}: {verdict}", path.display()));
+        damaged.extend(checked.err().map(|fault| (path, fault)));
     }
-    let Some((newest, _)) = damaged.last() else { return Ok(()) };
+    let Some((newest, _)) = damaged.last() else { return Ok(shown?) };
     let older = shelf.list()?.into_iter().rev().skip_while(|path| path >= newest).find(|path| check(path).is_ok());
     let older = match older {
         Some(older) => format!("{} is whole: to go on from there, move the damaged ones away", older.display()),

@@ -6,13 +6,14 @@ use std::str::FromStr;
 use std::time::Instant;
 
 use anyhow::Result;
-use mblm::generate::{Format, Sampler, Sampling, TokenStream, Until, generate};
+use mblm::generate::{Sampler, Sampling, TokenStream, Until, generate};
 use mblm::model::Mblm;
 use mblm::nearest::suggestion;
+use mblm::train::terminal;
 use rustyline::DefaultEditor;
 use rustyline::error::ReadlineError;
 
-use super::{Args, sampling, until, why};
+use super::{Args, format, output, sampling, until, why};
 
 /// Bytes of an answer, if nothing else is asked for.
 const ANSWER: usize = 200;
@@ -32,10 +33,10 @@ pub fn run(model: &Mblm, args: &Args) -> Result<()> {
     while let Some(line) = lines.next()? {
         match line.strip_prefix(':').map(str::trim) {
             Some("quit" | "q") => break,
-            Some("help") => eprintln!("{HELP}"),
+            Some("help") => terminal::line(HELP),
             Some(setting) => match session.change(setting) {
                 Ok(changed) => sampler = changed,
-                Err(fault) => eprintln!("{fault}"),
+                Err(fault) => terminal::line(fault),
             },
             None => {
                 if !line.is_empty() {
@@ -61,7 +62,7 @@ impl Session<'_> {
     /// Continues the text, and says at what speed.
     fn answer(&mut self, sampler: &mut Sampler) -> Result<()> {
         let prompt = self.text.clone();
-        let mut stream = TokenStream::new(std::io::stdout().lock(), Format::Utf8);
+        let mut stream = TokenStream::new(output(self.args), format(self.args));
         if !self.args.no_prompt {
             prompt.iter().try_for_each(|token| stream.write(*token))?;
         }
@@ -76,9 +77,12 @@ impl Session<'_> {
         let made = self.text.len() - prompt.len();
         let rate = made as f64 / start.elapsed().as_secs_f64();
         match ended {
-            Ok(ended) => eprintln!("{made} bytes ({}), {rate:.0} bytes/s", why(ended[0], self.model, self.args)),
+            Ok(ended) => {
+                let why = why(ended[0], self.model, self.args);
+                terminal::line(format_args!("{made} bytes ({why}), {rate:.0} bytes/s"));
+            }
             // A prompt that the model does not take ends its answer, not the session.
-            Err(mblm::Error::Input(fault)) => eprintln!("{fault}"),
+            Err(mblm::Error::Input(fault)) => terminal::line(fault),
             Err(error) => return Err(error.into()),
         }
         Ok(())
@@ -123,7 +127,7 @@ impl Lines {
         if !std::io::stdin().is_terminal() {
             return Ok(Lines::Piped(std::io::stdin().lines()));
         }
-        eprintln!("type a text to continue; :help says what else");
+        terminal::line("type a text to continue; :help says what else");
         Ok(Lines::Terminal(Box::new(DefaultEditor::new()?)))
     }
 

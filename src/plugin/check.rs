@@ -9,6 +9,7 @@ use anyhow::Result;
 use mblm::plugin::check::{CHECKS, Check, Outcome, PANIC_VARIABLE, Subject};
 use mblm::plugin::host::Library;
 use mblm::plugin::host::probe::{fate, wait};
+use mblm::train::terminal::Output;
 
 use crate::Usage;
 
@@ -52,12 +53,11 @@ pub fn run(args: &Args) -> Result<()> {
     }
     let wanted = CHECKS.iter().filter(|check| args.only.is_empty() || args.only.iter().any(|only| only == check.name));
     if args.here {
-        wanted.for_each(|check| answer(args, check));
-        return Ok(());
+        return wanted.map(|check| answer(args, check)).collect();
     }
     let library = super::open(&args.file)?;
     let origin = library.origin();
-    let mut out = std::io::stdout().lock();
+    let mut out = Output::new();
     writeln!(out, "plugin {} {}  {}", origin.name, origin.version, origin.path.display())?;
     let blocks = library.blocks().iter().map(|block| block.block_type);
     let blocks: Vec<&str> = blocks.filter(|block| args.block.as_deref().is_none_or(|only| only == *block)).collect();
@@ -114,14 +114,14 @@ fn in_child(args: &Args, block: &str, config: &str, check: &Check) -> Result<Ver
 }
 
 /// Runs a check here and prints what it found, in a line.
-fn answer(args: &Args, check: &Check) {
+fn answer(args: &Args, check: &Check) -> Result<()> {
     let outcome = subject(&args.file, args).and_then(|subject| (check.run)(&subject));
     let (word, text) = match outcome {
         Ok(Outcome::Passed(text)) => ("passed", text),
         Ok(Outcome::Skipped(text)) => ("skipped", text),
         Err(text) => ("failed", text),
     };
-    println!("\n{ANSWER} {word} {}", text.replace('\n', " "));
+    Ok(writeln!(Output::new(), "\n{ANSWER} {word} {}", text.replace('\n', " "))?)
 }
 
 fn subject(file: &Path, args: &Args) -> Result<Subject, String> {

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use mblm::plugin::host::Skipped;
+use mblm::train::terminal::Output;
 
 use crate::plugins::Plugins;
 
@@ -19,7 +20,7 @@ pub struct Args {
 /// Runs `mblm plugin list`.
 pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
     let found = plugins.find(args.config.as_deref())?;
-    let mut out = std::io::stdout().lock();
+    let mut out = Output::new();
     for library in &found.libraries {
         let origin = library.origin();
         writeln!(out, "{} {}  {}", origin.name, origin.version, origin.path.display())?;

@@ -1,9 +1,11 @@
 //! `mblm plugin new`: a plugin to begin with, which builds and passes `check` as it is.
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use mblm::plugin::abi;
+use mblm::train::terminal::Output;
 
 use crate::Usage;
 
@@ -70,11 +72,12 @@ pub fn run(args: &Args) -> Result<()> {
         files.push((".gitignore", "/target\n".into()));
     }
     files.iter().try_for_each(|(file, text)| write(&folder.join(file), text))?;
-    println!(
+    writeln!(
+        Output::new(),
         "wrote {}; next:\n  cd {} && {build}\n  mblm plugin check {place}/{library}",
         folder.display(),
         folder.display()
-    );
+    )?;
     Ok(())
 }
 

@@ -4,6 +4,7 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use anyhow::Result;
+use mblm::train::terminal::Output;
 
 use crate::Usage;
 
@@ -26,6 +27,6 @@ pub fn run(args: &Args) -> Result<()> {
         let message = format!("{} has no block type {:?}; {suggestion}", args.file.display(), args.block_type);
         return Err(Usage(message).into());
     };
-    writeln!(std::io::stdout().lock(), "{}", serde_json::to_string_pretty(&block.schema)?)?;
+    writeln!(Output::new(), "{}", serde_json::to_string_pretty(&block.schema)?)?;
     Ok(())
 }

@@ -1,5 +1,5 @@
-//! What a run shows on standard error: two lines that move on a terminal, plain lines elsewhere, nothing if it is to be
-//! quiet; and every line in `train.log` too.
+//! What a run shows on standard error: two lines that move on a terminal, plain lines elsewhere, warnings alone if it is to
+//! be quiet; and every line in `train.log` too.
 //!
 //! Colours come from indicatif, which leaves them out where `NO_COLOR` is set.
 
@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use indicatif::{DecimalBytes, FormattedDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::evaluate::bpb;
+use crate::terminal;
 use crate::timestamp::Timestamp;
 use sparkline::Sparkline;
 
@@ -93,9 +94,21 @@ impl Progress {
     pub fn line(&mut self, text: &str) {
         self.log(text);
         match &self.screen {
-            Screen::Bar(bar) => bar.suspend(|| eprintln!("{text}")),
-            Screen::Lines => eprintln!("{text}"),
+            Screen::Bar(bar) => bar.suspend(|| terminal::line(text)),
+            Screen::Lines => terminal::line(text),
             Screen::Quiet => {}
+        }
+    }
+
+    /// Shows a warning, even if the display is to be quiet, and logs it.
+    pub fn warn(&mut self, text: &str) {
+        let text = format!("warning: {text}");
+        match &self.screen {
+            Screen::Quiet => {
+                self.log(&text);
+                terminal::line(text);
+            }
+            _ => self.line(&text),
         }
     }
 

@@ -9,6 +9,7 @@ use std::time::Instant;
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
 use crate::report::duration;
+use crate::terminal;
 use crate::timestamp::Timestamp;
 
 const RUN: &str = "  {prefix} {bar:24.cyan} {percent:>3}%  {msg}";
@@ -66,8 +67,9 @@ impl Display {
     pub(super) fn line(&self, text: &str) {
         let _ = writeln!(self.state().log, "{} {text}", Timestamp::now());
         match &self.bars {
-            Some((multi, _)) => multi.suspend(|| eprintln!("{text}")),
-            None => eprintln!("{text}"),
+            // Its `suspend` panics where the terminal is gone.
+            Some((multi, _)) => drop(multi.println(terminal::visible(text))),
+            None => terminal::line(text),
         }
     }
 
@@ -75,7 +77,7 @@ impl Display {
     pub(super) fn begin(&self, name: &str, work: f64) -> RunBar<'_> {
         let bar = self.bars.as_ref().map(|(multi, all)| {
             let bar = multi.insert_before(all, bar(RUN));
-            bar.set_prefix(format!("{name:width$}", width = self.width));
+            bar.set_prefix(format!("{:width$}", terminal::visible(name), width = self.width));
             bar
         });
         RunBar { display: self, bar, work, first: None, counted: 0.0 }

@@ -19,6 +19,7 @@ use crate::error::{AtPath, Error, Result};
 use crate::metrics::Kind;
 use crate::plan::Plan as Course;
 use crate::report::{Measured, Run, RunResult, duration, with_unit};
+use crate::terminal;
 
 const LOG: &str = "study.log";
 /// How often the metrics of a running run are looked at.
@@ -105,7 +106,7 @@ impl<'a> Runner<'a> {
                 continue;
             }
             let name = &self.plan.variants[i].about.name;
-            eprintln!("measuring the speed of {name}");
+            terminal::line(format_args!("measuring the speed of {name}"));
             match self.speed(i, seconds, stop)? {
                 Some(rate) => self.plan.variants[i].about.bytes = Some(self.whole_steps(i, rate * seconds)),
                 None => return Ok(false),
