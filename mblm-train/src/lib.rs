@@ -13,6 +13,7 @@ pub mod difference;
 pub mod doctor;
 pub mod error;
 pub mod evaluate;
+pub mod files;
 pub mod import;
 mod line_log;
 pub mod memory;

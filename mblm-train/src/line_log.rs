@@ -1,12 +1,11 @@
 //! A text file of one record per line that a run adds to, and that a resumed run goes on with.
 
-use std::ffi::OsString;
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
-use crate::checkpoint::sync_folder;
 use crate::error::{AtPath, Result};
+use crate::files;
 
 /// The file, open for more lines.
 pub(crate) struct LineLog {
@@ -19,23 +18,23 @@ impl LineLog {
     /// `keep` wants. A last line that a crash cut short is dropped. The old file is replaced at once or not at all.
     pub fn open(folder: &Path, name: &str, header: Option<&str>, mut keep: impl FnMut(&str) -> bool) -> Result<Self> {
         let path = folder.join(name);
-        let before = match fs::read(&path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
-            read => read.at(&path)?,
+        let before = match files::open(&path, files::LOG) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            opened => Some(opened.at(&path)?),
         };
-        let before = String::from_utf8_lossy(&before); // a power cut may leave anything
-        let whole = before.split_inclusive('\n').filter_map(|line| line.strip_suffix('\n'));
-        let kept = whole.filter(|line| keep(line));
-        let text: String = header.into_iter().chain(kept).flat_map(|line| [line, "\n"]).collect();
-
-        let mut fresh = OsString::from(&path);
-        fresh.push(".new");
-        let fresh = PathBuf::from(fresh);
-        let mut file = File::create(&fresh).at(&fresh)?;
-        file.write_all(text.as_bytes()).and_then(|()| file.sync_all()).at(&fresh)?;
-        fs::rename(&fresh, &path).at(&path)?;
-        sync_folder(folder)?;
-        Ok(LineLog { path, file })
+        let file = files::replace(&path, |file| {
+            header.map_or(Ok(()), |header| writeln!(file, "{header}"))?;
+            for line in before.into_iter().flat_map(files::lines) {
+                let line = line?;
+                // A power cut may leave anything.
+                match String::from_utf8_lossy(&line) {
+                    line if keep(&line) => writeln!(file, "{line}")?,
+                    _ => {}
+                }
+            }
+            Ok(())
+        });
+        Ok(LineLog { file: file.at(&path)?, path })
     }
 
     /// Adds a line in one write: a crash cuts at most the last one short.
@@ -46,6 +45,8 @@ impl LineLog {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     #[test]

@@ -11,14 +11,15 @@
 //!
 //! It appears under its name only when it is complete, with a first checkpoint, so that a run can always be resumed.
 
-use std::fs::{self, File, OpenOptions, TryLockError};
+use std::fs::{self, File, TryLockError};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::checkpoint::{self, Shelf, Snapshot, sync_folder};
+use crate::checkpoint::{self, Shelf, Snapshot};
 use crate::error::{AtPath, Error, Result};
+use crate::files;
 use crate::line_log::LineLog;
 use crate::timestamp::Timestamp;
 
@@ -79,7 +80,7 @@ impl RunFolder {
     fn complete(making: &Path, place: &Path, parent: &Path, first: Snapshot) -> Result<Self> {
         let filled = fill(making, first).and_then(|log| {
             fs::rename(making, place).at(place)?;
-            sync_folder(parent)?;
+            files::sync_folder(parent).at(parent)?;
             Ok(log)
         });
         match filled {
@@ -114,7 +115,7 @@ impl RunFolder {
     /// The configuration the run was started with.
     pub fn config_yaml(path: &Path) -> Result<String> {
         let path = path.join(CONFIG);
-        match fs::read_to_string(&path) {
+        match files::read_text(&path, files::SMALL) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Err(Error::Config(format!(
                 "{}: not found; expected the folder of a run, which holds {CONFIG}",
                 path.display()
@@ -126,6 +127,12 @@ impl RunFolder {
     /// Its checkpoints.
     pub fn checkpoints(&self) -> Shelf {
         Shelf::new(self.path.join(checkpoint::FOLDER))
+    }
+
+    /// Clears away what an earlier crash left half done.
+    pub fn recover(&self) -> Result<()> {
+        files::remove_leftovers(&self.path).at(&self.path)?;
+        self.checkpoints().recover()
     }
 
     /// Adds a line to `train.log`. The log never ends a run: a full disk shows when the next checkpoint is saved.
@@ -146,15 +153,12 @@ impl RunFolder {
 
 /// Replaces the configuration of the run in `folder`; a crash leaves the old one or the new one.
 pub fn replace_config(folder: &Path, config_yaml: &str) -> Result<()> {
-    let (place, fresh) = (folder.join(CONFIG), folder.join(format!("{CONFIG}.new")));
-    fs::write(&fresh, config_yaml).at(&fresh)?;
-    File::open(&fresh).and_then(|file| file.sync_all()).at(&fresh)?;
-    fs::rename(&fresh, &place).at(&place)?;
-    sync_folder(folder)
+    let place = folder.join(CONFIG);
+    files::replace_text(&place, config_yaml).at(&place)
 }
 
 fn fill(folder: &Path, first: Snapshot) -> Result<File> {
-    fs::write(folder.join(CONFIG), first.config_yaml).at(&folder.join(CONFIG))?;
+    replace_config(folder, first.config_yaml)?;
     let checkpoints = folder.join(checkpoint::FOLDER);
     fs::create_dir(&checkpoints).at(&checkpoints)?;
     Shelf::new(checkpoints).save(first, 0)?;
@@ -164,7 +168,7 @@ fn fill(folder: &Path, first: Snapshot) -> Result<File> {
 
 /// Opens `train.log`, whose lock says that somebody trains here.
 fn open_log(path: &Path) -> Result<File> {
-    let log = OpenOptions::new().create(true).append(true).open(path).at(path)?;
+    let log = files::append(path).at(path)?;
     match log.try_lock() {
         Ok(()) => Ok(log),
         Err(TryLockError::WouldBlock) => {
@@ -227,7 +231,7 @@ impl LossLog {
 
 /// The rows of a `loss.csv`; a last one cut short by a crash is left out.
 pub fn read_losses(path: &Path) -> Result<Vec<LossEntry>> {
-    let mut reader = csv::Reader::from_path(path).map_err(io::Error::from).at(path)?;
+    let mut reader = csv::Reader::from_reader(files::open(path, files::LOG).at(path)?);
     Ok(reader.deserialize().filter_map(|row| row.ok()).collect())
 }
 

@@ -135,7 +135,7 @@ impl<'a> Session<'a> {
         let splits = open_data(self.config)?;
         let model = (self.build)()?;
         let mut trainer = Trainer::new(&*model, splits, self.config, &self.config_yaml)?;
-        run.checkpoints().recover()?;
+        run.recover()?;
         let checkpoint = run.checkpoints().newest()?;
         trainer.restore(&checkpoint)?;
         let mut record = self.record(run, &trainer)?;

@@ -1,12 +1,12 @@
 //! The weights of a checkpoint as one file for other programs.
 
 use std::fs::File;
-use std::io::{self, Write};
+use std::io::{self, BufWriter, Write};
 use std::path::Path;
 
-use super::{Checkpoint, Tensors, WEIGHTS, sync_folder};
+use super::{Checkpoint, Tensors, WEIGHTS};
 use crate::error::{AtPath, Error, Result};
-use crate::pth;
+use crate::{files, pth};
 
 /// Writes the parameters as safetensors, under the reference package's names.
 ///
@@ -23,27 +23,17 @@ pub fn export_safetensors(checkpoint: &Checkpoint, out: &Path) -> Result<()> {
 /// # Errors
 /// `out` exists, or cannot be written.
 pub fn export_pth(weights: &Tensors, loss: Option<f64>, out: &Path) -> Result<()> {
-    write_new(out, |file| pth::write(io::BufWriter::new(file), weights, loss.unwrap_or(f64::INFINITY)))
+    write_new(out, |file| pth::write(file, weights, loss.unwrap_or(f64::INFINITY)))
 }
 
-/// Writes a file beside its place, syncs it and gives it its name, which nothing may have.
-fn write_new(path: &Path, write: impl FnOnce(&mut File) -> io::Result<()>) -> Result<()> {
-    let exists = || Error::Config(format!("{}: exists already; name another file, or delete it first", path.display()));
-    if path.exists() {
-        return Err(exists());
+/// Writes a new file, whose name nothing may have.
+fn write_new(path: &Path, write: impl FnOnce(&mut BufWriter<&mut File>) -> io::Result<()>) -> Result<()> {
+    match files::create(path, write) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+            Err(Error::Config(format!("{}: exists already; name another file, or delete it first", path.display())))
+        }
+        written => written.at(path),
     }
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let mut builder = tempfile::Builder::new();
-    builder.prefix(".writing-");
-    #[cfg(unix)]
-    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666)); // less what the user's umask takes away
-    let mut file = builder.tempfile_in(folder).at(folder)?;
-    write(file.as_file_mut()).and_then(|()| file.as_file().sync_all()).at(path)?;
-    file.persist_noclobber(path).map_err(|error| match error.error.kind() {
-        io::ErrorKind::AlreadyExists => exists(),
-        _ => Error::Io { path: path.into(), error: error.error },
-    })?;
-    sync_folder(folder)
 }
 
 #[cfg(test)]

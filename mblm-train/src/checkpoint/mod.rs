@@ -13,17 +13,18 @@
 
 mod export;
 mod shelf;
+mod sum;
 mod survey;
 mod tensors;
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
+use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use mblm_core::ParamStore;
 use mblm_core::block::PluginOrigin;
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 
 pub use self::export::{export_pth, export_safetensors};
 pub(crate) use self::shelf::FOLDER;
@@ -31,9 +32,12 @@ pub use self::shelf::{Shelf, Which, find};
 pub use self::survey::{Entry, check, shelf_of};
 pub use self::tensors::Tensors;
 
+use self::sum::FileSum;
 use self::tensors::Named;
 use crate::data::batches::Cursor;
 use crate::error::{AtPath, Error, Result};
+use crate::files;
+use crate::memory::Memory;
 use crate::optimizer::{Adam, Moments};
 
 const WEIGHTS: &str = "weights.safetensors";
@@ -135,36 +139,34 @@ struct Manifest {
     files: BTreeMap<String, FileSum>,
 }
 
-#[derive(Serialize, Deserialize)]
-struct FileSum {
-    bytes: u64,
-    sha256: String,
-}
-
 impl Snapshot<'_> {
     /// Writes the checkpoint's folder, which must not exist yet. Whoever calls renames it into place.
     fn write(&self, folder: &Path) -> Result<()> {
         fs::create_dir(folder).at(folder)?;
-        let weights = self.store.iter().map(|p| (p.name().into(), Named { shape: p.shape(), values: p.values() }));
-        tensors::write(&folder.join(WEIGHTS), weights.collect())?;
-        self.write_optimizer(&folder.join(OPTIMIZER))?;
-        let state = serde_json::to_string_pretty(self.state).map_err(std::io::Error::from).at(folder)?;
-        fs::write(folder.join(STATE), state).at(&folder.join(STATE))?;
-        fs::write(folder.join(CONFIG), self.config_yaml).at(&folder.join(CONFIG))?;
+        let state = serde_json::to_vec_pretty(self.state).map_err(std::io::Error::from).at(folder)?;
         let mut files = BTreeMap::new();
-        for name in FILES {
+        let mut add = |name: &str, write: &dyn Fn(&mut dyn Write) -> std::io::Result<()>| -> Result<()> {
             let path = folder.join(name);
-            files.insert(name.to_string(), sum(&fs::read(&path).at(&path)?));
-            File::open(&path).and_then(|file| file.sync_all()).at(&path)?;
-        }
+            files.insert(name.to_string(), FileSum::of_new_file(&path, write).at(&path)?);
+            Ok(())
+        };
+        add(WEIGHTS, &|file| self.write_weights(file))?;
+        add(OPTIMIZER, &|file| self.write_optimizer(file))?;
+        add(STATE, &|file| file.write_all(&state))?;
+        add(CONFIG, &|file| file.write_all(self.config_yaml.as_bytes()))?;
         let path = folder.join(MANIFEST);
-        let manifest = serde_json::to_string_pretty(&Manifest { format: FORMAT, files });
-        fs::write(&path, manifest.map_err(std::io::Error::from).at(&path)?).at(&path)?;
-        File::open(&path).and_then(|file| file.sync_all()).at(&path)?;
-        sync_folder(folder)
+        let manifest = serde_json::to_vec_pretty(&Manifest { format: FORMAT, files });
+        let manifest = manifest.map_err(std::io::Error::from).at(&path)?;
+        FileSum::of_new_file(&path, |file| file.write_all(&manifest)).at(&path)?;
+        files::sync_folder(folder).at(folder)
     }
 
-    fn write_optimizer(&self, path: &Path) -> Result<()> {
+    fn write_weights(&self, file: &mut dyn Write) -> std::io::Result<()> {
+        let weights = self.store.iter().map(|p| (p.name().into(), Named { shape: p.shape(), values: p.values() }));
+        tensors::write(file, weights.collect())
+    }
+
+    fn write_optimizer(&self, file: &mut dyn Write) -> std::io::Result<()> {
         let grads: Vec<_> = self.store.iter().map(|param| param.grad()).collect();
         let mut tensors = Vec::new();
         for ((param, Moments { m, v }), grad) in self.store.iter().zip(self.adam.moments()).zip(&grads) {
@@ -177,7 +179,7 @@ impl Snapshot<'_> {
                 add("grad", &grad[..]);
             }
         }
-        tensors::write(path, tensors)
+        tensors::write(file, tensors)
     }
 }
 
@@ -188,12 +190,6 @@ pub struct Checkpoint {
     manifest: BTreeMap<String, FileSum>,
 }
 
-impl std::fmt::Debug for FileSum {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{} bytes, {}", self.bytes, self.sha256)
-    }
-}
-
 impl Checkpoint {
     /// Opens the folder of a checkpoint.
     ///
@@ -201,7 +197,7 @@ impl Checkpoint {
     /// A file is missing or has another size than the manifest says; names the file.
     pub fn open(path: &Path) -> Result<Self> {
         let file = path.join(MANIFEST);
-        let text = fs::read(&file).at(&file)?;
+        let text = files::read(&file, files::SMALL).at(&file)?;
         let manifest: Manifest = serde_json::from_slice(&text)
             .map_err(|error| Error::checkpoint(&file, format!("not a checkpoint's manifest: {error}")))?;
         if manifest.format != FORMAT {
@@ -213,9 +209,8 @@ impl Checkpoint {
             let expected = manifest.files.get(name).ok_or_else(|| {
                 Error::checkpoint(&path.join(MANIFEST), format!("does not list {name}: the manifest is damaged"))
             })?;
-            let found = fs::metadata(&file)
-                .map_err(|error| Error::checkpoint(&file, format!("listed in {MANIFEST}, but {error}")))?
-                .len();
+            let found = files::size(&file)
+                .map_err(|error| Error::checkpoint(&file, format!("listed in {MANIFEST}, but {error}")))?;
             if found != expected.bytes {
                 let message = format!("{found} bytes, {MANIFEST} says {}: the file is damaged", expected.bytes);
                 return Err(Error::checkpoint(&file, message));
@@ -229,14 +224,18 @@ impl Checkpoint {
         &self.path
     }
 
-    /// Bytes of its files, as the manifest says.
+    /// Bytes of its files.
     pub fn bytes(&self) -> u64 {
-        self.manifest.values().map(|file| file.bytes).sum()
+        FILES.iter().map(|&name| self.manifest[name].bytes).sum()
     }
 
     /// Checks the sum of every file.
     pub fn verify(&self) -> Result<()> {
-        FILES.iter().try_for_each(|name| self.read(name).map(drop))
+        FILES.iter().try_for_each(|name| {
+            let path = self.path.join(name);
+            let found = FileSum::of_file(&path, self.manifest[*name].bytes).at(&path)?;
+            self.check_sum(name, &found)
+        })
     }
 
     /// The parameters.
@@ -291,28 +290,28 @@ impl Checkpoint {
     }
 
     fn read(&self, name: &str) -> Result<Vec<u8>> {
-        let path = self.path.join(name);
-        let bytes = fs::read(&path).at(&path)?;
-        let (found, expected) = (sum(&bytes).sha256, &self.manifest[name].sha256);
-        if found != *expected {
-            let message = format!("SHA-256 {found}, {MANIFEST} says {expected}: the file is damaged");
+        let (path, bytes) = (self.path.join(name), self.manifest[name].bytes);
+        let most = match name {
+            WEIGHTS | OPTIMIZER => Memory::now().map_or(u64::MAX, |memory| memory.total),
+            _ => files::SMALL,
+        };
+        if bytes > most {
+            let message = format!("{bytes} bytes; expected at most {most}, which is what this machine can load");
             return Err(Error::checkpoint(&path, message));
         }
-        Ok(bytes)
+        let read = files::read(&path, bytes).at(&path)?;
+        self.check_sum(name, &FileSum::of(&read))?;
+        Ok(read)
     }
-}
 
-fn sum(bytes: &[u8]) -> FileSum {
-    let hash = Sha256::digest(bytes);
-    FileSum { bytes: bytes.len() as u64, sha256: hash.iter().map(|byte| format!("{byte:02x}")).collect() }
-}
-
-/// Makes what was created or renamed in `folder` survive a power cut.
-pub(crate) fn sync_folder(folder: &Path) -> Result<()> {
-    if cfg!(unix) {
-        File::open(folder).and_then(|folder| folder.sync_all()).at(folder)?;
+    fn check_sum(&self, name: &str, found: &FileSum) -> Result<()> {
+        let (found, expected) = (&found.sha256, &self.manifest[name].sha256);
+        if found != expected {
+            let message = format!("SHA-256 {found}, {MANIFEST} says {expected}: the file is damaged");
+            return Err(Error::checkpoint(&self.path.join(name), message));
+        }
+        Ok(())
     }
-    Ok(())
 }
 
 #[cfg(test)]

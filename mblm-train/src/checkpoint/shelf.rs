@@ -2,10 +2,12 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 
-use super::{Checkpoint, MANIFEST, Snapshot, sync_folder};
+use super::{Checkpoint, MANIFEST, Snapshot};
 use crate::error::{AtPath, Error, Result};
+use crate::files;
 
 /// The folder of a run that holds its checkpoints.
 pub(crate) const FOLDER: &str = "checkpoints";
@@ -129,12 +131,12 @@ impl Shelf {
             return Err(error);
         }
         let place = self.folder.join(&name);
-        if place.exists() {
+        if fs::symlink_metadata(&place).is_ok() {
             remove(&replaced)?;
             fs::rename(&place, &replaced).at(&place)?;
         }
         fs::rename(&writing, &place).at(&place)?;
-        sync_folder(&self.folder)?;
+        files::sync_folder(&self.folder).at(&self.folder)?;
         remove(&replaced)?;
         self.prune(&place, keep_best)?;
         Ok(place)
@@ -179,9 +181,15 @@ impl Shelf {
     }
 }
 
-/// Deletes a folder if it is there.
+/// Deletes whatever has this name; a link and not what it points to.
 fn remove(path: &Path) -> Result<()> {
-    if path.exists() { fs::remove_dir_all(path).at(path) } else { Ok(()) }
+    let removed = match fs::symlink_metadata(path) {
+        Ok(found) if found.is_dir() => fs::remove_dir_all(path),
+        Ok(_) => fs::remove_file(path),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(error),
+    };
+    removed.at(path)
 }
 
 #[cfg(test)]

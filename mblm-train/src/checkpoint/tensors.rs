@@ -1,16 +1,21 @@
 //! Named f32 tensors as safetensors.
 
-use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
+use std::io::{self, Write};
 use std::ops::Deref;
 use std::path::Path;
 
-use safetensors::tensor::{Dtype, SafeTensorError, SafeTensors, View, serialize_to_file};
+use safetensors::tensor::{Dtype, Metadata, SafeTensors, TensorInfo};
 
 use crate::error::{Error, Result};
 
 /// Tensors by name, each with its shape, as [`ParamStore::load`](mblm_core::ParamStore::load) takes them.
 pub type Tensors = BTreeMap<String, (Vec<usize>, Vec<f32>)>;
+
+/// Where the data begin is a multiple of this.
+const ALIGNMENT: usize = 8;
+/// So many numbers are written at a time.
+const CHUNK: usize = 1 << 16;
 
 /// A tensor to write; `values` may be a borrow that must be held meanwhile.
 pub(super) struct Named<'a, V> {
@@ -18,28 +23,32 @@ pub(super) struct Named<'a, V> {
     pub values: V,
 }
 
-impl<V: Deref<Target = [f32]>> View for Named<'_, V> {
-    fn dtype(&self) -> Dtype {
-        Dtype::F32
+/// Writes tensors in the order of their names.
+pub(super) fn write<V>(file: &mut dyn Write, mut tensors: Vec<(String, Named<'_, V>)>) -> io::Result<()>
+where
+    V: Deref<Target = [f32]>,
+{
+    tensors.sort_by(|(a, _), (b, _)| a.cmp(b));
+    let mut end = 0;
+    let mut info = |tensor: &Named<'_, V>| {
+        let start = end;
+        end += tensor.values.len() * size_of::<f32>();
+        TensorInfo { dtype: Dtype::F32, shape: tensor.shape.to_vec(), data_offsets: (start, end) }
+    };
+    let infos = tensors.iter().map(|(name, tensor)| (name.clone(), info(tensor))).collect();
+    let format = HashMap::from([("format".to_string(), "pt".to_string())]);
+    let header = serde_json::to_vec(&Metadata::new(Some(format), infos).map_err(io::Error::other)?)?;
+    let padding = header.len().next_multiple_of(ALIGNMENT) - header.len();
+    file.write_all(&((header.len() + padding) as u64).to_le_bytes())?;
+    file.write_all(&header)?;
+    file.write_all(&b" ".repeat(padding))?;
+    let mut bytes = Vec::new();
+    for values in tensors.iter().flat_map(|(_, tensor)| tensor.values.chunks(CHUNK)) {
+        bytes.clear();
+        bytes.extend(values.iter().flat_map(|value| value.to_le_bytes()));
+        file.write_all(&bytes)?;
     }
-    fn shape(&self) -> &[usize] {
-        self.shape
-    }
-    fn data(&self) -> Cow<'_, [u8]> {
-        Cow::Owned(self.values.iter().flat_map(|value| value.to_le_bytes()).collect())
-    }
-    fn data_len(&self) -> usize {
-        self.values.len() * size_of::<f32>()
-    }
-}
-
-/// Writes tensors to a new file.
-pub(super) fn write<V: Deref<Target = [f32]>>(path: &Path, tensors: Vec<(String, Named<'_, V>)>) -> Result<()> {
-    let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
-    serialize_to_file(tensors, Some(metadata), path).map_err(|error| match error {
-        SafeTensorError::IoError(error) => Error::Io { path: path.into(), error },
-        other => Error::checkpoint(path, other.to_string()),
-    })
+    Ok(())
 }
 
 /// Parses the contents of the file `path`.
@@ -64,14 +73,27 @@ mod tests {
 
     #[test]
     fn tensors_survive_bit_for_bit() {
-        let path = tempfile::tempdir().unwrap().keep().join("x.safetensors");
         let values = [1.0, -0.0, f32::MIN_POSITIVE / 2.0, f32::NAN, 3.4e38, 0.1];
-        write(&path, vec![("a".into(), Named { shape: &[2, 3], values: &values[..] })]).unwrap();
-        let read = parse(&path, &std::fs::read(&path).unwrap()).unwrap();
-        let (shape, got) = &read["a"];
-        assert_eq!(shape, &[2, 3]);
+        let many: Vec<f32> = (0..CHUNK + 7).map(|i| i as f32).collect();
+        let mut bytes = Vec::new();
+        let tensors = vec![
+            ("b".into(), Named { shape: &[2, 3], values: &values[..] }),
+            ("a".into(), Named { shape: &[CHUNK + 7], values: &many[..] }),
+        ];
+        write(&mut bytes, tensors).unwrap();
+        let read = parse(Path::new("x"), &bytes).unwrap();
+        let (shape, got) = &read["b"];
+        assert_eq!((&shape[..], &read["a"]), (&[2, 3][..], &(vec![CHUNK + 7], many)));
         assert!(got.iter().zip(values).all(|(a, b)| a.to_bits() == b.to_bits()));
-        std::fs::remove_dir_all(path.parent().unwrap()).unwrap();
+    }
+
+    #[test]
+    fn the_file_is_the_one_that_the_format_asks_for() {
+        let mut bytes = Vec::new();
+        write(&mut bytes, vec![("w".into(), Named { shape: &[1], values: &[1.5][..] })]).unwrap();
+        let format = HashMap::from([("format".to_string(), "pt".to_string())]);
+        let tensor = safetensors::tensor::TensorView::new(Dtype::F32, vec![1], &[0, 0, 0xc0, 0x3f]).unwrap();
+        assert_eq!(bytes, safetensors::serialize([("w", tensor)], Some(format)).unwrap());
     }
 
     #[test]

@@ -27,6 +27,7 @@ use serde_yaml::Value;
 use crate::cost;
 use crate::difference::differences;
 use crate::error::{AtPath, Result};
+use crate::files;
 use crate::metrics::Kind;
 use crate::study::{Amount, PlanFile, failure_file, run_folder, run_name};
 use charts::Measure;
@@ -116,7 +117,10 @@ impl Report {
     /// Writes everything to `folder`.
     pub fn write(&self, folder: &Path) -> Result<()> {
         fs::create_dir_all(folder).at(folder)?;
-        let write = |name: &str, text: &str| crate::study::write_whole(&folder.join(name), text);
+        let write = |name: &str, text: &str| {
+            let path = folder.join(name);
+            files::replace_text(&path, text).at(&path)
+        };
         let charts = self.charts(Format::Wide);
         for (name, svg) in &charts {
             write(&format!("{name}.svg"), &svg.file())?;
@@ -177,7 +181,7 @@ fn gradient_id(stage: usize) -> String {
 fn study_run(study: &Path, variant: &str, seed: u64) -> Run {
     let name = run_name(variant, seed);
     let mut run = Run::read(&run_folder(study, &name)).unwrap_or_else(|_| Run::absent(&name, seed, Status::Unfinished));
-    match fs::read_to_string(failure_file(study, &name)) {
+    match files::read_text(&failure_file(study, &name), files::SMALL) {
         Ok(why) => run.status = Status::Failed(why),
         // The study knows better than the log: a run it has not measured is not finished.
         Err(_) if run.result.is_none() => run.status = Status::Unfinished,

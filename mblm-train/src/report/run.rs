@@ -13,6 +13,7 @@ use serde_yaml::Value;
 use crate::cost;
 use crate::error::{AtPath, Error, Result};
 use crate::evaluate::bpb;
+use crate::files;
 use crate::metrics::Kind;
 use crate::run::read_losses;
 use crate::timestamp::Timestamp;
@@ -132,7 +133,8 @@ impl Run {
     pub fn read(folder: &Path) -> Result<Self> {
         let name = folder.canonicalize().unwrap_or(folder.into());
         let name = name.file_name().map_or("run".into(), |name| name.to_string_lossy().into_owned());
-        let config: Option<Value> = fs::read_to_string(folder.join(CONFIG)).ok().and_then(|text| config(&text));
+        let config: Option<Value> =
+            files::read_text(&folder.join(CONFIG), files::SMALL).ok().and_then(|text| config(&text));
         let (metrics, losses) = (folder.join(METRICS), folder.join(LOSSES));
         let points = match (metrics.is_file(), losses.is_file()) {
             (true, _) => read_metrics(&metrics)?,
@@ -208,14 +210,14 @@ impl Run {
 impl RunResult {
     /// Reads a run's `result.json`, if there is one.
     pub fn read(folder: &Path) -> Option<Self> {
-        serde_json::from_slice(&fs::read(folder.join(RESULT)).ok()?).ok()
+        serde_json::from_slice(&files::read(&folder.join(RESULT), files::SMALL).ok()?).ok()
     }
 
     /// Writes a run's `result.json`.
     pub fn write(&self, folder: &Path) -> Result<()> {
         let path = folder.join(RESULT);
         let text = serde_json::to_string_pretty(self).map_err(std::io::Error::from).at(&path)?;
-        crate::study::write_whole(&path, &text)
+        files::replace_text(&path, &text).at(&path)
     }
 }
 

@@ -4,7 +4,7 @@
 //! started again knows which of its processes are still ending. It ends, with a checkpoint, when its standard input does,
 //! which is when the study wants it or has ended itself.
 
-use std::fs::{File, OpenOptions, TryLockError};
+use std::fs::{File, TryLockError};
 use std::io::{self, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::error::{AtPath, Error, Result};
+use crate::files;
 use crate::memory::Memory;
 
 /// How often a process is looked at.
@@ -37,7 +38,7 @@ pub(super) struct Exit {
 impl ChildLog {
     /// Opens a log, once no process writes to it any more; `waits` is told if one does.
     pub(super) fn open(path: &Path, waits: impl FnOnce()) -> Result<Self> {
-        let file = OpenOptions::new().create(true).append(true).read(true).open(path).at(path)?;
+        let file = files::append(path).at(path)?;
         let start = Instant::now();
         let mut waits = Some(waits);
         loop {

@@ -23,7 +23,7 @@ mod spec;
 
 pub use budget::{Amount, Budget, Parameters};
 pub use plan::{AboutVariant, Plan, PlanFile, PlannedRun, PlannedVariant};
-pub(crate) use plan::{run_folder, run_name, write_whole};
+pub(crate) use plan::{run_folder, run_name};
 pub(crate) use runner::failure_file;
 pub use runner::{Ended, Options, Runner};
 pub use spec::Spec;

@@ -14,6 +14,7 @@ use super::spec::{Spec, slug};
 use crate::config::{RunConfig, TargetStrategy};
 use crate::cost::{self, STEP_PER_FORWARD, Step, bytes as binary, metric, write_table};
 use crate::error::{AtPath, Error, Result};
+use crate::files;
 use crate::memory::Memory;
 use crate::model::{Model, TrainModel};
 use crate::run::RunFolder;
@@ -195,7 +196,7 @@ impl Plan {
             variants: self.variants.iter().map(|variant| variant.about.clone()).collect(),
         };
         let text = serde_json::to_string_pretty(&file).map_err(std::io::Error::from).at(&path)?;
-        write_whole(&path, &text)
+        files::replace_text(&path, &text).at(&path)
     }
 
     /// A warning if the runs at a time need more memory than there is.
@@ -224,20 +225,11 @@ pub(crate) fn run_folder(study: &Path, name: &str) -> PathBuf {
     study.join("runs").join(name)
 }
 
-/// Writes a file beside its place and renames it, so that a reader sees the old one or the new one.
-pub(crate) fn write_whole(path: &Path, text: &str) -> Result<()> {
-    let mut fresh = path.as_os_str().to_owned();
-    fresh.push(".new");
-    let fresh = PathBuf::from(fresh);
-    std::fs::write(&fresh, text).at(&fresh)?;
-    std::fs::rename(&fresh, path).at(path)
-}
-
 impl PlanFile {
     /// Reads the plan of the study in `folder`.
     pub fn read(folder: &Path) -> Result<Self> {
         let path = folder.join(FILE);
-        let text = std::fs::read(&path).at(&path)?;
+        let text = files::read(&path, files::SMALL).at(&path)?;
         serde_json::from_slice(&text).map_err(std::io::Error::from).at(&path)
     }
 

@@ -1,7 +1,7 @@
 //! Trains the runs of a plan, each in a process of its own, some at a time; what has been done before is not done again.
 
 use std::collections::VecDeque;
-use std::fs::{self, File, OpenOptions, TryLockError};
+use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -10,12 +10,13 @@ use std::time::{Duration, Instant};
 
 use super::budget::Amount;
 use super::child::{ChildLog, Exit};
-use super::plan::{Plan, PlannedRun, write_whole};
+use super::plan::{Plan, PlannedRun};
 use super::progress::{Display, RunBar};
 use crate::checkpoint::Shelf;
 use crate::config::RunConfig;
 use crate::cost::bytes as binary;
 use crate::error::{AtPath, Error, Result};
+use crate::files;
 use crate::metrics::Kind;
 use crate::plan::Plan as Course;
 use crate::report::{Measured, Run, RunResult, duration, with_unit};
@@ -78,7 +79,7 @@ impl<'a> Runner<'a> {
             })?;
         }
         let path = folder.join(LOG);
-        let log = OpenOptions::new().create(true).append(true).open(&path).at(&path)?;
+        let log = files::append(&path).at(&path)?;
         match log.try_lock() {
             Err(TryLockError::WouldBlock) => {
                 return Err(Error::Config(format!("{}: another process runs this study", path.display())));
@@ -210,7 +211,7 @@ impl<'a> Runner<'a> {
             return Ok(Fate::Finished);
         }
         if failure.exists() && !self.options.retry_failed {
-            let why = fs::read_to_string(&failure).at(&failure)?;
+            let why = files::read_text(&failure, files::SMALL).at(&failure)?;
             display.ended(&run.name, &format!("failed before: {}; try again with --retry-failed", first_line(&why)));
             return Ok(Fate::Failed(why));
         }
@@ -226,7 +227,7 @@ impl<'a> Runner<'a> {
                 display.ended(&run.name, &summary(&folder));
             }
             Fate::Failed(why) => {
-                write_whole(&failure, why)?;
+                files::replace_text(&failure, why).at(&failure)?;
                 display.ended(&run.name, &format!("failed: {}", first_line(why)));
             }
             Fate::Stopped => display.line(&format!("{} is stopped, with a checkpoint", run.name)),
@@ -311,7 +312,7 @@ impl<'a> Runner<'a> {
 
     fn train(&self, config: &RunConfig, folder: &Path, name: &str) -> Result<Command> {
         let path = self.plan.folder().join("configs").join(format!("{name}.yaml"));
-        write_whole(&path, &config.to_yaml()?)?;
+        files::replace_text(&path, &config.to_yaml()?).at(&path)?;
         let mut command = self.command(config);
         command.arg("train").arg(path).arg("--until-eof").arg("--out").arg(folder);
         Ok(command)
