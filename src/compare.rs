@@ -2,6 +2,7 @@
 
 use std::io::Write;
 use std::path::PathBuf;
+use std::sync::atomic::Ordering;
 
 use anyhow::{Result, bail};
 use mblm::train::report::Report;
@@ -9,7 +10,7 @@ use mblm::train::study::{Options, Plan, Runner, Spec};
 use mblm::train::terminal::{self, Output};
 
 use crate::plugins::Plugins;
-use crate::train::stop_flag;
+use crate::signals;
 
 /// Arguments of `mblm compare`.
 #[derive(clap::Args)]
@@ -49,22 +50,25 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
     if args.dry_run {
         return Ok(shown?);
     }
-    let stop = stop_flag(false)?;
+    signals::LISTENING.store(true, Ordering::SeqCst);
     let folder = plan.folder().to_path_buf();
     let has_unmeasured = plan.variants.iter().any(|variant| variant.about.bytes.is_none());
     let mut runner =
         Runner::new(&mut plan, Options { program: std::env::current_exe()?, retry_failed: args.retry_failed })?;
-    if runner.calibrate(&stop)? && has_unmeasured {
+    if runner.calibrate(&signals::STOP)? && has_unmeasured {
         let _ = writeln!(out, "{}", runner.plan()); // an error comes again at the end
     }
     // On the way a report that cannot be written is no reason to stop.
-    let ended = runner.run(&stop, &|| drop(Report::of_study(&folder).and_then(|report| report.write(&folder))))?;
+    let ended =
+        runner.run(&signals::STOP, &|| drop(Report::of_study(&folder).and_then(|report| report.write(&folder))))?;
+    signals::LISTENING.store(false, Ordering::SeqCst);
     let report = Report::of_study(&folder)?;
     report.write(&folder)?;
     let shown = writeln!(out, "\n{}\nreport: {}", report.to_text(), folder.join("report.html").display());
     if ended.interrupted {
         terminal::line("go on with the same command; what is finished stays");
-        return Ok(());
+        signals::check()?;
+        bail!("runs were interrupted");
     }
     match ended.failed.len() {
         0 => Ok(shown?),

@@ -77,6 +77,13 @@ enum Form {
     Ids,
 }
 
+impl Args {
+    /// Whether it asks for prompts.
+    pub fn is_interactive(&self) -> bool {
+        self.interactive
+    }
+}
+
 /// Runs `mblm generate`.
 pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
     if args.format == Form::Raw && args.samples > 1 {
@@ -86,6 +93,10 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
     let samplers = samplers(args)?;
     let trained = model::load(&args.model, plugins)?;
     let model = trained.generative()?;
+    let tokens = model.config().num_tokens;
+    if let Some(token) = args.stop_token.filter(|token| *token as usize >= tokens) {
+        return Err(Usage(format!("--stop-token: expected a token below {tokens} (num_tokens), found {token}")).into());
+    }
     if args.interactive {
         return interactive::run(model, args);
     }

@@ -19,6 +19,7 @@ mod plugin;
 mod plugins;
 mod report;
 mod schema;
+mod signals;
 mod train;
 
 use std::io::{IsTerminal, Write};
@@ -29,6 +30,7 @@ use mblm::train::terminal::{self, Output};
 use mblm::{Error, train as training};
 use mblm_blocks as _;
 use plugins::Plugins;
+use signals::Interrupted;
 
 /// A mistake in a configuration or on the command line; clap uses the same code.
 const EXIT_USAGE: u8 = 2;
@@ -86,16 +88,34 @@ fn main() -> ExitCode {
     log::start();
     // On a thread of the pool, so that a parallel loop starts by handing out work, not by waking a thread and sleeping.
     let ended = match Cli::try_parse() {
-        Ok(cli) => rayon::scope(|_| run(cli)),
+        Ok(cli) => {
+            catch_signals(&cli.command);
+            rayon::scope(|_| run(cli))
+        }
         Err(answer) => explain(&answer),
     };
-    match ended.and_then(|()| Ok(Output::new().flush()?)) {
+    match ended {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if is_closed_pipe(&error) => ExitCode::SUCCESS,
-        Err(error) => {
-            terminal::line(format_args!("error: {error:#}"));
-            ExitCode::from(if is_usage(&error) { EXIT_USAGE } else { 1 })
+        Err(error) => match error.downcast_ref::<Interrupted>() {
+            Some(interrupted) => interrupted.exit_code().into(),
+            None => {
+                terminal::line(format_args!("error: {error:#}"));
+                ExitCode::from(if is_usage(&error) { EXIT_USAGE } else { 1 })
+            }
+        },
+    }
+}
+
+/// Has the commands told of a signal that have something to save, or something else to go on with; others end at once.
+fn catch_signals(command: &Command) {
+    match command {
+        Command::Train(_) => {
+            signals::catch(Some("ending after this batch, with a checkpoint; once more to end at once"))
         }
+        Command::Compare(_) => signals::catch(Some("ending the runs, with checkpoints; once more to end at once")),
+        Command::Generate(args) if args.is_interactive() => signals::catch(None),
+        _ => {}
     }
 }
 
@@ -108,12 +128,14 @@ fn explain(answer: &clap::Error) -> anyhow::Result<()> {
     }
     let text = answer.render();
     let text = if std::io::stdout().is_terminal() { text.ansi().to_string() } else { text.to_string() };
-    Ok(Output::raw().write_all(text.as_bytes())?)
+    let mut out = Output::raw();
+    Ok(out.write_all(text.as_bytes()).and_then(|()| out.flush())?)
 }
 
 fn run(Cli { plugins, command }: Cli) -> anyhow::Result<()> {
     match command {
-        Command::Train(args) => train::run(&args, &plugins),
+        // Its product is the run, whether or not anybody can read of it.
+        Command::Train(args) => return train::run(&args, &plugins),
         Command::Generate(args) => generate::run(&args, &plugins),
         Command::Compare(args) => compare::run(&args, &plugins),
         Command::Report(args) => report::run(&args, &plugins),
@@ -132,7 +154,8 @@ fn run(Cli { plugins, command }: Cli) -> anyhow::Result<()> {
             plugin::probe(&args);
             Ok(())
         }
-    }
+    }?;
+    Ok(Output::new().flush()?)
 }
 
 /// A mistake on the command line that clap cannot know of.

@@ -2,10 +2,8 @@
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use mblm::generate::{Format, Sampler, Sampling, TokenStream, Until, generate};
 use mblm::model::Mblm;
 use mblm::train as training;
@@ -22,14 +20,19 @@ use mblm::train::trainer::Outcome;
 use mblm::yaml::Document;
 
 use crate::plugins::Plugins;
-use crate::{Usage, is_closed_pipe, model};
+use crate::{Usage, is_closed_pipe, model, signals};
 
 /// Bytes of validation data that the sample at a run's end continues, and bytes that it makes.
 const PROMPT: usize = 100;
 const SAMPLE: usize = 200;
 
+const EXIT_CODES: &str = "\
+Exit codes: 0 finished, or train.max_seconds are over; 1 failed; 2 wrong arguments, configuration or data;
+128 + N interrupted by signal N, with a checkpoint (130: Ctrl-C, 143: SIGTERM)";
+
 /// Arguments of `mblm train`.
 #[derive(clap::Args)]
+#[command(after_help = EXIT_CODES)]
 pub struct Args {
     /// The training configuration
     #[arg(required_unless_present = "resume")]
@@ -55,23 +58,25 @@ pub struct Args {
     /// Show warnings and errors alone; print the run's folder at the end
     #[arg(short, long)]
     quiet: bool,
-    /// End as at Ctrl-C when standard input does: a run that a study started ends with that study
+    /// End as at SIGTERM when standard input does: a run that a study started ends with that study
     #[arg(long, hide = true)]
     until_eof: bool,
 }
 
 /// Runs `mblm train`.
 pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
-    let stop = stop_flag(args.until_eof)?;
+    if args.until_eof {
+        signals::catch_end_of_input();
+    }
     let (run, outcome) = match (&args.resume, &args.config) {
-        (Some(run), _) => (run.clone(), resume(run, args, plugins, &stop)?),
+        (Some(run), _) => (run.clone(), resume(run, args, plugins)?),
         (None, Some(path)) => {
             let mut document = Document::read(path)?;
             args.set.iter().try_for_each(|assignment| document.set(assignment))?;
             let config = RunConfig::from_document(&document, &plugins.registry(Some(path))?)?;
             // Errors of the data and of the plan begin with the field that is at fault; here its line is known.
             let located = |error: training::Error| error.located(&document);
-            session(&config, args, &stop)?.train().map_err(located)?
+            session(&config, args)?.train().map_err(located)?
         }
         (None, None) => return Err(Usage("expected a configuration, or --resume RUN".into()).into()),
     };
@@ -88,13 +93,15 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
         Err(error) if !is_closed_pipe(&error) => terminal::line(format_args!("warning: {error:#}")),
         _ => {}
     }
-    Ok(())
+    match outcome.interrupted {
+        true => Ok(signals::check()?),
+        false => Ok(()),
+    }
 }
 
 /// Goes on with a run. Its configuration is that of its newest checkpoint, unless `--force` lets it be another one.
-fn resume(path: &Path, args: &Args, plugins: &Plugins, stop: &AtomicBool) -> Result<Outcome> {
+fn resume(path: &Path, args: &Args, plugins: &Plugins) -> Result<Outcome> {
     let run = RunFolder::open(path)?;
-    run.checkpoints().recover()?;
     let checkpoint = run.checkpoints().newest()?;
     let state = checkpoint.state()?;
     let registry = plugins.registry_of_run(path, &state.plugins)?;
@@ -119,19 +126,19 @@ fn resume(path: &Path, args: &Args, plugins: &Plugins, stop: &AtomicBool) -> Res
             .into());
         }
         terminal::line(format_args!("note: the configuration changes:{list}"));
-        training::run::replace_config(path, &config.to_yaml()?)?;
     }
-    Ok(session(&config, args, stop)?.resume(&run)?)
+    Ok(session(&config, args)?.resume(&run)?)
 }
 
-fn session<'a>(config: &'a RunConfig, args: &Args, stop: &'a AtomicBool) -> Result<Session<'a>> {
+fn session<'a>(config: &'a RunConfig, args: &Args) -> Result<Session<'a>> {
     let build = || Ok(Box::new(build(config)?) as Box<dyn TrainModel>);
     Ok(Session {
         build: Box::new(build),
         place: args.out.clone(),
         retries: args.retries,
         quiet: args.quiet,
-        ..Session::new(config, stop)?
+        listening: Some(&signals::LISTENING),
+        ..Session::new(config, &signals::STOP)?
     })
 }
 
@@ -152,28 +159,6 @@ pub fn build(config: &RunConfig) -> training::Result<Model> {
         ));
     }
     Ok(model)
-}
-
-/// Raised by Ctrl-C and by SIGTERM, of which a second one ends the program at once, and at the end of standard input if
-/// `until_eof`.
-pub fn stop_flag(until_eof: bool) -> Result<Arc<AtomicBool>> {
-    let stop = Arc::new(AtomicBool::new(false));
-    if until_eof {
-        let raised = stop.clone();
-        std::thread::spawn(move || {
-            let _ = std::io::copy(&mut std::io::stdin(), &mut std::io::sink()); // an error is an end too
-            raised.store(true, Ordering::SeqCst);
-        });
-    }
-    let raised = stop.clone();
-    ctrlc::set_handler(move || {
-        if raised.swap(true, Ordering::SeqCst) {
-            std::process::exit(130);
-        }
-        terminal::line("\nending after this batch, with a checkpoint; once more to end at once");
-    })
-    .context("cannot catch Ctrl-C")?;
-    Ok(stop)
 }
 
 /// Says what was reached, shows what the model writes, and how to have it write more.

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use assert_cmd::cargo::CommandCargoExt;
 use serde_json::Value;
@@ -212,7 +212,7 @@ fn without_space_the_old_checkpoint_stays() {
 #[test]
 fn asked_to_end_it_saves_and_goes_on_later() {
     let folder = workplace();
-    for (signal, output) in [("-TERM", "term"), ("-INT", "int")] {
+    for (signal, output, code) in [("-TERM", "term", 143), ("-INT", "int", 130), ("-HUP", "hup", 129)] {
         let args = ["train", "run.yaml", "--set", &format!("io.output_dir={output}")];
         let child = command(folder.path(), &args).spawn().unwrap();
         while run_below(&folder.path().join(output)).is_none_or(|run| checkpoints(&run).len() < 2) {
@@ -221,7 +221,8 @@ fn asked_to_end_it_saves_and_goes_on_later() {
         Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap();
         let ended = child.wait_with_output().unwrap();
         let said = text(&ended.stderr);
-        assert!(ended.status.success() && said.contains("interrupted: saved"), "{said}");
+        assert_eq!(ended.status.code(), Some(code), "{said}");
+        assert!(said.contains("interrupted: saved") && said.contains("go on with: "), "{said}");
         let (run, _) = train_through(folder.path(), output, &[]);
         assert!(fate(&run) == fate(&train_through(folder.path(), "whole", &[]).0), "{signal}");
         fs::remove_dir_all(folder.path().join("whole")).unwrap();
@@ -257,4 +258,61 @@ fn a_second_process_and_a_changed_configuration_are_refused() {
     assert!(code == Some(0) && error.contains("the configuration changes:"), "{error}");
     let (code, error) = resume(&[]);
     assert_eq!(code, Some(0), "the accepted configuration is that of the run now: {error}");
+}
+
+/// Every entry of a folder: its name, what it holds, and when it was changed.
+fn survey(folder: &Path) -> BTreeMap<PathBuf, (Option<Vec<u8>>, SystemTime)> {
+    let mut found = BTreeMap::new();
+    let mut folders = vec![folder.to_path_buf()];
+    while let Some(folder) = folders.pop() {
+        for entry in folder.read_dir().unwrap().map(|entry| entry.unwrap()) {
+            let (path, about) = (entry.path(), entry.metadata().unwrap());
+            if about.is_dir() {
+                folders.push(path.clone());
+            }
+            found.insert(path.clone(), (fs::read(&path).ok(), about.modified().unwrap()));
+        }
+        found.insert(folder.clone(), (None, folder.metadata().unwrap().modified().unwrap()));
+    }
+    found
+}
+
+#[test]
+fn a_refused_resume_changes_nothing() {
+    let folder = workplace();
+    let run = killed(folder.path());
+    // As a crash leaves it: a checkpoint half written, and one between the two renames of its replacement.
+    let newest = checkpoints(&run).into_iter().rfind(|path| path.join("manifest.json").exists()).unwrap();
+    let replaced = newest.with_file_name(format!(".replaced-{}", newest.file_name().unwrap().to_str().unwrap()));
+    fs::rename(&newest, &replaced).unwrap();
+    fs::create_dir_all(newest.with_file_name(".writing-batch-0000000999")).unwrap();
+    let before = survey(&run);
+    let refuse = |more: &[&str], why: &str| {
+        let output = command(folder.path(), &[&["train", "--resume", run.to_str().unwrap()], more].concat()).output();
+        let output = output.unwrap();
+        let error = text(&output.stderr);
+        assert!(!output.status.success() && error.contains(why), "{why}: {error}");
+        assert!(survey(&run) == before, "{why}: the folder changed");
+    };
+    let forced: [(&[&str], &str); 8] = [
+        (&["train.learning_rate=5", "train.seed=7"], "train.seed: found 7"),
+        (&["params.num_layers=[1, 1]"], "weights"),
+        (&["params.hidden_dims=[48, 16]", "params.block={block_type: lstm}"], "the model is another one"),
+        (&["train.batch_size=100000"], "train.batch_size"),
+        (&["io.dataset_dir=nowhere.txt"], "nowhere.txt"),
+        (&["io.dataset_dir=run.yaml"], "the data are not those of"),
+        (&["train.learning_rat=1"], "learning_rate"),
+        (&["params.input_seq_len=100000"], "input_seq_len"),
+    ];
+    for (changes, why) in forced {
+        let sets = changes.iter().flat_map(|change| ["--set", change]);
+        refuse(&["--force"].into_iter().chain(sets).collect::<Vec<_>>(), why);
+    }
+    refuse(&["--set", "train.learning_rate=5"], "accept it with --force");
+    fs::rename(folder.path().join("plugins"), folder.path().join("away")).unwrap();
+    refuse(&["--force"], "lstm");
+    fs::rename(folder.path().join("away"), folder.path().join("plugins")).unwrap();
+    // What was left half done does not keep it from going on, without any change.
+    succeed(command(folder.path(), &["train", "--resume", run.to_str().unwrap()]));
+    assert!(fate(&run) == fate(&train_through(folder.path(), "whole", &[]).0));
 }

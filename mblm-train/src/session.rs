@@ -70,6 +70,8 @@ pub struct Session<'a> {
     pub quiet: bool,
     /// Raised to end with a checkpoint.
     pub stop: &'a AtomicBool,
+    /// Whether it trains, so that `stop` will be noticed: at other times nothing is lost if the process just ends.
+    pub listening: Option<&'a AtomicBool>,
 }
 
 impl<'a> Session<'a> {
@@ -80,7 +82,7 @@ impl<'a> Session<'a> {
     pub fn new(config: &'a RunConfig, stop: &'a AtomicBool) -> Result<Self> {
         let build = || Ok(Box::new(Model::new(config, config.train.seed)?) as Box<dyn TrainModel>);
         let (config_yaml, build) = (config.to_yaml()?, Box::new(build));
-        Ok(Session { config, config_yaml, build, place: None, retries: 0, quiet: false, stop })
+        Ok(Session { config, config_yaml, build, place: None, retries: 0, quiet: false, stop, listening: None })
     }
 
     /// Starts a run and trains until its end or until `stop` is raised. Returns the run's folder and how it ended.
@@ -94,10 +96,11 @@ impl<'a> Session<'a> {
     }
 
     /// Goes on with a run from its newest checkpoint. The configuration is what the run's
-    /// [`config.yaml`](RunFolder::config_yaml) says.
+    /// [`config.yaml`](RunFolder::config_yaml) says, or another one, which replaces that when the next checkpoint is saved.
     ///
     /// # Errors
-    /// Its newest checkpoint is damaged, or the data changed; later, what ends the run.
+    /// Its newest checkpoint is damaged, or the configuration or the data do not fit it; then nothing in the folder has
+    /// changed. Later, what ends the run.
     pub fn resume(&self, run: &RunFolder) -> Result<Outcome> {
         let started = OnceCell::new();
         let ended = self.go_on(run, &started)?;
@@ -135,9 +138,10 @@ impl<'a> Session<'a> {
         let splits = open_data(self.config)?;
         let model = (self.build)()?;
         let mut trainer = Trainer::new(&*model, splits, self.config, &self.config_yaml)?;
-        run.recover()?;
         let checkpoint = run.checkpoints().newest()?;
         trainer.restore(&checkpoint)?;
+        // From here on the folder changes.
+        run.recover()?;
         let mut record = self.record(run, &trainer)?;
         let (done, total) = (trainer.state().batches, trainer.plan().batches);
         record.progress.line(&format!("resume: batch {done} of {total}, from {}", checkpoint.path().display()));
@@ -192,8 +196,12 @@ impl<'a> Session<'a> {
             record.progress.line(&format!("{how}: saved {}", outcome.checkpoint.display()));
             Ok(outcome)
         };
+        let listens = |listens| self.listening.into_iter().for_each(|flag| flag.store(listens, Ordering::SeqCst));
+        listens(true);
+        let ended = catch_unwind(AssertUnwindSafe(training));
+        listens(false);
         // Whatever the panic leaves half done is dropped with the trainer and its model.
-        catch_unwind(AssertUnwindSafe(training)).unwrap_or_else(|panic| Err(Error::Panic(message(&*panic))))
+        ended.unwrap_or_else(|panic| Err(Error::Panic(message(&*panic))))
     }
 
     fn record(&self, run: &RunFolder, trainer: &Trainer) -> Result<Record> {

@@ -67,13 +67,15 @@ impl Shelf {
         Ok(Shelf::new(folder))
     }
 
-    /// Their folders, oldest first.
+    /// Their folders, oldest first. One that a crash left between the two renames of its replacement is there too.
     pub fn list(&self) -> Result<Vec<PathBuf>> {
-        let mut found: Vec<(u64, PathBuf)> = self
-            .names()?
-            .into_iter()
-            .filter_map(|name| Some((name.strip_prefix(PREFIX)?.parse().ok()?, self.folder.join(name))))
-            .collect();
+        let batches = |name: &str| {
+            let original = name.strip_prefix(REPLACED).filter(|original| !self.folder.join(original).exists());
+            original.unwrap_or(name).strip_prefix(PREFIX)?.parse().ok()
+        };
+        let names = self.names()?.into_iter();
+        let mut found: Vec<(u64, PathBuf)> =
+            names.filter_map(|name| Some((batches(&name)?, self.folder.join(name)))).collect();
         found.sort();
         Ok(found.into_iter().map(|(_, path)| path).collect())
     }
@@ -240,7 +242,7 @@ mod tests {
         // A crash while the next was written, and one between the two renames of a replacement.
         fs::create_dir(shelf.at(WRITING, "batch-0000000007")).unwrap();
         fs::rename(&place, shelf.at(REPLACED, "batch-0000000006")).unwrap();
-        assert_eq!(batches(&shelf), [5]);
+        assert_eq!(batches(&shelf), [5, 6]);
         shelf.recover().unwrap();
         assert_eq!(batches(&shelf), [5, 6]);
         assert_eq!(fs::read_dir(run.path().join(FOLDER)).unwrap().count(), 2);

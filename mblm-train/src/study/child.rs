@@ -109,6 +109,17 @@ impl ChildLog {
 }
 
 impl Exit {
+    /// Whether it was asked to end, by this study or by somebody else: its exit code is that of an interrupted run, or a
+    /// signal ended it that asks for an end.
+    pub(super) fn was_interrupted(&self) -> bool {
+        let asks = |signal| matches!(signal, 1 | 2 | 15); // SIGHUP, SIGINT, SIGTERM
+        #[cfg(unix)]
+        if std::os::unix::process::ExitStatusExt::signal(&self.status).is_some_and(asks) {
+            return true;
+        }
+        self.status.code().is_some_and(|code| asks(code - 128))
+    }
+
     /// Why it failed, if it did.
     pub(super) fn failure(&self) -> Option<String> {
         (!self.status.success()).then(|| reason(&self.said, &how(self.status)))
@@ -185,5 +196,7 @@ mod tests {
         stop.store(true, Ordering::Relaxed);
         let exit = log.run(shell("cat; echo ended"), &stop, || ()).unwrap();
         assert_eq!((exit.failure(), &exit.said[..]), (None, "ended\n"));
+        let ended = |script: &str| log.run(shell(script), &AtomicBool::new(false), || ()).unwrap().was_interrupted();
+        assert_eq!(["exit 143", "kill -TERM $$", "exit 1", "kill -9 $$"].map(ended), [true, true, false, false]);
     }
 }

@@ -230,7 +230,7 @@ impl<'a> Runner<'a> {
                 files::replace_text(&failure, why).at(&failure)?;
                 display.ended(&run.name, &format!("failed: {}", first_line(why)));
             }
-            Fate::Stopped => display.line(&format!("{} is stopped, with a checkpoint", run.name)),
+            Fate::Stopped => display.line(&format!("{} is stopped", run.name)),
         }
         Ok(fate)
     }
@@ -262,6 +262,9 @@ impl<'a> Runner<'a> {
                     look(&folder, bytes, &mut bar);
                 }
             })?;
+            if exit.was_interrupted() {
+                return Ok(Fate::Stopped);
+            }
             if let Some(why) = exit.failure() {
                 return Ok(Fate::Failed(why));
             }

@@ -32,7 +32,7 @@ fn workplace() -> (tempfile::TempDir, RunConfig) {
 
 fn session<'a>(model: &'a Bigram, config: &'a RunConfig, stop: &'a AtomicBool) -> Session<'a> {
     let build = Box::new(move || Ok(Box::new(model) as Box<dyn TrainModel>));
-    Session { config, config_yaml: "yaml".into(), build, place: None, retries: 0, quiet: false, stop }
+    Session { config, config_yaml: "yaml".into(), build, place: None, retries: 0, quiet: false, stop, listening: None }
 }
 
 fn train(model: &Bigram, config: &RunConfig, stop: &AtomicBool) -> Result<(PathBuf, Outcome)> {
