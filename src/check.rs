@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use mblm::train::config::RunConfig;
+use mblm::train::data;
 use mblm::train::model::TrainModel;
 use mblm::train::plan::Plan;
 use mblm::train::session;
@@ -35,7 +36,10 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
     let config = RunConfig::from_document(&document, &plugins.registry(Some(&args.config))?)?;
     let located = |error: mblm::train::Error| error.located(&document);
     let data = match args.no_data {
-        true => None,
+        true => {
+            data::kind(&config.io.dataset_id).map_err(located)?;
+            None
+        }
         false => Some(session::open_data(&config).map_err(located)?),
     };
     let about = data.as_ref().map_or_else(|| "not looked at".into(), |data| data.about.clone());

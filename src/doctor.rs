@@ -83,12 +83,12 @@ fn read(place: &str, count: usize, num_tokens: usize) -> Result<Vec<u32>> {
         ))
         .into());
     }
-    if let Some((byte, path, _)) = corpus.first_at_least(num_tokens) {
+    if let Some((byte, path, _)) = corpus.first_at_least(num_tokens)? {
         let path = path.display();
         return Err(Usage(format!("--data {path}: holds the byte {byte}; expected bytes below {num_tokens}")).into());
     }
     let mut ids = vec![0; count];
-    corpus.read(0, &mut ids);
+    corpus.read(0, &mut ids)?;
     Ok(ids)
 }
 

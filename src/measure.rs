@@ -43,7 +43,7 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
         Model::Generative(model) => {
             let prompt = match &args.prompt {
                 Some(text) => text.bytes().map(u32::from).collect(),
-                None => train::prompt(&session::open_data(config)?, config.params.input_seq_len)?,
+                None => train::prompt(&session::open_data_of(&args.run, config)?.0, config.params.input_seq_len)?,
             };
             Some(sample(model, prompt)?)
         }

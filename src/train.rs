@@ -164,12 +164,12 @@ pub fn build(config: &RunConfig) -> training::Result<Model> {
 /// Says what was reached, shows what the model writes, and how to have it write more.
 fn conclude(run: &Path, outcome: &Outcome, allow_plugin_change: bool, plugins: &Plugins) -> Result<()> {
     let trained = model::load(&model::Args { run: run.into(), best: false, allow_plugin_change }, plugins)?;
-    let data = session::open_data(&trained.config)?;
+    let (data, _) = session::open_data_of(run, &trained.config)?;
     let mut out = Output::new();
     writeln!(out)?;
     if let Some(loss) = outcome.state.valid_loss {
         write!(out, "validation: {:.3} bpb", bpb(loss))?;
-        match data.train.byte_counts() {
+        match data.train.byte_counts()? {
             Some(counts) => writeln!(out, "; the entropy of single bytes is {:.3} bits", unigram_entropy(&counts))?,
             None => writeln!(out)?,
         }

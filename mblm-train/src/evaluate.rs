@@ -11,6 +11,7 @@ use crate::data::bytes::check_vocabulary;
 use crate::data::corpus::Corpus;
 use crate::error::{Error, Result};
 use crate::model::TrainModel;
+use crate::terminal;
 
 /// Bits per byte of a mean loss in nats.
 pub fn bpb(loss: f64) -> f64 {
@@ -167,6 +168,10 @@ impl Sum {
 
 fn open(place: &str, options: &EvaluateOptions) -> Result<Corpus> {
     let corpus = Corpus::open(place, &[])?;
+    let left_out = corpus.left_out().to_string();
+    if !left_out.is_empty() {
+        terminal::line(format!("note: {place:?}{left_out}"));
+    }
     if num_bytes(&corpus, options) == 0 {
         return Err(Error::Config(format!("{place:?} holds no bytes; expected at least one")));
     }
@@ -190,7 +195,7 @@ fn for_sequences(
         let whole = ((len - at) / seq_len).min(options.batch_size as u64);
         let (rows, cols) = if whole > 0 { (whole, seq_len) } else { (1, len - at) };
         let mut ids = vec![0; (rows * cols) as usize];
-        corpus.read(at, &mut ids);
+        corpus.read(at, &mut ids)?;
         receive(at, &Tensor::from_vec(ids, (rows as usize, cols as usize), &Device::Cpu)?)?;
         at += rows * cols;
     }

@@ -3,6 +3,7 @@
 //! | file | holds |
 //! |---|---|
 //! | `config.yaml` | the configuration of the run, and where another one can begin: training with it chains runs |
+//! | `data.json` | the data files with sizes and sums, and where relative paths start |
 //! | `train.log` | what the terminal showed, with the time |
 //! | `loss.csv` | the losses, in the reference package's columns |
 //! | `metrics.jsonl`, `tensorboard/` | the [metrics](crate::metrics) |

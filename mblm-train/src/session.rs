@@ -4,11 +4,12 @@
 use std::any::Any;
 use std::cell::OnceCell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::config::RunConfig;
+use crate::data::record::DataRecord;
 use crate::data::{self, DatasetOptions, Splits, unigram_entropy};
 use crate::error::{Error, Result};
 use crate::import;
@@ -28,10 +29,47 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 /// How often a pause looks whether it should end.
 const GLANCE: Duration = Duration::from_millis(20);
 
-/// Opens the data that `config` names.
+/// Opens the data that `config` names. Relative paths start at the current directory.
 pub fn open_data(config: &RunConfig) -> Result<Splits> {
+    open_data_in(config, Path::new(""))
+}
+
+/// Opens the data of a run, wherever the program is called from. Relative paths start where they did when the run began:
+/// relative to the run's folder if that was moved with its data, else in the same directory as then, else in the current
+/// one.
+///
+/// # Errors
+/// Those of the data; where they were looked for, if that is in several places.
+pub fn open_data_of(run: &Path, config: &RunConfig) -> Result<(Splits, PathBuf)> {
+    let record = DataRecord::read(run);
+    let starts = DataRecord::starts(record.as_ref(), run, config);
+    let mut opened = Vec::new();
+    for start in &starts {
+        let splits = open_data_in(config, start);
+        match (splits, &record) {
+            (Ok(splits), Some(record)) if record.is_of(&splits.fingerprint) => return Ok((splits, start.clone())),
+            (splits, _) => opened.push(splits.map(|splits| (splits, start.clone()))),
+        }
+    }
+    // Data that are not those of the record are refused with the checkpoint, with more to say.
+    if let Some(place) = opened.iter().position(Result::is_ok) {
+        return opened.swap_remove(place);
+    }
+    match opened.swap_remove(0) {
+        Err(Error::Config(message)) if starts.len() > 1 => {
+            let here = std::env::current_dir().unwrap_or_default();
+            let tried: Vec<String> = starts.iter().map(|start| here.join(start).display().to_string()).collect();
+            Err(Error::Config(format!("{message}; relative paths were tried in {}", tried.join(", "))))
+        }
+        opened => opened,
+    }
+}
+
+/// Opens the data that `config` names; relative paths start in `start`.
+fn open_data_in(config: &RunConfig, start: &Path) -> Result<Splits> {
     let options = DatasetOptions {
-        dir: &config.io.dataset_dir,
+        dir: &start.join(&config.io.dataset_dir),
+        output_dir: Some(&start.join(&config.io.output_dir)),
         args: config.io.dataset_args.as_ref(),
         seq_len: config.params.input_seq_len,
         num_tokens: config.params.model.hierarchy().num_tokens,
@@ -110,7 +148,7 @@ impl<'a> Session<'a> {
     /// Makes a run and trains it; the inner result is that of the training.
     fn start(&self, started: &OnceCell<Instant>) -> Result<(RunFolder, Result<Outcome>)> {
         let splits = open_data(self.config)?;
-        let about = splits.about.clone();
+        let (about, fingerprint) = (splits.about.clone(), splits.fingerprint.clone());
         let model = (self.build)()?;
         let mut trainer = Trainer::new(&*model, splits, self.config, &self.config_yaml)?;
         if let Some(resume) = &self.config.resume {
@@ -121,6 +159,7 @@ impl<'a> Session<'a> {
             Some(place) => RunFolder::create_at(place, trainer.snapshot())?,
             None => RunFolder::create(&self.config.io.output_dir, &self.config.io.name_model, trainer.snapshot())?,
         };
+        DataRecord::new(run.path(), self.config, Path::new(""), &fingerprint).write(run.path())?;
         let mut record = self.record(&run, &trainer)?;
         let progress = &mut record.progress;
         progress.line(&format!("run: {}", run.path().display()));
@@ -128,23 +167,27 @@ impl<'a> Session<'a> {
         if let Some(resume) = &self.config.resume {
             progress.line(&format!("begins with the weights of {}", resume.checkpoint_file.display()));
         }
-        introduce(progress, &trainer, &*model, self.config);
-        let ended = self.attempt(&mut trainer, &mut record, started);
+        let introduced = introduce(progress, &trainer, &*model, self.config);
+        let ended = introduced.and_then(|()| self.attempt(&mut trainer, &mut record, started));
         Ok((run, ended))
     }
 
     /// Trains on from the newest checkpoint; the inner result is that of the training.
     fn go_on(&self, run: &RunFolder, started: &OnceCell<Instant>) -> Result<Result<Outcome>> {
-        let splits = open_data(self.config)?;
+        let (splits, start) = open_data_of(run.path(), self.config)?;
+        let about = splits.about.clone();
+        let data = DataRecord::new(run.path(), self.config, &start, &splits.fingerprint);
         let model = (self.build)()?;
         let mut trainer = Trainer::new(&*model, splits, self.config, &self.config_yaml)?;
         let checkpoint = run.checkpoints().newest()?;
         trainer.restore(&checkpoint)?;
         // From here on the folder changes.
         run.recover()?;
+        data.write(run.path())?;
         let mut record = self.record(run, &trainer)?;
         let (done, total) = (trainer.state().batches, trainer.plan().batches);
         record.progress.line(&format!("resume: batch {done} of {total}, from {}", checkpoint.path().display()));
+        record.progress.line(&format!("data: {about}"));
         Ok(self.attempt(&mut trainer, &mut record, started))
     }
 
@@ -235,8 +278,8 @@ fn message(panic: &(dyn Any + Send)) -> String {
 }
 
 /// Says what is going to be trained on what.
-fn introduce(progress: &mut Progress, trainer: &Trainer, model: &dyn TrainModel, config: &RunConfig) {
-    if let Some(counts) = trainer.training_data().dataset.byte_counts() {
+fn introduce(progress: &mut Progress, trainer: &Trainer, model: &dyn TrainModel, config: &RunConfig) -> Result<()> {
+    if let Some(counts) = trainer.training_data().dataset.byte_counts()? {
         let entropy = unigram_entropy(&counts);
         progress.line(&format!("byte-unigram entropy of the training bytes: {entropy:.4} bits"));
         let pad = config.params.model.hierarchy().pad_token_id;
@@ -257,4 +300,5 @@ fn introduce(progress: &mut Progress, trainer: &Trainer, model: &dyn TrainModel,
         plan.steps(),
         trainer.training_data().num_batches(0)
     ));
+    Ok(())
 }

@@ -12,10 +12,11 @@ use mblm_core::{Mode, Param};
 
 use crate::checkpoint::{Checkpoint, Shelf, Snapshot, TrainState};
 use crate::config::{ResumeSection, RunConfig};
-use crate::data::Splits;
 use crate::data::batches::{Batches, Cursor};
 use crate::data::order::mix;
 use crate::data::prefetch::Prefetch;
+use crate::data::record::DataRecord;
+use crate::data::{Fingerprint, Splits};
 use crate::error::{AtPath, Error, Result};
 use crate::evaluate::{bpb, loss_of, mean_loss};
 use crate::metrics::{Kind, Metrics, Point, Scalars, activation_norms, loss_scalars, stage_grad_norms};
@@ -65,6 +66,7 @@ pub struct Trainer<'a> {
     test: Option<Batches>,
     plan: Plan,
     adam: Adam,
+    data: Fingerprint,
     state: TrainState,
 }
 
@@ -106,7 +108,7 @@ impl<'a> Trainer<'a> {
             next: Cursor::default(),
             elements_seen: 0,
             seed: section.seed,
-            data: splits.fingerprint,
+            data: splits.fingerprint.as_str().into(),
             valid_loss: None,
             best_valid_loss: None,
             stale_validations: 0,
@@ -115,7 +117,8 @@ impl<'a> Trainer<'a> {
         };
         let adam = Adam::new(model.params(), adam_config);
         let ahead = Prefetch::new(train.clone());
-        Ok(Trainer { model, config, config_yaml, train, ahead, valid, test, plan, adam, state })
+        let data = splits.fingerprint;
+        Ok(Trainer { model, config, config_yaml, train, ahead, valid, test, plan, adam, data, state })
     }
 
     /// Goes on from a checkpoint.
@@ -125,10 +128,11 @@ impl<'a> Trainer<'a> {
     pub fn restore(&mut self, checkpoint: &Checkpoint) -> Result<()> {
         let saved = checkpoint.state()?;
         let place = checkpoint.path().display();
-        if !saved.data.is_empty() && saved.data != self.state.data {
+        if !saved.data.is_empty() && !self.data.is(&saved.data) {
+            let changes = DataRecord::changes(checkpoint.path(), &saved.data, &self.data);
             return Err(Error::Config(format!(
-                "io.dataset_dir: the data are not those of {place}: files were added, removed, renamed or resized since; \
-                 expected the same, so that the run goes on with what it has not seen"
+                "io.dataset_dir: the data are not those of {place}: {changes}; put them back as they were, or begin a new \
+                 run"
             )));
         }
         if saved.seed != self.state.seed {

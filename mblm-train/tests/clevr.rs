@@ -29,8 +29,8 @@ fn folder() -> tempfile::TempDir {
 }
 
 fn open(folder: &Path, args: &Value, seq_len: usize, num_tokens: usize) -> mblm_train::Result<Splits> {
-    let (dir, args) = (folder.to_str().unwrap(), Some(args));
-    data::open("clevr", &DatasetOptions { dir, args, seq_len, num_tokens, pad_token_id: PAD as usize })
+    let (dir, args, pad_token_id) = (folder, Some(args), PAD as usize);
+    data::open("clevr", &DatasetOptions { dir, output_dir: None, args, seq_len, num_tokens, pad_token_id })
 }
 
 fn sample(split: &dyn Dataset, seq_len: usize) -> (Vec<u32>, Vec<f32>) {
@@ -200,6 +200,19 @@ fn other_data_have_another_fingerprint() {
     let before = open(folder.path(), &args, 1000, 256).unwrap().fingerprint;
     assert_eq!(open(folder.path(), &args, 1000, 256).unwrap().fingerprint, before);
     let path = folder.path().join("questions/CLEVR_val_questions.json");
-    fs::write(&path, fs::read_to_string(&path).unwrap().replace("cylinder", "cube")).unwrap();
+    let text = fs::read_to_string(&path).unwrap();
+    fs::write(&path, text.replace("cylinder", "cube")).unwrap();
     assert_ne!(open(folder.path(), &args, 1000, 256).unwrap().fingerprint, before);
+    fs::write(&path, text.replace("cylinder", "pyramids")).unwrap();
+    assert_ne!(open(folder.path(), &args, 1000, 256).unwrap().fingerprint, before, "at equal size");
+    fs::write(&path, text).unwrap();
+    let names: Vec<String> = before.files().iter().map(|file| file.file.clone()).collect();
+    let want = [
+        "questions/CLEVR_train_questions.json",
+        "images/train/CLEVR_val_000000.png",
+        "questions/CLEVR_val_questions.json",
+        "images/val/CLEVR_val_000000.png",
+    ];
+    assert_eq!(names, want);
+    assert_eq!(open(folder.path(), &args, 1000, 256).unwrap().fingerprint, before);
 }

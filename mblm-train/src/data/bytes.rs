@@ -1,8 +1,10 @@
 //! Data set `bytes`: files as they are, each byte a token.
 //!
-//! `io.dataset_dir` is a file, a folder or a glob. A folder is read recursively; hidden files are skipped. The files
-//! are taken as one run of bytes, in the order of their paths, and memory-mapped: they may be larger than memory, and
-//! must not be changed while they are read.
+//! `io.dataset_dir` is a file, a folder or a glob. Folders are read recursively, links are followed, each file counts once,
+//! and hidden files, run folders and `io.output_dir` are left out (see [`listing`](super::listing)). The files are taken
+//! as one run of bytes, in the order of their paths below the folder, part by part in byte order. They are read by position as they are needed, so they may
+//! be larger than memory. A file that shrinks or vanishes during a run ends the run with an error. A change of contents
+//! at equal length goes unnoticed until the run is resumed: do not change data that are in use.
 //!
 //! **Split**: the last `validation_fraction` of the bytes (a tenth by default), but at least one sequence, is the
 //! validation data; what lies before is the training data. **Sequences** do not overlap: in epoch `e`, sequence `i` is
@@ -16,7 +18,8 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 
 use super::corpus::Corpus;
-use super::{Dataset, DatasetOptions, Splits};
+use super::listing::Listing;
+use super::{Dataset, DatasetOptions, Fingerprint, Splits};
 use crate::error::{Error, Result};
 
 /// Counting the bytes of more data than this would delay the start of a run.
@@ -67,12 +70,11 @@ impl Dataset for BytesSplit {
     }
 
     fn sample(&self, epoch: u64, index: u64, ids: &mut [u32], _: &mut [f32]) -> Result<()> {
-        self.corpus.read(self.start + self.offset(epoch) + index * self.seq_len, ids);
-        Ok(())
+        self.corpus.read(self.start + self.offset(epoch) + index * self.seq_len, ids)
     }
 
-    fn byte_counts(&self) -> Option<[u64; 256]> {
-        (self.end - self.start <= COUNTED).then(|| self.corpus.byte_counts(self.start, self.end))
+    fn byte_counts(&self) -> Result<Option<[u64; 256]>> {
+        (self.end - self.start <= COUNTED).then(|| self.corpus.byte_counts(self.start, self.end)).transpose()
     }
 }
 
@@ -84,13 +86,14 @@ fn open(options: &DatasetOptions) -> Result<Splits> {
             "io.dataset_args.validation_fraction: expected a number above 0 and below 1, found {fraction}"
         )));
     }
-    let corpus = Arc::new(Corpus::open(options.dir, &args.files)?);
+    let corpus = Arc::new(Corpus::new(Listing::find(options.dir, &args.files, options.output_dir)?));
     let (len, seq_len) = (corpus.len(), options.seq_len as u64);
     if len == 0 {
         return Err(Error::Config(format!(
-            "io.dataset_dir: {:?} holds no bytes; expected at least {} (two sequences of input_seq_len)",
+            "io.dataset_dir: {:?} holds no bytes; expected at least {} (two sequences of input_seq_len){}",
             options.dir,
-            2 * seq_len
+            2 * seq_len,
+            corpus.left_out()
         )));
     }
     let valid = ((len as f64 * fraction) as u64).max(seq_len);
@@ -111,11 +114,12 @@ fn open(options: &DatasetOptions) -> Result<Splits> {
         valid: split(cut..len, false),
         test: None,
         about: format!(
-            "{len} bytes in {} file(s) of {:?}: the first {cut} train, the last {valid} validate",
+            "{len} bytes in {} file(s) of {:?}: the first {cut} train, the last {valid} validate{}",
             corpus.num_files(),
-            options.dir
+            options.dir,
+            corpus.left_out()
         ),
-        fingerprint: corpus.fingerprint(),
+        fingerprint: Fingerprint::new(corpus.sums("")?, corpus.names_and_sizes()),
     })
 }
 
@@ -124,7 +128,7 @@ pub(crate) fn check_vocabulary(corpus: &Corpus, num_tokens: usize) -> Result<()>
     if num_tokens >= 256 {
         return Ok(());
     }
-    match corpus.first_at_least(num_tokens) {
+    match corpus.first_at_least(num_tokens)? {
         None => Ok(()),
         Some((byte, path, place)) => Err(Error::Config(format!(
             "params.num_tokens: found {num_tokens}, but {} holds the byte {byte} (at offset {place}); expected more than the \
@@ -148,8 +152,9 @@ mod tests {
 
     fn open_file(len: usize, seq_len: usize, args: Option<serde_json::Value>, num_tokens: usize) -> Result<Splits> {
         let file = file(len);
-        let dir = file.path().to_str().unwrap();
-        super::super::open("bytes", &DatasetOptions { dir, args: args.as_ref(), seq_len, num_tokens, pad_token_id: 0 })
+        let (dir, args) = (file.path(), args.as_ref());
+        let options = DatasetOptions { dir, output_dir: None, args, seq_len, num_tokens, pad_token_id: 0 };
+        super::super::open("bytes", &options)
     }
 
     fn sample(split: &dyn Dataset, epoch: u64, index: u64) -> Vec<u32> {
@@ -170,7 +175,7 @@ mod tests {
         assert_eq!(sample(train, 4, 0), [0, 1, 2, 3], "the offset is modulo the sequence length");
         assert_eq!((valid.num_sequences(0), valid.num_sequences(1)), (2, 2));
         assert_eq!(sample(valid, 1, 1), [94, 95, 96, 97]);
-        assert_eq!(train.byte_counts().unwrap().iter().sum::<u64>(), 90);
+        assert_eq!(train.byte_counts().unwrap().unwrap().iter().sum::<u64>(), 90);
     }
 
     #[test]

@@ -1,79 +1,61 @@
-//! Files as one run of bytes: found by path or glob, memory-mapped, read across their borders, never loaded whole.
+//! Files as one run of bytes: found by path or glob, read across their borders, never loaded whole.
 
-use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
-use memmap2::Mmap;
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
-use crate::error::{AtPath, Error, Result};
+use super::fingerprint::{FileSum, hex};
+use super::listing::{LeftOut, Listing};
+use super::reader::{DataFile, OpenFiles};
+use crate::error::Result;
 
-/// What one thread counts at a time.
-const CHUNK: usize = 1 << 22;
+/// The bytes that a thread reads at a time when all of the data are scanned.
+const CHUNK: u64 = 1 << 20;
 
-/// The bytes of several files, one after the other, in the order of their paths.
+/// The bytes of several files, one after the other, in the order of their names.
 #[derive(Debug)]
 pub struct Corpus {
-    files: Vec<MappedFile>,
+    files: Vec<PlacedFile>,
+    open: OpenFiles,
+    len: u64,
+    left_out: LeftOut,
+}
+
+#[derive(Debug)]
+struct PlacedFile {
+    /// Where its first byte stands among those of all files.
+    start: u64,
+    /// Its path below the data folder.
+    name: PathBuf,
+    data: DataFile,
+}
+
+/// Bytes of one file.
+#[derive(Clone, Copy, Debug)]
+struct Part {
+    file: usize,
+    /// The offset of its first byte in the file.
+    start: u64,
     len: u64,
 }
 
-#[derive(Debug)]
-struct MappedFile {
-    path: PathBuf,
-    start: u64,
-    bytes: Mmap,
-}
-
 impl Corpus {
-    /// Maps what `place` names: a file, a folder (all files below it but the hidden ones) or a glob; with `globs`,
-    /// these, below `place`. Empty files do no harm.
+    /// The files that `place` names: a file, a folder or a glob; with `globs`, the files that these name below `place`.
     ///
     /// # Errors
     /// Nothing is there, or it cannot be read.
-    pub fn open(place: &str, globs: &[String]) -> Result<Self> {
-        let mut paths = Vec::new();
-        if globs.is_empty() {
-            find(place, &mut paths)?;
-        }
-        for glob in globs {
-            let below = Path::new(place).join(glob);
-            let below = below.to_str().ok_or_else(|| Error::Config(format!("{place:?} is not valid UTF-8")))?;
-            find(below, &mut paths)?;
-        }
-        Self::map(paths)
+    pub fn open(place: impl AsRef<Path>, globs: &[String]) -> Result<Self> {
+        Ok(Self::new(Listing::find(place.as_ref(), globs, None)?))
     }
 
-    /// Maps the files below `folder` whose names end in `.extension`, without the hidden ones; maybe none.
-    ///
-    /// # Errors
-    /// The folder cannot be read, or a file in it.
-    pub fn open_folder(folder: &Path, extension: &str) -> Result<Self> {
-        let mut paths = Vec::new();
-        walk(folder, &mut paths)?;
-        paths.retain(|path| path.extension().is_some_and(|found| found == extension));
-        Self::map(paths)
-    }
-
-    fn map(mut paths: Vec<PathBuf>) -> Result<Self> {
-        paths.sort();
-        paths.dedup();
-        let mut files = Vec::with_capacity(paths.len());
+    pub(super) fn new(Listing { files, left_out }: Listing) -> Self {
         let mut len = 0;
-        for path in paths {
-            let unreadable = |error| Error::Config(format!("io.dataset_dir: cannot read {}: {error}", path.display()));
-            let file = File::open(&path).map_err(unreadable)?;
-            if file.metadata().map_err(unreadable)?.len() == 0 {
-                continue;
-            }
-            // SAFETY: the map is only read. Whoever truncates the file meanwhile ends the program by a signal, as for
-            // every memory-mapped file; the documentation of the data set says so.
-            let bytes = unsafe { Mmap::map(&file) }.map_err(unreadable)?;
-            len += bytes.len() as u64;
-            files.push(MappedFile { path, start: len - bytes.len() as u64, bytes });
-        }
-        Ok(Corpus { files, len })
+        let placed = files.into_iter().map(|file| {
+            len += file.data.len;
+            PlacedFile { start: len - file.data.len, name: file.name, data: file.data }
+        });
+        Corpus { files: placed.collect(), open: OpenFiles::default(), len, left_out }
     }
 
     /// The number of bytes.
@@ -91,61 +73,111 @@ impl Corpus {
         self.files.len()
     }
 
+    /// What was met and is not read; shown, nothing or `; left out: …`.
+    pub(crate) fn left_out(&self) -> LeftOut {
+        self.left_out
+    }
+
     /// The files that hold bytes, each with the place of its first byte.
     pub fn files(&self) -> impl Iterator<Item = (&Path, u64)> {
-        self.files.iter().map(|file| (file.path.as_path(), file.start))
+        self.files.iter().map(|file| (file.data.path.as_path(), file.start))
     }
 
     /// The files' parts of `start..end`, in order.
-    fn parts(&self, start: u64, end: u64) -> impl Iterator<Item = (&MappedFile, &[u8])> {
-        let first = self.files.partition_point(|file| file.start + file.bytes.len() as u64 <= start);
-        self.files[first..].iter().take_while(move |file| file.start < end).map(move |file| {
-            let from = start.saturating_sub(file.start) as usize;
-            let to = (end - file.start).min(file.bytes.len() as u64) as usize;
-            (file, &file.bytes[from..to])
-        })
+    fn parts(&self, start: u64, end: u64) -> impl Iterator<Item = Part> {
+        let first = self.files.partition_point(|file| file.start + file.data.len <= start);
+        self.files.iter().enumerate().skip(first).take_while(move |(_, file)| file.start < end).map(
+            move |(number, file)| {
+                let from = start.saturating_sub(file.start);
+                Part { file: number, start: from, len: (end - file.start).min(file.data.len) - from }
+            },
+        )
+    }
+
+    fn read_part(&self, part: Part, bytes: &mut [u8]) -> Result<()> {
+        let data = &self.files[part.file].data;
+        data.read(&*self.open.get(part.file, data)?, part.start, bytes)
     }
 
     /// Reads the bytes from `start` on into `ids`. Panics if there are not enough.
-    pub fn read(&self, start: u64, ids: &mut [u32]) {
+    ///
+    /// # Errors
+    /// A file cannot be read, or is shorter than it was.
+    pub fn read(&self, start: u64, ids: &mut [u32]) -> Result<()> {
         assert!(start + ids.len() as u64 <= self.len, "{} bytes at {start} of {}", ids.len(), self.len);
-        let mut rest = &mut *ids;
-        for (_, part) in self.parts(start, start + rest.len() as u64) {
-            let (now, later) = rest.split_at_mut(part.len());
-            now.iter_mut().zip(part).for_each(|(id, &byte)| *id = byte as u32);
+        let mut bytes = vec![0; ids.len()];
+        let mut rest = &mut bytes[..];
+        for part in self.parts(start, start + ids.len() as u64) {
+            let (now, later) = rest.split_at_mut(part.len as usize);
+            self.read_part(part, now)?;
             rest = later;
         }
+        ids.iter_mut().zip(bytes).for_each(|(id, byte)| *id = byte.into());
+        Ok(())
+    }
+
+    /// Reads `start..end` chunk by chunk on all threads. `look` gets each chunk and where it stands; its results come in
+    /// any order.
+    fn scan<T: Send>(
+        &self,
+        start: u64,
+        end: u64,
+        look: impl Fn(Part, &[u8]) -> T + Send + Sync,
+    ) -> impl ParallelIterator<Item = Result<T>> {
+        let parts: Vec<Part> = self.parts(start, end).collect();
+        parts
+            .into_par_iter()
+            .flat_map(|part| (0..part.len.div_ceil(CHUNK)).into_par_iter().map(move |n| (part, n)))
+            .map(move |(part, n)| {
+                let chunk = Part { start: part.start + n * CHUNK, len: CHUNK.min(part.len - n * CHUNK), ..part };
+                let mut bytes = vec![0; chunk.len as usize];
+                let data = &self.files[chunk.file].data;
+                data.read(&data.open()?, chunk.start, &mut bytes)?;
+                Ok(look(chunk, &bytes))
+            })
     }
 
     /// How often each value occurs in `start..end`.
-    pub fn byte_counts(&self, start: u64, end: u64) -> [u64; 256] {
-        let mut counts = [0; 256];
-        for (_, part) in self.parts(start, end) {
-            let partial: Vec<[u64; 256]> = part.par_chunks(CHUNK).map(count).collect();
-            partial.iter().for_each(|more| counts.iter_mut().zip(more).for_each(|(sum, n)| *sum += n));
-        }
-        counts
+    ///
+    /// # Errors
+    /// A file cannot be read.
+    pub fn byte_counts(&self, start: u64, end: u64) -> Result<[u64; 256]> {
+        let sum = |a: [u64; 256], b: [u64; 256]| Ok(std::array::from_fn(|byte| a[byte] + b[byte]));
+        self.scan(start, end, |_, bytes| count(bytes)).try_reduce(|| [0; 256], sum)
     }
 
     /// The first byte that is `limit` or more, with its file and its place in it.
-    pub fn first_at_least(&self, limit: usize) -> Option<(u8, &Path, usize)> {
-        self.files.iter().find_map(|file| {
-            let place = file.bytes.par_chunks(CHUNK).enumerate().find_map_first(|(i, chunk)| {
-                chunk.iter().position(|&byte| byte as usize >= limit).map(|at| i * CHUNK + at)
-            })?;
-            Some((file.bytes[place], file.path.as_path(), place))
-        })
+    ///
+    /// # Errors
+    /// A file cannot be read.
+    pub fn first_at_least(&self, limit: usize) -> Result<Option<(u8, &Path, u64)>> {
+        let in_chunk = |chunk: Part, bytes: &[u8]| {
+            let at = bytes.iter().position(|&byte| byte as usize >= limit)?;
+            Some((bytes[at], self.files[chunk.file].data.path.as_path(), chunk.start + at as u64))
+        };
+        self.scan(0, self.len, in_chunk).find_map_first(Result::transpose).transpose()
     }
 
-    /// A hash of the files' names and sizes.
-    pub fn fingerprint(&self) -> String {
+    /// The files with their sums, whose names begin with `folder`.
+    ///
+    /// # Errors
+    /// A file cannot be read.
+    pub(super) fn sums(&self, folder: &str) -> Result<Vec<FileSum>> {
+        let sum = |PlacedFile { name, data, .. }: &PlacedFile| {
+            FileSum::new(&Path::new(folder).join(name), data, &data.open()?)
+        };
+        self.files.par_iter().map(sum).collect()
+    }
+
+    /// A hash of the files' names and sizes, which was the fingerprint in earlier versions.
+    pub(super) fn names_and_sizes(&self) -> String {
         let mut hash = Sha256::new();
         for file in &self.files {
-            hash.update(file.path.file_name().unwrap_or_default().as_encoded_bytes());
+            hash.update(file.data.path.file_name().unwrap_or_default().as_encoded_bytes());
             hash.update([0]);
-            hash.update((file.bytes.len() as u64).to_le_bytes());
+            hash.update(file.data.len.to_le_bytes());
         }
-        hash.finalize()[..16].iter().map(|byte| format!("{byte:02x}")).collect()
+        hex(hash)[..32].into()
     }
 }
 
@@ -162,54 +194,10 @@ fn count(chunk: &[u8]) -> [u64; 256] {
     std::array::from_fn(|byte| tables.iter().map(|table| table[byte]).sum())
 }
 
-/// Adds the files that `place` names to `paths`.
-fn find(place: &str, paths: &mut Vec<PathBuf>) -> Result<()> {
-    let path = Path::new(place);
-    if path.is_dir() {
-        return walk(path, paths);
-    }
-    if path.is_file() {
-        paths.push(path.into());
-        return Ok(());
-    }
-    let bad_glob = |error: &dyn std::fmt::Display| Error::Config(format!("io.dataset_dir: glob {place:?}: {error}"));
-    let before = paths.len();
-    if place.contains(['*', '?', '[']) {
-        for found in glob::glob(place).map_err(|error| bad_glob(&error))? {
-            let found = found.map_err(|error| bad_glob(&error))?;
-            if found.is_file() {
-                paths.push(found);
-            }
-        }
-    }
-    if paths.len() == before {
-        return Err(Error::Config(format!(
-            "io.dataset_dir: {place:?} names nothing; expected a file, a folder or a glob that matches files (relative \
-             paths start at the current directory)"
-        )));
-    }
-    Ok(())
-}
-
-/// Adds every file below `folder`. Hidden ones are skipped, and links to folders, which could lead back.
-fn walk(folder: &Path, paths: &mut Vec<PathBuf>) -> Result<()> {
-    for entry in fs::read_dir(folder).at(folder)? {
-        let entry = entry.at(folder)?;
-        let path = entry.path();
-        if entry.file_name().as_encoded_bytes().starts_with(b".") {
-            continue;
-        }
-        if entry.file_type().at(&path)?.is_dir() {
-            walk(&path, paths)?;
-        } else if path.is_file() {
-            paths.push(path);
-        }
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     fn folder(files: &[(&str, &[u8])]) -> tempfile::TempDir {
@@ -222,53 +210,14 @@ mod tests {
         folder
     }
 
-    fn all(corpus: &Corpus) -> Vec<u8> {
-        let mut ids = vec![0; corpus.len() as usize];
-        corpus.read(0, &mut ids);
-        ids.into_iter().map(|id| id as u8).collect()
-    }
-
-    #[test]
-    fn a_folder_is_read_in_the_order_of_paths_without_hidden_files() {
-        let folder = folder(&[
-            ("b.txt", b"BB"),
-            ("a/z.txt", b"az"),
-            ("a/b.txt", b"ab"),
-            (".hidden", b"no"),
-            (".git/x", b"no"),
-            ("empty", b""),
-        ]);
-        let corpus = Corpus::open(folder.path().to_str().unwrap(), &[]).unwrap();
-        assert_eq!((all(&corpus), corpus.num_files()), (b"abazBB".to_vec(), 3));
-    }
-
-    #[test]
-    fn globs_and_single_files_are_read() {
-        let folder = folder(&[("a.txt", b"1"), ("b.md", b"2"), ("sub/c.txt", b"3"), ("x[1].txt", b"4")]);
-        let place = |name: &str| folder.path().join(name).to_str().unwrap().to_string();
-        assert_eq!(all(&Corpus::open(&place("*.md"), &[]).unwrap()), b"2");
-        assert_eq!(all(&Corpus::open(&place("**/*.txt"), &[]).unwrap()), b"134");
-        assert_eq!(all(&Corpus::open(&place("x[1].txt"), &[]).unwrap()), b"4", "a name that looks like a glob");
-        let globs = ["*.md".to_string(), "sub".to_string(), "*.md".to_string()];
-        assert_eq!(all(&Corpus::open(&place(""), &globs).unwrap()), b"23");
-    }
-
-    #[test]
-    fn what_is_not_there_is_said() {
-        for place in ["/nowhere/at/all", "/nowhere/*.txt"] {
-            let error = Corpus::open(place, &[]).unwrap_err();
-            assert!(error.is_configuration() && error.to_string().contains(place), "{error}");
-        }
-    }
-
     #[test]
     fn reading_crosses_the_borders_of_files() {
         let folder = folder(&[("a", b"012"), ("b", b"3"), ("c", b"456789")]);
-        let corpus = Corpus::open(folder.path().to_str().unwrap(), &[]).unwrap();
+        let corpus = Corpus::open(folder.path(), &[]).unwrap();
         for start in 0..10u64 {
             for len in 0..=10 - start {
                 let mut ids = vec![0; len as usize];
-                corpus.read(start, &mut ids);
+                corpus.read(start, &mut ids).unwrap();
                 let want: Vec<u32> = (start..start + len).map(|i| b'0' as u32 + i as u32).collect();
                 assert_eq!(ids, want);
             }
@@ -278,20 +227,56 @@ mod tests {
     #[test]
     fn bytes_are_counted_within_the_range() {
         let folder = folder(&[("a", b"aab"), ("b", b"bcc\xff")]);
-        let corpus = Corpus::open(folder.path().to_str().unwrap(), &[]).unwrap();
-        let counts = corpus.byte_counts(1, 6);
+        let corpus = Corpus::open(folder.path(), &[]).unwrap();
+        let counts = corpus.byte_counts(1, 6).unwrap();
         assert_eq!((counts[b'a' as usize], counts[b'b' as usize], counts[b'c' as usize]), (1, 2, 2));
         assert_eq!(counts.iter().sum::<u64>(), 5);
-        let (byte, path, place) = corpus.first_at_least(128).unwrap();
+        let (byte, path, place) = corpus.first_at_least(128).unwrap().unwrap();
         assert_eq!((byte, path.file_name().unwrap().to_str(), place), (255, Some("b"), 3));
-        assert!(corpus.first_at_least(256).is_none());
+        assert!(corpus.first_at_least(256).unwrap().is_none());
     }
 
     #[test]
-    fn the_fingerprint_changes_with_a_size() {
-        let fingerprint =
-            |files: &[(&str, &[u8])]| Corpus::open(folder(files).path().to_str().unwrap(), &[]).unwrap().fingerprint();
-        assert_eq!(fingerprint(&[("a", b"1"), ("b", b"2")]), fingerprint(&[("a", b"1"), ("b", b"2")]));
-        assert_ne!(fingerprint(&[("a", b"1"), ("b", b"2")]), fingerprint(&[("a", b"12"), ("b", b"2")]));
+    fn data_that_shrink_are_an_error_of_every_reader() {
+        let folder = folder(&[("a", b"0123"), ("b", &[b'x'; 3 << 20])]);
+        let corpus = Corpus::open(folder.path(), &[]).unwrap();
+        corpus.read(0, &mut [0; 10]).unwrap();
+        fs::write(folder.path().join("b"), "x").unwrap();
+        let errors = [
+            corpus.read(0, &mut [0; 10]).unwrap_err(),
+            corpus.byte_counts(0, corpus.len()).unwrap_err(),
+            corpus.first_at_least(256).unwrap_err(),
+            corpus.sums("").unwrap_err(),
+        ];
+        for error in errors.map(|error| error.to_string()) {
+            assert!(
+                error.contains("/b: this data file was 3145728 bytes long when it was opened and is 1 "),
+                "{error}"
+            );
+        }
+        corpus.read(0, &mut [0; 4]).unwrap();
+    }
+
+    #[test]
+    fn scans_see_every_byte_once() {
+        let mut bytes = vec![b'x'; (2 * CHUNK + 7) as usize];
+        bytes[CHUNK as usize] = 200;
+        bytes[CHUNK as usize + 9] = 201;
+        let folder = folder(&[("a", b"ab"), ("b", &bytes)]);
+        let corpus = Corpus::open(folder.path(), &[]).unwrap();
+        let counts = corpus.byte_counts(1, corpus.len() - 1).unwrap();
+        assert_eq!((counts[b'a' as usize], counts[b'b' as usize], counts[200]), (0, 1, 1));
+        assert_eq!(counts.iter().sum::<u64>(), corpus.len() - 2);
+        let (byte, path, place) = corpus.first_at_least(128).unwrap().unwrap();
+        assert_eq!((byte, path.file_name().unwrap().to_str(), place), (200, Some("b"), CHUNK));
+    }
+
+    #[test]
+    fn earlier_versions_knew_names_and_sizes() {
+        let folder = folder(&[("sub/a", b"012"), ("sub/b", b"34567")]);
+        let corpus = Corpus::open(folder.path(), &[]).unwrap();
+        assert_eq!(corpus.names_and_sizes(), "33d17b8fa8e63966e30b92c5afc6821e");
+        let names: Vec<String> = corpus.sums("train").unwrap().into_iter().map(|sum| sum.file).collect();
+        assert_eq!(names, ["train/sub/a", "train/sub/b"]);
     }
 }

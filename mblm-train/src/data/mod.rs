@@ -5,14 +5,21 @@ pub mod batches;
 pub mod bytes;
 pub mod clevr;
 pub mod corpus;
+mod fingerprint;
+mod listing;
 pub mod order;
 pub mod pg19;
 pub mod prefetch;
+mod reader;
+pub(crate) mod record;
+
+use std::path::Path;
 
 use mblm_core::nearest::nearest;
 use mblm_core::yaml::{from_value, join};
 use serde::de::DeserializeOwned;
 
+pub use self::fingerprint::{FileSum, Fingerprint};
 use crate::error::{Error, Result};
 
 /// One split of a data set: sequences of a fixed length, in a fixed order.
@@ -34,8 +41,11 @@ pub trait Dataset: Send + Sync {
 
     /// How often each byte value occurs, for the entropy a model must beat; `None` if the data are not bytes, or too
     /// many to count in passing.
-    fn byte_counts(&self) -> Option<[u64; 256]> {
-        None
+    ///
+    /// # Errors
+    /// The data cannot be read.
+    fn byte_counts(&self) -> Result<Option<[u64; 256]>> {
+        Ok(None)
     }
 }
 
@@ -50,14 +60,16 @@ pub struct Splits {
     /// What was read and how it was split, in a line for the log.
     pub about: String,
     /// Changes when the data do, so that a run is not resumed on other data.
-    pub fingerprint: String,
+    pub fingerprint: Fingerprint,
 }
 
 /// What a data set is opened with.
 #[derive(Clone, Copy, Debug)]
 pub struct DatasetOptions<'a> {
     /// `io.dataset_dir`.
-    pub dir: &'a str,
+    pub dir: &'a Path,
+    /// `io.output_dir`, which is not read where it lies below `dir`.
+    pub output_dir: Option<&'a Path>,
     /// `io.dataset_args`.
     pub args: Option<&'a serde_json::Value>,
     /// `params.input_seq_len`.
@@ -144,9 +156,17 @@ pub fn kinds() -> Result<Vec<&'static DatasetKind>> {
 
 /// Opens the data set called `id`.
 pub fn open(id: &str, options: &DatasetOptions) -> Result<Splits> {
+    (kind(id)?.open)(options)
+}
+
+/// The kind of data set called `id`.
+///
+/// # Errors
+/// There is none; lists those that there are.
+pub fn kind(id: &str) -> Result<&'static DatasetKind> {
     let kinds = kinds()?;
     match kinds.iter().find(|kind| kind.id == id) {
-        Some(kind) => (kind.open)(options),
+        Some(kind) => Ok(kind),
         None => {
             let known: Vec<String> = kinds.iter().map(|kind| format!("{} ({})", kind.id, kind.about)).collect();
             let meant = nearest(id, kinds.iter().map(|kind| kind.id));
@@ -173,7 +193,9 @@ mod tests {
 
     #[test]
     fn an_unknown_id_lists_the_known() {
-        let options = DatasetOptions { dir: "x", args: None, seq_len: 1, num_tokens: 256, pad_token_id: 0 };
+        let dir = Path::new("x");
+        let options =
+            DatasetOptions { dir, output_dir: None, args: None, seq_len: 1, num_tokens: 256, pad_token_id: 0 };
         let error = open("pg20", &options).err().unwrap();
         assert!(error.is_configuration());
         let message = error.to_string();

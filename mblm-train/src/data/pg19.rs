@@ -2,15 +2,16 @@
 //!
 //! `io.dataset_dir` is laid out as the original: folders `train`, `validation` and `test` of `.txt` files; other files
 //! are not read, and `test` may be missing. The books of a folder are one run of bytes, in the order of their names
-//! (the reference package takes them in the order in which the file system lists them). They are memory-mapped and
-//! must not be changed while they are read. Sequences are cut as in [`bytes`](super::bytes).
+//! (the reference package takes them in the order in which the file system lists them). Files are read and sequences
+//! are cut as in [`bytes`](super::bytes).
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::bytes::{BytesSplit, check_vocabulary};
 use super::corpus::Corpus;
-use super::{Dataset, DatasetOptions, NoArgs, Splits};
+use super::listing::Listing;
+use super::{Dataset, DatasetOptions, Fingerprint, NoArgs, Splits};
 use crate::error::{Error, Result};
 
 crate::register_dataset!(
@@ -33,9 +34,10 @@ fn open(options: &DatasetOptions) -> Result<Splits> {
         let range = 0..books.len();
         Box::new(BytesSplit::new(books, range, options.seq_len, shifts)) as Box<dyn Dataset>
     };
+    let sums = [train.sums("train")?, valid.sums("validation")?].concat();
     Ok(Splits {
         about: format!("{:?}: {} train, {} validate, {test_size} to test on", options.dir, size(&train), size(&valid)),
-        fingerprint: format!("{}-{}", train.fingerprint(), valid.fingerprint()),
+        fingerprint: Fingerprint::new(sums, format!("{}-{}", train.names_and_sizes(), valid.names_and_sizes())),
         train: split(train, true),
         valid: split(valid, false),
         test: test.map(|books| split(books, false)),
@@ -43,7 +45,7 @@ fn open(options: &DatasetOptions) -> Result<Splits> {
 }
 
 fn folder(options: &DatasetOptions, name: &str) -> PathBuf {
-    Path::new(options.dir).join(name)
+    options.dir.join(name)
 }
 
 /// The books of one folder: at least a sequence of bytes, each of them a token.
@@ -55,7 +57,7 @@ fn books(options: &DatasetOptions, name: &str) -> Result<Arc<Corpus>> {
              wanted, test of .txt files, as in https://github.com/google-deepmind/pg19"
         )));
     }
-    let books = Corpus::open_folder(&folder, "txt")?;
+    let books = Corpus::new(Listing::find(&folder, &["**/*.txt".into()], options.output_dir)?);
     if books.len() < options.seq_len as u64 {
         return Err(Error::Config(format!(
             "io.dataset_dir: the {} .txt file(s) in {folder:?} hold {} bytes; expected at least {}, a sequence of \
@@ -72,6 +74,7 @@ fn books(options: &DatasetOptions, name: &str) -> Result<Arc<Corpus>> {
 #[cfg(test)]
 mod tests {
     use std::fs;
+    use std::path::Path;
 
     use serde_json::{Value, json};
 
@@ -94,8 +97,8 @@ mod tests {
     }
 
     fn open_root(root: &Path, seq_len: usize, args: Option<&Value>) -> Result<Splits> {
-        let dir = root.to_str().unwrap();
-        super::super::open("pg19", &DatasetOptions { dir, args, seq_len, num_tokens: 256, pad_token_id: 0 })
+        let options = DatasetOptions { dir: root, output_dir: None, args, seq_len, num_tokens: 256, pad_token_id: 0 };
+        super::super::open("pg19", &options)
     }
 
     fn sample(split: &dyn Dataset, epoch: u64, index: u64) -> Vec<u32> {
@@ -117,7 +120,7 @@ mod tests {
         assert_eq!((valid.num_sequences(1), sample(valid, 1, 1)), (2, vec![4, 5, 6, 7]));
         assert_eq!((test.num_sequences(1), sample(test, 1, 0)), (2, vec![0, 1, 2, 3]));
         assert!(!train.has_loss_mask());
-        assert_eq!(train.byte_counts().unwrap().iter().sum::<u64>(), 11);
+        assert_eq!(train.byte_counts().unwrap().unwrap().iter().sum::<u64>(), 11);
     }
 
     #[test]

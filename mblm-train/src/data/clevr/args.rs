@@ -136,11 +136,16 @@ mod tests {
 
     use super::*;
 
+    fn options(args: Option<&Value>) -> DatasetOptions<'_> {
+        let dir = std::path::Path::new("");
+        DatasetOptions { dir, output_dir: None, args, seq_len: 1, num_tokens: 256, pad_token_id: 0 }
+    }
+
     fn read(changes: Value) -> Result<ClevrArgs> {
         let mut args = json!({"target_mode": "a", "qiqa_loss_mask": [0.0, 0.5, 0, 1]});
         args.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
         let args = Some(&args);
-        ClevrArgs::new(&DatasetOptions { dir: "", args, seq_len: 1, num_tokens: 256, pad_token_id: 0 })
+        ClevrArgs::new(&options(args))
     }
 
     #[test]
@@ -176,8 +181,7 @@ mod tests {
             let error = read(changes).unwrap_err();
             assert!(error.is_configuration() && error.to_string().contains(want), "{error}\n{want}");
         }
-        let options = DatasetOptions { dir: "", args: None, seq_len: 1, num_tokens: 256, pad_token_id: 0 };
-        let error = ClevrArgs::new(&options).unwrap_err().to_string();
+        let error = ClevrArgs::new(&options(None)).unwrap_err().to_string();
         assert_eq!(error, "io.dataset_args: missing field `target_mode`");
     }
 }

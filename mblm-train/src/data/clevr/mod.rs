@@ -1,7 +1,7 @@
 //! Data set `clevr`: questions about images, from [CLEVR](https://cs.stanford.edu/people/jcjohns/clevr).
 //!
 //! `io.dataset_dir` is laid out as the original: `questions/CLEVR_{train,val}_questions.json` and
-//! `images/{train,val}/*.png`; they must not be changed while they are read. The original's test questions have no
+//! `images/{train,val}/*.png`; they must not be changed while they are in use. The original's test questions have no
 //! answers, so there is no test split. A sequence is one sample, padded to `input_seq_len` with `pad_token_id`:
 //!
 //! | part | tokens | weight of its losses |
@@ -21,8 +21,10 @@
 mod args;
 mod image;
 mod jpeg;
+mod places;
 mod questions;
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
@@ -30,10 +32,15 @@ use sha2::{Digest, Sha256};
 pub use self::args::{ClevrArgs, TargetMode};
 use self::image::Image;
 use self::questions::{Question, Questions};
-use super::{Dataset, DatasetOptions, Splits};
+use super::fingerprint::hex;
+use super::reader::DataFile;
+use super::{Dataset, DatasetOptions, FileSum, Fingerprint, Splits};
 use crate::error::{Error, Result};
 
 crate::register_dataset!("clevr", "questions about images, with their answers", open, args = args::ClevrArgs);
+
+/// How many images of a split, spread evenly over its questions, tell whether the data are the same.
+const FINGERPRINT_IMAGES: u64 = 64;
 
 /// A split: its questions, in the order of their file.
 struct ClevrSplit {
@@ -55,27 +62,40 @@ fn open(options: &DatasetOptions) -> Result<Splits> {
             train.questions.len(),
             valid.questions.len()
         ),
-        fingerprint: fingerprint(&[&train.questions, &valid.questions]),
+        fingerprint: fingerprint(options.dir, &[&train, &valid])?,
         train: Box::new(train),
         valid: Box::new(valid),
         test: None,
     })
 }
 
-/// A hash of the numbers of questions and the sizes of their files.
-fn fingerprint(splits: &[&Questions]) -> String {
-    let mut hash = Sha256::new();
-    for questions in splits {
-        hash.update(questions.len().to_le_bytes());
-        hash.update(questions.num_bytes().to_le_bytes());
+/// Of every split, the file of questions and [`FINGERPRINT_IMAGES`] images. Earlier versions kept a hash of the numbers of
+/// questions and the sizes of their files.
+fn fingerprint(root: &Path, splits: &[&ClevrSplit]) -> Result<Fingerprint> {
+    let mut before = Sha256::new();
+    let mut files = Vec::new();
+    for ClevrSplit { questions, images, .. } in splits {
+        before.update(questions.len().to_le_bytes());
+        before.update(questions.num_bytes().to_le_bytes());
+        let count = questions.len().min(FINGERPRINT_IMAGES);
+        let images = (0..count).map(|n| Ok(images.join(questions.read(n * questions.len() / count)?.image_filename)));
+        let mut paths = vec![questions.path().to_path_buf()];
+        paths.extend(images.collect::<Result<BTreeSet<PathBuf>>>()?);
+        for path in paths {
+            let name = path.strip_prefix(root).unwrap_or(&path);
+            // A missing image is an error of the sample that needs it.
+            if let Ok(data) = DataFile::new(&path) {
+                files.push(FileSum::new(name, &data, &data.open()?)?);
+            }
+        }
     }
-    hash.finalize()[..16].iter().map(|byte| format!("{byte:02x}")).collect()
+    Ok(Fingerprint::new(files, hex(before)[..32].into()))
 }
 
 impl ClevrSplit {
     /// Opens a split; all questions and the longest sample are known to be good.
     fn open(options: &DatasetOptions, args: &ClevrArgs, name: &str) -> Result<Self> {
-        let root = Path::new(options.dir);
+        let root = options.dir;
         let questions = Questions::open(root.join(format!("questions/CLEVR_{name}_questions.json")))?;
         let longest = questions.check(args.answer_categorical)?;
         let split = ClevrSplit {
@@ -91,7 +111,7 @@ impl ClevrSplit {
 
     /// The image as tokens.
     fn image(&self, question: &Question) -> Result<Vec<u8>> {
-        let path = self.images.join(&*question.image_filename);
+        let path = self.images.join(&question.image_filename);
         let mut image = Image::read(&path)?;
         if let Some((height, width)) = self.args.crop() {
             image = image.crop(height, width);

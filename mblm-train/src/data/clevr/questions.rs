@@ -1,15 +1,16 @@
-//! A CLEVR questions file, memory-mapped: where each question stands in it, and the question when it is asked for. The
-//! file of the training split has hundreds of megabytes, most of which are not needed.
+//! A CLEVR questions file: where each question stands in it, and the question when it is asked for. The file of the
+//! training split has hundreds of megabytes, most of which are not needed.
 
-use std::borrow::Cow;
+use std::fmt;
 use std::fs::File;
+use std::io::BufReader;
 use std::path::{Path, PathBuf};
 
-use memmap2::Mmap;
 use rayon::prelude::*;
 use serde::Deserialize;
-use serde_json::value::RawValue;
 
+use super::places::{Place, places};
+use crate::data::reader::DataFile;
 use crate::error::{Error, Result};
 
 /// The answers, in the order of the characters that stand for them: `0` to `9`, then `A` to `R`.
@@ -21,14 +22,13 @@ const CLASSES: &[u8; 28] = b"0123456789ABCDEFGHIJKLMNOPQR";
 
 /// A question about an image.
 #[derive(Debug, Deserialize)]
-pub(super) struct Question<'a> {
-    #[serde(borrow)]
-    pub question: Cow<'a, str>,
-    pub answer: Cow<'a, str>,
-    pub image_filename: Cow<'a, str>,
+pub(super) struct Question {
+    pub question: String,
+    pub answer: String,
+    pub image_filename: String,
 }
 
-impl Question<'_> {
+impl Question {
     /// The character that stands for the answer, if it is one of the 28.
     pub fn answer_class(&self) -> Option<u8> {
         ANSWERS.iter().position(|answer| *answer == self.answer).map(|class| CLASSES[class])
@@ -38,55 +38,41 @@ impl Question<'_> {
 /// The questions of a split.
 #[derive(Debug)]
 pub(super) struct Questions {
-    path: PathBuf,
-    file: Mmap,
-    /// Start and length of each question's object.
-    entries: Vec<(u64, u32)>,
-}
-
-#[derive(Deserialize)]
-struct Document<'a> {
-    #[serde(borrow)]
-    questions: Vec<&'a RawValue>,
+    data: DataFile,
+    file: File,
+    entries: Vec<Place>,
 }
 
 impl Questions {
-    /// Maps the file and finds its questions.
+    /// Opens the file and finds its questions.
     pub fn open(path: PathBuf) -> Result<Self> {
-        let unreadable = |error| {
+        let unreadable = |error: &dyn fmt::Display| {
             Error::Config(format!(
-                "io.dataset_dir: cannot read {}: {error}; data set clevr expects the folders questions (with \
-                 CLEVR_train_questions.json and CLEVR_val_questions.json) and images (with train and val), as in \
-                 https://cs.stanford.edu/people/jcjohns/clevr",
-                path.display()
+                "{error}; data set clevr expects the folders questions (with CLEVR_train_questions.json and \
+                 CLEVR_val_questions.json) and images (with train and val), as in \
+                 https://cs.stanford.edu/people/jcjohns/clevr"
             ))
         };
-        let file = File::open(&path).map_err(unreadable)?;
-        // SAFETY: the map is only read; the documentation of the data set asks not to change its files.
-        let file = unsafe { Mmap::map(&file) }.map_err(unreadable)?;
-        let document: Document = serde_json::from_slice(&file).map_err(|error| {
+        let data = DataFile::new(&path).map_err(|error| unreadable(&error))?;
+        let file = data.open().map_err(|error| unreadable(&error))?;
+        let entries = places(BufReader::new(&file)).map_err(|error| {
             let path = path.display();
             Error::Config(format!("{path}: {error}; expected an object with a list \"questions\", as CLEVR has it"))
         })?;
-        let place = |entry: &&RawValue| {
-            let text = entry.get();
-            ((text.as_ptr().addr() - file.as_ptr().addr()) as u64, text.len() as u32)
-        };
-        let entries: Vec<(u64, u32)> = document.questions.iter().map(place).collect();
         if entries.is_empty() {
             return Err(Error::Config(format!("{}: holds no questions; expected at least one", path.display())));
         }
-        Ok(Questions { path, file, entries })
+        Ok(Questions { data, file, entries })
     }
 
     /// The file.
     pub fn path(&self) -> &Path {
-        &self.path
+        &self.data.path
     }
 
     /// The file's size in bytes.
     pub fn num_bytes(&self) -> u64 {
-        self.file.len() as u64
+        self.data.len
     }
 
     /// The number of questions.
@@ -95,10 +81,12 @@ impl Questions {
     }
 
     /// Question `index`. Panics if there is no such question.
-    pub fn read(&self, index: u64) -> Result<Question<'_>> {
+    pub fn read(&self, index: u64) -> Result<Question> {
         let (start, len) = self.entries[index as usize];
-        serde_json::from_slice(&self.file[start as usize..][..len as usize]).map_err(|error| {
-            let path = self.path.display();
+        let mut text = vec![0; len as usize];
+        self.data.read(&self.file, start, &mut text)?;
+        serde_json::from_slice(&text).map_err(|error| {
+            let path = self.path().display();
             Error::Config(format!(
                 "{path}: question {index}: {error}; expected the strings question, answer and image_filename"
             ))
@@ -117,7 +105,7 @@ impl Questions {
                 return Err(Error::Config(format!(
                     "{}: question {index}: the answer {:?} is none of the 28 of CLEVR ({}); expected one of them, or \
                      io.dataset_args.answer_categorical: false",
-                    self.path.display(),
+                    self.path().display(),
                     question.answer,
                     ANSWERS.join(", ")
                 )));
