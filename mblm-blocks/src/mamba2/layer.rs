@@ -98,13 +98,11 @@ impl Mamba2Layer {
         normed
     }
 
-    /// `y + D x`, and its gated norm.
-    fn gated(&self, proj: &[f32], xbc: &[f32], y: &[f32]) -> (Buffer, Buffer) {
-        let (mut full, mut gated) = (Buffer::take(y.len()), Buffer::take(y.len()));
-        parallel::copy(y, &mut full);
-        self.with_ssd(|ssd| ssd.add_skip(self.sizes.inputs(proj, xbc).x, &mut full));
-        self.with_gate(|gate| gate.forward(&full, self.sizes.gate(proj), &mut gated));
-        (full, gated)
+    /// The gated norm of `y`.
+    fn gated(&self, proj: &[f32], y: &[f32]) -> Buffer {
+        let mut gated = Buffer::take(y.len());
+        self.with_gate(|gate| gate.forward(y, self.sizes.gate(proj), &mut gated));
+        gated
     }
 }
 
@@ -138,7 +136,7 @@ pub(super) struct Tape {
     proj: Buffer,
     /// `(R, E + 2 N)`: after the convolution.
     xbc: Buffer,
-    /// `(R, E)`: without `D x`.
+    /// `(R, E)`
     y: Buffer,
     ssd: ssd::Tape,
 }
@@ -171,7 +169,7 @@ impl Layer for Mamba2Layer {
         self.conv().forward(sizes.conv_input(&proj), seq, &mut xbc);
         let mut scanned = Buffer::take(rows * inner);
         let ssd = self.with_ssd(|ssd| ssd.forward(&sizes.inputs(&proj, &xbc), seq, &mut scanned));
-        let (_, gated) = self.gated(&proj, &xbc, &scanned);
+        let gated = self.gated(&proj, &scanned);
         match context.mode.dropout(self.dropout.0, self.dropout.1) {
             Some(dropout) => {
                 linear::forward(&gated, &self.out_proj.values(), inner, Into::Set, y);
@@ -208,16 +206,16 @@ impl Mamba2Layer {
         let sizes @ Sizes { d_state: n, .. } = self.sizes;
         let (rows, seq) = (context.dims.rows(), context.dims.seq);
         let (inner, conv, width) = (sizes.inner(), sizes.conv(), sizes.proj());
-        let (full, gated) = self.gated(&tape.proj, &tape.xbc, &tape.y);
+        let gated = self.gated(&tape.proj, &tape.y);
         linear::backward_weight(dmixed, &gated, inner, &mut self.out_proj.grad_mut());
-        let mut dfull = gated;
-        linear::backward_input(dmixed, &self.out_proj.values(), inner, Into::Set, &mut dfull);
+        let mut dscanned = gated;
+        linear::backward_input(dmixed, &self.out_proj.values(), inner, Into::Set, &mut dscanned);
 
         let (mut dproj, mut dxbc) = (Buffer::take(rows * width), Buffer::take(rows * conv));
         let (dproj_shared, dxbc_shared) = (Shared::new(&mut dproj), Shared::new(&mut dxbc));
         let dz = RowsMut::columns(dproj_shared, width, 0..inner);
         let mut dgain = self.gate_norm.grad_mut();
-        self.with_gate(|gate| gate.backward(&full, sizes.gate(&tape.proj), &mut dfull, dz, &mut dgain));
+        self.with_gate(|gate| gate.backward(&tape.y, sizes.gate(&tape.proj), &mut dscanned, dz, &mut dgain));
 
         let columns = |range| RowsMut::columns(dxbc_shared, conv, range);
         let grads = Grads {
@@ -229,7 +227,7 @@ impl Mamba2Layer {
         let (mut a_log, mut d, mut dt_bias) = (self.a_log.grad_mut(), self.d.grad_mut(), self.dt_bias.grad_mut());
         let mut params = ParamGrads { a_log: &mut a_log, d: &mut d, dt_bias: &mut dt_bias };
         let inputs = sizes.inputs(&tape.proj, &tape.xbc);
-        self.with_ssd(|ssd| ssd.backward(&inputs, seq, &tape.ssd, [&tape.y, &dfull], grads, &mut params));
+        self.with_ssd(|ssd| ssd.backward(&inputs, seq, &tape.ssd, &dscanned, grads, &mut params));
 
         let dconv = RowsMut::columns(dproj_shared, width, inner..inner + conv);
         let (mut dweight, mut dbias) = (self.conv_weight.grad_mut(), self.conv_bias.grad_mut());

@@ -77,14 +77,40 @@ pub struct Ssd<'a> {
 pub struct Tape {
     /// `(B S, H)`: step sizes.
     delta: Buffer,
-    /// `(B S, H)`: `s_i`, sums of `δ a` from the chunk's start.
-    sums: Buffer,
+    logs: LogDecays,
     /// `C Bᵀ` of every chunk; a chunk whose first row is r starts at `r * CHUNK`.
     cb: Buffer,
     /// The state at the start of every chunk, `(B, chunks, parts of the heads, N, columns of the part)`.
     states: Buffer,
     /// The parts of the heads that forward ran, and backward must run too.
     tasks: Tasks,
+}
+
+/// `s_i`, the sums of `δ a` from the chunk's start, `(B S, H)`. Each is kept in two parts: among large sums the difference
+/// of two neighbours has few bits left in `f32`.
+struct LogDecays {
+    high: Buffer,
+    low: Buffer,
+}
+
+impl LogDecays {
+    /// `e^{s_i}`, where `i` counts rows and heads.
+    #[inline(always)]
+    fn since_start(&self, i: usize) -> f32 {
+        exp_decay(self.high[i])
+    }
+
+    /// `e^{s_i - s_j}`, where both count rows and heads and `j` is not behind `i`.
+    #[inline(always)]
+    fn between(&self, j: usize, i: usize) -> f32 {
+        decay([self.high[i], self.low[i]], [self.high[j], self.low[j]])
+    }
+}
+
+/// `e^{s_i - s_j}` from the two parts of each.
+#[inline(always)]
+fn decay(s_i: [f32; 2], s_j: [f32; 2]) -> f32 {
+    exp_decay((s_i[0] - s_j[0]) + (s_i[1] - s_j[1]))
 }
 
 /// The sizes that follow from inputs and parameters.
@@ -143,28 +169,27 @@ impl Ssd<'_> {
     }
 
     /// Step sizes, and their sums times `a` from the start of each chunk.
-    fn steps(&self, inputs: &Inputs, sizes: Sizes) -> (Buffer, Buffer) {
+    fn steps(&self, inputs: &Inputs, sizes: Sizes) -> (Buffer, LogDecays) {
         let Sizes { seq, heads, .. } = sizes;
         let rows = inputs.dt.rows();
-        let (mut delta, mut sums) = (Buffer::take(rows * heads), Buffer::take(rows * heads));
+        let [mut delta, mut high, mut low] = [(); 3].map(|()| Buffer::take(rows * heads));
         vectorize(
             #[inline(always)]
             || {
                 for row in 0..rows {
-                    let here = row * heads..(row + 1) * heads;
-                    let (before, rest) = sums.split_at_mut(here.start);
-                    let before = if (row % seq) % CHUNK == 0 { None } else { Some(&before[here.start - heads..]) };
-                    let delta = &mut delta[here];
-                    for ((delta, dt), bias) in delta.iter_mut().zip(inputs.dt.row(row)).zip(self.dt_bias) {
-                        *delta = softplus(dt + bias);
-                    }
-                    for (h, sum) in rest[..heads].iter_mut().enumerate() {
-                        *sum = before.map_or(0.0, |b| b[h]) - delta[h] * simd::exp(self.a_log[h]);
+                    let starts = (row % seq) % CHUNK == 0;
+                    let dts = inputs.dt.row(row).iter().zip(self.dt_bias).zip(self.a_log);
+                    for (i, ((dt, bias), a_log)) in (row * heads..).zip(dts) {
+                        delta[i] = softplus(dt + bias);
+                        let before = if starts { 0.0 } else { high[i - heads] as f64 + low[i - heads] as f64 };
+                        let sum = before - delta[i] as f64 * simd::exp(*a_log) as f64;
+                        high[i] = sum as f32;
+                        low[i] = (sum - high[i] as f64) as f32;
                     }
                 }
             },
         );
-        (delta, sums)
+        (delta, LogDecays { high, low })
     }
 
     /// `C Bᵀ` of every chunk, which all heads share.
@@ -184,14 +209,13 @@ impl Ssd<'_> {
         cb
     }
 
-    /// Runs whole sequences from zero states, without `D x`, which [`add_skip`](Self::add_skip) adds: backward is more
-    /// accurate from the output without it.
+    /// Runs whole sequences from zero states.
     ///
     /// # Shapes
     /// - `y`: `(B, S, H P)`, overwritten
     pub fn forward(&self, inputs: &Inputs, seq: usize, y: &mut [f32]) -> Tape {
         let sizes = self.sizes(inputs, seq);
-        let (delta, sums) = self.steps(inputs, sizes);
+        let (delta, logs) = self.steps(inputs, sizes);
         let cb = Self::products(inputs, sizes);
         // A sequence of one chunk starts from zeros, and its last state is nobody's start.
         let kept = if sizes.chunks() > 1 { sizes.batch * sizes.chunks() * sizes.d_state * sizes.inner() } else { 0 };
@@ -199,8 +223,9 @@ impl Ssd<'_> {
         let pass = Forward {
             inputs,
             sizes,
+            d: self.d,
             delta: &delta,
-            sums: &sums,
+            logs: &logs,
             cb: &cb,
             states: Shared::new(&mut states),
             y: RowsMut::new(y, sizes.inner()),
@@ -216,26 +241,7 @@ impl Ssd<'_> {
                 }
             }
         });
-        Tape { delta, sums, cb, states, tasks }
-    }
-
-    /// `y += D x`.
-    pub fn add_skip(&self, x: Rows, y: &mut [f32]) {
-        let (inner, headdim) = (x.width(), x.width() / self.d.len());
-        let y = RowsMut::new(y, inner);
-        for_rows(x.rows(), inner, |rows| {
-            vectorize(
-                #[inline(always)]
-                || {
-                    for row in rows {
-                        // SAFETY: ranges of rows do not overlap.
-                        let y = unsafe { y.row(row, 0..inner) };
-                        let heads = y.chunks_exact_mut(headdim).zip(x.row(row).chunks_exact(headdim));
-                        heads.zip(self.d).for_each(|((y, x), d)| simd::axpy(*d, x, y));
-                    }
-                },
-            );
-        });
+        Tape { delta, logs, cb, states, tasks }
     }
 
     /// Advances by one position.
@@ -277,8 +283,9 @@ impl Ssd<'_> {
 struct Forward<'a> {
     inputs: &'a Inputs<'a>,
     sizes: Sizes,
+    d: &'a [f32],
     delta: &'a [f32],
-    sums: &'a [f32],
+    logs: &'a LogDecays,
     cb: &'a [f32],
     states: Shared<'a>,
     y: RowsMut<'a>,
@@ -303,7 +310,7 @@ impl Forward<'_> {
         let Scratch { weights, wide, out } = scratch;
         let (weights, wide, out) = (&mut weights[..q * q], &mut wide[..q * width], &mut out[..q * width]);
         for head in heads.clone() {
-            let steps = Steps::gather(self.delta, self.sums, sizes.heads, &rows, head);
+            let steps = Steps::gather(self.delta, self.logs, sizes.heads, &rows, head);
             vectorize(
                 #[inline(always)]
                 || steps.weights(&self.cb[sizes.cb(&rows)], weights),
@@ -340,7 +347,7 @@ impl Forward<'_> {
         }
     }
 
-    /// Writes `out + e^{s_i} (C S)` to the output.
+    /// Writes `out + e^{s_i} (C S) + D x` to the output.
     #[inline(always)]
     fn finish(&self, rows: &Range<usize>, heads: &Range<usize>, from_state: Option<&[f32]>, out: &[f32]) {
         let (p, width) = (self.sizes.headdim, self.sizes.columns(heads).len());
@@ -351,8 +358,9 @@ impl Forward<'_> {
                 let y = unsafe { self.y.row(row, head * p..(head + 1) * p) };
                 y.copy_from_slice(&out[here.clone()]);
                 if let Some(from_state) = from_state {
-                    simd::axpy(exp_decay(self.sums[row * self.sizes.heads + head]), &from_state[here], y);
+                    simd::axpy(self.logs.since_start(row * self.sizes.heads + head), &from_state[here], y);
                 }
+                simd::axpy(self.d[head], &self.inputs.x.row(row)[head * p..(head + 1) * p], y);
             }
         }
     }
@@ -361,15 +369,16 @@ impl Forward<'_> {
     #[inline(always)]
     fn weigh_inputs(&self, rows: &Range<usize>, heads: &Range<usize>, state: &mut [f32], wide: &mut [f32]) {
         let (p, width, all) = (self.sizes.headdim, self.sizes.columns(heads).len(), self.sizes.heads);
-        let last = &self.sums[(rows.end - 1) * all..rows.end * all];
+        let last = (rows.end - 1) * all;
         for state in state.chunks_exact_mut(width) {
             for (head, state) in heads.clone().zip(state.chunks_exact_mut(p)) {
-                simd::scale(exp_decay(last[head]), state);
+                simd::scale(self.logs.since_start(last + head), state);
             }
         }
         for (row, wide) in rows.clone().zip(wide.chunks_exact_mut(width)) {
             for (head, wide) in heads.clone().zip(wide.chunks_exact_mut(p)) {
-                let weight = exp_decay(last[head] - self.sums[row * all + head]) * self.delta[row * all + head];
+                let here = row * all + head;
+                let weight = self.logs.between(here, last + head) * self.delta[here];
                 let x = &self.inputs.x.row(row)[head * p..(head + 1) * p];
                 wide.iter_mut().zip(x).for_each(|(w, x)| *w = weight * x);
             }
@@ -377,19 +386,20 @@ impl Forward<'_> {
     }
 }
 
-/// Step sizes and their sums over a chunk, of one head.
+/// Step sizes and log decays over a chunk, of one head.
 struct Steps {
     len: usize,
     delta: [f32; CHUNK],
-    sums: [f32; CHUNK],
+    high: [f32; CHUNK],
+    low: [f32; CHUNK],
 }
 
 impl Steps {
-    fn gather(delta: &[f32], sums: &[f32], heads: usize, rows: &Range<usize>, head: usize) -> Self {
-        let mut steps = Steps { len: rows.len(), delta: [0.0; CHUNK], sums: [0.0; CHUNK] };
+    fn gather(delta: &[f32], logs: &LogDecays, heads: usize, rows: &Range<usize>, head: usize) -> Self {
+        let mut steps = Steps { len: rows.len(), delta: [0.0; CHUNK], high: [0.0; CHUNK], low: [0.0; CHUNK] };
         for (i, row) in rows.clone().enumerate() {
-            steps.delta[i] = delta[row * heads + head];
-            steps.sums[i] = sums[row * heads + head];
+            let here = row * heads + head;
+            (steps.delta[i], steps.high[i], steps.low[i]) = (delta[here], logs.high[here], logs.low[here]);
         }
         steps
     }
@@ -399,11 +409,10 @@ impl Steps {
     fn weights(&self, cb: &[f32], weights: &mut [f32]) {
         let q = self.len;
         for (i, (weights, cb)) in weights.chunks_exact_mut(q).zip(cb.chunks_exact(q)).enumerate() {
-            let (seen, unseen) = weights.split_at_mut(i + 1);
-            for (((w, cb), s), delta) in seen.iter_mut().zip(cb).zip(&self.sums).zip(&self.delta) {
-                *w = cb * exp_decay(self.sums[i] - s) * delta;
+            self.decays_of(i, weights);
+            for ((w, cb), delta) in weights[..=i].iter_mut().zip(cb).zip(&self.delta) {
+                *w *= cb * delta;
             }
-            unseen.fill(0.0);
         }
     }
 
@@ -411,10 +420,18 @@ impl Steps {
     #[inline(always)]
     fn decays(&self, decays: &mut [f32]) {
         for (i, decays) in decays.chunks_exact_mut(self.len).enumerate() {
-            let (seen, unseen) = decays.split_at_mut(i + 1);
-            seen.iter_mut().zip(&self.sums).for_each(|(d, s)| *d = exp_decay(self.sums[i] - s));
-            unseen.fill(0.0);
+            self.decays_of(i, decays);
         }
+    }
+
+    /// A row of [`decays`](Self::decays).
+    #[inline(always)]
+    fn decays_of(&self, i: usize, decays: &mut [f32]) {
+        let (seen, unseen) = decays.split_at_mut(i + 1);
+        for ((d, high), low) in seen.iter_mut().zip(&self.high).zip(&self.low) {
+            *d = decay([self.high[i], self.low[i]], [*high, *low]);
+        }
+        unseen.fill(0.0);
     }
 }
 

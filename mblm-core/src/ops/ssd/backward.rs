@@ -4,8 +4,12 @@
 //! at its end: `u_j = Σ_i (C_i·B_j) L_ij dy_i + e^{s_Q - s_j} B_j dS'` gives `dx_j = δ_j u_j + D dy_j` and the direct
 //! part of `dδ_j`, `x_j·u_j`; `d(C Bᵀ) = Σ_heads G ∘ L δ`; `dS = e^{s_Q} dS' + Cᵀ (e^{s} dY)`.
 //!
-//! The gradient of `s_i` needs no further product: what it scales up is `dy_i·y_i` (without D x), what it scales down is
-//! `δ_i x_i·u_i`, and `s_Q` scales the whole state at the chunk's end.
+//! The gradient of the log decay `δ_t a` is the sum of `M_rs = dy_r·x_s (C_r·B_s) δ_s e^{s_r - s_s}` over all pairs of
+//! positions s < t <= r, which the state at t connects. It is summed over these pairs alone: the shorter way, outputs minus
+//! inputs from t on (`Σ_{r>=t} dy_r·y_r - δ_r x_r·u_r`), subtracts large numbers that have most pairs in common. Pairs
+//! within a chunk are read off `G ∘ C Bᵀ ∘ L δ`; for those that a chunk border divides, each row of the earlier chunk
+//! knows its sum over the later rows, each row of the later chunk over the earlier ones, and `e^{s_Q} dS'·S` is that of
+//! the pairs with the whole chunk between them.
 
 use super::*;
 use crate::simd::sigmoid;
@@ -39,7 +43,6 @@ struct Backward<'a> {
     inputs: &'a Inputs<'a>,
     sizes: Sizes,
     tape: &'a Tape,
-    y: &'a [f32],
     dy: &'a [f32],
     grads: Grads<'a>,
     /// `(parts of the heads, B * S, 2 N)`: the part of dB and dC that goes through states.
@@ -62,17 +65,58 @@ struct Scratch {
     narrow: Buffer,
     /// `(N, columns)`: the gradient of the state at the end of the chunk at hand.
     dstate: Buffer,
+    /// One per head of the task.
+    steps: Vec<StepGrads>,
+}
+
+/// What the gradients of a chunk's step sizes are made of, of one head.
+#[derive(Clone)]
+struct StepGrads {
+    /// `x·u`, the part that does not go through decays.
+    direct: [f32; CHUNK],
+    /// For each t the sum of `M_rs` over the chunk's pairs s < t <= r.
+    within: [f32; CHUNK],
+    /// For each row the sum of `M_rs` over the s of earlier chunks.
+    from_earlier: [f32; CHUNK],
+    /// For each row the sum of `M_rs` over the r of later chunks.
+    to_later: [f32; CHUNK],
+    /// The sum of `M_rs` over the s of earlier and the r of later chunks.
+    across: f32,
+}
+
+impl StepGrads {
+    const ZERO: Self = StepGrads {
+        direct: [0.0; CHUNK],
+        within: [0.0; CHUNK],
+        from_earlier: [0.0; CHUNK],
+        to_later: [0.0; CHUNK],
+        across: 0.0,
+    };
+
+    /// The gradients of the log decays of the first `q` rows, in the place of `within`.
+    fn log_decays(&mut self, q: usize) -> &[f32] {
+        let mut before = 0.0;
+        for (grad, to_later) in self.within[..q].iter_mut().zip(&self.to_later) {
+            *grad += before;
+            before += to_later;
+        }
+        let mut behind = self.across;
+        for (grad, from_earlier) in self.within[..q].iter_mut().zip(&self.from_earlier).rev() {
+            behind += from_earlier;
+            *grad += behind;
+        }
+        &self.within[..q]
+    }
 }
 
 impl Ssd<'_> {
-    /// Writes the gradients of the inputs and adds those of the parameters, from forward's output `y`, the gradient
-    /// `dy` of `y + D x`, and the tape.
+    /// Writes the gradients of the inputs and adds those of the parameters, from the output's gradient `dy` and the tape.
     pub fn backward(
         &self,
         inputs: &Inputs,
         seq: usize,
         tape: &Tape,
-        [y, dy]: [&[f32]; 2],
+        dy: &[f32],
         grads: Grads,
         params: &mut ParamGrads,
     ) {
@@ -83,7 +127,7 @@ impl Ssd<'_> {
         let mut sums = Buffer::zeros(tape.tasks.by_sequence * per_part);
         let shared_sums = Shared::new(&mut sums);
         let (dbc_shared, dcb_shared) = (Shared::new(&mut dbc), Shared::new(&mut dcb));
-        let pass = Backward { ssd: *self, inputs, sizes, tape, y, dy, grads, dbc: dbc_shared, dcb: dcb_shared };
+        let pass = Backward { ssd: *self, inputs, sizes, tape, dy, grads, dbc: dbc_shared, dcb: dcb_shared };
         tape.tasks.run(|Task { sequences, groups: heads, sequence_part, group_part }| {
             let at = |i: usize| sequence_part * per_part + 3 * i;
             // SAFETY: no other task has these heads of this part of the sequences.
@@ -141,7 +185,8 @@ impl Backward<'_> {
         let (q, width, n) = (CHUNK.min(self.sizes.seq), self.sizes.columns(heads).len(), self.sizes.d_state);
         let dstate = Buffer::take(if self.sizes.chunks() > 1 { n * width } else { 0 });
         let (decays, square, narrow) = (Buffer::take(q * q), Buffer::take(q * q), Buffer::take(q * n));
-        Scratch { decays, square, u: Buffer::take(q * width), wide: Buffer::take(q * width), narrow, dstate }
+        let steps = vec![StepGrads::ZERO; heads.len()];
+        Scratch { decays, square, u: Buffer::take(q * width), wide: Buffer::take(q * width), narrow, dstate, steps }
     }
 
     /// One chunk of a sequence, for some heads. `sums`: per head the gradients of a_log, D and the bias.
@@ -157,7 +202,6 @@ impl Backward<'_> {
         let (sizes, has_next) = (self.sizes, chunk + 1 < self.sizes.chunks());
         let rows = sizes.rows(sequence, chunk);
         self.within(&rows, heads, part, scratch);
-        let next = has_next.then(|| &self.tape.states[sizes.state(sequence, chunk + 1, heads)]);
         if has_next {
             let (q, width) = (rows.len(), sizes.columns(heads).len());
             let (b, dstate) = (self.inputs.b.mat(rows.clone(), 0..sizes.d_state), &scratch.dstate);
@@ -166,13 +210,14 @@ impl Backward<'_> {
         }
         vectorize(
             #[inline(always)]
-            || self.rows(&rows, heads, next, scratch, sums),
+            || self.rows(&rows, heads, has_next, scratch, sums),
         );
         let state = (chunk > 0).then(|| &self.tape.states[sizes.state(sequence, chunk, heads)]);
         self.through_states(&rows, heads, part, has_next, state, scratch);
+        self.steps(&rows, heads, scratch, sums);
     }
 
-    /// The products within the chunk: u without the state's part, and the gradient of `C Bᵀ`.
+    /// The products within the chunk: u without the state's part, the gradient of `C Bᵀ`, and the sums over its pairs.
     fn within(&self, rows: &Range<usize>, heads: &Range<usize>, part: usize, scratch: &mut Scratch) {
         let (sizes, q, p) = (self.sizes, rows.len(), self.sizes.headdim);
         let (inner, width) = (sizes.inner(), sizes.columns(heads).len());
@@ -183,7 +228,7 @@ impl Backward<'_> {
         let dcb = unsafe { self.dcb.slice(start + place.start..start + place.end) };
         let (decays, square) = (&mut scratch.decays[..q * q], &mut scratch.square[..q * q]);
         for head in heads.clone() {
-            let steps = Steps::gather(&self.tape.delta, &self.tape.sums, sizes.heads, rows, head);
+            let steps = Steps::gather(&self.tape.delta, &self.tape.logs, sizes.heads, rows, head);
             vectorize(
                 #[inline(always)]
                 || {
@@ -196,69 +241,84 @@ impl Backward<'_> {
             matmul(u, Into::Set, Mat::new(square, q, q).t(), dy, Threads::One);
             let x = self.inputs.x.mat(rows.clone(), head * p..(head + 1) * p);
             matmul(MatMut::new(square, q, q), Into::Set, dy, x.t(), Threads::One);
+            let within = &mut scratch.steps[head - heads.start].within;
             vectorize(
                 #[inline(always)]
                 || {
-                    let pairs = square.chunks_exact(q).zip(decays.chunks_exact(q));
-                    for (dcb, (g, decays)) in dcb.chunks_exact_mut(q).zip(pairs) {
-                        for (((dcb, g), decay), delta) in dcb.iter_mut().zip(g).zip(decays).zip(&steps.delta) {
-                            *dcb = (g * decay).mul_add(*delta, *dcb);
+                    // Of each column s, the sum over the rows r from the one at hand on.
+                    let mut columns = [0.0; CHUNK];
+                    for i in (0..q).rev() {
+                        let row = i * q..(i + 1) * q;
+                        let pairs = square[row.clone()].iter().zip(&decays[row.clone()]).zip(&cb[row.clone()]);
+                        let pairs = pairs.zip(&steps.delta).zip(&mut dcb[row]).zip(&mut columns);
+                        for (((((g, decay), cb), delta), dcb), column) in pairs {
+                            let through = g * decay * delta;
+                            *dcb += through;
+                            *column = through.mul_add(*cb, *column);
                         }
+                        within[i] = simd::sum(&columns[..i]);
                     }
                 },
             );
         }
     }
 
-    /// Row by row, from the last: dx, the gradients of the step sizes and of the parameters. `scratch.wide` holds
-    /// `B dS'` if there is a `next` state.
+    /// Row by row: dx, the gradient of D, and the parts of the step sizes' that go by u. `scratch.wide` holds `B dS'` if
+    /// the chunk `has_next`.
     #[inline(always)]
-    fn rows(
-        &self,
-        rows: &Range<usize>,
-        heads: &Range<usize>,
-        next: Option<&[f32]>,
-        scratch: &mut Scratch,
-        sums: &mut [f32],
-    ) {
+    fn rows(&self, rows: &Range<usize>, heads: &Range<usize>, has_next: bool, scratch: &mut Scratch, sums: &mut [f32]) {
         let (sizes, p, all) = (self.sizes, self.sizes.headdim, self.sizes.heads);
         let (inner, width) = (sizes.inner(), sizes.columns(heads).len());
-        for (head, sums) in heads.clone().zip(sums.chunks_exact_mut(3)) {
-            let first = (head - heads.start) * p;
-            let (a, d) = (-simd::exp(self.ssd.a_log[head]), self.ssd.d[head]);
-            let last = self.tape.sums[(rows.end - 1) * all + head];
-            let mut da = next.map_or(0.0, |next| {
-                let pairs = next.chunks_exact(width).zip(scratch.dstate.chunks_exact(width));
-                pairs.map(|(s, ds)| simd::dot(&s[first..first + p], &ds[first..first + p])).sum()
-            });
-            for (i, row) in rows.clone().enumerate().rev() {
-                let (delta, s) = (self.tape.delta[row * all + head], self.tape.sums[row * all + head]);
+        for ((head, sums), steps) in heads.clone().zip(sums.chunks_exact_mut(3)).zip(&mut scratch.steps) {
+            let (first, d, last) = ((head - heads.start) * p, self.ssd.d[head], (rows.end - 1) * all + head);
+            let columns = head * p..(head + 1) * p;
+            let mut dd = 0.0;
+            for (i, row) in rows.clone().enumerate() {
+                let delta = self.tape.delta[row * all + head];
                 let here = i * width + first..i * width + first + p;
-                let u = &mut scratch.u[here.clone()];
-                if next.is_some() {
-                    simd::axpy(exp_decay(last - s), &scratch.wide[here], u);
-                }
-                let columns = head * p..(head + 1) * p;
                 let x = &self.inputs.x.row(row)[columns.clone()];
+                let u = &mut scratch.u[here.clone()];
+                steps.to_later[i] = 0.0;
+                if has_next {
+                    let (decay, later) = (self.tape.logs.between(row * all + head, last), &scratch.wide[here]);
+                    steps.to_later[i] = delta * decay * simd::dot(x, later);
+                    simd::axpy(decay, later, u);
+                }
+                steps.direct[i] = simd::dot(x, u);
                 let dy = &self.dy[row * inner..][columns.clone()];
-                let direct = simd::dot(x, u);
-                let dd = simd::dot(dy, x);
-                da += simd::dot(dy, &self.y[row * inner..][columns.clone()]) - delta * direct;
+                dd += simd::dot(dy, x);
                 // SAFETY: a head of a sequence is one task's.
-                let (dx, ddt) = unsafe { (self.grads.x.row(row, columns), self.grads.dt.row(row, head..head + 1)) };
+                let dx = unsafe { self.grads.x.row(row, columns.clone()) };
                 for ((dx, u), dy) in dx.iter_mut().zip(&*u).zip(dy) {
                     *dx = delta.mul_add(*u, d * dy);
                 }
-                let raw = self.inputs.dt.row(row)[head] + self.ssd.dt_bias[head];
-                ddt[0] = a.mul_add(da, direct) * sigmoid(raw);
-                sums[0] += a * delta * da;
-                sums[1] += dd;
-                sums[2] += ddt[0];
             }
+            sums[1] += dd;
         }
     }
 
-    /// dB and dC through the states at the chunk's end and start, and the gradient of the latter.
+    /// The gradients of the step sizes, of `a_log` and of the bias, from all parts.
+    fn steps(&self, rows: &Range<usize>, heads: &Range<usize>, scratch: &mut Scratch, sums: &mut [f32]) {
+        let all = self.sizes.heads;
+        for ((head, sums), steps) in heads.clone().zip(sums.chunks_exact_mut(3)).zip(&mut scratch.steps) {
+            let a = -simd::exp(self.ssd.a_log[head]);
+            let (mut da, mut dbias) = (0.0, 0.0);
+            let direct = steps.direct;
+            for ((row, log), direct) in rows.clone().zip(steps.log_decays(rows.len())).zip(direct) {
+                let raw = self.inputs.dt.row(row)[head] + self.ssd.dt_bias[head];
+                // SAFETY: a head of a sequence is one task's.
+                let ddt = unsafe { self.grads.dt.row(row, head..head + 1) };
+                ddt[0] = a.mul_add(*log, direct) * sigmoid(raw);
+                da += self.tape.delta[row * all + head] * log;
+                dbias += ddt[0];
+            }
+            sums[0] += a * da;
+            sums[2] += dbias;
+        }
+    }
+
+    /// dB and dC through the states at the chunk's end and start, the gradient of the latter, and the sums over the pairs
+    /// that the start divides.
     fn through_states(
         &self,
         rows: &Range<usize>,
@@ -270,7 +330,7 @@ impl Backward<'_> {
     ) {
         let (sizes, q, n) = (self.sizes, rows.len(), self.sizes.d_state);
         let width = sizes.columns(heads).len();
-        let Scratch { wide, narrow, dstate, .. } = scratch;
+        let Scratch { wide, narrow, dstate, steps, .. } = scratch;
         let (wide, narrow) = (&mut wide[..q * width], &mut narrow[..q * n]);
         let start = (part * self.inputs.x.rows() + rows.start) * 2 * n;
         // SAFETY: no other task has this part of these rows.
@@ -281,7 +341,7 @@ impl Backward<'_> {
                 rows,
                 heads,
                 wide,
-                |row, head, last| exp_decay(last - self.tape.sums[row + head]) * self.tape.delta[row + head],
+                |here, last| self.tape.logs.between(here, last) * self.tape.delta[here],
                 |row| self.inputs.x.row(row),
             );
             matmul(
@@ -293,38 +353,48 @@ impl Backward<'_> {
             );
             dbc.chunks_exact_mut(2 * n).zip(narrow.chunks_exact(n)).for_each(|(dbc, db)| dbc[..n].copy_from_slice(db));
         }
+        steps.iter_mut().for_each(|steps| (steps.from_earlier, steps.across) = ([0.0; CHUNK], 0.0));
         let Some(state) = state else { return };
         let inner = sizes.inner();
         self.weigh(
             rows,
             heads,
             wide,
-            |row, head, _| exp_decay(self.tape.sums[row + head]),
+            |here, _| self.tape.logs.since_start(here),
             |row| &self.dy[row * inner..(row + 1) * inner],
         );
-        matmul(
-            MatMut::new(narrow, q, n),
-            Into::Set,
-            Mat::new(wide, q, width),
-            Mat::new(state, n, width).t(),
-            Threads::One,
-        );
-        dbc.chunks_exact_mut(2 * n).zip(narrow.chunks_exact(n)).for_each(|(dbc, dc)| dbc[n..].copy_from_slice(dc));
+        // Head by head: of dC that of a head is the gradient of its decays too.
+        for (head, steps) in steps.iter_mut().enumerate() {
+            let first = head * sizes.headdim;
+            let dy = Mat::strided(&wide[first..], q, sizes.headdim, width);
+            let state = Mat::strided(&state[first..], n, sizes.headdim, width);
+            matmul(MatMut::new(narrow, q, n), Into::Set, dy, state.t(), Threads::One);
+            vectorize(
+                #[inline(always)]
+                || {
+                    for (i, row) in rows.clone().enumerate() {
+                        let dc = &narrow[i * n..(i + 1) * n];
+                        simd::add(dc, &mut dbc[i * 2 * n + n..(i + 1) * 2 * n]);
+                        steps.from_earlier[i] = simd::dot(self.inputs.c.row(row), dc);
+                    }
+                },
+            );
+        }
         match has_next {
-            true => self.decay(rows, heads, dstate),
+            true => self.decay(rows, heads, state, dstate, steps),
             false => dstate.fill(0.0),
         }
         let c = self.inputs.c.mat(rows.clone(), 0..n);
         matmul(MatMut::new(dstate, n, width), Into::Add, c.t(), Mat::new(wide, q, width), Threads::One);
     }
 
-    /// Writes the columns of `heads` of `source`'s rows, times `weight(row * H, head, s_Q)`, to `wide`.
+    /// Writes the columns of `heads` of `source`'s rows, times `weight(row, last row)` (both with the head), to `wide`.
     fn weigh<'s>(
         &self,
         rows: &Range<usize>,
         heads: &Range<usize>,
         wide: &mut [f32],
-        weight: impl Fn(usize, usize, f32) -> f32,
+        weight: impl Fn(usize, usize) -> f32,
         source: impl Fn(usize) -> &'s [f32],
     ) {
         let (p, all, width) = (self.sizes.headdim, self.sizes.heads, self.sizes.columns(heads).len());
@@ -333,7 +403,7 @@ impl Backward<'_> {
             || {
                 for (row, wide) in rows.clone().zip(wide.chunks_exact_mut(width)) {
                     for (head, wide) in heads.clone().zip(wide.chunks_exact_mut(p)) {
-                        let weight = weight(row * all, head, self.tape.sums[(rows.end - 1) * all + head]);
+                        let weight = weight(row * all + head, (rows.end - 1) * all + head);
                         let source = &source(row)[head * p..(head + 1) * p];
                         wide.iter_mut().zip(source).for_each(|(w, x)| *w = weight * x);
                     }
@@ -342,15 +412,24 @@ impl Backward<'_> {
         );
     }
 
-    /// `dstate *= e^{s_Q}`, head by head.
-    fn decay(&self, rows: &Range<usize>, heads: &Range<usize>, dstate: &mut [f32]) {
+    /// `dstate *= e^{s_Q}`, head by head, and its product with the state is what goes across the chunk.
+    fn decay(
+        &self,
+        rows: &Range<usize>,
+        heads: &Range<usize>,
+        state: &[f32],
+        dstate: &mut [f32],
+        steps: &mut [StepGrads],
+    ) {
         let (p, all, width) = (self.sizes.headdim, self.sizes.heads, self.sizes.columns(heads).len());
         vectorize(
             #[inline(always)]
             || {
-                for dstate in dstate.chunks_exact_mut(width) {
-                    for (head, dstate) in heads.clone().zip(dstate.chunks_exact_mut(p)) {
-                        simd::scale(exp_decay(self.tape.sums[(rows.end - 1) * all + head]), dstate);
+                for (dstate, state) in dstate.chunks_exact_mut(width).zip(state.chunks_exact(width)) {
+                    let both = dstate.chunks_exact_mut(p).zip(state.chunks_exact(p));
+                    for ((head, steps), (dstate, state)) in heads.clone().zip(&mut *steps).zip(both) {
+                        simd::scale(self.tape.logs.since_start((rows.end - 1) * all + head), dstate);
+                        steps.across += simd::dot(dstate, state);
                     }
                 }
             },
