@@ -43,7 +43,7 @@ pub struct Args {
     min_p: Option<f32>,
     /// The Python package's filter: 1 always takes the likeliest token, 0 chooses among all
     #[arg(long, value_name = "T")]
-    filter_thres: Option<f32>,
+    filter_thres: Option<f64>,
     /// The same seed gives the same bytes; with --samples, of the first one
     #[arg(long, default_value_t = 0)]
     seed: u64,

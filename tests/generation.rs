@@ -137,3 +137,64 @@ fn bad_input_is_named() {
     let message = model.logits(&ids(&[1; 8], &[1, 2, 4]), Mode::Eval).unwrap_err().to_string();
     assert!(message.contains("[1, 2, 4]; expected (batch, bytes) or (batch, patches, 3)"), "{message}");
 }
+
+/// Every step needs scratch memory for one position more; a pool that kept each of these buffers would hold 120 MB here.
+#[test]
+fn scratch_memory_does_not_grow_with_the_square_of_the_bytes() {
+    let model = model(&[4096], &[block(0, 0)], 2);
+    let until = Until { max_tokens: Some(3000), stop_token: None };
+    let mut samplers = [Sampler::new(Sampling::default()).unwrap()];
+    generate(&model, &[vec![]], &mut samplers, &until, |_, _| Ok(true)).unwrap();
+    let held = mblm::buffer::held_bytes();
+    assert!(held < 24 << 20, "{held} bytes are held for scores of 3 heads over 3,000 positions");
+}
+
+/// Generates 11 bytes, and returns how many came and what stopped it.
+fn generated(model: &Mblm) -> (usize, String) {
+    let until = Until { max_tokens: Some(11), stop_token: None };
+    let (mut samplers, mut made) = ([Sampler::new(Sampling::default()).unwrap()], 0);
+    let ended = generate(model, &[vec![]], &mut samplers, &until, |_, _| {
+        made += 1;
+        Ok(true)
+    });
+    (made, ended.unwrap_err().to_string())
+}
+
+#[test]
+fn numbers_that_are_not_finite_are_errors_that_name_the_stage() {
+    let ids = Tensor::from_vec(bytes(11, 3), (1, 11), &Device::Cpu).unwrap();
+    for (n, name) in [(0, "stage 1 (transformer)"), (1, "stage 2 (mamba2)")] {
+        let model = model(&[3, 4], &[block(0, 1), block(3, 0)], 1);
+        let prefix = format!("stage_models.{n}.");
+        let params = model.params().iter().filter(|param| param.name().starts_with(&prefix));
+        params.for_each(|param| param.update(|values| values.fill(f32::NAN)).unwrap());
+        let errors = [
+            generated(&model).1,
+            model.loss(&ids, None, Mode::Eval).unwrap_err().to_string(),
+            model.byte_losses(&ids).unwrap_err().to_string(),
+        ];
+        for error in errors {
+            assert!(error.contains(&format!("the output of {name} is NaN")), "{error}");
+        }
+        // Training looks at the loss itself, and says at which step it happened.
+        let loss = model.loss(&ids, None, Mode::train(0)).unwrap();
+        assert!(loss.to_scalar::<f32>().unwrap().is_nan());
+    }
+    let model = model(&[3, 4], &[block(0, 1), block(3, 0)], 1);
+    let output = model.params().get("to_logits.weight").unwrap();
+    output.update(|values| values.iter_mut().for_each(|v| *v = v.signum() * f32::MAX)).unwrap();
+    let error = model.loss(&ids, None, Mode::Eval).unwrap_err().to_string();
+    assert!(error.contains("the outputs of all stages are finite"), "{error}");
+}
+
+#[test]
+fn generation_ends_where_the_numbers_stop_being_finite() {
+    let model = model(&[3, 4], &[block(0, 1), block(3, 0)], 1);
+    let positions = model.params().iter().find(|param| param.name().starts_with("pos_embs.0")).unwrap();
+    // The second patch: position 2, since the start token is position 0.
+    positions.update(|values| values[16..32].fill(f32::INFINITY)).unwrap();
+    let (made, error) = generated(&model);
+    assert_eq!(made, 9, "{error}");
+    assert!(error.contains("the logits after 9 bytes are not finite: the output of stage 1 (transformer)"), "{error}");
+    assert!(error.contains("at sequence 0, position 2"), "{error}");
+}

@@ -252,6 +252,23 @@ fn a_failure_in_training_names_the_plugin_and_keeps_the_checkpoint() {
 }
 
 #[test]
+fn a_plugin_whose_decoding_gives_nan_ends_generation_with_its_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let plugins = folder.path().join("plugins");
+    fs::create_dir(&plugins).unwrap();
+    broken(&plugins, "STEP_NAN");
+    write_config(folder.path(), &[TRANSFORMER, "{block_type: leaky}"], 1);
+    let ran = mblm(folder.path(), &["train", "run.yaml"]);
+    assert_eq!(ran.code, 0, "{}", ran.err);
+    let run = folder.path().join(run_of(&ran));
+    let ran = mblm(folder.path(), &["generate", path(&run), "--prompt", "hello", "--max-bytes", "20"]);
+    let error = ran.err.lines().find(|line| line.starts_with("error: ")).unwrap_or_default();
+    for part in ["block `leaky`", "stage 2", "decoding gave NaN at sequence 0, position 2, channel 3"] {
+        assert!(ran.code == 1 && error.contains(part), "{}", ran.err);
+    }
+}
+
+#[test]
 fn a_wrong_field_of_a_plugin_is_named_like_any_other() {
     let folder = tempfile::tempdir().unwrap();
     fs::create_dir(folder.path().join("plugins")).unwrap();

@@ -17,6 +17,9 @@ pub enum Error {
     /// Weights do not fit the model: names or shapes.
     #[error("{0}")]
     Weights(String),
+    /// A loss or logits are infinite or not a number; says which stage's output was first.
+    #[error("{0}; weights that have diverged do this: look for an earlier checkpoint that is sound")]
+    NotFinite(String),
     /// A block failed or was asked for something it cannot do.
     #[error("{0}")]
     Block(String),

@@ -58,6 +58,11 @@ impl Error {
         matches!(self, Error::Config(_) | Error::Core(Core::Config(_) | Core::Input(_)))
     }
 
+    /// Whether a loss, a gradient or logits were not finite. That comes again bit for bit, so a retry is of no use.
+    pub fn is_not_finite(&self) -> bool {
+        matches!(self, Error::NonFinite { .. } | Error::Core(mblm_core::Error::NotFinite(_)))
+    }
+
     /// Names the file and the line of the field that a mistake in the configuration begins with, if `document` has it.
     pub fn located(self, document: &Document) -> Self {
         let Error::Config(text) = &self else { return self };

@@ -196,7 +196,7 @@ impl<'a> Session<'a> {
         let mut pause = FIRST_PAUSE;
         for retry in 1..=self.retries {
             let error = match ended {
-                Err(error) if !matches!(error, Error::NonFinite { .. }) && !self.stopped() => error,
+                Err(error) if !error.is_not_finite() && !self.stopped() => error,
                 ended => return logged(run, ended),
             };
             let most = self.retries;

@@ -237,6 +237,9 @@ static mblm_status step(mblm_instance *m, const mblm_params *params, mblm_state 
         s->sums[i] = x[i] + DECAY * s->sums[i];
         y[i] = one(params, i % m->dim, x[i], s->sums[i]);
     }
+#ifdef FAULT_STEP_NAN
+    if (s->t == 2) y[3] = 0.0f / 0.0f;
+#endif
     s->t++;
     return MBLM_OK;
 }

@@ -70,7 +70,8 @@ impl<'m> Decoder<'m> {
     /// of every other stage only the newest sequence is run.
     ///
     /// # Errors
-    /// If the state holds bytes already, if the prompt is too long, or has ids outside the vocabulary.
+    /// If the state holds bytes already, if the prompt is too long, or has ids outside the vocabulary; or if the logits
+    /// are not finite.
     pub fn prefill(&mut self, prompt: &[u32]) -> Result<()> {
         if !self.is_empty() {
             return Err(Error::Input("prefill expects a decoder that holds no bytes yet".into()));
@@ -102,11 +103,13 @@ impl<'m> Decoder<'m> {
             self.feed_tokens(n, end, count)?;
             end += count * patch;
         }
-        self.output_layer();
-        Ok(())
+        self.output_layer()
     }
 
     /// Feeds the next byte of each sequence, `(B)`.
+    ///
+    /// # Errors
+    /// If an id lies outside the vocabulary, the context is full, a block fails, or the logits are not finite.
     pub fn step(&mut self, bytes: &[u32]) -> Result<()> {
         self.check(bytes, 1)?;
         if self.is_empty() {
@@ -116,8 +119,7 @@ impl<'m> Decoder<'m> {
         self.make_room(local)?;
         self.history.extend_from_slice(bytes);
         self.feed_tokens(local, self.len() - 1, 1)?;
-        self.output_layer();
-        Ok(())
+        self.output_layer()
     }
 
     fn check(&self, bytes: &[u32], more: usize) -> Result<()> {
@@ -200,16 +202,41 @@ impl<'m> Decoder<'m> {
         Ok(())
     }
 
-    fn output_layer(&mut self) {
+    fn output_layer(&mut self) -> Result<()> {
         let hierarchy = self.model.hierarchy();
         let hidden = &self.stages[self.stages.len() - 1].output;
         let (weight, bias) = (hierarchy.out_weight.values(), hierarchy.out_bias.values());
         linear::step(hidden, &weight, Some(&bias), hierarchy.out_weight.shape()[1], Into::Set, &mut self.logits);
+        match self.logits.iter().all(|logit| logit.is_finite()) {
+            true => Ok(()),
+            false => Err(self.not_finite()),
+        }
+    }
+
+    /// Names the first stage whose newest output is not finite: what a stage passes on reaches the logits at once.
+    fn not_finite(&self) -> Error {
+        let first = self.stages.iter().enumerate().find_map(|(n, stage)| {
+            let at = stage.output.iter().position(|value| !value.is_finite())?;
+            Some((n, stage.position, at / (stage.output.len() / self.batch), stage.output[at]))
+        });
+        let what = format!("the logits after {} bytes are not finite", self.len());
+        Error::NotFinite(match first {
+            Some((n, position, sequence, value)) => format!(
+                "{what}: the output of {} is {value} at sequence {sequence}, position {position}",
+                self.model.hierarchy().stage_name(n)
+            ),
+            None => format!("{what}, while the outputs of all stages are: those of the output layer overflow"),
+        })
     }
 
     fn empty_logits(&self) -> Result<Vec<f32>> {
         let empty = Tensor::zeros((self.batch, 0), DType::U32, &Device::Cpu)?;
-        Ok(self.model.logits(&empty, Mode::Eval)?.flatten_all()?.to_vec1()?)
+        let logits = || self.model.logits(&empty, Mode::Eval);
+        let values: Vec<f32> = logits()?.flatten_all()?.to_vec1()?;
+        match values.iter().all(|logit| logit.is_finite()) {
+            true => Ok(values),
+            false => Err(self.model.hierarchy().not_finite("the logits of the first byte are not finite", logits)),
+        }
     }
 }
 

@@ -11,7 +11,7 @@ pub struct Sampling {
     /// Logits are divided by it: below 1 sharper, above 1 flatter, 0 always takes the likeliest byte.
     pub temperature: f32,
     /// The package's filter: keeps the `max(⌊(1 - filter_thres) V⌋, 1)` likeliest tokens; 1 keeps the likeliest alone.
-    pub filter_thres: Option<f32>,
+    pub filter_thres: Option<f64>,
     /// Keeps the `k` likeliest tokens.
     pub top_k: Option<usize>,
     /// Keeps the fewest likeliest tokens whose probabilities sum to `p` (Holtzman et al. 2019).
@@ -36,13 +36,16 @@ impl Sampling {
 
     fn validate(&self) -> Result<()> {
         let wrong = |what: &str| Err(Error::Input(what.to_string()));
-        let fraction = |p: Option<f32>| p.is_none_or(|p| (0.0..=1.0).contains(&p));
+        let fraction = |p: f64| (0.0..=1.0).contains(&p);
         if !(self.temperature >= 0.0 && self.temperature.is_finite()) {
             return wrong(&format!("temperature: expected a number of at least 0, found {}", self.temperature));
         }
-        for (name, p) in [("filter_thres", self.filter_thres), ("top_p", self.top_p), ("min_p", self.min_p)] {
-            if !fraction(p) {
-                return wrong(&format!("{name}: expected a number in [0, 1], found {}", p.unwrap_or_default()));
+        if let Some(p) = self.filter_thres.filter(|p| !fraction(*p)) {
+            return wrong(&format!("filter_thres: expected a number in [0, 1], found {p}"));
+        }
+        for (name, p) in [("top_p", self.top_p), ("min_p", self.min_p)] {
+            if let Some(p) = p.filter(|p| !fraction(f64::from(*p))) {
+                return wrong(&format!("{name}: expected a number in [0, 1], found {p}"));
             }
         }
         match self.top_k {
@@ -77,7 +80,7 @@ impl Sampler {
             return order[0];
         }
         if let Some(thres) = s.filter_thres {
-            order.truncate((((1.0 - thres as f64) * logits.len() as f64) as usize).max(1));
+            order.truncate((((1.0 - thres) * logits.len() as f64) as usize).max(1));
         }
         order.truncate(s.top_k.unwrap_or(usize::MAX));
         let top = logits[order[0] as usize];
@@ -146,6 +149,19 @@ mod tests {
         // Squared probabilities.
         let squares = [0.0225, 0.0625, 0.01, 0.25].map(|p| p / 0.345);
         assert_near(frequencies(Sampling { temperature: 0.5, ..base }), squares);
+    }
+
+    /// Python's `int((1 - 0.9) * 260)` is 25: in single precision it would be 26.
+    #[test]
+    fn the_packages_filter_keeps_as_many_as_the_package() {
+        for (thres, vocab, kept) in [(0.9, 260, 25), (0.9, 257, 25), (0.7, 10, 3), (0.8, 5, 1), (0.1, 10, 9)] {
+            let sampling = Sampling { filter_thres: Some(thres), temperature: 1e3, ..Sampling::default() };
+            let mut sampler = Sampler::new(sampling).unwrap();
+            // All but equally likely, falling with the id.
+            let logits: Vec<f32> = (0..vocab).map(|id| -(id as f32) * 1e-3).collect();
+            let last = (0..5_000).map(|_| sampler.sample(&logits)).max();
+            assert_eq!(last, Some(kept - 1), "{thres} of {vocab}");
+        }
     }
 
     #[test]

@@ -1,5 +1,5 @@
-//! How large a stage's output is. Squares are summed up while a pass is measured: no tensor is kept, and the output need
-//! not exist as a whole, as that of a local stage in chunks does not.
+//! How large a stage's output is, and where it stops being finite. Squares are summed up while a pass is measured: no
+//! tensor is kept, and the output need not exist as a whole, as that of a local stage in chunks does not.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -18,6 +18,17 @@ pub(crate) struct Activations(Mutex<Option<Sum>>);
 struct Sum {
     squares: f64,
     elements: usize,
+    sequences: usize,
+    not_finite: Option<NotFinite>,
+}
+
+/// The first value of a stage's output that is infinite or not a number.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct NotFinite {
+    pub(crate) value: f32,
+    pub(crate) sequence: usize,
+    /// Where in the sequence; the start token, if the stage has one, is position 0.
+    pub(crate) position: usize,
 }
 
 impl Activations {
@@ -28,16 +39,28 @@ impl Activations {
     /// Adds an output, or a part of one, if somebody measures.
     pub(crate) fn add(&self, output: &Tensor) -> Result<()> {
         if let Some(sum) = &mut *self.sum() {
-            sum.squares += with_floats(output, squares)?;
+            let (sequences, positions, dim) = output.dims3()?;
+            let of_output = with_floats(output, squares)?;
+            if sum.not_finite.is_none() && !of_output.is_finite() {
+                let first = with_floats(output, |x| {
+                    let at = x.iter().position(|value| !value.is_finite())?;
+                    let (row, value) = (at / dim, x[at]);
+                    Some(NotFinite { value, sequence: sum.sequences + row / positions, position: row % positions })
+                })?;
+                sum.not_finite = first;
+            }
+            sum.squares += of_output;
             sum.elements += output.elem_count();
+            sum.sequences += sequences;
         }
         Ok(())
     }
 
-    /// The root mean square of all elements since the start; not a number if there was none.
-    pub(crate) fn finish(&self) -> f64 {
+    /// The root mean square of all elements since the start, which is not a number if there was none, and the first
+    /// element that is not finite.
+    pub(crate) fn finish(&self) -> (f64, Option<NotFinite>) {
         let sum = self.sum().take().unwrap_or_default();
-        (sum.squares / sum.elements as f64).sqrt()
+        ((sum.squares / sum.elements as f64).sqrt(), sum.not_finite)
     }
 
     fn sum(&self) -> MutexGuard<'_, Option<Sum>> {

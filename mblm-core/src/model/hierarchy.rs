@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 
 use crate::block::{Mode, PosEmb, StageModel};
 use crate::config::MblmConfig;
@@ -15,7 +15,7 @@ use crate::ops::linear::linear_composed;
 use crate::param::{Init, Param, ParamStore};
 use crate::recompute::recompute;
 
-use super::activations::Activations;
+use super::activations::{Activations, NotFinite};
 use super::input::Ids;
 use super::local_loss::LocalLoss;
 use super::projection::NextStage;
@@ -89,7 +89,24 @@ impl Hierarchy {
     /// The mean loss of the targets. Where the local stage is cut into chunks, its output never exists as a whole.
     ///
     /// `masks`: as for [`run`](Self::run); `targets`: in the order of their rows.
+    ///
+    /// # Errors
+    /// Outside training a loss that is not finite is an error, which names the stage; training looks at it itself.
     pub(crate) fn loss(&self, ids: &Ids, targets: Vec<Target>, masks: Option<&[Tensor]>, mode: Mode) -> Result<Tensor> {
+        if mode != Mode::Eval {
+            return self.loss_as_it_is(ids, targets, masks, mode);
+        }
+        let loss = self.loss_as_it_is(ids, targets.clone(), masks, mode)?;
+        let value = loss.to_dtype(DType::F32)?.to_scalar::<f32>()?;
+        match value.is_finite() {
+            true => Ok(loss),
+            false => {
+                Err(self.not_finite(&format!("the loss is {value}"), || self.loss_as_it_is(ids, targets, masks, mode)))
+            }
+        }
+    }
+
+    fn loss_as_it_is(&self, ids: &Ids, targets: Vec<Target>, masks: Option<&[Tensor]>, mode: Mode) -> Result<Tensor> {
         let (local, out) = (self.stages.len() - 1, [self.out_weight.clone(), self.out_bias.clone()]);
         if let Some(chunks) = self.stages[local].chunks
             && let Some(above) = self.run_above(ids, &Arc::new(ids.values.clone()), masks, mode)?
@@ -154,7 +171,30 @@ impl Hierarchy {
     pub(crate) fn measure_activations<R>(&self, work: impl FnOnce() -> R) -> (R, Vec<f64>) {
         self.stages.iter().for_each(|stage| stage.activations.start());
         let done = work();
-        (done, self.stages.iter().map(|stage| stage.activations.finish()).collect())
+        (done, self.stages.iter().map(|stage| stage.activations.finish().0).collect())
+    }
+
+    /// The error for `what` is not finite. Runs `pass`, which gave it, again to find the first stage whose output is not.
+    pub(crate) fn not_finite(&self, what: &str, pass: impl FnOnce() -> Result<Tensor>) -> Error {
+        self.stages.iter().for_each(|stage| stage.activations.start());
+        let again = pass();
+        let found: Vec<Option<NotFinite>> = self.stages.iter().map(|stage| stage.activations.finish().1).collect();
+        if let Err(error) = again {
+            return error;
+        }
+        let first = found.iter().enumerate().find_map(|(n, found)| Some((n, (*found)?)));
+        Error::NotFinite(match first {
+            Some((n, NotFinite { value, sequence, position })) => format!(
+                "{what}: the output of {} is {value} first, at sequence {sequence}, position {position}",
+                self.stage_name(n)
+            ),
+            None => format!("{what}, while the outputs of all stages are finite: those of the output layer overflow"),
+        })
+    }
+
+    /// What messages call stage `n`.
+    pub(crate) fn stage_name(&self, n: usize) -> String {
+        format!("stage {} ({})", n + 1, self.config.blocks[n].typetag_name())
     }
 
     /// Tokens of a sequence of stage `n`.

@@ -126,6 +126,9 @@ impl Mblm {
 
     /// The loss in nats of every byte, whose mean is [`loss`](Self::loss); NaN for the pad token, which is no target.
     ///
+    /// # Errors
+    /// A loss that is not finite; names the stage that it comes from.
+    ///
     /// # Shapes
     /// - `ids`: `(B, L)` or folded; returns `B · L` losses
     pub fn byte_losses(&self, ids: &Tensor) -> Result<Vec<f32>> {
@@ -138,6 +141,10 @@ impl Mblm {
             let hidden = local.index_select(&Tensor::new(rows, local.device())?, 0)?;
             let logits = self.hierarchy.logits(&hidden, Mode::Eval)?.to_dtype(DType::F32)?.to_vec2::<f32>()?;
             known.extend(logits.iter().zip(targets).map(|(logits, target)| surprise(logits, target.token)));
+        }
+        if let Some(loss) = known.iter().find(|loss| !loss.is_finite()) {
+            let pass = || self.hierarchy.run(&ids, None, Mode::Eval);
+            return Err(self.hierarchy.not_finite(&format!("the loss of a byte is {loss}"), pass));
         }
         let mut known = known.into_iter();
         let tokens = (0..ids.batch).flat_map(|b| &ids.values[b * ids.padded_len..b * ids.padded_len + ids.len]);
@@ -194,6 +201,7 @@ impl Mblm {
                 input = (input + above)?;
             }
             let output = stage.model.forward(&input, None, mode)?;
+            stage.activations.add(&output)?;
             let Some(next) = &stage.next else { return Ok(output) };
             above = Some(next.forward(&output, 1, mode)?.narrow(1, 0, 1)?);
         }

@@ -69,7 +69,7 @@ impl StageModel for PluginModel {
             return Ok(replay(self, batch));
         }
         let state = with_values(&self.params, |values| self.instance.state(values, batch))?;
-        Ok(Box::new(PluginDecoder { model: self, state, failed_reset: None }))
+        Ok(Box::new(PluginDecoder { model: self, state, batch, position: 0, failed_reset: None }))
     }
 
     fn cost(&self, seq_len: usize) -> Option<Cost> {
@@ -116,23 +116,34 @@ impl PluginOp {
         Ok(dx)
     }
 
-    /// An output that is not finite, from an input that is and parameters that are, is the plugin's doing.
     fn blame(&self, what: &str, input: &[f32], output: &[f32]) -> Result<()> {
-        let params_are_finite = || with_values(&self.params, |values| values.values.iter().all(|v| all_finite(v)));
-        if all_finite(output) || !all_finite(input) || !params_are_finite() {
-            return Ok(());
-        }
-        let at = output.iter().position(|value| !value.is_finite()).unwrap_or_default();
         let Dims { seq, dim, .. } = self.dims;
-        Err(Error::Block(format!(
-            "{}: {what} gave {} at sequence {}, position {}, channel {}, from finite inputs",
-            self.instance.name(),
-            output[at],
-            at / (seq * dim),
-            at / dim % seq,
-            at % dim
-        )))
+        blame(&self.instance, &self.params, what, [input, output], dim, |row| (row / seq, row % seq))
     }
+}
+
+/// An output that is not finite, from an input that is and parameters that are, is the plugin's doing. `place` gives
+/// sequence and position of a row of `dim` channels.
+fn blame(
+    instance: &Instance,
+    params: &[Arc<Param>],
+    what: &str,
+    [input, output]: [&[f32]; 2],
+    dim: usize,
+    place: impl Fn(usize) -> (usize, usize),
+) -> Result<()> {
+    let params_are_finite = || with_values(params, |values| values.values.iter().all(|v| all_finite(v)));
+    if all_finite(output) || !all_finite(input) || !params_are_finite() {
+        return Ok(());
+    }
+    let at = output.iter().position(|value| !value.is_finite()).unwrap_or_default();
+    let (sequence, position) = place(at / dim);
+    Err(Error::Block(format!(
+        "{}: {what} gave {} at sequence {sequence}, position {position}, channel {}, from finite inputs",
+        instance.name(),
+        output[at],
+        at % dim
+    )))
 }
 
 fn all_finite(values: &[f32]) -> bool {
@@ -170,26 +181,44 @@ impl CustomOp1 for PluginOp {
 struct PluginDecoder<'m> {
     model: &'m PluginModel,
     state: State,
+    batch: usize,
+    /// Of the next step.
+    position: usize,
     /// A reset cannot fail, so the next step does.
     failed_reset: Option<Error>,
 }
 
 impl StageDecoder for PluginDecoder<'_> {
     fn reset(&mut self) {
+        self.position = 0;
         self.failed_reset = self.state.reset().err();
     }
 
     fn step(&mut self, x: &[f32], y: &mut [f32]) -> Result<()> {
-        match self.failed_reset.take() {
-            Some(error) => Err(error),
-            None => with_values(&self.model.params, |values| self.state.step(values, x, y)),
+        if let Some(error) = self.failed_reset.take() {
+            return Err(error);
         }
+        with_values(&self.model.params, |values| self.state.step(values, x, y))?;
+        self.advance(x, y, 1)
     }
 
     fn prefill(&mut self, x: &[f32], y: &mut [f32], seq: usize) -> Result<()> {
-        match self.failed_reset.take() {
-            Some(error) => Err(error),
-            None => with_values(&self.model.params, |values| self.state.prefill(values, x, y, seq)),
+        if let Some(error) = self.failed_reset.take() {
+            return Err(error);
         }
+        with_values(&self.model.params, |values| self.state.prefill(values, x, y, seq))?;
+        self.advance(x, y, seq)
+    }
+}
+
+impl PluginDecoder<'_> {
+    /// Checks the outputs of `seq` positions, `(seq, batch, dim)`, and counts them.
+    fn advance(&mut self, x: &[f32], y: &[f32], seq: usize) -> Result<()> {
+        let PluginDecoder { model, batch, position, .. } = self;
+        let place = |row: usize| (row % *batch, *position + row / *batch);
+        let dim = y.len() / (seq * *batch).max(1);
+        blame(&model.instance, &model.params, "decoding", [x, y], dim.max(1), place)?;
+        self.position += seq;
+        Ok(())
     }
 }
