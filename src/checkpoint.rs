@@ -19,7 +19,7 @@ pub struct Args {
 enum Command {
     /// List the checkpoints of a run
     List(list::Args),
-    /// Hold every file of a checkpoint, or of all of a run, against its SHA-256
+    /// Check a checkpoint, or all of a run: the SHA-256 of every file, and that no weight is infinite or NaN
     Verify(verify::Args),
     /// Write the weights as one file for other programs
     Export(export::Args),

@@ -1,4 +1,4 @@
-//! `mblm checkpoint verify`: every file against the SHA-256 in its checkpoint's manifest.
+//! `mblm checkpoint verify`: every file against the SHA-256 in its checkpoint's manifest, and every number for being finite.
 
 use std::io::Write;
 use std::path::PathBuf;

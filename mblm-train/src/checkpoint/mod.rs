@@ -238,9 +238,35 @@ impl Checkpoint {
         })
     }
 
+    /// Checks what [`verify`](Self::verify) does, and that all weights, moments and gradients are finite. Reads one file
+    /// after another into memory.
+    pub fn check_contents(&self) -> Result<()> {
+        [STATE, CONFIG].iter().try_for_each(|name| self.read(name).map(drop))?;
+        [WEIGHTS, OPTIMIZER].iter().try_for_each(|name| self.tensors(name).map(drop))
+    }
+
     /// The parameters.
+    ///
+    /// # Errors
+    /// The file is damaged, or a number in it is not finite; names the tensor.
     pub fn weights(&self) -> Result<Tensors> {
-        tensors::parse(&self.path.join(WEIGHTS), &self.read(WEIGHTS)?)
+        self.tensors(WEIGHTS)
+    }
+
+    /// The tensors in the file `name`. None that a run saved is infinite or not a number: training ends before.
+    fn tensors(&self, name: &str) -> Result<Tensors> {
+        let path = self.path.join(name);
+        let tensors = tensors::parse(&path, &self.read(name)?)?;
+        for (tensor, (_, values)) in &tensors {
+            if let Some(at) = values.iter().position(|value| !value.is_finite()) {
+                let found = values[at];
+                let message = format!(
+                    "number {at} of tensor {tensor} is {found}, expected finite numbers: use an earlier checkpoint"
+                );
+                return Err(Error::checkpoint(&path, message));
+            }
+        }
+        Ok(tensors)
     }
 
     /// The configuration of the run that wrote it.
@@ -259,7 +285,7 @@ impl Checkpoint {
     pub fn restore(&self, store: &ParamStore, adam: &mut Adam) -> Result<TrainState> {
         let state = self.state()?;
         let path = self.path.join(OPTIMIZER);
-        let mut saved = tensors::parse(&path, &self.read(OPTIMIZER)?)?;
+        let mut saved = self.tensors(OPTIMIZER)?;
         let mut take = |kind: &str, name: &str, len: usize| match saved.remove(&format!("{kind}.{name}")) {
             Some((_, values)) if values.len() == len => Ok(Some(values)),
             Some((shape, _)) => {
@@ -413,6 +439,34 @@ pub(crate) mod tests {
         let (_folder, path) = written();
         fs::write(path.join(MANIFEST), "{}").unwrap();
         assert!(Checkpoint::open(&path).unwrap_err().to_string().contains("not a checkpoint's manifest"));
+    }
+
+    #[test]
+    fn numbers_that_are_not_finite_are_refused_by_name() {
+        for (value, file) in [(f32::NAN, WEIGHTS), (f32::INFINITY, WEIGHTS), (f32::NEG_INFINITY, OPTIMIZER)] {
+            let folder = tempfile::tempdir().unwrap();
+            let (store, path) = (store(1.5), folder.path().join("c"));
+            let adam = Adam::new(&store, AdamConfig::default());
+            let param = store.get("a").unwrap();
+            match file {
+                WEIGHTS => param.update(|values| values[2] = value).unwrap(),
+                _ => param.grad_mut()[2] = value,
+            }
+            let state = state(7, None);
+            Snapshot { store: &store, adam: &adam, state: &state, config_yaml: "params: {}\n" }.write(&path).unwrap();
+            let checkpoint = Checkpoint::open(&path).unwrap();
+            checkpoint.verify().unwrap();
+            let (other, mut adam) = (self::store(9.0), adam);
+            for error in [checkpoint.check_contents().unwrap_err(), checkpoint.restore(&other, &mut adam).unwrap_err()]
+            {
+                let error = error.to_string();
+                let tensor = if file == WEIGHTS { "a" } else { "grad.a" };
+                let want = format!("{file}: number 2 of tensor {tensor} is {value}, expected finite numbers");
+                assert!(error.contains(&want), "{error}");
+            }
+            assert_eq!(*other.get("a").unwrap().values(), [9.0; 4], "nothing is loaded of a bad checkpoint");
+            assert_eq!(checkpoint.weights().is_err(), file == WEIGHTS);
+        }
     }
 
     #[test]

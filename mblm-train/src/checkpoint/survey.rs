@@ -53,9 +53,9 @@ impl Shelf {
     }
 }
 
-/// Checks every file of a checkpoint against its sum.
+/// Checks every file of a checkpoint against its sum, and that all its tensors are finite.
 pub fn check(path: &Path) -> Result<()> {
-    Checkpoint::open(path)?.verify()
+    Checkpoint::open(path)?.check_contents()
 }
 
 /// Whether `path` is called like a checkpoint, and the shelf that it then stands on.
