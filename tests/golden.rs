@@ -5,6 +5,7 @@ mod compiled;
 
 use std::collections::BTreeMap;
 use std::io::Write;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
@@ -157,6 +158,28 @@ fn report(line: &str) {
     terminal.write_all(format!("golden: {line}\n").as_bytes()).unwrap();
 }
 
+/// Runs the case of a YAML file; the reason if it cannot run here.
+fn check_case(path: &Path, registry: &BlockRegistry) -> Option<String> {
+    let document = Document::read(path).unwrap();
+    let name = path.file_stem().unwrap().to_string_lossy().into_owned();
+    let encoder = document.get("mblm_config").is_some();
+    if document.get("target_mode").is_some() {
+        return Some("a data set, not a model".into());
+    }
+    if let Some(reason) = unavailable(&document, if encoder { "mblm_config." } else { "" }, registry) {
+        return Some(reason);
+    }
+    let tensors = candle_core::safetensors::load(path.with_extension("safetensors"), &Device::Cpu).unwrap();
+    let case = Case { name, tensors: tensors.into_iter().collect() };
+    if encoder {
+        case.check_encoder(&MblmEncoderConfig::from_document(&document, "", registry).unwrap());
+    } else {
+        case.check_decoder(&MblmConfig::from_document(&document, "", registry).unwrap());
+    }
+    None
+}
+
+/// Runs every case, also behind one that fails, and then fails with the list.
 fn check_folder(folder: &Path) {
     let mut paths: Vec<_> = std::fs::read_dir(folder).unwrap().map(|e| e.unwrap().path()).collect();
     paths.retain(|p| p.extension().is_some_and(|e| e == "yaml") && p.with_extension("safetensors").exists());
@@ -165,30 +188,24 @@ fn check_folder(folder: &Path) {
     // The LSTM is a plugin, and comes through the loaded library.
     let lstm = Library::open(&compiled::lstm()).unwrap();
     let registry = BlockRegistry::builtin().unwrap().with_source(PluginSource(lstm)).unwrap();
-    let mut passed = 0;
+    let (mut passed, mut failed) = (0, Vec::new());
     for path in paths {
-        let document = Document::read(&path).unwrap();
-        let name = path.file_stem().unwrap().to_string_lossy().into_owned();
-        let encoder = document.get("mblm_config").is_some();
-        if document.get("target_mode").is_some() {
-            report(&format!("skipped {name}: a data set, not a model"));
-            continue;
+        let name = path.file_stem().unwrap().to_string_lossy();
+        match catch_unwind(AssertUnwindSafe(|| check_case(&path, &registry))) {
+            Ok(None) => {
+                report(&format!("passed {name}"));
+                passed += 1;
+            }
+            Ok(Some(reason)) => report(&format!("skipped {name}: {reason}")),
+            Err(panic) => {
+                let said = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref().copied());
+                failed.push(format!("{name}: {}", said.unwrap_or("panicked")));
+            }
         }
-        if let Some(reason) = unavailable(&document, if encoder { "mblm_config." } else { "" }, &registry) {
-            report(&format!("skipped {name}: {reason}"));
-            continue;
-        }
-        let tensors = candle_core::safetensors::load(path.with_extension("safetensors"), &Device::Cpu).unwrap();
-        let case = Case { name, tensors: tensors.into_iter().collect() };
-        if encoder {
-            case.check_encoder(&MblmEncoderConfig::from_document(&document, "", &registry).unwrap());
-        } else {
-            case.check_decoder(&MblmConfig::from_document(&document, "", &registry).unwrap());
-        }
-        report(&format!("passed {}", case.name));
-        passed += 1;
     }
-    assert!(passed > 0, "every case in {} was skipped", folder.display());
+    let folder = folder.display();
+    assert!(failed.is_empty(), "{} of the cases in {folder} failed:\n{}", failed.len(), failed.join("\n"));
+    assert!(passed > 0, "every case in {folder} was skipped");
 }
 
 #[test]
@@ -202,4 +219,21 @@ fn cases_of_mblm_golden_dir() {
         Some(folder) => check_folder(Path::new(&folder)),
         None => report("skipped: MBLM_GOLDEN_DIR names no folder"),
     }
+}
+
+#[test]
+fn a_case_that_fails_does_not_hide_those_behind_it() {
+    let (golden, folder) =
+        (Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden")), tempfile::tempdir().unwrap());
+    for (from, to) in [("t_1d", "a"), ("mm_2d", "b"), ("t_1d", "c")] {
+        // The parameters of one model under the configuration of another, twice, and a sound case between them.
+        let config = if from == "t_1d" { "mt_2d" } else { from };
+        std::fs::copy(golden.join(config).with_extension("yaml"), folder.path().join(to).with_extension("yaml"))
+            .unwrap();
+        let tensors = golden.join(from).with_extension("safetensors");
+        std::fs::copy(tensors, folder.path().join(to).with_extension("safetensors")).unwrap();
+    }
+    let panic = catch_unwind(|| check_folder(folder.path())).unwrap_err();
+    let list = panic.downcast_ref::<String>().unwrap();
+    assert!(list.contains("2 of the cases") && list.contains("\na: a: ") && list.contains("\nc: c: "), "{list}");
 }
