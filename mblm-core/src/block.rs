@@ -3,7 +3,7 @@
 
 use std::borrow::Cow;
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Tensor};
 use schemars::JsonSchema;
@@ -137,9 +137,15 @@ pub struct PluginOrigin {
     /// Its version.
     pub version: String,
     /// The library's file.
+    #[serde(serialize_with = "shown")]
     pub path: PathBuf,
     /// The SHA-256 of the file, in hexadecimal.
     pub sha256: String,
+}
+
+/// A path for a reader: one that is not UTF-8 must not keep a run from being saved.
+fn shown<S: serde::Serializer>(path: &Path, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+    serializer.serialize_str(&path.to_string_lossy())
 }
 
 /// What a stage costs, for `mblm inspect`. Counts are for one position of one sequence.

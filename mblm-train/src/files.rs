@@ -18,6 +18,8 @@ pub const LOG: u64 = 1 << 30;
 const LINE: u64 = 1 << 20;
 /// How the names of fresh files begin, until they have their own.
 const FRESH: &str = ".writing-";
+const FILE: &str = "a regular file";
+const FOLDER: &str = "a folder";
 
 /// Opens a regular file of at most `most` bytes for reading. If it grows meanwhile, the rest is not read.
 ///
@@ -156,6 +158,41 @@ pub(crate) fn remove_leftovers(folder: &Path) -> io::Result<()> {
     Ok(())
 }
 
+/// Makes the folder `path` if it is missing.
+///
+/// # Errors
+/// Something else has this name: a file, or a symbolic link, since whoever writes and deletes in the folder would do so
+/// where that points.
+pub(crate) fn own_folder(path: &Path) -> io::Result<()> {
+    match fs::create_dir(path) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+            match kind(fs::symlink_metadata(path)?.file_type()) {
+                FOLDER => Ok(()),
+                other => {
+                    Err(io::Error::new(io::ErrorKind::NotADirectory, format!("this is {other}; expected a folder")))
+                }
+            }
+        }
+        made => made,
+    }
+}
+
+/// Whether `path` still is the name of `file`.
+pub(crate) fn is_at(file: &File, path: &Path) -> bool {
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::MetadataExt;
+        let id = |found: Metadata| (found.dev(), found.ino());
+        let (file, found) = (file.metadata().map(id), fs::symlink_metadata(path).map(id));
+        file.is_ok_and(|file| found.is_ok_and(|found| file == found))
+    }
+    #[cfg(not(unix))]
+    {
+        let _ = file;
+        path.exists()
+    }
+}
+
 /// Makes what was created or renamed in `folder` survive a power cut.
 pub fn sync_folder(folder: &Path) -> io::Result<()> {
     if cfg!(unix) { File::open(folder)?.sync_all() } else { Ok(()) }
@@ -177,14 +214,20 @@ fn options(flags: i32) -> OpenOptions {
 
 /// An error that says what it is if it is not a regular file.
 fn check(found: &Metadata) -> io::Result<()> {
-    let kind = found.file_type();
-    let is = match kind {
-        kind if kind.is_file() => return Ok(()),
-        kind if kind.is_dir() => "a folder",
-        kind if kind.is_symlink() => "a symbolic link",
-        _ => special(kind),
-    };
-    Err(io::Error::new(io::ErrorKind::InvalidInput, format!("this is {is}; expected a regular file")))
+    match kind(found.file_type()) {
+        FILE => Ok(()),
+        other => Err(io::Error::new(io::ErrorKind::InvalidInput, format!("this is {other}; expected a regular file"))),
+    }
+}
+
+/// What something is, in words.
+fn kind(found: fs::FileType) -> &'static str {
+    match found {
+        found if found.is_file() => FILE,
+        found if found.is_dir() => FOLDER,
+        found if found.is_symlink() => "a symbolic link",
+        _ => special(found),
+    }
 }
 
 #[cfg(unix)]
@@ -240,10 +283,10 @@ mod tests {
     fn a_file_that_is_too_large_is_an_error() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("a");
-        File::create(&path).unwrap().set_len(1 << 50).unwrap();
+        File::create(&path).unwrap().set_len(1 << 40).unwrap();
         let error = read(&path, 1000).unwrap_err().to_string();
-        assert_eq!(error, "1125899906842624 bytes; expected a file of at most 1000 bytes");
-        assert_eq!(size(&path).unwrap(), 1 << 50);
+        assert_eq!(error, "1099511627776 bytes; expected a file of at most 1000 bytes");
+        assert_eq!(size(&path).unwrap(), 1 << 40);
     }
 
     #[cfg(unix)]

@@ -27,6 +27,8 @@ pub mod report;
 pub mod run;
 pub mod schedule;
 pub mod schema;
+#[cfg(test)]
+mod scramble;
 pub mod session;
 pub mod study;
 mod tensorboard;

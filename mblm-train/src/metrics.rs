@@ -27,6 +27,7 @@ use serde::{Deserialize, Serialize, Serializer};
 
 use crate::error::{AtPath, Result};
 use crate::evaluate::bpb;
+use crate::files;
 use crate::line_log::LineLog;
 use crate::memory::Memory;
 use crate::optimizer::sums;
@@ -151,6 +152,7 @@ impl Metrics {
     }
 
     fn begin_events(&mut self, kind: Kind) -> Result<()> {
+        files::own_folder(&self.board).at(&self.board)?;
         let events = EventFile::create(&self.board.join(kind.name()), self.first_batch)?;
         self.events.insert(kind, events);
         Ok(())

@@ -12,6 +12,7 @@
 //!
 //! It appears under its name only when it is complete, with a first checkpoint, so that a run can always be resumed.
 
+use std::ffi::OsString;
 use std::fs::{self, File, TryLockError};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -27,6 +28,12 @@ use crate::timestamp::Timestamp;
 const CONFIG: &str = "config.yaml";
 const LOG: &str = "train.log";
 const LOSSES: &str = "loss.csv";
+/// How the name of a run in the making begins.
+const MAKING: &str = ".making-";
+/// The longest name of a model or a variant, in bytes: a time, a seed or a suffix is added to it, and a file's name has no
+/// more than 255.
+pub(crate) const LONGEST_NAME: usize = 200;
+const MADE_BY: &str = "made by ";
 
 /// The folder of a run that this process alone trains in.
 #[derive(Debug)]
@@ -48,49 +55,49 @@ impl RunFolder {
         let base = format!("{name_model}-{}", Timestamp::now().compact());
         let names = std::iter::once(base.clone()).chain((2..).map(|n| format!("{base}-{n}")));
         for name in names {
-            let (place, making) = (output_dir.join(&name), output_dir.join(format!(".making-{name}")));
-            if place.exists() {
+            let place = output_dir.join(name);
+            if fs::symlink_metadata(&place).is_ok() {
                 continue;
             }
-            match fs::create_dir(&making) {
-                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => continue,
-                made => made.map_err(cannot)?,
+            match Making::begin(&place) {
+                Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {}
+                making => return making.map_err(cannot)?.complete(first),
             }
-            return Self::complete(&making, &place, output_dir, first);
         }
         unreachable!("there is always another number")
     }
 
     /// As [`create`](Self::create), under the name `place`, which must be free.
+    ///
+    /// # Errors
+    /// The name is taken, or another process makes a run of this name.
     pub fn create_at(place: &Path, first: Snapshot) -> Result<Self> {
-        let (Some(name), folder) = (place.file_name(), place.parent().unwrap_or(Path::new(""))) else {
-            return Err(Error::Config(format!("{}: expected a name for the run's folder", place.display())));
-        };
-        if place.exists() {
-            return Err(Error::Config(format!("{}: exists already; name another folder", place.display())));
-        }
-        let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
+        Self::check_free(place)?;
         let cannot = |error| Error::Config(format!("{}: cannot make this folder: {error}", place.display()));
-        fs::create_dir_all(folder).map_err(cannot)?;
-        let making = folder.join(format!(".making-{}", name.to_string_lossy()));
-        fs::create_dir(&making).map_err(cannot)?;
-        Self::complete(&making, place, folder, first)
+        fs::create_dir_all(files::folder_of(place)).map_err(cannot)?;
+        Making::begin(place).map_err(cannot)?.complete(first)
     }
 
-    /// Fills a folder and gives it its name.
-    fn complete(making: &Path, place: &Path, parent: &Path, first: Snapshot) -> Result<Self> {
-        let filled = fill(making, first).and_then(|log| {
-            fs::rename(making, place).at(place)?;
-            files::sync_folder(parent).at(parent)?;
-            Ok(log)
-        });
-        match filled {
-            Ok(log) => Ok(RunFolder { path: place.into(), log }),
-            Err(error) => {
-                let _ = fs::remove_dir_all(making); // the error that matters is the first
-                Err(error)
-            }
+    /// Whether a run can have the name `place`, as far as that can be told without making it.
+    ///
+    /// # Errors
+    /// The name is taken, or is none.
+    pub fn check_free(place: &Path) -> Result<()> {
+        let refuse = |why: String| Err(Error::Config(format!("{}: {why}", place.display())));
+        match place.file_name().map(|name| name.len()) {
+            None => refuse("expected a name for the run's folder".into()),
+            Some(len) if len > LONGEST_NAME + 40 => refuse(format!(
+                "the name has {len} bytes; expected at most {}; choose a shorter one",
+                LONGEST_NAME + 40
+            )),
+            Some(_) if fs::symlink_metadata(place).is_ok() => refuse("exists already; name another folder".into()),
+            Some(_) => Ok(()),
         }
+    }
+
+    /// Whether `folder` is that of a run.
+    pub fn is_in(folder: &Path) -> bool {
+        folder.join(CONFIG).is_file() && folder.join(checkpoint::FOLDER).is_dir()
     }
 
     /// Opens the folder of an existing run to go on with it.
@@ -104,8 +111,12 @@ impl RunFolder {
                 return Err(Error::Config(format!("{path}: expected the folder of a run, found no {name} in it")));
             }
         }
-        let log = open_log(&path.join(LOG))?;
-        Ok(RunFolder { path: path.into(), log })
+        files::own_folder(&path.join(checkpoint::FOLDER)).at(&path.join(checkpoint::FOLDER))?;
+        let log = path.join(LOG);
+        match lock(&log).at(&log)? {
+            Some(log) => Ok(RunFolder { path: path.into(), log }),
+            None => Err(Error::Config(format!("{}: another process is training in this folder", log.display()))),
+        }
     }
 
     /// The folder.
@@ -158,26 +169,106 @@ pub fn replace_config(folder: &Path, config_yaml: &str) -> Result<()> {
     files::replace_text(&place, config_yaml).at(&place)
 }
 
-fn fill(folder: &Path, first: Snapshot) -> Result<File> {
+/// A run's folder in the making, under a hidden name. Whoever makes it holds the lock of its `train.log`, so that the
+/// folder of a maker that was killed can be told from one of a maker that lives.
+struct Making {
+    hidden: PathBuf,
+    place: PathBuf,
+    log: File,
+}
+
+impl Making {
+    /// Begins to make `place`, in a folder that is there. What a killed process has left of this run, and of others beside
+    /// it, is deleted.
+    ///
+    /// # Errors
+    /// [`ResourceBusy`](io::ErrorKind::ResourceBusy) if another process makes this run.
+    fn begin(place: &Path) -> io::Result<Self> {
+        let folder = files::folder_of(place);
+        remove_abandoned(folder);
+        let mut name = OsString::from(MAKING);
+        name.push(place.file_name().unwrap_or_default());
+        let hidden = folder.join(name);
+        files::own_folder(&hidden)?;
+        let log = hidden.join(LOG);
+        // A maker may give the folder its name, and another one begin anew, before the lock is looked at.
+        let Some(mut locked) = lock(&log)?.filter(|locked| files::is_at(locked, &log)) else {
+            let who = files::read_text(&log, files::SMALL).unwrap_or_default();
+            let who = who.split_once(MADE_BY).map_or("another process", |(_, who)| who.trim());
+            let message = format!("{who} is making this run; wait for it, or name another folder");
+            return Err(io::Error::new(io::ErrorKind::ResourceBusy, message));
+        };
+        clear(&hidden)?;
+        locked.set_len(0)?;
+        writeln!(locked, "{} {MADE_BY}process {}", Timestamp::now(), std::process::id())?;
+        Ok(Making { hidden, place: place.into(), log: locked })
+    }
+
+    /// Fills the folder and gives it its name.
+    fn complete(self, first: Snapshot) -> Result<RunFolder> {
+        let Making { hidden, place, log } = self;
+        let folder = files::folder_of(&place);
+        let filled = fill(&hidden, first).and_then(|()| {
+            fs::rename(&hidden, &place).at(&place)?;
+            files::sync_folder(folder).at(folder)
+        });
+        match filled {
+            Ok(()) => Ok(RunFolder { path: place, log }),
+            Err(error) => {
+                let _ = fs::remove_dir_all(&hidden); // the error that matters is the first
+                Err(error)
+            }
+        }
+    }
+}
+
+/// Deletes the runs in `folder` whose makers were killed, as far as that is allowed: others may work in it too.
+fn remove_abandoned(folder: &Path) {
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        let (hidden, log) = (entry.path(), entry.path().join(LOG));
+        let is_hidden = entry.file_name().as_encoded_bytes().starts_with(MAKING.as_bytes());
+        let is_folder = entry.file_type().is_ok_and(|kind| kind.is_dir());
+        // Without a log its maker has only just begun.
+        if is_hidden && is_folder && files::size(&log).is_ok() {
+            let log = files::append(&log);
+            if log.is_ok_and(|log| log.try_lock().is_ok() && files::is_at(&log, &hidden.join(LOG))) {
+                let _ = fs::remove_dir_all(hidden);
+            }
+        }
+    }
+}
+
+/// Deletes all but the log, which is locked.
+fn clear(folder: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
+        match entry.file_type()?.is_dir() {
+            _ if entry.file_name() == LOG => {}
+            true => fs::remove_dir_all(entry.path())?,
+            false => fs::remove_file(entry.path())?,
+        }
+    }
+    Ok(())
+}
+
+fn fill(folder: &Path, first: Snapshot) -> Result<()> {
     replace_config(folder, first.config_yaml)?;
     let checkpoints = folder.join(checkpoint::FOLDER);
     fs::create_dir(&checkpoints).at(&checkpoints)?;
     Shelf::new(checkpoints).save(first, 0)?;
     LossLog::open(folder, 0)?;
-    open_log(&folder.join(LOG))
+    Ok(())
 }
 
-/// Opens `train.log`, whose lock says that somebody trains here.
-fn open_log(path: &Path) -> Result<File> {
-    let log = files::append(path).at(path)?;
+/// Opens `train.log`, whose lock says that somebody trains here. None if another process holds it.
+fn lock(path: &Path) -> io::Result<Option<File>> {
+    let log = files::append(path)?;
     match log.try_lock() {
-        Ok(()) => Ok(log),
-        Err(TryLockError::WouldBlock) => {
-            Err(Error::Config(format!("{}: another process is training in this folder", path.display())))
-        }
+        Ok(()) => Ok(Some(log)),
+        Err(TryLockError::WouldBlock) => Ok(None),
         // Some network file systems have no locks; that is no reason not to train.
-        Err(TryLockError::Error(error)) if error.kind() == io::ErrorKind::Unsupported => Ok(log),
-        Err(TryLockError::Error(error)) => Err(Error::Io { path: path.into(), error }),
+        Err(TryLockError::Error(error)) if error.kind() == io::ErrorKind::Unsupported => Ok(Some(log)),
+        Err(TryLockError::Error(error)) => Err(error),
     }
 }
 
@@ -293,6 +384,64 @@ mod tests {
         RunFolder::open(&path).unwrap();
         let error = RunFolder::open(output.path()).unwrap_err();
         assert!(error.is_configuration() && error.to_string().contains("found no config.yaml"), "{error}");
+    }
+
+    #[test]
+    fn what_a_killed_maker_left_is_taken_over_and_a_live_one_is_named() {
+        let output = tempfile::tempdir().unwrap();
+        let at = |name: &str| output.path().join(name);
+        let killed = |hidden: &Path| {
+            fs::create_dir_all(hidden.join("checkpoints/.writing-batch-0000000000")).unwrap();
+            fs::write(hidden.join(CONFIG), "half").unwrap();
+        };
+        // One that died before it had a log, one that died later, and one of another run.
+        killed(&at(".making-R"));
+        [".making-S", ".making-other-20260101-000000"].iter().for_each(|name| {
+            killed(&at(name));
+            fs::write(at(name).join(LOG), "").unwrap();
+        });
+        let make = |place: &Path| {
+            let (store, state) = (store(1.0), state(0, None));
+            let adam = Adam::new(&store, AdamConfig::default());
+            RunFolder::create_at(place, Snapshot { store: &store, adam: &adam, state: &state, config_yaml: "a: 1\n" })
+        };
+        let run = make(&at("R")).unwrap();
+        assert_eq!(RunFolder::config_yaml(run.path()).unwrap(), "a: 1\n");
+        assert_eq!(fs::read_dir(run.path().join(checkpoint::FOLDER)).unwrap().count(), 1);
+        assert!(!at(".making-other-20260101-000000").exists() && !at(".making-S").exists());
+
+        let alive = Making::begin(&at("S")).unwrap();
+        let error = make(&at("S")).unwrap_err();
+        let who = format!("process {} is making this run; wait for it", std::process::id());
+        assert!(error.is_configuration() && error.to_string().contains(&who), "{error}");
+        make(&at("T")).unwrap();
+        assert!(at(".making-S").exists(), "it is not deleted while its maker lives");
+        drop(alive);
+        make(&at("S")).unwrap();
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn links_in_a_run_are_not_written_through() {
+        use std::os::unix::fs::symlink;
+        let (output, elsewhere) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let path = create(output.path()).unwrap().path().to_path_buf();
+        for name in [LOG, checkpoint::FOLDER] {
+            let (link, kept) = (path.join(name), path.join("kept"));
+            let there = elsewhere.path().join(name);
+            fs::rename(&link, &kept).unwrap();
+            match kept.is_dir() {
+                true => fs::create_dir(&there).unwrap(),
+                false => fs::write(&there, "precious").unwrap(),
+            }
+            symlink(&there, &link).unwrap();
+            let error = RunFolder::open(&path).unwrap_err().to_string();
+            assert!(error.contains(name) && error.contains("this is a symbolic link; expected a"), "{error}");
+            fs::remove_file(&link).unwrap();
+            fs::rename(&kept, &link).unwrap();
+        }
+        assert_eq!(fs::read_to_string(elsewhere.path().join(LOG)).unwrap(), "precious");
+        RunFolder::open(&path).unwrap();
     }
 
     #[test]

@@ -147,6 +147,9 @@ impl<'a> Session<'a> {
 
     /// Makes a run and trains it; the inner result is that of the training.
     fn start(&self, started: &OnceCell<Instant>) -> Result<(RunFolder, Result<Outcome>)> {
+        if let Some(place) = &self.place {
+            RunFolder::check_free(place)?;
+        }
         let splits = open_data(self.config)?;
         let (about, fingerprint) = (splits.about.clone(), splits.fingerprint.clone());
         let model = (self.build)()?;

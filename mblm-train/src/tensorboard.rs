@@ -16,6 +16,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::crc32c::crc32c;
 use crate::error::{AtPath, Result};
+use crate::files;
 
 const PREFIX: &str = "events.out.tfevents.";
 const VERSION: &[u8] = b"brain.Event:2";
@@ -27,9 +28,9 @@ pub(crate) struct EventFile {
 }
 
 impl EventFile {
-    /// Begins a file in `folder`, which is made if it is missing; its scalars are of `first_step` or later.
+    /// Begins a file in `folder`, which is made if it is missing (its parent is there); its scalars are of `first_step` or later.
     pub fn create(folder: &Path, first_step: u64) -> Result<Self> {
-        fs::create_dir_all(folder).at(folder)?;
+        files::own_folder(folder).at(folder)?;
         let (path, file) = create_after_all(folder)?;
         let mut events = EventFile { path, file };
         events.write(&version_event(now()))?;
@@ -181,7 +182,7 @@ mod tests {
     #[test]
     fn a_file_is_complete_after_every_event() {
         let folder = tempfile::tempdir().unwrap();
-        let place = folder.path().join("new").join("train");
+        let place = folder.path().join("train");
         let mut events = EventFile::create(&place, 0).unwrap();
         let len = |events: &EventFile| fs::metadata(&events.path).unwrap().len();
         let before = len(&events);

@@ -7,6 +7,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::check;
+use crate::run::LONGEST_NAME;
 
 /// Section `io`.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
@@ -43,6 +44,13 @@ impl IoSection {
         let is_name = !name.trim().is_empty() && !name.contains(['/', '\\', '\0']) && name != "." && name != "..";
         let expected = "a name for the run folder, without slashes";
         check(document, "io.name_model", is_name, expected, format!("{name:?}"))?;
+        let len = name.len();
+        let expected = format!("a name of at most {LONGEST_NAME} bytes");
+        check(document, "io.name_model", len <= LONGEST_NAME, &expected, format!("{len} bytes"))?;
+        let output = self.output_dir.as_os_str().as_encoded_bytes();
+        let is_folder = !output.is_empty() && !output.contains(&0);
+        let expected = "a folder (`.` is the one that the program is started in)";
+        check(document, "io.output_dir", is_folder, expected, format!("{:?}", self.output_dir))?;
         let (validate, log) = (self.validate_amount, self.log_train_loss_amount);
         check(document, "io.validate_amount", validate > 0, "a positive integer", validate)?;
         check(document, "io.log_train_loss_amount", log > 0, "a positive integer", log)?;

@@ -22,6 +22,8 @@ use crate::session::open_data;
 use crate::trainer::Trainer;
 
 const FILE: &str = "study.json";
+/// A study with more runs than this is damaged.
+const MAX_RUNS: usize = 100_000;
 
 /// Fields that the study decides, which therefore are no differences between variants.
 const DECIDED: [&str; 5] =
@@ -96,6 +98,7 @@ impl Plan {
     /// # Errors
     /// Everything that cannot be trained, of all variants at once.
     pub fn new(spec: Spec, registry: &BlockRegistry) -> Result<Self> {
+        check_folder(&spec.output_dir)?;
         let base = RunConfig::from_document(&spec.base, registry)
             .map_err(|error| Error::Config(format!("the base cannot be trained: {error}")))?;
         let target = match &spec.budget.parameters {
@@ -225,12 +228,26 @@ pub(crate) fn run_folder(study: &Path, name: &str) -> PathBuf {
     study.join("runs").join(name)
 }
 
+/// Whether a study can be in `folder`.
+fn check_folder(folder: &Path) -> Result<()> {
+    let refuse = |why| Err(Error::Config(format!("{}: {why}; choose another output_dir, or --out", folder.display())));
+    match folder {
+        _ if RunFolder::is_in(folder) => refuse("this is the folder of a run; a study needs one of its own"),
+        _ if folder.to_str().is_none() => refuse("the name of a study's folder must be UTF-8"),
+        _ => Ok(()),
+    }
+}
+
 impl PlanFile {
     /// Reads the plan of the study in `folder`.
     pub fn read(folder: &Path) -> Result<Self> {
         let path = folder.join(FILE);
         let text = files::read(&path, files::SMALL).at(&path)?;
-        serde_json::from_slice(&text).map_err(std::io::Error::from).at(&path)
+        let plan: PlanFile = serde_json::from_slice(&text).map_err(std::io::Error::from).at(&path)?;
+        match plan.variants.len().saturating_mul(plan.seeds.len()) {
+            0..=MAX_RUNS => Ok(plan),
+            runs => Err(Error::Config(format!("{}: {runs} runs; expected at most {MAX_RUNS}", path.display()))),
+        }
     }
 
     /// Whether `folder` looks like a study's.

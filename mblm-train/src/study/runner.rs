@@ -89,6 +89,9 @@ impl<'a> Runner<'a> {
             }
             _ => {}
         }
+        for folder in [folder.to_path_buf(), folder.join("configs"), folder.join("failed")] {
+            files::remove_leftovers(&folder).at(&folder)?;
+        }
         plan.write()?;
         Ok(Runner { plan, options, log })
     }
@@ -246,14 +249,7 @@ impl<'a> Runner<'a> {
         if !is_trained(&folder, &config) {
             let command = match folder.exists() {
                 true => self.resume(&config, &folder),
-                false => {
-                    // Left by a process that was killed while it made the folder.
-                    let making = folder.with_file_name(format!(".making-{}", run.name));
-                    if making.exists() {
-                        fs::remove_dir_all(&making).at(&making)?;
-                    }
-                    self.train(&config, &folder, &run.name)?
-                }
+                false => self.train(&config, &folder, &run.name)?,
             };
             let mut looked = Instant::now();
             let exit = log.run(command, stop, || {

@@ -25,6 +25,7 @@ use serde_yaml::{Mapping, Value};
 
 use super::budget::Budget;
 use crate::difference::shown;
+use crate::run::LONGEST_NAME;
 
 const FIELDS: [&str; 11] =
     ["name", "description", "output_dir", "base", "set", "variants", "grid", "seeds", "budget", "prompt", "jobs"];
@@ -75,7 +76,11 @@ impl Spec {
         if slug(&name).is_empty() {
             return Err(document.error("name", format!("expected a name with letters or digits, found {name:?}")));
         }
+        reader.check_length("name", &name)?;
         let output_dir = reader.optional("output_dir")?.unwrap_or_else(|| Path::new("runs").join(slug(&name)));
+        if output_dir.as_os_str().is_empty() {
+            return Err(document.error("output_dir", "expected the study's folder, found \"\""));
+        }
         let base = reader.base()?;
         let variants = reader.variants(&base)?;
         let jobs = reader.optional("jobs")?.unwrap_or(1);
@@ -292,17 +297,33 @@ impl Reader<'_> {
 
     /// Names must differ, also as names of folders.
     fn check_names(&self, variants: &[(String, Document)]) -> Result<(), ConfigError> {
+        let path = if self.document.get("variants").is_some() { "variants" } else { "grid" };
         let mut seen = BTreeMap::new();
         for (name, _) in variants {
+            self.check_length(path, name)?;
             if let Some(other) = seen.insert(slug(name), name) {
                 let message = format!(
                     "two variants would be called {name:?} and {other:?}, which are one folder; give each a name of its own"
                 );
-                let path = if self.document.get("variants").is_some() { "variants" } else { "grid" };
                 return Err(self.document.error(path, message));
             }
         }
         Ok(())
+    }
+
+    /// Names become those of files.
+    fn check_length(&self, path: &str, name: &str) -> Result<(), ConfigError> {
+        match slug(name).len() {
+            0..=LONGEST_NAME => Ok(()),
+            len => {
+                let start: String = name.chars().take(40).collect();
+                let message = format!(
+                    "the name \"{start}…\" has {len} bytes; expected at most {LONGEST_NAME}, since folders are called by \
+                     it; give a shorter name (a grid takes a mapping of names to values)"
+                );
+                Err(self.document.error(path, message))
+            }
+        }
     }
 }
 
@@ -408,6 +429,12 @@ mod tests {
             let found = read(text, &[]).unwrap_err();
             assert!(found.contains(want), "{found}\n{want}");
         }
+        let text = format!("base: base.yaml\nvariants: [{{name: {}}}]", "x".repeat(300));
+        let found = read(&text, &[]).unwrap_err();
+        assert!(
+            found.contains("variants: the name \"xxxxx") && found.contains("has 300 bytes; expected at most"),
+            "{found}"
+        );
         let many: Vec<String> = (0..40).map(|n| n.to_string()).collect();
         let text = format!("base: base.yaml\ngrid: {{train.lr: [{0}], params.x: [{0}]}}", many.join(", "));
         assert!(read(&text, &[]).unwrap_err().contains("grid: 1600 combinations; expected at most 1000"));
