@@ -2,11 +2,12 @@
 
 use std::fs;
 use std::io::{self, Write};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use anyhow::Result;
 use mblm::train::evaluate::{EvaluateOptions, Evaluation, Parts, evaluate, evaluate_parts};
 use mblm::train::model::Model;
+use mblm::train::report::csv_field;
 use mblm::train::terminal::Output;
 use serde_json::json;
 
@@ -75,7 +76,7 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
     let mut out = Output::new();
     if args.json {
         let mut json = json!({
-            "checkpoint": trained.checkpoint, "data": args.data, "bytes": found.bytes, "loss": found.loss, "bpb": found.bpb()
+            "checkpoint": trained.checkpoint.to_string_lossy(), "data": args.data, "bytes": found.bytes, "loss": found.loss, "bpb": found.bpb()
         });
         if let Some(parts) = &parts {
             let of = |found: &Evaluation| json!({"bytes": found.bytes, "loss": found.loss, "bpb": found.bpb()});
@@ -83,7 +84,7 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
                 .files
                 .iter()
                 .map(
-                    |(path, found)| json!({"path": path, "bytes": found.bytes, "loss": found.loss, "bpb": found.bpb()}),
+                    |(path, found)| json!({"path": path.to_string_lossy(), "bytes": found.bytes, "loss": found.loss, "bpb": found.bpb()}),
                 )
                 .collect();
             json["stages"] = parts.stages.iter().map(|stage| stage.iter().map(of).collect::<Vec<_>>()).collect();
@@ -120,17 +121,11 @@ fn csv(parts: &Parts) -> String {
         format!("{part},{name},{position},{},{},{}\n", found.bytes, found.loss, found.bpb())
     };
     let mut text = String::from("part,name,position,bytes,loss,bpb\n") + &row("all", "", "", &parts.all);
-    parts.files.iter().for_each(|(path, found)| text += &row("file", &quoted(path), "", found));
+    parts.files.iter().for_each(|(path, found)| text += &row("file", &csv_field(&path.to_string_lossy()), "", found));
     for (n, stage) in parts.stages.iter().enumerate() {
         for (at, found) in stage.iter().enumerate() {
             text += &row("stage", &(n + 1).to_string(), &(at + 1).to_string(), found);
         }
     }
     text
-}
-
-/// A path as a field of CSV (RFC 4180).
-fn quoted(path: &Path) -> String {
-    let text = path.display().to_string();
-    if text.contains([',', '"', '\n']) { format!("\"{}\"", text.replace('"', "\"\"")) } else { text }
 }

@@ -1,5 +1,6 @@
 //! `mblm report`: compare runs that are there.
 
+use std::collections::BTreeSet;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
@@ -40,9 +41,11 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
 
 /// Reads the runs; what is none is named and skipped.
 fn read(folders: &[PathBuf]) -> Result<Vec<Run>> {
-    let mut runs = Vec::new();
+    let (mut runs, mut seen) = (Vec::new(), BTreeSet::new());
     for folder in folders {
+        let is_new = folder.canonicalize().map_or(true, |place| seen.insert(place));
         match Run::read(folder) {
+            Ok(_) if !is_new => terminal::line(format_args!("skipped: {} is named twice", folder.display())),
             Ok(run) => runs.push(run),
             Err(error) => terminal::line(format_args!("skipped: {error}")),
         }

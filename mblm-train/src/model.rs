@@ -142,6 +142,13 @@ pub struct MaskedBytes {
     masking_proba: f64,
 }
 
+impl MaskedBytes {
+    /// The encoder.
+    pub fn encoder(&self) -> &MblmEncoder {
+        &self.encoder
+    }
+}
+
 impl TrainModel for MaskedBytes {
     fn params(&self) -> &ParamStore {
         self.encoder.params()

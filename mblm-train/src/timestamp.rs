@@ -48,7 +48,8 @@ impl Timestamp {
         let (date @ (year, month, day), time) = (three(date, '-')?, three(time, ':')?);
         let micros = format!("{fraction:0<6}").get(..6)?.parse().ok()?;
         let is_date = (1970..10_000).contains(&year) && (1..=12).contains(&month) && (1..=31).contains(&day);
-        is_date.then_some(Timestamp { date, time, micros })
+        let is_time = time.0 < 24 && time.1 < 60 && time.2 <= 60;
+        (is_date && is_time).then_some(Timestamp { date, time, micros })
     }
 
     /// Seconds since 1970.
@@ -88,7 +89,7 @@ mod tests {
         }
         let short = Timestamp::parse("2024-02-29T13:05:07.5").unwrap();
         assert_eq!((short.seconds(), short.micros), (1_709_211_907.5, 500_000));
-        for text in ["", "2024-02-29", "2024-13-01 00:00:00", "a-b-c d:e:f"] {
+        for text in ["", "2024-02-29", "2024-13-01 00:00:00", "2024-12-01 18446744073709551615:00:00", "a-b-c d:e:f"] {
             assert_eq!(Timestamp::parse(text), None, "{text}");
         }
     }

@@ -15,7 +15,7 @@ pub(super) fn variants(report: &Report) -> String {
     let mut html =
         "<h2>Variants</h2>\n<p class=\"soft\">What each changes, what its seeds reached, and what it writes.</p>\n"
             .to_string();
-    for (i, variant) in report.variants.iter().enumerate() {
+    for (i, variant) in report.all_variants().enumerate() {
         let open = if i < OPEN { " open" } else { "" };
         html += &format!(
             "<details class=\"{}\"{open}><summary><span class=\"swatch\" style=\"margin:0\"></span>{}<span class=\"soft\">{}</span>\

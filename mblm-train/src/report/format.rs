@@ -1,5 +1,7 @@
 //! Numbers and text as a reader likes them.
 
+use std::borrow::Cow;
+
 /// Three digits and a metric prefix, `12.3 k`; without trailing zeros that say nothing, `1 M`.
 pub(super) fn si(number: f64) -> String {
     if number != 0.0 && number.abs() < 1.0 {
@@ -60,6 +62,48 @@ pub(super) fn escape(text: &str) -> String {
     safe
 }
 
+/// Text on one line of Markdown, as text alone: no emphasis, link, code, table, heading, list or HTML begins in it.
+pub(super) fn markdown(text: &str) -> String {
+    let mut safe = String::with_capacity(text.len());
+    for c in text.trim().chars() {
+        match c {
+            '\\' | '`' | '*' | '_' | '[' | ']' | '<' | '>' | '|' | '~' | '&' => safe.extend(['\\', c]),
+            // A list, a heading or the line below one.
+            '#' | '+' | '-' | '=' if safe.is_empty() => safe.extend(['\\', c]),
+            '.' | ')' if safe.bytes().all(|byte| byte.is_ascii_digit()) => safe.extend(['\\', c]),
+            // Addresses become links by themselves.
+            ':' => safe.push_str("\\:"),
+            '\n' | '\t' => safe.push(' '),
+            c if c.is_control() => safe.push('\u{FFFD}'),
+            c => safe.push(c),
+        }
+    }
+    safe
+}
+
+/// Text of any lines in a fence of Markdown that no line of it closes.
+pub(super) fn fenced(text: &str) -> String {
+    let text: String =
+        text.chars().map(|c| if c.is_control() && !matches!(c, '\n' | '\t') { '\u{FFFD}' } else { c }).collect();
+    let longest = text.split(|c| c != '`').map(str::len).max().unwrap_or(0);
+    let fence = "`".repeat((longest + 1).max(3));
+    format!("{fence}text\n{text}\n{fence}\n\n")
+}
+
+/// A cell that a spreadsheet takes for text or a number, and never for a formula: `'` is put before what begins like one.
+pub(super) fn inert(cell: &str) -> Cow<'_, str> {
+    let begins = cell.starts_with(['=', '+', '-', '@', '\t', '\r', '＝', '＋', '－', '＠']);
+    let is_number = cell.parse::<f64>().is_ok_and(f64::is_finite);
+    if begins && !is_number { format!("'{cell}").into() } else { cell.into() }
+}
+
+/// A text as a field of CSV (RFC 4180) that no spreadsheet takes for a formula.
+pub fn csv_field(text: &str) -> String {
+    let text = inert(text);
+    let needs_quotes = text.contains([',', '"', '\n', '\r']);
+    if needs_quotes { format!("\"{}\"", text.replace('"', "\"\"")) } else { text.into_owned() }
+}
+
 /// `n thing` or `n things`.
 pub(super) fn count(n: usize, thing: &str) -> String {
     format!("{n} {thing}{}", if n == 1 { "" } else { "s" })
@@ -86,6 +130,34 @@ mod tests {
         assert_eq!([with_unit(41_234.0, "B/s"), with_unit(12.0, "B")], ["41.2 kB/s", "12 B"]);
         let durations = [0.25, 42.4, 60.0, 123.0, 3900.0, 90_000.0].map(duration);
         assert_eq!(durations, ["0.2 s", "42 s", "1 min", "2 min 3 s", "1 h 5 min", "1 d 1 h"]);
+    }
+
+    #[test]
+    fn markdown_stays_text() {
+        let cases = [
+            ("plain (name) = 2.5!", "plain (name) = 2.5!"),
+            ("a|b\n# c", "a\\|b # c"),
+            ("![x](http://y) <b>&amp;", "!\\[x\\](http\\://y) \\<b\\>\\&amp;"),
+            ("*a* _b_ `c` ~~d~~ \\", "\\*a\\* \\_b\\_ \\`c\\` \\~\\~d\\~\\~ \\\\"),
+            ("- a", "\\- a"),
+            ("12. a", "12\\. a"),
+            ("===", "\\==="),
+            ("\u{1b}[31m", "\u{FFFD}\\[31m"),
+        ];
+        for (text, want) in cases {
+            assert_eq!(markdown(text), want);
+        }
+        assert_eq!(fenced("a\n```\nb\u{1b}"), "````text\na\n```\nb\u{FFFD}\n````\n\n");
+        assert_eq!(fenced("a"), "```text\na\n```\n\n");
+    }
+
+    #[test]
+    fn no_cell_is_a_formula() {
+        let cells = ["-1.5", "+1e-3", "a=b", "", "0", "=1+1", "@x", "-a", "+cmd|x", "\t=1", "-inf", "＝1"];
+        let want = ["-1.5", "+1e-3", "a=b", "", "0", "'=1+1", "'@x", "'-a", "'+cmd|x", "'\t=1", "'-inf", "'＝1"];
+        assert_eq!(cells.map(|cell| inert(cell).into_owned()), want);
+        assert_eq!(csv_field("=a,\"b\"\r"), "\"'=a,\"\"b\"\"\r\"");
+        assert_eq!(csv_field("a b"), "a b");
     }
 
     #[test]

@@ -63,8 +63,7 @@ struct Series<'a> {
 
 /// Learning curves. None if no variant has points.
 pub(super) fn curves(variants: &[Variant], kind: Kind, axis: Axis, format: Format) -> Option<Svg> {
-    let smoothed = |points: Vec<CurvePoint>| if kind == Kind::Train { smooth(&points) } else { points };
-    let series = all_series(variants, |variant| smoothed(variant.curve(kind, axis)));
+    let series = all_series(variants, kind == Kind::Train, |variant| variant.curve(kind, axis));
     let what = if kind == Kind::Train { "training (smoothed)" } else { "validation" };
     let title = format!("Bits per byte in {what} against {}", axis.name());
     let chart = LineChart {
@@ -81,7 +80,7 @@ pub(super) fn curves(variants: &[Variant], kind: Kind, axis: Axis, format: Forma
 
 /// Gradient norms of a stage, from 0. None if no variant has them.
 pub(super) fn gradients(variants: &[Variant], stage: usize, format: Format) -> Option<Svg> {
-    let series = all_series(variants, |variant| smooth(&variant.gradients(stage)));
+    let series = all_series(variants, true, |variant| variant.gradients(stage));
     let title = format!("Gradient norm of stage {} against training bytes", stage + 1);
     let chart = LineChart {
         id: format!("gradients-{stage}"),
@@ -96,28 +95,27 @@ pub(super) fn gradients(variants: &[Variant], stage: usize, format: Format) -> O
 }
 
 /// Worst first, so that the best lie on top.
-fn all_series(variants: &[Variant], points: impl Fn(&Variant) -> Vec<CurvePoint>) -> Vec<Series<'_>> {
-    let series = variants.iter().enumerate().map(|(rank, variant)| Series {
-        rank,
-        variant,
-        points: thinned(&points(variant), MAX_POINTS),
+fn all_series(variants: &[Variant], is_smooth: bool, of: impl Fn(&Variant) -> Vec<CurvePoint>) -> Vec<Series<'_>> {
+    let series = variants.iter().enumerate().map(|(rank, variant)| {
+        let points = of(variant);
+        let kept = thinned(&(0..points.len()).collect::<Vec<_>>(), MAX_POINTS);
+        // Only what is drawn is smoothed: the work grows with the points, not with their square.
+        let point = |i| if is_smooth { smooth(&points, i) } else { points[i] };
+        Series { rank, variant, points: kept.into_iter().map(point).collect() }
     });
     let mut series: Vec<Series> = series.filter(|series| !series.points.is_empty()).collect();
     series.reverse();
     series
 }
 
-/// Each point the mean of its neighbours.
-fn smooth(points: &[CurvePoint]) -> Vec<CurvePoint> {
+/// Point `i`, as the mean of its neighbours.
+fn smooth(points: &[CurvePoint], i: usize) -> CurvePoint {
     let reach = (points.len() as f64 * SMOOTHING).ceil() as usize;
-    let mean = |i: usize| {
-        // As many on both sides, so that the ends are not drawn towards the middle.
-        let reach = reach.min(i).min(points.len() - 1 - i);
-        let near = &points[i - reach..=i + reach];
-        let of = |value: fn(&CurvePoint) -> f64| near.iter().map(value).sum::<f64>() / near.len() as f64;
-        CurvePoint { x: points[i].x, mean: of(|p| p.mean), min: of(|p| p.min), max: of(|p| p.max) }
-    };
-    (0..points.len()).map(mean).collect()
+    // As many on both sides, so that the ends are not drawn towards the middle.
+    let reach = reach.min(i).min(points.len() - 1 - i);
+    let near = &points[i - reach..=i + reach];
+    let of = |value: fn(&CurvePoint) -> f64| near.iter().map(value).sum::<f64>() / near.len() as f64;
+    CurvePoint { x: points[i].x, mean: of(|p| p.mean), min: of(|p| p.min), max: of(|p| p.max) }
 }
 
 /// A chart of lines over a common axis.
@@ -260,8 +258,15 @@ mod tests {
     fn smoothing_keeps_length_and_ends() {
         let points: Vec<CurvePoint> =
             (0..100).map(|i| CurvePoint { x: f64::from(i), mean: f64::from(i % 2), min: 0.0, max: 1.0 }).collect();
-        let smooth = smooth(&points);
-        assert_eq!((smooth.len(), smooth[0], smooth[99]), (100, points[0], points[99]));
-        assert!((smooth[50].mean - 0.5).abs() < 0.11, "{:?}", smooth[50]);
+        assert_eq!((smooth(&points, 0), smooth(&points, 99)), (points[0], points[99]));
+        assert!((smooth(&points, 50).mean - 0.5).abs() < 0.11, "{:?}", smooth(&points, 50));
+        let variants = [super::super::variant::tests::variant("v", vec![])];
+        let long: Vec<CurvePoint> = points.iter().copied().cycle().take(100_000).collect();
+        let asked = std::cell::Cell::new(0);
+        let series = all_series(&variants, true, |_| {
+            asked.set(asked.get() + 1);
+            long.clone()
+        });
+        assert_eq!((series[0].points.len(), asked.get()), (MAX_POINTS, 1));
     }
 }

@@ -3,6 +3,7 @@
 //! A [`Report`] is made from the files of run folders alone, of one study or of any runs, and written as one page
 //! (`report.html`), as text (`report.md`), as tables (`results.csv`, `results.json`) and as charts (`*.svg`).
 
+mod basis;
 mod charts;
 mod details;
 mod format;
@@ -18,9 +19,9 @@ mod table;
 mod variant;
 mod verdict;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_yaml::Value;
 
@@ -32,9 +33,11 @@ use crate::metrics::Kind;
 use crate::study::{Amount, PlanFile, failure_file, run_folder, run_name};
 use charts::Measure;
 use format::count;
+pub use format::csv_field;
 pub(crate) use format::{duration, with_unit};
 use svg::{Format, Svg};
 
+pub use basis::Apart;
 pub use run::{Generation, Measured, Point, Run, RunResult, Status};
 pub use variant::{Axis, CurvePoint, Spread, Variant};
 
@@ -54,6 +57,8 @@ pub struct Report {
     pub base: String,
     /// The best first.
     pub variants: Vec<Variant>,
+    /// Those that were measured on something else, and are not ranked with them.
+    pub apart: Vec<Apart>,
 }
 
 impl Report {
@@ -63,9 +68,9 @@ impl Report {
     /// It is no study's folder.
     pub fn of_study(folder: &Path) -> Result<Self> {
         let plan = PlanFile::read(folder)?;
-        let mut variants = Vec::new();
+        let (mut variants, mut seen) = (Vec::new(), BTreeSet::new());
         for about in &plan.variants {
-            let runs = plan.seeds.iter().map(|&seed| study_run(folder, &about.name, seed)).collect();
+            let runs = plan.seeds.iter().map(|&seed| study_run(folder, &about.name, seed, &mut seen)).collect();
             variants.push(Variant {
                 name: about.name.clone(),
                 runs,
@@ -74,10 +79,9 @@ impl Report {
                 solved: about.solved.clone(),
             });
         }
-        variant::rank(&mut variants);
         let facts = study_facts(&plan, &variants);
         let PlanFile { name, description, .. } = plan;
-        Ok(Report { title: name, description, facts, base: "the study's base".into(), variants })
+        Ok(Report { title: name, description, facts, base: "the study's base".into(), ..Report::ranked(variants) })
     }
 
     /// The report of any runs. Those that differ in their seeds alone are one variant; differences are counted from the
@@ -94,7 +98,7 @@ impl Report {
         let names = names(&groups);
         let base = groups.first().and_then(|(config, _)| config.clone());
         let first = names.first().cloned().unwrap_or_default();
-        let mut variants: Vec<Variant> = groups
+        let variants: Vec<Variant> = groups
             .into_iter()
             .zip(names)
             .map(|((config, runs), name)| {
@@ -108,10 +112,28 @@ impl Report {
                 }
             })
             .collect();
-        variant::rank(&mut variants);
         let runs: usize = variants.iter().map(|variant| variant.runs.len()).sum();
         let facts = vec![count(variants.len(), "variant"), count(runs, "run")];
-        Report { title: "Comparison of runs".into(), description: None, facts, base: first, variants }
+        Report { title: "Comparison of runs".into(), facts, base: first, ..Report::ranked(variants) }
+    }
+
+    /// A report of variants, without words.
+    fn ranked(variants: Vec<Variant>) -> Self {
+        let (mut variants, mut apart) = basis::grouped(variants);
+        variant::rank(&mut variants);
+        apart.iter_mut().for_each(|group| variant::rank(&mut group.variants));
+        Report { title: String::new(), description: None, facts: vec![], base: String::new(), variants, apart }
+    }
+
+    /// All groups of variants with the reasons why they are apart; those that the report is about come first.
+    fn groups(&self) -> impl Iterator<Item = (&[String], &[Variant])> {
+        let main: (&[String], &[Variant]) = (&[], &self.variants);
+        std::iter::once(main).chain(self.apart.iter().map(|group| (&group.why[..], &group.variants[..])))
+    }
+
+    /// All variants of all groups.
+    fn all_variants(&self) -> impl Iterator<Item = &Variant> {
+        self.groups().flat_map(|(_, variants)| variants)
     }
 
     /// Writes everything to `folder`.
@@ -178,8 +200,14 @@ fn gradient_id(stage: usize) -> String {
 }
 
 /// A run of a study: from its folder, or that it has none.
-fn study_run(study: &Path, variant: &str, seed: u64) -> Run {
+fn study_run(study: &Path, variant: &str, seed: u64, seen: &mut BTreeSet<PathBuf>) -> Run {
     let name = run_name(variant, seed);
+    if let Ok(place) = run_folder(study, &name).canonicalize()
+        && !seen.insert(place.clone())
+    {
+        let why = format!("its folder is a link to {}, which counts once", place.display());
+        return Run::absent(&name, seed, Status::Failed(why));
+    }
     let mut run = Run::read(&run_folder(study, &name)).unwrap_or_else(|_| Run::absent(&name, seed, Status::Unfinished));
     match files::read_text(&failure_file(study, &name), files::SMALL) {
         Ok(why) => run.status = Status::Failed(why),
@@ -195,7 +223,7 @@ fn study_facts(plan: &PlanFile, variants: &[Variant]) -> Vec<String> {
     let equal = match plan.amount {
         Amount::Bytes(bytes) => format!("{} of training each", format::with_unit(bytes as f64, "B")),
         Amount::Flops(flops) => format!("{} of training each", format::with_unit(flops, "FLOP")),
-        Amount::Seconds(seconds) => format!("{} of training each", format::duration(seconds)),
+        Amount::Seconds(seconds) => seconds_used(seconds, variants),
     };
     let mut facts = vec![count(plan.variants.len(), "variant"), count(plan.seeds.len(), "seed"), equal];
     if plan.equal_parameters {
@@ -212,6 +240,17 @@ fn study_facts(plan: &PlanFile, variants: &[Variant]) -> Vec<String> {
         facts.push(format!("{} not finished", count(open, "run")));
     }
     facts
+}
+
+/// A budget in seconds is one of bytes that were measured to take so long: what the runs took may be something else.
+fn seconds_used(seconds: f64, variants: &[Variant]) -> String {
+    let budget = format!("{} of training each", format::duration(seconds));
+    let used = Spread::of(variants.iter().flat_map(|variant| &variant.runs).filter_map(Run::train_seconds));
+    match used.map(|used| (format::duration(used.min), format::duration(used.max))) {
+        None => budget,
+        Some((least, most)) if least == most => format!("{budget} ({least} were used)"),
+        Some((least, most)) => format!("{budget} ({least} to {most} were used)"),
+    }
 }
 
 /// A configuration without what tells runs of one variant apart.
@@ -276,6 +315,62 @@ mod tests {
         assert_eq!(found, [("b", 1, 2.0), ("a", 2, 3.5)]);
         assert_eq!(report.variants[0].differences, ["train.lr: 0.1, now 0.2"]);
         assert_eq!(report.facts, ["2 variants", "3 runs"]);
+    }
+
+    /// Files of a run with everything that a report reads.
+    fn files() -> Vec<(&'static str, String)> {
+        let line = |i: u64, kind: &str| {
+            format!(
+                "{{\"batch\":{i},\"bytes_seen\":{},\"seconds\":{i}.5,\"kind\":\"{kind}\",\"bpb\":{},\"bytes_per_second\":50.0,\
+                 \"memory_mb\":100.0,\"stage1/grad_norm\":1.0,\"stage2/grad_norm\":0.5}}\n",
+                64 * (i + 1),
+                8.0 / (i + 1) as f64
+            )
+        };
+        let result = RunResult {
+            measured: Measured {
+                cost: Some(super::matrix::tests::cost(&["a", "b"])),
+                generation: Some(Generation { prompt: "a".into(), text: "b".into(), bytes: 1, bytes_per_second: 5.0 }),
+                missing: None,
+            },
+            peak_bytes: Some(1 << 30),
+            ..RunResult::default()
+        };
+        vec![
+            ("metrics.jsonl", (0..8).map(|i| line(i, "train") + &line(i, "valid")).collect()),
+            ("loss.csv", "gpu_rank,timestamp,elements_seen,kind,epoch,batch,cum_batch,loss,lr,avg_grad,avg_grad_clipped\n\
+                          0,2024-01-01 10:00:00.5,8,train,0,0,0,2.0,0.1,-1,-1\n0,2024-01-01 10:01:00,16,valid,0,0,1,1.5,-1,-1,-1\n".into()),
+            ("timemem.csv", "cum_batch,allocated_max\n0,0.5\n".into()),
+            ("config.yaml", "io: {name_model: a, dataset_dir: x, dataset_id: bytes}\nparams: {num_tokens: 257, input_seq_len: 64, \
+                             block: [{block_type: a}, {block_type: b}]}\ntrain: {seed: 1, batch_size: 4, max_eval_steps: 3, \
+                             target_elements_strategy: batch}\n".into()),
+            ("train.log", "2024-01-01 00:00:00.0 run: x\n2024-01-01 00:00:01.0 finished: saved x\n".into()),
+            ("result.json", serde_json::to_string(&result).unwrap()),
+        ]
+    }
+
+    #[test]
+    fn no_damaged_run_folder_ends_a_report() {
+        let mut scrambler = crate::scramble::Scrambler::new(16);
+        let good = files();
+        for round in 0..150 {
+            let folder = tempfile::tempdir().unwrap();
+            let (skipped, damaged) = (scrambler.below(2 * good.len()), scrambler.below(good.len()));
+            for (i, (name, text)) in good.iter().enumerate().filter(|(i, _)| *i != skipped) {
+                let is_damaged = i == damaged || scrambler.below(3) == 0;
+                let bytes = if is_damaged { scrambler.damaged(text.as_bytes()) } else { text.clone().into() };
+                fs::write(folder.path().join(name), bytes).unwrap();
+            }
+            let Ok(run) = Run::read(folder.path()) else { continue };
+            let whole = self::folder(&good.iter().map(|(name, text)| (*name, &text[..])).collect::<Vec<_>>());
+            let report = Report::of_runs(vec![Run::read(whole.path()).unwrap(), run], |_| None);
+            let page = page::html(&report);
+            let text = report.to_text() + &markdown::text(&report, &[]) + &table::csv(&report).unwrap();
+            let json = table::json(&report).unwrap();
+            assert!(page.len() + text.len() + json.len() < 4 << 20, "round {round}");
+            assert!(!page.contains("NaN") && !page.contains("inf\""), "round {round}");
+            assert_eq!(page.matches("<script>").count(), 1, "round {round}");
+        }
     }
 
     #[test]

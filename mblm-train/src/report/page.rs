@@ -4,13 +4,15 @@ use super::format::{count, escape, si, with_unit};
 use super::matrix::Matrix;
 use super::run::Run;
 use super::svg::{Format, STYLE, colour};
-use super::table::{bpb, columns};
+use super::table::{Column, bpb, columns, places};
 use super::variant::Variant;
 use super::verdict::verdict;
-use super::{Axis, Kind, Measure, Report, curve_id, details, gradient_id, trade_off_id};
+use super::{Apart, Axis, Kind, Measure, Report, curve_id, details, gradient_id, trade_off_id};
 use crate::cost::bytes as binary;
 
 const PAGE_STYLE: &str = include_str!("page.css");
+/// Speeds and memory that differ by less than this share are a tie: two runs of one configuration do.
+const SLACK: f64 = 0.02;
 const SCRIPT: &str = include_str!("page.js");
 
 /// `report.html`
@@ -25,6 +27,7 @@ pub(super) fn html(report: &Report) -> String {
         learning_curves(report, &charts),
         trade_offs(&charts),
         gradients(report, &charts),
+        apart(report),
         details::variants(report),
         footer(),
     ];
@@ -80,29 +83,34 @@ fn tiles(report: &Report) -> String {
     if finished.len() < 2 {
         return String::new();
     }
-    let tile = |what: &str, of: Of, sign: f64, shown: &dyn Fn(f64) -> String| -> String {
+    let tile = |what: &str, of: Of, (sign, slack): (f64, f64), shown: &dyn Fn(f64) -> String| -> String {
         let values = finished.iter().filter_map(|variant| Some((variant, of(variant)?)));
-        match values.min_by(|a, b| (sign * a.1).total_cmp(&(sign * b.1))) {
-            Some((variant, value)) => format!(
-                "<div><dt>{what}</dt><dd class=\"value\">{}</dd><dd class=\"who\">{}</dd></div>\n",
-                shown(value),
-                escape(&variant.name)
-            ),
-            None => String::new(),
-        }
+        let values: Vec<(&Variant, f64)> = values.map(|(variant, value)| (*variant, value)).collect();
+        let Some(&(_, best)) = values.iter().min_by(|a, b| (sign * a.1).total_cmp(&(sign * b.1))) else {
+            return String::new();
+        };
+        // What looks the same, or differs less than measurements do, has no first.
+        let is_equal = |value: f64| shown(value) == shown(best) || (value - best).abs() < slack * best.abs();
+        let first: Vec<&str> = values.iter().filter(|(_, value)| is_equal(*value)).map(|(v, _)| &v.name[..]).collect();
+        let (what, who) = match &first[..] {
+            [one] => (format!("{what}"), one.to_string()),
+            many => (format!("{what}: a tie"), many.join(", ")),
+        };
+        let (shown, who) = (shown(best), escape(&who));
+        format!("<div><dt>{what}</dt><dd class=\"value\">{shown}</dd><dd class=\"who\">{who}</dd></div>\n")
     };
     let per_second = |rate: f64| with_unit(rate, "B/s");
     format!(
         "<dl class=\"tiles\">\n{}{}{}{}</dl>\n",
-        tile("best", |v| Some(v.valid_bpb()?.mean), 1.0, &|bpb| format!("{bpb:.3} bpb")),
-        tile("fastest in training", Variant::train_rate, -1.0, &per_second),
-        tile("fastest in generation", Variant::generation_rate, -1.0, &per_second),
-        tile("least memory", Variant::peak_bytes, 1.0, &|bytes| binary(bytes)),
+        tile("best", |v| Some(v.valid_bpb()?.mean), (1.0, 0.0), &|bpb| format!("{bpb:.3} bpb")),
+        tile("fastest in training", Variant::train_rate, (-1.0, SLACK), &per_second),
+        tile("fastest in generation", Variant::generation_rate, (-1.0, SLACK), &per_second),
+        tile("least memory", Variant::peak_bytes, (1.0, SLACK), &|bytes| binary(bytes)),
     )
 }
 
 fn failures(report: &Report) -> String {
-    let failed: Vec<(&Run, &str)> = report.variants.iter().flat_map(Variant::failures).collect();
+    let failed: Vec<(&Run, &str)> = report.all_variants().flat_map(Variant::failures).collect();
     if failed.is_empty() {
         return String::new();
     }
@@ -119,35 +127,58 @@ fn ranking(report: &Report, charts: &Charts) -> String {
     let columns = columns(report);
     let mut html =
         "<h2>Ranking</h2>\n<p class=\"soft\">Bits per byte on the validation data, lower is better".to_string();
-    if report.variants.iter().any(|variant| variant.valid_bpb().is_some_and(|bpb| bpb.count > 1)) {
+    if report.all_variants().any(|variant| variant.valid_bpb().is_some_and(|bpb| bpb.count > 1)) {
         html += "; mean ± standard deviation over seeds";
     }
-    html += ".</p>\n<div class=\"scroll\"><table class=\"ranking\">\n<thead><tr><th></th>\
-             <th class=\"name\"><button>variant</button></th><th aria-sort=\"ascending\"><button>valid bpb</button></th>";
-    for column in &columns {
-        let first = if column.descends { " data-first=\"descending\"" } else { "" };
-        html += &format!("<th{first}><button>{}</button></th>", column.name);
-    }
-    html += "</tr></thead>\n<tbody>\n";
-    let best = report.variants.first().and_then(|variant| variant.valid_bpb()).map(|bpb| bpb.mean);
-    for (i, variant) in report.variants.iter().enumerate() {
-        html += &row(i, variant, best, &columns);
-    }
-    html += "</tbody></table></div>\n";
+    html += ".</p>\n";
+    html += &table(0, &report.variants, &columns);
     if let Some(chart) = charts.get("ranking") {
         html += &format!("<figure class=\"panel\" style=\"display:block\">{chart}</figure>\n");
     }
     html
 }
 
-fn row(i: usize, variant: &Variant, best: Option<f64>, columns: &[&super::table::Column]) -> String {
+/// The variants that are not ranked with the others, and why.
+fn apart(report: &Report) -> String {
+    let columns = columns(report);
+    let (mut html, mut first) = (String::new(), report.variants.len());
+    for Apart { why, variants } in &report.apart {
+        let why: String = why.iter().map(|why| format!("<li>{}</li>", escape(why))).collect();
+        html += &format!(
+            "<section><h2>Not ranked with these</h2>\n<p class=\"soft\">What follows was measured on something else:</p>\n\
+             <ul>{why}</ul>\n{}</section>\n",
+            table(first, variants, &columns)
+        );
+        first += variants.len();
+    }
+    html
+}
+
+/// The ranking of a group, whose first variant has the number `first` on the page.
+fn table(first: usize, variants: &[Variant], columns: &[&Column]) -> String {
+    let mut html = "<div class=\"scroll\"><table class=\"ranking\">\n<thead><tr><th></th>\
+             <th class=\"name\"><button>variant</button></th><th aria-sort=\"ascending\"><button>valid bpb</button></th>"
+        .to_string();
+    for column in columns {
+        let first = if column.descends { " data-first=\"descending\"" } else { "" };
+        html += &format!("<th{first}><button>{}</button></th>", column.name);
+    }
+    html += "</tr></thead>\n<tbody>\n";
+    let best = variants.first().and_then(|variant| variant.valid_bpb()).map(|bpb| bpb.mean);
+    for (i, (variant, place)) in variants.iter().zip(places(variants)).enumerate() {
+        html += &row(first + i, place, variant, best, columns);
+    }
+    html + "</tbody></table></div>\n"
+}
+
+fn row(i: usize, place: Option<usize>, variant: &Variant, best: Option<f64>, columns: &[&Column]) -> String {
     let mean = variant.valid_bpb().map(|bpb| bpb.mean);
-    let class = match (i, mean) {
-        (_, None) => "dim",
-        (0, _) => "first",
+    let class = match place {
+        None => "dim",
+        Some(1) => "first",
         _ => "",
     };
-    let place = mean.map_or(String::new(), |_| (i + 1).to_string());
+    let place = place.map_or(String::new(), |place| place.to_string());
     let blocks = variant.blocks().filter(|blocks| *blocks != variant.name);
     let blocks = blocks.map_or(String::new(), |blocks| format!("<small>{}</small>", escape(&blocks)));
     let behind = match mean.zip(best) {
@@ -329,7 +360,14 @@ mod tests {
         let measured = Measured { generation: Some(generation), ..Measured::default() };
         variants[0].runs[0].result = Some(RunResult { measured, ..RunResult::default() });
         variants.push(variant("lost", vec![run(1, Status::Failed("<oops>".into()), &[])]));
-        Report { title: "A & B".into(), description: None, facts: vec!["1 < 2".into()], base: "base".into(), variants }
+        Report {
+            title: "A & B".into(),
+            description: None,
+            facts: vec!["1 < 2".into()],
+            base: "base".into(),
+            variants,
+            apart: vec![],
+        }
     }
 
     #[test]
@@ -350,6 +388,39 @@ mod tests {
             unique.dedup();
             assert_eq!(unique.len(), ids.len(), "{ids:?}");
         }
+    }
+
+    #[test]
+    fn what_is_equal_has_no_first() {
+        let of = |name: &str, rate: f64, bpb: f64| {
+            let mut run = run(1, Status::Finished, &[bpb]);
+            run.points[0].rate = Some(rate);
+            run.points[0].kind = Kind::Train;
+            run.points.push(super::super::Point { kind: Kind::Valid, rate: None, ..run.points[0].clone() });
+            variant(name, vec![run])
+        };
+        let mut report = report(1);
+        report.variants = vec![of("a", 1000.0, 2.0), of("b", 1010.0, 2.0), of("c", 500.0, 3.0)];
+        let page = html(&report);
+        assert!(
+            page.contains("<dt>fastest in training: a tie</dt>") && page.contains("<dt>best: a tie</dt>"),
+            "{page}"
+        );
+        assert!(page.contains("<dd class=\"who\">a, b</dd>"));
+        report.variants[0] = of("a", 2000.0, 1.0);
+        let page = html(&report);
+        assert!(page.contains("<dt>fastest in training</dt>") && page.contains("<dt>best</dt>"), "{page}");
+    }
+
+    #[test]
+    fn what_was_measured_on_something_else_is_apart() {
+        let mut report = report(2);
+        let other = variant("other", vec![run(1, Status::Finished, &[1.0])]);
+        report.apart.push(super::super::Apart { why: vec!["data: <x>, not y".into()], variants: vec![other] });
+        let page = html(&report);
+        assert!(page.contains("<li>data: &lt;x&gt;, not y</li>") && page.contains("2.000 bits per byte"), "{page}");
+        assert_eq!(page.matches("<table class=\"ranking\">").count(), 2);
+        assert_eq!(page.matches("<tr class=\"first").count(), 2, "each group has its first");
     }
 
     #[test]

@@ -3,13 +3,15 @@
 //! `metrics.jsonl` has most of it. A folder of the reference package, or an older one, has `loss.csv` alone; what is not
 //! there is left out.
 
-use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value as Json;
 use serde_yaml::Value;
 
+use super::scale::LARGEST;
+use crate::checkpoint::{Checkpoint, Shelf};
 use crate::cost;
 use crate::error::{AtPath, Error, Result};
 use crate::evaluate::bpb;
@@ -24,6 +26,8 @@ const MEMORY: &str = "timemem.csv";
 const CONFIG: &str = "config.yaml";
 const LOG: &str = "train.log";
 const RESULT: &str = "result.json";
+/// Stages whose gradients are read, at most.
+const MAX_STAGES: usize = 32;
 
 /// One run.
 #[derive(Clone, Debug)]
@@ -38,6 +42,8 @@ pub struct Run {
     pub status: Status,
     /// Its configuration.
     pub config: Option<Value>,
+    /// The fingerprint of its data, if it has a checkpoint.
+    pub data: Option<String>,
     /// What was measured, in the order of time.
     pub points: Vec<Point>,
     /// What a study measured at its end.
@@ -120,6 +126,7 @@ impl Run {
             seed: Some(seed),
             status,
             config: None,
+            data: None,
             points: vec![],
             result: None,
             peak_bytes: None,
@@ -136,9 +143,9 @@ impl Run {
         let config: Option<Value> =
             files::read_text(&folder.join(CONFIG), files::SMALL).ok().and_then(|text| config(&text));
         let (metrics, losses) = (folder.join(METRICS), folder.join(LOSSES));
-        let points = match (metrics.is_file(), losses.is_file()) {
-            (true, _) => read_metrics(&metrics)?,
-            (false, true) => losses_as_points(&losses, config.as_ref())?,
+        let (points, memory) = match (metrics.exists(), losses.exists()) {
+            (true, _) => read_metrics(&metrics).at(&metrics)?,
+            (false, true) => (losses_as_points(&losses, config.as_ref())?, None),
             (false, false) => {
                 return Err(Error::Config(format!(
                     "{}: expected the folder of a run, with {METRICS} or {LOSSES}; found neither",
@@ -151,10 +158,14 @@ impl Run {
             return Err(Error::Config(format!("{}: {message}", folder.display())));
         }
         let seed = config.as_ref().and_then(|config| config.get("train")?.get("seed")?.as_u64());
-        let status = fs::read_to_string(folder.join(LOG)).map_or(Status::Finished, |log| status(&log));
+        let status = status(&folder.join(LOG)).unwrap_or(Status::Finished);
         let result = RunResult::read(folder);
-        let peak_bytes = peak_memory(folder);
-        Ok(Run { name, folder: Some(folder.into()), seed, status, config, points, result, peak_bytes })
+        let table = peak_memory(&folder.join(MEMORY)).unwrap_or_default();
+        let peak_bytes = memory.into_iter().chain(table).max_by(f64::total_cmp);
+        let newest = Shelf::of_run(folder).and_then(|shelf| shelf.list()).ok().and_then(|mut paths| paths.pop());
+        let state = newest.and_then(|path| Checkpoint::open(&path).and_then(|found| found.state()).ok());
+        let data = state.map(|state| state.data).filter(|data| !data.is_empty());
+        Ok(Run { name, folder: Some(folder.into()), seed, status, config, data, points, result, peak_bytes })
     }
 
     /// The points of a kind that have bits per byte.
@@ -176,13 +187,21 @@ impl Run {
     pub fn train_rate(&self) -> Option<f64> {
         let (mut bytes, mut seconds, mut before) = (0.0, 0.0, 0.0);
         for point in self.points.iter().filter(|point| point.kind == Kind::Train) {
-            if let (Some(at), Some(rate)) = (point.bytes, point.rate.filter(|rate| *rate > 0.0)) {
+            if let (Some(at), Some(rate)) =
+                (point.bytes.filter(|at| *at > before), point.rate.filter(|rate| *rate > 0.0))
+            {
                 bytes += at - before;
                 seconds += (at - before) / rate;
                 before = at;
             }
         }
         (seconds > 0.0).then(|| bytes / seconds)
+    }
+
+    /// Seconds of training, without validations and checkpoints.
+    pub fn train_seconds(&self) -> Option<f64> {
+        let train = self.points.iter().filter(|point| point.kind == Kind::Train && point.rate.is_some());
+        Some(train.filter_map(|point| point.bytes).max_by(f64::total_cmp)? / self.train_rate()?)
     }
 
     /// Seconds from the start to the last point.
@@ -231,20 +250,33 @@ fn kind(name: &str) -> Option<Kind> {
     [Kind::Train, Kind::Valid, Kind::Test].into_iter().find(|kind| kind.name() == name)
 }
 
-/// Lines that are no JSON, such as a last one that a crash cut short, are skipped.
-fn read_metrics(path: &Path) -> Result<Vec<Point>> {
-    let text = fs::read(path).at(path)?;
-    let text = String::from_utf8_lossy(&text);
-    Ok(text
-        .lines()
-        .filter_map(|line| serde_json::from_str::<Json>(line).ok())
-        .filter_map(|line| point(&line))
-        .collect())
+/// A number that a file holds, if a chart can show it: sums, squares and ratios of such numbers are finite.
+pub(super) fn sane(number: f64) -> Option<f64> {
+    match number.abs() {
+        size if size < 1.0 / LARGEST => Some(0.0),
+        size => (size <= LARGEST).then_some(number),
+    }
+}
+
+/// The points of the metrics, and the most memory that they tell of, in bytes. Lines that are no JSON are skipped.
+fn read_metrics(path: &Path) -> io::Result<(Vec<Point>, Option<f64>)> {
+    const MIB: f64 = (1u64 << 20) as f64;
+    let (mut points, mut memory) = (Vec::new(), None);
+    for line in files::lines(files::open(path, files::LOG)?) {
+        let Ok(line) = serde_json::from_slice::<Json>(&line?) else { continue };
+        memory = highest(memory, line.get("memory_mb").and_then(Json::as_f64).map(|mib| mib * MIB));
+        points.extend(point(&line));
+    }
+    Ok((points, memory))
+}
+
+fn highest(a: Option<f64>, b: Option<f64>) -> Option<f64> {
+    a.into_iter().chain(b.and_then(sane).filter(|bytes| *bytes > 0.0)).max_by(f64::total_cmp)
 }
 
 fn point(line: &Json) -> Option<Point> {
-    let number = |name: &str| line.get(name).and_then(Json::as_f64);
-    let stage_grads = (1..).map_while(|stage| number(&format!("stage{stage}/grad_norm"))).collect();
+    let number = |name: &str| line.get(name).and_then(Json::as_f64).and_then(sane);
+    let stage_grads = (1..=MAX_STAGES).map_while(|stage| number(&format!("stage{stage}/grad_norm"))).collect();
     Some(Point {
         kind: kind(line.get("kind")?.as_str()?)?,
         bytes: number("bytes_seen"),
@@ -266,9 +298,11 @@ fn losses_as_points(path: &Path, config: Option<&Value>) -> Result<Vec<Point>> {
         let now = Timestamp::parse(&row.timestamp).map(|now| now.seconds());
         Some(Point {
             kind: kind(&row.kind)?,
-            bytes: bytes_per_element.filter(|_| row.elements_seen >= 0).map(|each| each * row.elements_seen as f64),
+            bytes: bytes_per_element
+                .filter(|_| row.elements_seen >= 0)
+                .and_then(|each| sane(each * row.elements_seen as f64)),
             seconds: now.zip(start).map(|(now, start)| now - start),
-            bpb: Some(bpb(row.loss)).filter(|bpb| bpb.is_finite()),
+            bpb: sane(bpb(row.loss)),
             rate: None,
             stage_grads: vec![],
         })
@@ -286,38 +320,47 @@ fn bytes_per_element(config: &Value) -> Option<f64> {
 }
 
 /// How the last session of a run ended, from its log.
-fn status(log: &str) -> Status {
-    // Lines begin with a date and a time.
-    let said = |line: &str| line.splitn(3, ' ').nth(2).map(String::from);
-    let last = log.lines().rev().filter_map(said).find(|text| {
-        ["finished: ", "interrupted: ", "error: ", "resume: ", "run: "].iter().any(|start| text.starts_with(start))
-    });
-    match last {
-        None => Status::Unfinished,
-        Some(text) if text.starts_with("finished: ") => Status::Finished,
-        Some(text) => match text.strip_prefix("error: ") {
-            Some(error) => Status::Failed(error.into()),
-            None => Status::Unfinished,
-        },
+fn status(log: &Path) -> io::Result<Status> {
+    const STARTS: [&str; 5] = ["finished: ", "interrupted: ", "error: ", "resume: ", "run: "];
+    let mut last = String::new();
+    for line in files::lines(files::open(log, files::LOG)?) {
+        let line = line?;
+        // Lines begin with a date and a time.
+        let Some(said) = line.splitn(3, |byte| *byte == b' ').nth(2) else { continue };
+        if STARTS.iter().any(|start| said.starts_with(start.as_bytes())) {
+            last = String::from_utf8_lossy(said).into_owned();
+        }
     }
+    Ok(match last.strip_prefix("error: ") {
+        Some(error) => Status::Failed(error.into()),
+        None if last.starts_with("finished: ") => Status::Finished,
+        None => Status::Unfinished,
+    })
 }
 
-/// The highest of the memory that `timemem.csv` and the metrics show, in bytes.
-fn peak_memory(folder: &Path) -> Option<f64> {
+/// The most memory that `timemem.csv` shows, in bytes.
+fn peak_memory(table: &Path) -> io::Result<Option<f64>> {
     const GIB: f64 = (1u64 << 30) as f64;
-    const MIB: f64 = (1u64 << 20) as f64;
-    let text = |name: &str| fs::read_to_string(folder.join(name)).unwrap_or_default();
-    let table = text(MEMORY);
-    let mut lines = table.lines();
-    let column = lines.next().and_then(|header| header.split(',').position(|name| name == "allocated_max"));
-    let highest = lines.filter_map(|line| line.split(',').nth(column?)?.parse::<f64>().ok()).map(|gib| gib * GIB);
-    let metrics = text(METRICS);
-    let now = metrics.lines().filter_map(|line| serde_json::from_str::<Json>(line).ok()?.get("memory_mb")?.as_f64());
-    highest.chain(now.map(|mib| mib * MIB)).filter(|bytes| *bytes > 0.0).max_by(f64::total_cmp)
+    let (mut column, mut peak) = (None, None);
+    for line in files::lines(files::open(table, files::LOG)?) {
+        let line = line?;
+        let cells = String::from_utf8_lossy(&line);
+        let mut cells = cells.trim_end().split(',');
+        match column {
+            None => column = Some(cells.position(|name| name == "allocated_max").unwrap_or(usize::MAX)),
+            Some(column) => {
+                let cell = cells.nth(column).and_then(|gib| gib.parse::<f64>().ok());
+                peak = highest(peak, cell.map(|gib| gib * GIB));
+            }
+        }
+    }
+    Ok(peak)
 }
 
 #[cfg(test)]
 pub(super) mod tests {
+    use std::fs;
+
     use super::*;
 
     /// A folder with these files.
@@ -377,6 +420,21 @@ gpu_rank,timestamp,elements_seen,kind,epoch,batch,cum_batch,loss,lr,avg_grad,avg
     }
 
     #[test]
+    fn numbers_that_are_no_measurement_are_left_out() {
+        let line = |bpb: &str, rate: &str, bytes: &str| {
+            format!(
+                "{{\"kind\":\"train\",\"bytes_seen\":{bytes},\"seconds\":1,\"bpb\":{bpb},\"bytes_per_second\":{rate}}}\n"
+            )
+        };
+        let lines = line("1e308", "1e308", "100") + &line("2.5", "1e-308", "1e300") + &line("3.5", "50", "50");
+        let run = Run::read(folder(&[("metrics.jsonl", &lines)]).path()).unwrap();
+        let found: Vec<_> = run.points.iter().map(|point| (point.bpb, point.rate, point.bytes)).collect();
+        let want = [(None, None, Some(100.0)), (Some(2.5), Some(0.0), None), (Some(3.5), Some(50.0), Some(50.0))];
+        assert_eq!(found, want);
+        assert_eq!(run.train_rate(), Some(50.0));
+    }
+
+    #[test]
     fn foreign_folders_are_refused() {
         let cases =
             [(vec![("a.txt", "x")], "found neither"), (vec![("loss.csv", "a,b\n1,2\n")], "there is no config.yaml")];
@@ -389,7 +447,8 @@ gpu_rank,timestamp,elements_seen,kind,epoch,batch,cum_batch,loss,lr,avg_grad,avg
     #[test]
     fn the_log_says_how_it_ended() {
         let at = |lines: &[&str]| {
-            status(&lines.iter().map(|line| format!("2024-01-01 00:00:00.0 {line}\n")).collect::<String>())
+            let log = lines.iter().map(|line| format!("2024-01-01 00:00:00.0 {line}\n")).collect::<String>();
+            status(&folder(&[("train.log", &log)]).path().join(LOG)).unwrap()
         };
         assert_eq!(at(&["run: a", "batch 3"]), Status::Unfinished);
         assert_eq!(at(&["run: a", "error: training stopped"]), Status::Failed("training stopped".into()));

@@ -2,6 +2,14 @@
 
 use super::format::{duration, si};
 
+/// The largest number that an axis has a place for, and the smallest that is not 0: what a run's files say beyond that
+/// is no measurement, and sums, squares and ratios of what lies within are finite.
+pub(super) const LARGEST: f64 = 1e30;
+/// The least distance of an axis' ends, as a share of the larger one: marks between them have different digits.
+const LEAST_SPAN: f64 = 1e-9;
+/// Places end so far outside of the frame, in frames.
+const FAR_OUTSIDE: f64 = 100.0;
+
 /// How values become places.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Scale {
@@ -25,13 +33,16 @@ pub(super) enum Unit {
 impl Scale {
     /// Equal distances for equal differences.
     pub(super) fn linear(low: f64, high: f64, unit: Unit) -> Self {
-        let (low, high) = if high > low { (low, high) } else { (low - 0.5, low + 0.5) };
+        let (low, high) = (bounded(low), bounded(high));
+        let size = low.abs().max(high.abs()).max(1e-3);
+        let half = (size * 0.05).max(0.5);
+        let (low, high) = if high - low >= size * LEAST_SPAN { (low, high) } else { (low - half, low + half) };
         Scale { low, high, is_log: false, unit }
     }
 
     /// Equal distances for equal ratios; both ends above 0.
     pub(super) fn log(low: f64, high: f64, unit: Unit) -> Self {
-        let low = low.max(f64::MIN_POSITIVE);
+        let (low, high) = (bounded(low).max(1.0 / LARGEST), bounded(high));
         let (low, high) = if high > low * 1.0001 { (low, high) } else { (low / 1.5, low * 1.5) };
         Scale { low, high, is_log: true, unit }
     }
@@ -57,10 +68,12 @@ impl Scale {
 
     /// The place of a value: 0 at the low end, 1 at the high one.
     pub(super) fn place(&self, value: f64) -> f64 {
-        match self.is_log {
-            true => (value.max(f64::MIN_POSITIVE) / self.low).ln() / (self.high / self.low).ln(),
+        let value = bounded(value);
+        let place = match self.is_log {
+            true => (value.max(1.0 / LARGEST) / self.low).ln() / (self.high / self.low).ln(),
             false => (value - self.low) / (self.high - self.low),
-        }
+        };
+        place.clamp(-FAR_OUTSIDE, FAR_OUTSIDE)
     }
 
     /// About `wanted` round values within the scale, with their text.
@@ -84,6 +97,10 @@ impl Scale {
             Unit::Time | Unit::Plain => format!("{value:.*}", (-step.log10().floor()).clamp(0.0, 9.0) as usize),
         }
     }
+}
+
+fn bounded(value: f64) -> f64 {
+    if value.is_nan() { 0.0 } else { value.clamp(-LARGEST, LARGEST) }
 }
 
 /// The highest of `values` that is no outlier: one that lies so far above the lower two thirds that these would be pressed
@@ -182,6 +199,27 @@ mod tests {
         assert_eq!(ceiling([1.0, 2.0, 3.0, 4.0, f64::NAN].into_iter()), 4.0);
         assert_eq!(ceiling([1.0, 9.0].into_iter()), f64::MAX, "of two none is an outlier");
         assert_eq!(ceiling([2.0, 2.0, 2.0, 8.0].into_iter()), 2.0);
+    }
+
+    #[test]
+    fn no_number_makes_an_axis_without_end() {
+        let tiny = f64::MIN_POSITIVE;
+        let extremes = [0.0, 1e-300, tiny, -1.0, 1.0, 1e15, 1e15 + 0.125, 1e30, 1e308, -1e308, f64::INFINITY, f64::NAN];
+        for (low, high) in extremes.iter().flat_map(|low| extremes.map(|high| (*low, high))) {
+            for unit in [Unit::Plain, Unit::Metric, Unit::Time] {
+                let around = |is_log| Scale::around([low, high].into_iter(), 0.1, is_log, unit);
+                for scale in [Scale::linear(low, high, unit), Scale::log(low, high, unit), around(false), around(true)]
+                {
+                    let span = (scale.high - scale.low) / scale.low.abs().max(scale.high.abs());
+                    assert!(span >= LEAST_SPAN / 2.0 && scale.high.is_finite(), "{low} to {high}: {scale:?}");
+                    let ticks = scale.ticks(6);
+                    assert!(ticks.len() <= 30, "{low} to {high}: {} marks", ticks.len());
+                    assert!(ticks.windows(2).all(|pair| pair[0].0 < pair[1].0), "{low} to {high}: {ticks:?}");
+                    let places = [low, high].map(|value| scale.place(value));
+                    assert!(places.iter().all(|place| place.is_finite()), "{low} to {high}: {places:?}");
+                }
+            }
+        }
     }
 
     #[test]

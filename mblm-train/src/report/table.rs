@@ -3,7 +3,7 @@
 use serde::Serialize;
 
 use super::Report;
-use super::format::{duration, si, with_unit};
+use super::format::{duration, inert, si, with_unit};
 use super::run::{Run, Status};
 use super::variant::{Spread, Variant};
 use crate::cost::bytes as binary;
@@ -13,6 +13,8 @@ use crate::metrics::Kind;
 /// A line of `results.csv`.
 #[derive(Serialize)]
 struct Row<'a> {
+    /// Runs of different groups were measured on something else; ranks are within a group.
+    group: usize,
     rank: usize,
     variant: &'a str,
     run: &'a str,
@@ -34,11 +36,12 @@ struct Row<'a> {
 }
 
 impl<'a> Row<'a> {
-    fn new(rank: usize, variant: &'a Variant, run: &'a Run) -> Self {
+    fn new((group, rank): (usize, usize), variant: &'a Variant, run: &'a Run) -> Self {
         let by_stage = variant.cost.as_ref().map(|cost| {
             cost.stages.iter().map(|stage| stage.part.parameters.to_string()).collect::<Vec<_>>().join("/")
         });
         Row {
+            group,
             rank,
             variant: &variant.name,
             run: &run.name,
@@ -72,19 +75,30 @@ pub(super) fn status(run: &Run) -> &'static str {
 }
 
 /// All runs with their variants and ranks, counted from 1.
-fn rows(report: &Report) -> impl Iterator<Item = Row<'_>> {
-    let variants = report.variants.iter().enumerate();
-    variants.flat_map(|(i, variant)| variant.runs.iter().map(move |run| Row::new(i + 1, variant, run)))
+fn rows(report: &Report) -> Vec<Row<'_>> {
+    let mut rows = Vec::new();
+    for (group, (_, variants)) in (1..).zip(report.groups()) {
+        for (rank, variant) in (1..).zip(variants) {
+            rows.extend(variant.runs.iter().map(|run| Row::new((group, rank), variant, run)));
+        }
+    }
+    rows
 }
 
-/// `results.csv`
+/// `results.csv`, in which no cell is a formula.
 pub(super) fn csv(report: &Report) -> Result<String> {
     let place = std::path::Path::new("results.csv");
     let mut writer = csv::Writer::from_writer(Vec::new());
     for row in rows(report) {
         writer.serialize(row).map_err(std::io::Error::from).at(place)?;
     }
-    let bytes = writer.into_inner().map_err(|error| error.into_error()).at(place)?;
+    let rows = writer.into_inner().map_err(|error| error.into_error()).at(place)?;
+    let mut safe = csv::Writer::from_writer(Vec::new());
+    for row in csv::ReaderBuilder::new().has_headers(false).from_reader(&rows[..]).records() {
+        let row = row.map_err(std::io::Error::from).at(place)?;
+        safe.write_record(row.iter().map(|cell| inert(cell).into_owned())).map_err(std::io::Error::from).at(place)?;
+    }
+    let bytes = safe.into_inner().map_err(|error| error.into_error()).at(place)?;
     Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
@@ -93,15 +107,15 @@ pub(super) fn json(report: &Report) -> Result<String> {
     let spread = |spread: Option<Spread>| {
         spread.map(|s| serde_json::json!({"mean": s.mean, "deviation": s.deviation, "min": s.min, "max": s.max, "seeds": s.count}))
     };
-    let variant = |(rank, variant): (usize, &Variant)| {
+    let variant = |group: usize, (rank, variant): (usize, &Variant)| {
         let run = |run: &Run| {
             let validations: Vec<_> = run
                 .of_kind(Kind::Valid)
                 .map(|p| serde_json::json!({"bytes": p.bytes, "seconds": p.seconds, "bpb": p.bpb}))
                 .collect();
             serde_json::json!({
-                "summary": Row::new(rank + 1, variant, run),
-                "folder": run.folder,
+                "summary": Row::new((group, rank + 1), variant, run),
+                "folder": run.folder.as_ref().map(|folder| folder.to_string_lossy()),
                 "validations": validations,
                 "generation": run.generation(),
             })
@@ -127,7 +141,11 @@ pub(super) fn json(report: &Report) -> Result<String> {
         "title": report.title,
         "description": report.description,
         "facts": report.facts,
-        "variants": report.variants.iter().enumerate().map(variant).collect::<Vec<_>>(),
+        "variants": report.variants.iter().enumerate().map(|ranked| variant(1, ranked)).collect::<Vec<_>>(),
+        "apart": report.apart.iter().zip(2..).map(|(group, n)| serde_json::json!({
+            "why": group.why,
+            "variants": group.variants.iter().enumerate().map(|ranked| variant(n, ranked)).collect::<Vec<_>>(),
+        })).collect::<Vec<_>>(),
     });
     serde_json::to_string_pretty(&json).map_err(std::io::Error::from).at(std::path::Path::new("results.json"))
 }
@@ -170,7 +188,7 @@ pub(super) const COLUMNS: [Column; 7] = [
 
 /// The columns that some variant has a number for.
 pub(super) fn columns(report: &Report) -> Vec<&'static Column> {
-    COLUMNS.iter().filter(|column| report.variants.iter().any(|variant| (column.key)(variant).is_some())).collect()
+    COLUMNS.iter().filter(|column| report.all_variants().any(|variant| (column.key)(variant).is_some())).collect()
 }
 
 /// Bits per byte, or why there are none.
@@ -183,14 +201,41 @@ pub(super) fn bpb(variant: &Variant) -> String {
     }
 }
 
+/// The place of each ranked variant, counted from 1; equals share one.
+pub(super) fn places(variants: &[Variant]) -> Vec<Option<usize>> {
+    let means: Vec<_> =
+        variants.iter().map(|variant| Some((variant.is_finished(), variant.valid_bpb()?.mean))).collect();
+    means
+        .iter()
+        .map(|mean| mean.and_then(|mean| means.iter().position(|other| *other == Some(mean))).map(|i| i + 1))
+        .collect()
+}
+
 /// The ranking for a terminal.
 pub(super) fn text(report: &Report) -> String {
-    let columns = columns(report);
+    let mut text = String::new();
+    for (why, variants) in report.groups() {
+        if !why.is_empty() {
+            text +=
+                &format!("\nnot ranked with these, since they were measured on something else ({}):\n", why.join("; "));
+        }
+        text += &group_text(&columns(report), variants);
+    }
+    for (run, why) in report.all_variants().flat_map(Variant::failures) {
+        text += &format!("\n{} failed: {why}", run.name);
+    }
+    if let Some((answer, surety)) = super::verdict::verdict(&report.variants) {
+        text += &format!("\n{answer}\n{surety}");
+    }
+    text.trim_end().to_string() + "\n"
+}
+
+fn group_text(columns: &[&Column], variants: &[Variant]) -> String {
     let mut header = vec!["".to_string(), "variant".into(), "valid bpb".into()];
     header.extend(columns.iter().map(|column| column.name.to_string()));
     let mut rows = vec![header];
-    for (i, variant) in report.variants.iter().enumerate() {
-        let place = variant.valid_bpb().map_or("-".into(), |_| (i + 1).to_string());
+    for (variant, place) in variants.iter().zip(places(variants)) {
+        let place = place.map_or("-".into(), |place| place.to_string());
         let mut row = vec![place, variant.name.clone(), bpb(variant)];
         row.extend(columns.iter().map(|column| (column.cell)(variant).unwrap_or("-".into())));
         rows.push(row);
@@ -206,13 +251,7 @@ pub(super) fn text(report: &Report) -> String {
         text += cells.collect::<Vec<_>>().join("  ").trim_end();
         text.push('\n');
     }
-    for (run, why) in report.variants.iter().flat_map(Variant::failures) {
-        text += &format!("\n{} failed: {why}", run.name);
-    }
-    if let Some((answer, surety)) = super::verdict::verdict(&report.variants) {
-        text += &format!("\n{answer}\n{surety}");
-    }
-    text.trim_end().to_string() + "\n"
+    text
 }
 
 #[cfg(test)]
@@ -231,6 +270,7 @@ mod tests {
                 variant("good", vec![run(1, Status::Finished, &[0.1 + 0.2]), run(2, Status::Finished, &[0.5])]),
                 variant("lost", vec![failed]),
             ],
+            apart: vec![],
         }
     }
 
@@ -239,11 +279,23 @@ mod tests {
         let text = csv(&report()).unwrap();
         let lines: Vec<&str> = text.lines().collect();
         assert!(
-            lines[0].starts_with("rank,variant,run,seed,status,blocks,valid_bpb,test_bpb,bytes,seconds,"),
+            lines[0].starts_with("group,rank,variant,run,seed,status,blocks,valid_bpb,test_bpb,bytes,seconds,"),
             "{text}"
         );
-        assert_eq!(lines[1], "1,good,v-seed1,1,finished,,0.30000000000000004,,100.0,1.0,,,,,,,");
-        assert_eq!(lines[3], "2,lost,v-seed2,2,failed,,,,,,,,,,,,\"the loss, \"\"NaN\"\"\"");
+        assert_eq!(lines[1], "1,1,good,v-seed1,1,finished,,0.30000000000000004,,100.0,1.0,,,,,,,");
+        assert_eq!(lines[3], "1,2,lost,v-seed2,2,failed,,,,,,,,,,,,\"the loss, \"\"NaN\"\"\"");
+    }
+
+    #[test]
+    fn csv_has_no_formulas() {
+        let mut report = report();
+        report.variants[0].name = "=HYPERLINK(\"http://x\")".into();
+        report.variants[0].runs[0].name = "@x".into();
+        report.variants[1].runs[0].status = Status::Failed("-1+cmd|' /C calc'!A0".into());
+        let text = csv(&report).unwrap();
+        for cell in ["1,\"'=HYPERLINK(\"\"http://x\"\")\",'@x,", ",'-1+cmd|' /C calc'!A0"] {
+            assert!(text.contains(cell), "{text}");
+        }
     }
 
     #[test]
@@ -253,6 +305,24 @@ mod tests {
         assert_eq!((good["valid_bpb"]["mean"].as_f64(), good["valid_bpb"]["seeds"].as_u64()), (Some(0.4), Some(2)));
         assert_eq!(good["runs"][0]["validations"][0]["bpb"].as_f64(), Some(0.1 + 0.2));
         assert_eq!(json["variants"][1]["runs"][0]["summary"]["error"], "the loss, \"NaN\"");
+    }
+
+    #[test]
+    fn what_was_measured_on_something_else_has_a_ranking_of_its_own() {
+        let mut report = report();
+        let other = variant("other", vec![run(1, Status::Finished, &[0.1])]);
+        report.apart.push(super::super::Apart { why: vec!["data: x, not y".into()], variants: vec![other] });
+        let text = text(&report);
+        assert!(text.contains("1  good") && text.contains("something else (data: x, not y):\n"), "{text}");
+        assert!(text.contains("1  other") && text.contains("good reaches 0.400"), "{text}");
+        assert!(csv(&report).unwrap().contains("\n2,1,other,"));
+    }
+
+    #[test]
+    fn equals_share_a_place() {
+        let of = |bpb: f64| variant("v", vec![run(1, Status::Finished, &[bpb])]);
+        let variants = [of(1.0), of(1.0), of(2.0), variant("lost", vec![])];
+        assert_eq!(places(&variants), [Some(1), Some(1), Some(3), None]);
     }
 
     #[test]

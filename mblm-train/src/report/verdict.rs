@@ -14,7 +14,10 @@ pub(super) fn verdict(variants: &[Variant]) -> Option<(String, String)> {
     };
     let lead = other.mean - bpb.mean;
     let percent = 100.0 * lead / other.mean;
-    let answer = format!("{reached}, {lead:.3} ({percent:.1}%) below {}, the second.", second.name);
+    let answer = match format!("{lead:.3}") {
+        none if none == "0.000" => format!("{reached}, as {} does.", second.name),
+        lead => format!("{reached}, {lead} ({percent:.1}%) below {}, the second.", second.name),
+    };
     // A variant is as good as the best, as far as one can tell, if one of its seeds beats one of the best's.
     let ties: Vec<&str> = ranked[1..].iter().filter(|(_, s)| s.min <= bpb.max).map(|(v, _)| &v.name[..]).collect();
     let surety = match (bpb.count.min(other.count), &ties[..]) {
@@ -58,6 +61,7 @@ mod tests {
         assert!(surety.starts_with("Every seed of it is better"), "{surety}");
         let (_, surety) = of(&[&[1.9, 2.3], &[2.2, 2.7], &[2.3, 2.6], &[4.0, 4.1]]);
         assert_eq!(surety, "Its seeds overlap with those of v1 and v2: the order among these is not settled.");
+        assert_eq!(of(&[&[2.0], &[2.0001]]).0, "v0 reaches 2.000 bits per byte, as v1 does.");
         assert!(of(&[&[2.0]]).1.contains("nothing to compare"));
         assert_eq!(verdict(&[]), None);
     }
