@@ -12,6 +12,7 @@ pub mod error;
 pub mod gemm;
 pub mod generate;
 pub mod layer;
+pub mod memory;
 pub mod model;
 pub mod nearest;
 pub mod node;

@@ -1,21 +1,28 @@
 //! Parameters: values, gradient buffers that accumulate, and reproducible initial values.
 //!
-//! Names are those of the reference package's `state_dict`, so weights travel both ways unchanged.
+//! Names are those of the reference package's `state_dict`, so weights travel both ways unchanged. Creating a parameter
+//! allocates nothing: its values are drawn when they are first read. So a model can be counted without its memory.
 
 use std::collections::BTreeMap;
 use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, LazyLock, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 use candle_core::backprop::GradStore;
 use candle_core::{CpuStorage, Device, InplaceOp1, Layout, Storage, StorageRef, Tensor, Var};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
+use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
 use crate::block::Mode;
 use crate::error::{Error, Result};
-use crate::parallel;
+use crate::{memory, parallel};
+
+/// Tensors in a model, at most: a mistyped number of layers ends here, before it fills the memory with names.
+pub(crate) const MAX_TENSORS: usize = 1 << 20;
+/// Learned numbers in a model, at most: the bytes of several copies fit 63 bits.
+const MAX_ELEMENTS: usize = 1 << 56;
 
 /// How a parameter starts. The random ones draw from a stream of their own, keyed by seed and parameter name.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -68,7 +75,11 @@ impl Init {
 /// One learned tensor: its value, and the gradient that backward passes add to.
 pub struct Param {
     name: String,
-    var: Var,
+    shape: Vec<usize>,
+    /// Drawn when it is first read.
+    var: OnceLock<Var>,
+    /// Of the store.
+    seed: u64,
     grad: Mutex<Gradient>,
     version: AtomicU64,
     zero_row: Option<usize>,
@@ -155,12 +166,12 @@ impl Param {
 
     /// The shape, outermost dimension first.
     pub fn shape(&self) -> &[usize] {
-        self.var.dims()
+        &self.shape
     }
 
     /// The number of elements.
     pub fn len(&self) -> usize {
-        self.var.elem_count()
+        self.shape.iter().product()
     }
 
     /// True for a parameter without elements.
@@ -183,17 +194,35 @@ impl Param {
         self.zero_row
     }
 
+    fn var(&self) -> &Var {
+        self.var.get_or_init(|| {
+            let mut hash = Sha256::new();
+            hash.update(self.seed.to_le_bytes());
+            hash.update(self.name.as_bytes());
+            let Start { init, gain } = self.start;
+            let mut values = init.values(&self.shape, &mut ChaCha8Rng::from_seed(hash.finalize().into()));
+            values.iter_mut().for_each(|v| *v *= gain);
+            if let Some(row) = self.zero_row {
+                values[row * self.shape[1]..(row + 1) * self.shape[1]].fill(0.0);
+            }
+            match Tensor::from_vec(values, &self.shape[..], &Device::Cpu).and_then(|values| Var::from_tensor(&values)) {
+                Ok(var) => var,
+                Err(error) => unreachable!("as many values as the shape says, on the CPU: {error}"),
+            }
+        })
+    }
+
     /// The value as a tensor: a node of the graph in training, detached otherwise.
     pub fn tensor(&self, mode: Mode) -> Tensor {
         match mode {
-            Mode::Train { .. } => self.var.as_tensor().clone(),
-            Mode::Eval => self.var.as_detached_tensor(),
+            Mode::Train { .. } => self.var().as_tensor().clone(),
+            Mode::Eval => self.var().as_detached_tensor(),
         }
     }
 
     /// The value as a slice. Do not update the parameter while the borrow lives.
     pub fn values(&self) -> Values<'_> {
-        Values(self.var.storage_and_layout().0)
+        Values(self.var().storage_and_layout().0)
     }
 
     /// The accumulated gradient; empty until something was added.
@@ -238,7 +267,7 @@ impl Param {
                 Ok(())
             }
         }
-        self.var.as_tensor().inplace_op1(&Change(Mutex::new(change)))?;
+        self.var().as_tensor().inplace_op1(&Change(Mutex::new(change)))?;
         self.version.fetch_add(1, Ordering::AcqRel);
         Ok(())
     }
@@ -248,12 +277,26 @@ impl Param {
 pub struct ParamStore {
     params: BTreeMap<String, Arc<Param>>,
     seed: u64,
+    num_elements: usize,
+    /// Bytes that the values may take; none if they are not to be read.
+    limit: Option<memory::Limit>,
 }
 
 impl ParamStore {
-    /// An empty store whose initial values follow from `seed`.
+    /// An empty store whose initial values follow from `seed`. It refuses parameters that do not fit in memory.
     pub fn new(seed: u64) -> Self {
-        ParamStore { params: BTreeMap::new(), seed }
+        ParamStore { limit: memory::available(), ..Self::unlimited(seed) }
+    }
+
+    /// As [`new`](Self::new), for parameters that are counted and need not fit in memory. Their values can be read all
+    /// the same.
+    pub fn unlimited(seed: u64) -> Self {
+        ParamStore { params: BTreeMap::new(), seed, num_elements: 0, limit: None }
+    }
+
+    /// Draws all initial values, on all threads. Those that are not drawn here are drawn when they are first read.
+    pub fn draw(&self) {
+        self.params.par_iter().for_each(|(_, param)| _ = param.var());
     }
 
     /// The scope without a prefix.
@@ -273,7 +316,36 @@ impl ParamStore {
 
     /// The number of learned numbers.
     pub fn num_elements(&self) -> usize {
-        self.iter().map(|p| p.len()).sum()
+        self.num_elements
+    }
+
+    /// The number of learned numbers with one more parameter.
+    ///
+    /// # Errors
+    /// Its values do not fit in memory, where the system would end the process; or the model has too many tensors.
+    fn num_elements_with(&self, name: &str, shape: &[usize]) -> Result<usize> {
+        let refuse = |reason: String| {
+            let before = self.num_elements;
+            Err(Error::Input(format!(
+                "parameter {name} of shape {shape:?} does not fit: {reason}; the model has {before} parameters before \
+                 it; make it smaller"
+            )))
+        };
+        if self.params.len() == MAX_TENSORS {
+            return refuse(format!("a model may have {MAX_TENSORS} tensors"));
+        }
+        let elements = shape.iter().try_fold(1usize, |product, &dim| product.checked_mul(dim));
+        let sum = elements.and_then(|elements| elements.checked_add(self.num_elements));
+        let Some(sum) = sum.filter(|&sum| sum <= MAX_ELEMENTS) else {
+            return refuse(format!("a model may have {MAX_ELEMENTS} parameters"));
+        };
+        let bytes = (sum * size_of::<f32>()) as u64;
+        match &self.limit {
+            Some(limit) if bytes > limit.bytes => {
+                refuse(format!("the weights would take {} with it, and {limit}", memory::gib(bytes)))
+            }
+            _ => Ok(sum),
+        }
     }
 
     /// Runs backward from `loss` and adds the gradient of every parameter to its buffer.
@@ -326,7 +398,8 @@ impl ParamStore {
 /// Adds the gradients that candle's graph holds to the buffers of their parameters.
 pub(crate) fn fold_gradients<'a>(params: impl Iterator<Item = &'a Arc<Param>>, grads: &GradStore) -> Result<()> {
     for param in params {
-        if let Some(from_graph) = grads.get(param.var.as_tensor()) {
+        // What was never drawn is in no graph.
+        if let Some(from_graph) = param.var.get().and_then(|var| grads.get(var.as_tensor())) {
             crate::node::with_floats(from_graph, |grad| crate::simd::add(grad, &mut param.grad_mut()))?;
         }
     }
@@ -379,50 +452,23 @@ impl ParamScope<'_> {
         if self.store.params.contains_key(&name) {
             return Err(Error::Weights(format!("parameter {name} is created twice")));
         }
-        check_memory(&name, shape, self.store.num_elements())?;
-        let mut hash = Sha256::new();
-        hash.update(self.store.seed.to_le_bytes());
-        hash.update(name.as_bytes());
-        let mut values = init.values(shape, &mut ChaCha8Rng::from_seed(hash.finalize().into()));
-        values.iter_mut().for_each(|v| *v *= gain);
-        if let Some(row) = zero_row {
-            values[row * shape[1]..(row + 1) * shape[1]].fill(0.0);
-        }
-        let var = Var::from_tensor(&Tensor::from_vec(values, shape, &Device::Cpu)?)?;
+        let num_elements = self.store.num_elements_with(&name, shape)?;
         let param = Arc::new(Param {
             weight_decay: shape.len() >= 2 && is_weight && !name.contains("emb"),
             name: name.clone(),
-            var,
+            shape: shape.into(),
+            var: OnceLock::new(),
+            seed: self.store.seed,
             grad: Mutex::default(),
             version: AtomicU64::new(0),
             zero_row,
             start: Start { init, gain },
         });
+        self.store.num_elements = num_elements;
         self.store.params.insert(name, param.clone());
         Ok(param)
     }
 }
-
-/// Refuses a parameter that cannot fit in this machine's memory, where the system would end the process.
-fn check_memory(name: &str, shape: &[usize], before: usize) -> Result<()> {
-    let elements = shape.iter().try_fold(1usize, |product, &dim| product.checked_mul(dim));
-    let bytes = elements.and_then(|elements| elements.checked_add(before)?.checked_mul(size_of::<f32>()));
-    match (bytes, *MEMORY) {
-        (Some(bytes), memory) if memory.is_none_or(|memory| bytes <= memory) => Ok(()),
-        (_, memory) => Err(Error::Input(format!(
-            "parameter {name} of shape {shape:?} does not fit: the model's parameters alone would be larger than the \
-             memory of this machine{}; make the model smaller",
-            memory.map_or(String::new(), |memory| format!(" ({:.1} GiB)", memory as f64 / (1u64 << 30) as f64))
-        ))),
-    }
-}
-
-/// Bytes of memory of this machine, where the system tells.
-static MEMORY: LazyLock<Option<usize>> = LazyLock::new(|| {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find(|line| line.starts_with("MemTotal:"))?;
-    line.split_whitespace().nth(1)?.parse::<usize>().ok()?.checked_mul(1024)
-});
 
 #[cfg(test)]
 mod tests {
@@ -480,10 +526,48 @@ mod tests {
     #[test]
     fn a_parameter_larger_than_memory_is_an_error() {
         let mut store = ParamStore::new(0);
-        for shape in [vec![1 << 45], vec![usize::MAX, 3]] {
-            let error = store.root().param("a", &shape, Init::Const(1.0)).unwrap_err().to_string();
-            assert!(error.starts_with("parameter a of shape") && error.contains("memory of this machine"), "{error}");
+        store.root().param("a", &[7], Init::Const(1.0)).unwrap();
+        let cases: [(&[usize], &str); 2] =
+            [(&[1 << 45], "the weights would take 131072.00 GiB with it, and"), (&[usize::MAX, 3], "a model may have")];
+        for (shape, reason) in cases {
+            let error = store.root().param("b", shape, Init::Const(1.0)).unwrap_err().to_string();
+            assert!(error.starts_with(&format!("parameter b of shape {shape:?} does not fit: {reason}")), "{error}");
+            assert!(error.contains("the model has 7 parameters before it"), "{error}");
         }
+        assert_eq!(store.num_elements(), 7, "what was refused is not counted");
+    }
+
+    #[test]
+    fn parameters_are_counted_without_their_memory() {
+        let mut store = ParamStore::unlimited(0);
+        for i in 0..4 {
+            store.root().param(&i.to_string(), &[1 << 26, 1 << 26], Init::Normal).unwrap();
+        }
+        assert_eq!(store.num_elements(), 1 << 54, "64 PiB of weights");
+        let error = store.root().param("4", &[1 << 56], Init::Normal).unwrap_err().to_string();
+        assert!(error.contains("a model may have 72057594037927936 parameters"), "{error}");
+    }
+
+    #[test]
+    fn so_many_tensors_end_a_model() {
+        let mut store = ParamStore::unlimited(0);
+        let error = (0..usize::MAX).find_map(|i| store.root().param(&i.to_string(), &[1], Init::Normal).err()).unwrap();
+        assert!(error.to_string().starts_with("parameter 1048576 of shape [1] does not fit"), "{error}");
+    }
+
+    #[test]
+    fn values_are_the_same_whenever_they_are_drawn() {
+        let make = |draw: bool| {
+            let mut store = ParamStore::new(3);
+            let table = store.root().sub("t").embedding(5, 3, Some(2)).unwrap();
+            if draw {
+                store.draw();
+            }
+            assert_eq!(table.var.get().is_some(), draw);
+            table.values().to_vec()
+        };
+        assert_eq!(make(true), make(false));
+        assert_eq!(make(true)[6..9], [0.0; 3]);
     }
 
     #[test]

@@ -20,8 +20,22 @@ pub struct MblmEncoder {
 
 impl MblmEncoder {
     /// Builds the model with initial values that follow from `seed`.
+    ///
+    /// # Errors
+    /// As of [`Mblm::new`](super::Mblm::new).
     pub fn new(config: &MblmEncoderConfig, seed: u64) -> Result<Self> {
-        Ok(MblmEncoder { hierarchy: Hierarchy::new(&config.mblm_config, seed, false)?, config: config.clone() })
+        let model = Self::build(config, ParamStore::new(seed))?;
+        model.params().draw();
+        Ok(model)
+    }
+
+    /// As [`Mblm::outline`](super::Mblm::outline).
+    pub fn outline(config: &MblmEncoderConfig, seed: u64) -> Result<Self> {
+        Self::build(config, ParamStore::unlimited(seed))
+    }
+
+    fn build(config: &MblmEncoderConfig, params: ParamStore) -> Result<Self> {
+        Ok(MblmEncoder { hierarchy: Hierarchy::new(&config.mblm_config, params, false)?, config: config.clone() })
     }
 
     /// What the model was built from.

@@ -49,11 +49,11 @@ pub(crate) struct Hierarchy {
 }
 
 impl Hierarchy {
-    /// Builds all stages; `starts`: with a start token before each sequence.
-    pub(crate) fn new(config: &MblmConfig, seed: u64, starts: bool) -> Result<Self> {
-        let mut params = ParamStore::new(seed);
-        let stages =
-            (0..config.num_stages()).map(|n| Stage::new(config, n, starts, &mut params)).collect::<Result<Vec<_>>>()?;
+    /// Builds all stages with parameters in `params`; `starts`: with a start token before each sequence.
+    pub(crate) fn new(config: &MblmConfig, mut params: ParamStore, starts: bool) -> Result<Self> {
+        let stages = (0..config.num_stages())
+            .map(|n| at_stage(n, Stage::new(config, n, starts, &mut params)))
+            .collect::<Result<Vec<_>>>()?;
         let dim = config.hidden_dims[config.num_stages() - 1];
         let mut root = params.root();
         let mut out = root.sub("to_logits");
@@ -212,6 +212,14 @@ impl Hierarchy {
         let weight = param_like(&self.out_weight, hidden, mode)?;
         linear_composed(&hidden.contiguous()?, &weight, Some(&param_like(&self.out_bias, hidden, mode)?))
     }
+}
+
+/// Names stage `n` (from 0) in an error about sizes.
+fn at_stage<T>(n: usize, built: Result<T>) -> Result<T> {
+    built.map_err(|error| match error {
+        Error::Input(message) => Error::Input(format!("stage {}: {message}", n + 1)),
+        other => other,
+    })
 }
 
 impl Stage {

@@ -40,9 +40,21 @@ impl Mblm {
     /// Builds the model with initial values that follow from `seed`.
     ///
     /// # Errors
-    /// If a block refuses its width, or is not causal.
+    /// If a block refuses its width, or is not causal; or if the parameters do not fit in memory.
     pub fn new(config: &MblmConfig, seed: u64) -> Result<Self> {
-        let hierarchy = Hierarchy::new(config, seed, true)?;
+        let model = Self::build(config, ParamStore::new(seed))?;
+        model.params().draw();
+        Ok(model)
+    }
+
+    /// As [`new`](Self::new), without memory for the parameters, to count them: a model of any size. A value that is
+    /// read all the same is drawn then.
+    pub fn outline(config: &MblmConfig, seed: u64) -> Result<Self> {
+        Self::build(config, ParamStore::unlimited(seed))
+    }
+
+    fn build(config: &MblmConfig, params: ParamStore) -> Result<Self> {
+        let hierarchy = Hierarchy::new(config, params, true)?;
         match hierarchy.stages.iter().position(|stage| !stage.model.is_causal()) {
             Some(n) => Err(Error::Block(format!(
                 "the block of stage {} sees later bytes than it predicts; it can run in an encoder only (`mblm_config`)",

@@ -25,7 +25,7 @@ const LARGE_WIDTH: usize = 128;
 
 /// The number of parameters of a configuration's model.
 pub(super) fn num_parameters(config: &RunConfig) -> Result<u64> {
-    Ok(Model::new(config, 0)?.params().num_elements() as u64)
+    Ok(Model::outline(config, 0)?.params().num_elements() as u64)
 }
 
 /// Changes `config` to have about `target` parameters, and says what was changed and how close that is.

@@ -47,7 +47,8 @@ pub(super) struct Instance {
 
 impl Instance {
     pub(super) fn new(block: &dyn StageBlock, place: &str, dim: usize, num_layers: usize) -> Result<Self, Failure> {
-        let mut store = ParamStore::new(0);
+        // The host owns the parameters, and refuses what does not fit.
+        let mut store = ParamStore::unlimited(0);
         let model = match place {
             "" => block.build(dim, num_layers, &mut store.root())?,
             place => block.build(dim, num_layers, &mut store.root().sub(place))?,
