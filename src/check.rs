@@ -14,7 +14,7 @@ use mblm::train::terminal::{self, Output};
 use mblm::yaml::Document;
 
 use crate::plugins::Plugins;
-use crate::train::build;
+use crate::train::outline;
 
 /// Arguments of `mblm check`.
 #[derive(clap::Args)]
@@ -43,7 +43,8 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
         false => Some(session::open_data(&config).map_err(located)?),
     };
     let about = data.as_ref().map_or_else(|| "not looked at".into(), |data| data.about.clone());
-    let model = build(&config)?;
+    // A machine without the data may also be another one than that to train on.
+    let model = outline(&config, !args.no_data).map_err(located)?;
     let plan = match data {
         Some(data) => session::check(&model, data, &config),
         None => Plan::new(&config),

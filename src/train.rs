@@ -5,10 +5,11 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use mblm::generate::{Format, Sampler, Sampling, TokenStream, Until, generate};
+use mblm::memory::Limit;
 use mblm::model::Mblm;
 use mblm::train as training;
 use mblm::train::config::RunConfig;
-use mblm::train::cost::{Report, Step, bytes as shown_bytes};
+use mblm::train::cost::{Report, Step, bytes as shown_bytes, metric};
 use mblm::train::data::{Splits, unigram_entropy};
 use mblm::train::evaluate::bpb;
 use mblm::train::memory::Memory;
@@ -142,11 +143,29 @@ fn session<'a>(config: &'a RunConfig, args: &Args) -> Result<Session<'a>> {
     })
 }
 
-/// Builds the model, and warns of one whose training does not fit the machine.
+/// Builds the model to train.
+///
+/// # Errors
+/// As of [`outline`].
 pub fn build(config: &RunConfig) -> training::Result<Model> {
-    let model = Model::new(config, config.train.seed)?;
+    let model = outline(config, true)?;
+    model.params().draw();
+    Ok(model)
+}
+
+/// The model to train, without memory for its parameters. Warns if a training step is likely not to fit the machine.
+///
+/// # Errors
+/// It cannot fit, and is to be trained `here`.
+pub fn outline(config: &RunConfig, here: bool) -> training::Result<Model> {
+    let model = Model::outline(config, config.train.seed)?;
     let step = Step { batch: config.train.batch_size, bytes: config.params.input_seq_len };
     let report = Report::new(config.params.model.hierarchy(), model.params(), &model.stage_models(), step);
+    if let Some(limit) = mblm::memory::available().filter(|_| here)
+        && report.least_bytes() > limit.bytes as f64
+    {
+        return Err(training::Error::Config(too_large(&report, &limit)));
+    }
     if let (Some(peak), Some(memory)) = (report.peak_bytes(), Memory::now())
         && peak > memory.total as f64
     {
@@ -159,6 +178,21 @@ pub fn build(config: &RunConfig) -> training::Result<Model> {
         ));
     }
     Ok(model)
+}
+
+/// What needs the memory that there is not.
+fn too_large(report: &Report, limit: &Limit) -> String {
+    let parameters = metric(report.total.parameters as f64);
+    let stages = report.stages.iter().map(|stage| metric(stage.part.parameters as f64).trim_end().to_string());
+    format!(
+        "params: training needs at least {}, and {limit}; the model has {} parameters ({} in its stages), and a batch is \
+         train.batch_size x params.input_seq_len = {} x {} bytes; make one of them smaller",
+        shown_bytes(report.least_bytes()),
+        parameters.trim_end(),
+        stages.collect::<Vec<_>>().join(" + "),
+        report.step().batch,
+        report.step().bytes
+    )
 }
 
 /// Says what was reached, shows what the model writes, and how to have it write more.

@@ -82,13 +82,52 @@ fn a_mistake_is_named_with_what_was_meant() {
 
 #[test]
 fn the_data_may_be_elsewhere() {
+    let (code, _, said) = check(&["--no-data", "--set", "io.dataset_id=byte"]);
+    assert!(code == 2 && said.contains("io.dataset_id: unknown data set \"byte\""), "{said}");
     let (code, yaml, said) = check(&["--no-data", "--set", "io.dataset_dir=none.txt"]);
     assert_eq!((code, yaml.contains("dataset_dir: none.txt\n")), (0, true), "{said}");
     assert!(said.starts_with("data: not looked at\n"), "{said}");
 }
 
+/// Sizes far beyond any machine, of which products would not fit 64 bits either.
+#[test]
+fn a_size_that_cannot_fit_is_an_error_before_anything_is_built() {
+    let max = u64::MAX.to_string();
+    let block = "params.block={block_type: mamba2, d_state: 8, d_conv: 4, expand: 2, headdim: 8}";
+    let cases: &[(&[&str], &str)] = &[
+        (&["params.num_layers[0]=1000000"], "params.num_layers[0]: expected at most 65536, found 1000000"),
+        (&["params.num_layers[0]=MAX"], "params.num_layers[0]: expected at most 65536, found 18446744073709551615"),
+        (&["params.hidden_dims[0]=4294967296"], "params.hidden_dims[0]: expected at most 16777216, found 4294967296"),
+        (&["params.hidden_dims[0]=8388608"], "params: training needs at least"),
+        (&["params.num_tokens=MAX"], "params.num_tokens: expected at most 16777216"),
+        (&["params.num_layers[0]=20000", "params.hidden_dims[0]=1024"], "params: training needs at least"),
+        (&["params.block.attn_head_dims=4294967296"], "params.block.attn_head_dims: expected at most 16777216 for"),
+        (&["params.block.attn_num_heads=MAX"], "attn_num_heads, found 8 x 18446744073709551615"),
+        (&["params.block.ff_multiplier=MAX"], "params.block.ff_multiplier: expected at most 16777216 for"),
+        (
+            &["params.input_seq_len=MAX", "params.seq_lens=[MAX]"],
+            "params.input_seq_len: expected at most 2147483647 bytes",
+        ),
+        (&["train.batch_size=MAX"], "train.batch_size: expected at most 67108863 sequences so long, found 1844"),
+        (
+            &["params.seq_lens=[MAX]", "params.block.pos_emb_type=fixed"],
+            "stage 1: parameter pos_embs.0.weight of shape",
+        ),
+        (&[block, "params.block.d_state=MAX"], "params.block.d_state: expected at most 16777216, found 1844"),
+        (&[block, "params.block.d_conv=MAX"], "params.block.d_conv: expected at most 16777216, found 1844"),
+        (&[block, "params.block.expand=MAX"], "params.block.expand: expected at most 16777216 for expand x width"),
+        (&[block, "params.block.headdim=MAX"], "params.block.headdim: expected at most 16777216, found 1844"),
+    ];
+    for (sets, want) in cases {
+        let sets: Vec<String> = sets.iter().map(|set| set.replace("MAX", &max)).collect();
+        let args: Vec<&str> = sets.iter().flat_map(|set| ["--set", set]).collect();
+        let (code, _, said) = check(&args);
+        assert!(code == 2 && said.contains(want), "{sets:?}: {code}, {said}");
+    }
+}
+
 #[test]
 fn a_step_that_does_not_fit_the_machine_is_a_warning() {
-    let (code, _, said) = check(&["--no-data", "--set", "train.batch_size=1000000000"]);
+    let (code, _, said) = check(&["--no-data", "--set", "train.batch_size=60000000"]);
     assert!(code == 0 && said.contains("warning: a training step needs about"), "{said}");
 }

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use candle_core::Tensor;
-use mblm_core::block::{Cost, FieldError, Mode, PosEmb, StageBlock, StageDecoder, StageModel};
+use mblm_core::block::{Cost, FieldError, Mode, PosEmb, StageBlock, StageDecoder, StageModel, width};
 use mblm_core::layer::apply;
 use mblm_core::register_block;
 use mblm_core::{Error, ParamScope, Result};
@@ -68,13 +68,10 @@ impl StageBlock for Mamba1Block {
         self.pos_emb_type
     }
 
-    fn validate(&self, _dim: usize) -> std::result::Result<(), FieldError> {
-        for (field, value) in [("d_state", self.d_state), ("d_conv", self.d_conv), ("expand", self.expand)] {
-            if value == 0 {
-                return Err(FieldError::new(field, "expected a positive integer, found 0"));
-            }
-        }
-        Ok(())
+    fn validate(&self, dim: usize) -> std::result::Result<(), FieldError> {
+        width(&[("d_state", self.d_state)], 1)?;
+        width(&[("d_conv", self.d_conv)], 1)?;
+        width(&[("expand", self.expand)], dim).map(drop)
     }
 
     fn build(&self, dim: usize, num_layers: usize, params: &mut ParamScope) -> Result<Box<dyn StageModel>> {

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use candle_core::Tensor;
-use mblm_core::block::{Cost, FieldError, Mode, PosEmb, StageBlock, StageDecoder, StageModel};
+use mblm_core::block::{Cost, FieldError, Mode, PosEmb, StageBlock, StageDecoder, StageModel, width};
 use mblm_core::layer::apply;
 use mblm_core::ops::rms_norm::RmsNormLayer;
 use mblm_core::ops::ssd;
@@ -87,12 +87,10 @@ impl StageBlock for Mamba2Block {
 
     fn validate(&self, dim: usize) -> std::result::Result<(), FieldError> {
         let Mamba2Block { d_state, d_conv, expand, headdim, .. } = *self;
-        for (field, value) in [("d_state", d_state), ("d_conv", d_conv), ("expand", expand), ("headdim", headdim)] {
-            if value == 0 {
-                return Err(FieldError::new(field, "expected a positive integer, found 0"));
-            }
+        for field in [("d_state", d_state), ("d_conv", d_conv), ("headdim", headdim)] {
+            width(&[field], 1)?;
         }
-        let inner = expand * dim;
+        let inner = width(&[("expand", expand)], dim)?;
         if !inner.is_multiple_of(headdim) {
             let mut divisors: Vec<usize> = (1..=inner).filter(|d| inner.is_multiple_of(*d)).collect();
             divisors.sort_by_key(|d| d.abs_diff(headdim));

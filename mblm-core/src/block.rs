@@ -109,6 +109,31 @@ impl FieldError {
     }
 }
 
+/// Channels of a stage or of a layer, and tokens, at most. No matrix between two layers so wide fits in memory; so sizes
+/// within this limit can be added, and their products checked, without overflow.
+pub const MAX_WIDTH: usize = 1 << 24;
+/// Layers of a stage, at most.
+pub const MAX_LAYERS: usize = 1 << 16;
+
+/// A width that a block's configuration gives: the product of `fields`, times `dim` (1 for none).
+///
+/// # Errors
+/// It is 0 or larger than [`MAX_WIDTH`]. The error names the largest of the fields.
+pub fn width(fields: &[(&'static str, usize)], dim: usize) -> Result<usize, FieldError> {
+    if let Some((field, _)) = fields.iter().find(|(_, value)| *value == 0) {
+        return Err(FieldError::new(*field, "expected a positive integer, found 0"));
+    }
+    let product = fields.iter().try_fold(dim, |product, (_, value)| product.checked_mul(*value));
+    product.filter(|&product| product <= MAX_WIDTH).ok_or_else(|| {
+        let factors = || fields.iter().copied().chain((dim > 1).then_some(("width", dim)));
+        let names = factors().map(|(name, _)| name).collect::<Vec<_>>().join(" x ");
+        let values = factors().map(|(_, value)| value.to_string()).collect::<Vec<_>>().join(" x ");
+        let of = if factors().count() > 1 { format!(" for {names}") } else { String::new() };
+        let largest = fields.iter().max_by_key(|(_, value)| *value).map_or("", |(field, _)| field);
+        FieldError::new(largest, format!("expected at most {MAX_WIDTH}{of}, found {values}"))
+    })
+}
+
 /// The configuration of a stage: names what runs there and builds it.
 #[typetag::serde(tag = "block_type")]
 pub trait StageBlock: fmt::Debug + Send + Sync {
@@ -306,6 +331,27 @@ mod tests {
         let other = Mode::train(4).dropout(0.3, stream("stage_models.0")).unwrap();
         let same = (0..100_000).filter(|&i| (other.factor(i) == 0.0) == (factors[i] == 0.0)).count() as f64 / 1e5;
         assert!((same - 0.58).abs() < 0.01, "masks of two seeds are independent, {same}");
+    }
+
+    #[test]
+    fn a_width_is_a_product_that_fits() {
+        let heads = |dims, heads| width(&[("head_dims", dims), ("num_heads", heads)], 1);
+        assert_eq!((heads(64, 8), width(&[("expand", 2)], 512)), (Ok(512), Ok(1024)));
+        let cases = [
+            (
+                heads(1 << 32, 2),
+                "head_dims",
+                "expected at most 16777216 for head_dims x num_heads, found 4294967296 x 2",
+            ),
+            (heads(3, usize::MAX), "num_heads", "for head_dims x num_heads, found 3 x 18446744073709551615"),
+            (width(&[("expand", 1 << 63)], 512), "expand", "for expand x width, found 9223372036854775808 x 512"),
+            (width(&[("d_state", usize::MAX)], 1), "d_state", "expected at most 16777216, found 18446744073709551615"),
+            (heads(64, 0), "num_heads", "expected a positive integer, found 0"),
+        ];
+        for (found, field, message) in cases {
+            let error = found.unwrap_err();
+            assert!(error.field == field && error.message.ends_with(message), "{error:?}");
+        }
     }
 
     #[test]

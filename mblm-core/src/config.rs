@@ -6,9 +6,12 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize, Serializer};
 use serde_yaml::Value;
 
-use crate::block::{PosEmb, StageBlock};
+use crate::block::{MAX_LAYERS, MAX_WIDTH, PosEmb, StageBlock};
 use crate::registry::BlockRegistry;
 use crate::yaml::{ConfigError, Document, describe, join};
+
+/// Stages, at most: more that hold two tokens or more would not fit a context of 64 bits.
+const MAX_STAGES: usize = 64;
 
 /// The configuration of a [`Mblm`](crate::model::Mblm). Lists are ordered from the global stage to the local one.
 ///
@@ -98,6 +101,9 @@ impl Section<'_> {
 
     fn check_numbers(&self, numbers: &Numbers) -> Result<(), ConfigError> {
         let Numbers { num_tokens, pad_token_id, hidden_dims, num_layers, seq_lens, train_checkpoint_chunks } = numbers;
+        if *num_tokens > MAX_WIDTH {
+            return Err(self.error("num_tokens", format!("expected at most {MAX_WIDTH}, found {num_tokens}")));
+        }
         check_token_id(self.document, &join(self.path, "pad_token_id"), *pad_token_id, *num_tokens)?;
         let (dims, layers, lens) = (hidden_dims.len(), num_layers.len(), seq_lens.len());
         if dims != layers || dims != lens {
@@ -112,8 +118,18 @@ impl Section<'_> {
         if lens == 0 {
             return Err(self.error("seq_lens", "expected one entry per stage, found none".into()));
         }
+        if lens > MAX_STAGES {
+            return Err(self.error("seq_lens", format!("expected at most {MAX_STAGES} stages, found {lens}")));
+        }
         for (field, list) in [("hidden_dims", hidden_dims), ("num_layers", num_layers), ("seq_lens", seq_lens)] {
             self.check_positive(field, list)?;
+        }
+        let limits = [("hidden_dims", hidden_dims, MAX_WIDTH), ("num_layers", num_layers, MAX_LAYERS)];
+        for (field, list, most) in limits {
+            if let Some(i) = list.iter().position(|&number| number > most) {
+                let message = format!("expected at most {most}, found {}", list[i]);
+                return Err(self.error(&format!("{field}[{i}]"), message));
+            }
         }
         if seq_lens.iter().try_fold(1usize, |product, &len| product.checked_mul(len)).is_none() {
             return Err(self.error("seq_lens", "the product of the lengths does not fit 64 bits".into()));
@@ -218,7 +234,12 @@ impl MblmEncoderConfig {
         }
         let Fields { mask_token_id, mask_reduce_strat } = document.section(path)?;
         let mblm_config = MblmConfig::from_document(document, &join(path, "mblm_config"), registry)?;
-        check_token_id(document, &join(path, "mask_token_id"), mask_token_id, mblm_config.num_tokens)?;
+        let field = join(path, "mask_token_id");
+        check_token_id(document, &field, mask_token_id, mblm_config.num_tokens)?;
+        if mask_token_id == mblm_config.pad_token_id {
+            let message = format!("expected another id than pad_token_id, found {mask_token_id} for both");
+            return Err(document.error(&field, message));
+        }
         Ok(MblmEncoderConfig { mask_token_id, mask_reduce_strat, mblm_config })
     }
 }
@@ -299,6 +320,8 @@ block:
         assert!(all.message.starts_with("not valid YAML"), "{all}");
         let config = read("mask_token_id: 3\nmask_reduce_strat: all").unwrap();
         assert_eq!((config.mask_token_id, config.mask_reduce_strat), (3, MaskReduce::All));
+        let error = read("mask_token_id: 256").unwrap_err().to_string();
+        assert_eq!(error, "e.yaml: mask_token_id: expected another id than pad_token_id, found 256 for both (line 1)");
         let error = read("mask_token_id: 257").unwrap_err().to_string();
         assert_eq!(error, "e.yaml: mask_token_id: expected an id below num_tokens, which is 257, found 257 (line 1)");
     }
@@ -330,6 +353,13 @@ block:
                 "seq_lens: expected as many entries as the other lists, one per stage: \
                  hidden_dims has 2, num_layers 2, seq_lens 1 (line 5)",
             ),
+            (
+                "num_tokens: 257",
+                "num_tokens: 18446744073709551615",
+                "num_tokens: expected at most 16777216, found 18446744073709551615 (line 1)",
+            ),
+            ("[512, 256]", "[512, 4294967296]", "hidden_dims[1]: expected at most 16777216, found 4294967296 (line 3)"),
+            ("[6, 3]", "[1000000, 3]", "num_layers[0]: expected at most 65536, found 1000000 (line 4)"),
             ("[256, 8]", "[9e9, 9e9]", "seq_lens: the product of the lengths does not fit 64 bits (line 5)"),
             (
                 "chunks: null",

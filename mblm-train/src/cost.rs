@@ -70,6 +70,9 @@ pub struct Report {
     pub total: Part,
     /// The most memory that a training step holds at once, in bytes.
     peak_bytes: Option<f64>,
+    /// What it holds in any case.
+    #[serde(skip)]
+    least_bytes: f64,
 }
 
 impl Report {
@@ -97,7 +100,19 @@ impl Report {
         let weights = total.parameters as f64 * FLOAT_BYTES * TRAINED_COPIES;
         let working = (0..stages.len()).map(|n| counts.working_bytes(n, models.get(n).copied())).fold(0.0, f64::max);
         let peak_bytes = total.activation_bytes.map(|kept| PROCESS_BYTES + weights + kept + working);
-        Report { step, context_len, num_tokens, stages, embeddings, projections, head, total, peak_bytes }
+        let least_bytes = weights + counts.output_bytes();
+        Report { step, context_len, num_tokens, stages, embeddings, projections, head, total, peak_bytes, least_bytes }
+    }
+
+    /// The training step that is counted.
+    pub fn step(&self) -> Step {
+        self.step
+    }
+
+    /// The bytes that a training step holds in any case: weights, gradients and moments, and the output of each stage
+    /// that is not cut into chunks.
+    pub fn least_bytes(&self) -> f64 {
+        self.least_bytes
     }
 
     /// The most memory that a training step holds at once, in bytes; `None` if a block does not say.
@@ -130,6 +145,13 @@ impl Counts<'_> {
     /// Bytes in a training step, padded to whole patches.
     fn step_bytes(&self) -> f64 {
         self.step.batch as f64 * self.seq_len(0) * self.patch_bytes(0)
+    }
+
+    /// The outputs of the stages that are not cut into chunks.
+    fn output_bytes(&self) -> f64 {
+        let whole = (0..self.config.num_stages()).filter(|n| self.chunks(*n).is_none());
+        let floats = whole.map(|n| self.step_bytes() / self.patch_bytes(n) * self.config.hidden_dims[n] as f64);
+        sum(floats) * FLOAT_BYTES
     }
 
     fn parameters(&self, prefixes: &[&str]) -> usize {

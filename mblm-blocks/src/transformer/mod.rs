@@ -7,7 +7,7 @@ mod layer;
 use std::sync::Arc;
 
 use candle_core::Tensor;
-use mblm_core::block::{Cost, FieldError, Mode, PosEmb, StageBlock, StageDecoder, StageModel};
+use mblm_core::block::{Cost, FieldError, Mode, PosEmb, StageBlock, StageDecoder, StageModel, width};
 use mblm_core::layer::apply;
 use mblm_core::ops::rms_norm::{Eps, RmsNormLayer};
 use mblm_core::ops::rotary::Rotary;
@@ -75,8 +75,8 @@ impl StageBlock for Transformer {
         self.0.pos_emb_type
     }
 
-    fn validate(&self, _dim: usize) -> Result<(), FieldError> {
-        self.0.validate()
+    fn validate(&self, dim: usize) -> Result<(), FieldError> {
+        self.0.validate(dim)
     }
 
     fn build(&self, dim: usize, num_layers: usize, params: &mut ParamScope) -> Result<Box<dyn StageModel>> {
@@ -96,8 +96,8 @@ impl StageBlock for TransformerEncoder {
         self.0.pos_emb_type
     }
 
-    fn validate(&self, _dim: usize) -> Result<(), FieldError> {
-        self.0.validate()
+    fn validate(&self, dim: usize) -> Result<(), FieldError> {
+        self.0.validate(dim)
     }
 
     fn build(&self, dim: usize, num_layers: usize, params: &mut ParamScope) -> Result<Box<dyn StageModel>> {
@@ -106,14 +106,9 @@ impl StageBlock for TransformerEncoder {
 }
 
 impl TransformerConfig {
-    fn validate(&self) -> Result<(), FieldError> {
-        let positive = |field, value: usize| match value {
-            0 => Err(FieldError::new(field, "expected a positive integer, found 0")),
-            _ => Ok(()),
-        };
-        positive("attn_head_dims", self.attn_head_dims)?;
-        positive("attn_num_heads", self.attn_num_heads)?;
-        positive("ff_multiplier", self.ff_multiplier)?;
+    fn validate(&self, dim: usize) -> Result<(), FieldError> {
+        width(&[("attn_head_dims", self.attn_head_dims), ("attn_num_heads", self.attn_num_heads)], 1)?;
+        width(&[("ff_multiplier", self.ff_multiplier)], dim)?;
         for (field, p) in [("attn_dropout", self.attn_dropout), ("ff_dropout", self.ff_dropout)] {
             if !(0.0..1.0).contains(&p) {
                 return Err(FieldError::new(field, format!("expected a probability in [0, 1), found {p}")));

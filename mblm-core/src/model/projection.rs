@@ -6,7 +6,7 @@ use candle_core::{Shape, Tensor};
 
 use crate::block::Mode;
 use crate::buffer::Buffer;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::gemm::Into;
 use crate::layer::Dims;
 use crate::node::{Node, apply1};
@@ -24,7 +24,10 @@ pub(crate) struct NextStage {
 
 impl NextStage {
     pub(crate) fn new(dim: usize, next_seq: usize, next_dim: usize, params: &mut ParamScope) -> Result<Self> {
-        let outputs = next_seq * next_dim;
+        let outputs = next_seq.checked_mul(next_dim).ok_or_else(|| {
+            let sizes = format!("a sequence of {next_seq} tokens, {next_dim} wide each");
+            Error::Input(format!("{sizes}, does not fit 64 bits; lower seq_lens of the next stage"))
+        })?;
         Ok(NextStage {
             weight: params.param("weight", &[outputs, dim], Init::linear(dim))?,
             bias: params.param("bias", &[outputs], Init::linear(dim))?,

@@ -7,7 +7,7 @@ use candle_core::{Shape, Tensor};
 
 use crate::block::Mode;
 use crate::buffer::Buffer;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::gemm::Into;
 use crate::node::{Node, apply1};
 use crate::ops::layer_norm;
@@ -54,7 +54,12 @@ pub(crate) struct EmbeddingSizes {
 impl TokenEmbedding {
     pub(crate) fn new(sizes: &EmbeddingSizes, params: &mut ParamScope) -> Result<Self> {
         let table = params.sub("embedding").embedding(sizes.vocab, sizes.local_dim, Some(sizes.pad))?;
-        let flat = sizes.patch * sizes.local_dim;
+        let flat = sizes.patch.checked_mul(sizes.local_dim).ok_or_else(|| {
+            let EmbeddingSizes { patch, local_dim, .. } = sizes;
+            Error::Input(format!(
+                "a patch of {patch} bytes, {local_dim} wide each, does not fit 64 bits; lower seq_lens"
+            ))
+        })?;
         let mut post = params.sub("_post");
         let projection = match sizes.is_local {
             true => None,

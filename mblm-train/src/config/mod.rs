@@ -52,6 +52,7 @@ impl RunConfig {
         };
         config.train.check(document)?;
         config.check_masking(document)?;
+        config.check_batch(document)?;
         config.io.check(document)?;
         Ok(config)
     }
@@ -68,6 +69,30 @@ impl RunConfig {
             }
             (ModelConfig::Encoder(_), None) => {
                 Err(document.error("train", "missing field `masking_proba`, the share of bytes to mask, such as 0.15"))
+            }
+        }
+    }
+
+    /// A batch has fewer positions, padding and start tokens included, than 32 bits count.
+    fn check_batch(&self, document: &Document) -> Result<(), ConfigError> {
+        let model = self.params.model.hierarchy();
+        let patch = model.context_len() / model.seq_lens[0];
+        let padded = self.params.input_seq_len.div_ceil(patch).checked_mul(patch);
+        // At most one start token for each byte.
+        let positions = padded.and_then(|padded| padded.checked_mul(2));
+        match positions.filter(|&positions| positions <= u32::MAX as usize) {
+            None => {
+                let found = self.params.input_seq_len;
+                let message = format!(
+                    "expected at most {} bytes, padded to whole patches of {patch}, found {found}",
+                    u32::MAX / 2
+                );
+                Err(document.error("params.input_seq_len", message))
+            }
+            Some(positions) => {
+                let most = u32::MAX as usize / positions;
+                let found = self.train.batch_size;
+                check(document, "train.batch_size", found <= most, &format!("at most {most} sequences so long"), found)
             }
         }
     }

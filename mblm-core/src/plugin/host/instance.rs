@@ -1,5 +1,6 @@
 //! Instances, tapes and states of a plugin, with the contract's rules about lifetime and threads kept by types.
 
+use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -8,7 +9,7 @@ use super::library::{Library, LibraryBlock};
 use crate::block::{Cost, Mode};
 use crate::error::{Error, Result};
 use crate::layer::Dims;
-use crate::param::{Init, Start};
+use crate::param::{Init, MAX_TENSORS, Start};
 use crate::plugin::abi::{self, Block, Text};
 
 /// A parameter that an instance asks for.
@@ -82,11 +83,14 @@ impl Instance {
             calling: Mutex::new(()),
             _library: library.clone(),
         };
+        if info.num_params > MAX_TENSORS as u64 {
+            let (name, found) = (&instance.name, info.num_params);
+            return Err(Error::Block(format!("{name}: expected at most {MAX_TENSORS} parameters, found {found}")));
+        }
         instance.params = (0..info.num_params).map(|index| instance.param(index)).collect::<Result<_>>()?;
-        for (i, param) in instance.params.iter().enumerate() {
-            if instance.params[..i].iter().any(|other| other.name == param.name) {
-                return Err(Error::Block(format!("{}: it lists parameter {} twice", instance.name, param.name)));
-            }
+        let mut names = HashSet::new();
+        if let Some(twice) = instance.params.iter().find(|param| !names.insert(&param.name)) {
+            return Err(Error::Block(format!("{}: it lists parameter {} twice", instance.name, twice.name)));
         }
         Ok(Arc::new(instance))
     }
