@@ -6,6 +6,8 @@ mod error;
 mod parse;
 
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{ErrorKind, Read};
 use std::path::Path;
 
 use serde::de::DeserializeOwned;
@@ -14,6 +16,9 @@ use serde_yaml::Value;
 pub use error::{ConfigError, Place, ValueError, describe, from_value};
 
 use crate::nearest::suggestion;
+
+/// Bytes of a file, at most.
+const MAX_LEN: u64 = 1 << 26;
 
 /// A YAML text, parsed.
 #[derive(Clone, Debug)]
@@ -29,17 +34,19 @@ impl Document {
     pub fn read(path: impl AsRef<Path>) -> Result<Self, ConfigError> {
         let path = path.as_ref();
         let name = path.display().to_string();
-        let text = std::fs::read_to_string(path).map_err(|error| ConfigError {
-            file: name.clone(),
-            path: String::new(),
-            place: None,
-            message: match error.kind() {
-                std::io::ErrorKind::NotFound => {
-                    "there is no such file; check the path, which starts at the current directory".into()
-                }
-                _ => format!("cannot be read: {error}"),
-            },
+        let wrong = |message: String| ConfigError { file: name.clone(), path: String::new(), place: None, message };
+        let mut text = String::new();
+        // Not only of a regular file: a shell's `<(…)` is a pipe.
+        let read = File::open(path).and_then(|file| file.take(MAX_LEN + 1).read_to_string(&mut text));
+        read.map_err(|error| match error.kind() {
+            ErrorKind::NotFound => {
+                wrong("there is no such file; check the path, which starts at the current directory".into())
+            }
+            _ => wrong(format!("cannot be read: {error}")),
         })?;
+        if text.len() as u64 > MAX_LEN {
+            return Err(wrong(format!("larger than {MAX_LEN} bytes, expected a configuration")));
+        }
         Self::parse(&text, &name)
     }
 
@@ -368,6 +375,13 @@ io: {dir: /data, keep: 3}
         assert_eq!(error(&["dir"]), "a.yaml: io.keep: unknown field; expected `dir` (line 6)");
         assert_eq!(error(&["keep", "dirs"]), "a.yaml: io.dir: unknown field; did you mean `dirs`? (line 6)");
         document(&[]).check_fields("io", &["dir", "keep"]).unwrap();
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn a_file_without_end_is_an_error() {
+        let error = Document::read("/dev/zero").unwrap_err().to_string();
+        assert_eq!(error, "/dev/zero: larger than 67108864 bytes, expected a configuration");
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! From text to a value and the line of each field. Scalars follow YAML 1.2's core schema, with YAML 1.1's underscores
 //! in numbers, which the reference configurations use.
 
+use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap};
 
 use saphyr_parser::{Event, Parser, ScalarStyle, Tag};
@@ -10,26 +11,62 @@ use super::{Place, join};
 
 /// Mappings and lists in each other, at most: deeper ones would overflow the stack of whoever walks them.
 const MAX_DEPTH: usize = 64;
-/// Values in all, aliases resolved, at most.
+/// Values in all, aliases resolved, at most. A text counts as one value per [`TEXT_OF_A_VALUE`] bytes.
 const MAX_NODES: usize = 1_000_000;
+const TEXT_OF_A_VALUE: usize = 64;
+/// Bytes of the paths of all fields together, at most.
+const MAX_PATHS: usize = 1 << 26;
 
 /// A line and what is wrong there.
 type Mistake = (usize, String);
 
 /// Parses one document.
 pub(super) fn parse(text: &str) -> Result<(Value, BTreeMap<String, Place>), Mistake> {
+    let text = text.strip_prefix('\u{feff}').unwrap_or(text); // a byte order mark
+    check_characters(text)?;
     let mut builder = Builder::default();
     for event in Parser::new_from_str(text) {
         let (event, span) =
             event.map_err(|error| (error.marker().line(), format!("not valid YAML: {}", error.info())))?;
         builder.add(event, span.start.line()).map_err(|message| (span.start.line(), message))?;
     }
-    let mut places = BTreeMap::new();
+    let mut places = Places::default();
     let value = match builder.root {
-        Some(root) => root.into_value("", &mut places),
+        Some(root) => root.into_value("", &mut places)?,
         None => Value::Null,
     };
-    Ok((value, places))
+    Ok((value, places.of))
+}
+
+/// Refuses control characters, which YAML does not allow: a parser would take NUL for the end of the text.
+fn check_characters(text: &str) -> Result<(), Mistake> {
+    let is_wrong = |c: char| c.is_control() && !matches!(c, '\t' | '\n' | '\r' | '\u{85}');
+    match text.char_indices().find(|(_, c)| is_wrong(*c)) {
+        Some((at, c)) => {
+            let line = text[..at].matches('\n').count() + 1;
+            Err((line, format!("not valid YAML: the control character U+{:04X}; write it as an escape", c as u32)))
+        }
+        None => Ok(()),
+    }
+}
+
+/// Where each field was given.
+#[derive(Default)]
+struct Places {
+    of: BTreeMap<String, Place>,
+    /// Bytes of their paths.
+    len: usize,
+}
+
+impl Places {
+    fn insert(&mut self, path: &str, line: usize) -> Result<(), Mistake> {
+        self.len += path.len();
+        if self.len > MAX_PATHS {
+            return Err((line, format!("the names of fields are too long: together they have over {MAX_PATHS} bytes")));
+        }
+        self.of.insert(path.into(), Place::Line(line));
+        Ok(())
+    }
 }
 
 #[derive(Clone)]
@@ -37,7 +74,7 @@ struct Node {
     content: Content,
     /// Of the key, for a field of a mapping.
     line: usize,
-    /// This one and those in it.
+    /// This one and those in it, with the size of texts: see [`MAX_NODES`].
     num_nodes: usize,
 }
 
@@ -49,24 +86,24 @@ enum Content {
 }
 
 impl Node {
-    fn into_value(self, path: &str, places: &mut BTreeMap<String, Place>) -> Value {
+    fn into_value(self, path: &str, places: &mut Places) -> Result<Value, Mistake> {
         if !path.is_empty() {
-            places.insert(path.into(), Place::Line(self.line));
+            places.insert(path, self.line)?;
         }
-        match self.content {
+        Ok(match self.content {
             Content::Scalar { value, .. } => value,
             Content::List(items) => {
                 let item = |(i, item): (usize, Node)| item.into_value(&join(path, &format!("[{i}]")), places);
-                Value::Sequence(items.into_iter().enumerate().map(item).collect())
+                Value::Sequence(items.into_iter().enumerate().map(item).collect::<Result<_, _>>()?)
             }
             Content::Mapping(entries) => {
                 let entry = |(key, node): (String, Node)| {
-                    let value = node.into_value(&join(path, &key), places);
-                    (Value::String(key), value)
+                    let value = node.into_value(&join(path, &key), places)?;
+                    Ok((Value::String(key), value))
                 };
-                Value::Mapping(entries.into_iter().map(entry).collect::<Mapping>())
+                Value::Mapping(entries.into_iter().map(entry).collect::<Result<Mapping, _>>()?)
             }
-        }
+        })
     }
 }
 
@@ -76,6 +113,8 @@ struct Open {
     anchor: usize,
     /// The field whose value comes next, and its line.
     key: Option<(String, usize)>,
+    /// The lines of the fields so far.
+    lines: HashMap<String, usize>,
     /// What merge keys (`<<`) bring; the mapping's own fields go first.
     merged: Vec<(String, Node)>,
 }
@@ -90,14 +129,26 @@ struct Builder {
 impl Builder {
     fn add(&mut self, event: Event, line: usize) -> Result<(), String> {
         let node = |content| Node { content, line, num_nodes: 1 };
+        let collection = |tag: Option<&Tag>, name: &str| match tag {
+            Some(tag) if !(tag.is_yaml_core_schema() && tag.suffix == name) => Err(no_meaning(tag)),
+            _ => Ok(()),
+        };
         match event {
             Event::Scalar(text, style, anchor, tag) => {
                 let is_text = style != ScalarStyle::Plain;
                 let value = scalar(&text, is_text, tag.as_deref())?;
-                self.close(node(Content::Scalar { value, text: text.into_owned() }), anchor)
+                let num_nodes = 1 + text.len() / TEXT_OF_A_VALUE;
+                let content = Content::Scalar { value, text: text.into_owned() };
+                self.close(Node { content, line, num_nodes }, anchor)
             }
-            Event::SequenceStart(anchor, _) => self.start(node(Content::List(vec![])), anchor),
-            Event::MappingStart(anchor, _) => self.start(node(Content::Mapping(vec![])), anchor),
+            Event::SequenceStart(anchor, tag) => {
+                collection(tag.as_deref(), "seq")?;
+                self.start(node(Content::List(vec![])), anchor)
+            }
+            Event::MappingStart(anchor, tag) => {
+                collection(tag.as_deref(), "map")?;
+                self.start(node(Content::Mapping(vec![])), anchor)
+            }
             Event::SequenceEnd | Event::MappingEnd => match self.open.pop() {
                 Some(open) => self.end(open),
                 None => Ok(()),
@@ -117,14 +168,15 @@ impl Builder {
         if self.open.len() == MAX_DEPTH {
             return Err(format!("more than {MAX_DEPTH} lists and mappings in each other"));
         }
-        self.open.push(Open { node, anchor, key: None, merged: vec![] });
+        self.open.push(Open { node, anchor, key: None, lines: HashMap::new(), merged: vec![] });
         Ok(())
     }
 
     fn end(&mut self, mut open: Open) -> Result<(), String> {
         if let Content::Mapping(entries) = &mut open.node.content {
             for (key, node) in open.merged {
-                if entries.iter().all(|(own, _)| *own != key) {
+                if let Entry::Vacant(new) = open.lines.entry(key.clone()) {
+                    new.insert(node.line);
                     entries.push((key, node));
                 }
             }
@@ -153,8 +205,8 @@ impl Builder {
             },
             (Content::Mapping(_), Some((key, _))) if key == "<<" => merge(node, &mut parent.merged)?,
             (Content::Mapping(entries), Some((key, line))) => {
-                if entries.iter().any(|(own, _)| *own == key) {
-                    return Err(format!("field `{key}` is given twice"));
+                if let Some(first) = parent.lines.insert(key.clone(), line) {
+                    return Err(format!("field `{key}` is given twice, in line {first} too"));
                 }
                 entries.push((key, Node { line, ..node }));
             }
@@ -180,9 +232,15 @@ fn scalar(text: &str, is_text: bool, tag: Option<&Tag>) -> Result<Value, String>
         None if is_text => Ok(Value::String(text.into())),
         None => Ok(plain(text)),
         Some(tag) if tag.is_yaml_core_schema() && tag.suffix == "str" => Ok(Value::String(text.into())),
-        Some(tag) if tag.is_yaml_core_schema() => Ok(plain(text)),
-        Some(tag) => Err(format!("the tag `{tag}` has no meaning here")),
+        Some(tag) if tag.is_yaml_core_schema() && ["int", "float", "bool", "null"].contains(&&*tag.suffix) => {
+            Ok(plain(text))
+        }
+        Some(tag) => Err(no_meaning(tag)),
     }
+}
+
+fn no_meaning(tag: &Tag) -> String {
+    format!("the tag `{tag}` has no meaning here")
 }
 
 fn plain(text: &str) -> Value {
@@ -339,8 +397,29 @@ mod tests {
     }
 
     #[test]
+    fn a_byte_order_mark_is_no_part_of_the_text() {
+        assert_eq!(value("\u{feff}a: 1\n"), value("a: 1\n"));
+        assert_eq!(value("\u{feff}"), Value::Null);
+    }
+
+    /// Twice the keys are twice the work: with comparisons of every pair this would be 10^11 of them.
+    #[test]
+    fn a_mapping_may_have_many_fields() {
+        let fields: Vec<String> = (0..300_000).map(|i| format!("x{i}: 1")).collect();
+        let (block, flow) = (fields.join("\n"), format!("{{{}}}", fields.join(", ")));
+        for text in [block, flow, format!("a: &a {{{}}}\nb:\n  <<: *a\n", fields.join(", "))] {
+            parse(&text).unwrap();
+        }
+    }
+
+    #[test]
     fn mistakes_have_a_line() {
         let deep = "[".repeat(65);
+        // A text of 1 MB, 100,000 times; paths of 10 kB, 100,000 times.
+        let long = format!("a: &a {}\nb: [{}]\n", "x".repeat(1 << 20), "*a,".repeat(100_000));
+        let name = "x".repeat(1000);
+        let paths = (0..10).map(|i| format!("{}{name}:\n", " ".repeat(i))).collect::<String>();
+        let paths = format!("{paths}          [{}]\n", "1,".repeat(100_000));
         let mut bomb = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n".to_string();
         for (last, next) in ["ab", "bc", "cd", "de", "ef", "fg"].map(|pair| pair.split_at(1)) {
             bomb.push_str(&format!("{next}: &{next} [{}]\n", vec![format!("*{last}"); 10].join(", ")));
@@ -348,7 +427,15 @@ mod tests {
         let cases = [
             ("a: 1\nb: [1, 2\nc: 3\n", (3, "not valid YAML: ")),
             ("a: 1\n b: 2\n", (2, "not valid YAML: ")),
-            ("a: 1\nb: 2\na: 3\n", (3, "field `a` is given twice")),
+            ("a: 1\nb: 2\na: 3\n", (3, "field `a` is given twice, in line 1 too")),
+            ("a: 1\n\0b: 2\n", (2, "not valid YAML: the control character U+0000; ")),
+            ("a: 1\nb: \x1b[2J\n", (2, "not valid YAML: the control character U+001B; ")),
+            ("a:\n  b: !foo\n    c: 1\n", (2, "the tag `!foo` has no meaning here")),
+            ("a: 1\nb: !!set {c}\n", (2, "the tag `tag:yaml.org,2002:set` has no meaning here")),
+            ("a: !!binary aGk=\n", (1, "the tag ")),
+            ("a: !foo [1]\n", (1, "the tag `!foo` has no meaning here")),
+            (&long, (2, "more than 1000000 values")),
+            (&paths, (11, "the names of fields are too long: ")),
             ("a: 1\n---\nb: 2\n", (2, "expected one document, found another one after `---`")),
             ("a: !!int 1\nb: !foo 1", (2, "the tag `!foo` has no meaning here")),
             ("[1]: 2", (1, "a list or mapping cannot be the name of a field")),
@@ -360,5 +447,80 @@ mod tests {
             let found = parse(text).map(|_| ()).unwrap_err();
             assert!(found.0 == line && found.1.starts_with(message), "{text}: {found:?}");
         }
+    }
+
+    /// Pieces of YAML in any order, and damaged texts: what is read is the same when it is written and read again.
+    #[test]
+    fn no_text_panics_and_what_is_read_is_what_is_written() {
+        const PIECES: [&str; 40] = [
+            "a",
+            "b: ",
+            "- ",
+            "\n",
+            "  ",
+            "\n  ",
+            "[",
+            "]",
+            "{",
+            "}",
+            ", ",
+            ": ",
+            "&a ",
+            "*a",
+            "<<: ",
+            "!!str ",
+            "!foo ",
+            "'",
+            "\"",
+            "|\n",
+            ">-\n",
+            "#",
+            "---\n",
+            "...\n",
+            "? ",
+            "%YAML 1.2\n",
+            "1000",
+            "2e9",
+            ".nan",
+            "-.inf",
+            "0x1F",
+            "~",
+            "\t",
+            "\u{feff}",
+            "\0",
+            "\\x41",
+            "é",
+            "params.x",
+            "[0]",
+            "\r\n",
+        ];
+        let mut random = 0x9E37_79B9_7F4A_7C15u64;
+        let mut below = move |limit: usize| {
+            random ^= random << 13;
+            random ^= random >> 7;
+            random ^= random << 17;
+            (random % limit as u64) as usize
+        };
+        let whole =
+            "io: {dir: /data, keep: 3}\nlist:\n- 1\n- {b: [1, 'two', 3.5]}\nbase: &base {a: 1}\nmore:\n  <<: *base\n";
+        let mut read = 0;
+        for round in 0..20_000 {
+            let mut text = match round % 2 {
+                0 => (0..below(24)).map(|_| PIECES[below(PIECES.len())]).collect(),
+                _ => whole.to_string(),
+            };
+            for _ in 0..round % 2 * (1 + below(3)) {
+                let boundaries: Vec<usize> = text.char_indices().map(|(at, _)| at).collect();
+                let (from, len) = (below(boundaries.len()), below(3));
+                let to = boundaries.get(from + len).copied().unwrap_or(text.len());
+                text.replace_range(boundaries[from]..to, PIECES[below(PIECES.len())]);
+            }
+            if let Ok((value, _)) = parse(&text) {
+                let again = serde_yaml::to_string(&value).unwrap();
+                assert_eq!(format!("{:?}", parse(&again).unwrap().0), format!("{value:?}"), "{text:?}");
+                read += 1;
+            }
+        }
+        assert!((2_000..18_000).contains(&read), "{read} of 20000 texts were read");
     }
 }
