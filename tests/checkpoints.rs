@@ -184,7 +184,7 @@ fn what_is_no_checkpoint_of_the_package_is_refused() {
     write_config(folder);
     fs::write(folder.join("legacy.pth"), b"\x80\x02\x8a\x0alegacy").unwrap();
     let ran = mblm(folder, &["import", "legacy.pth", "--config", "run.yaml"]);
-    assert!(ran.code == 1 && ran.err.contains("legacy.pth: a file of torch before 1.6"), "{}", ran.err);
+    assert!(ran.code == 1 && ran.err.contains("legacy.pth: a file in the format of torch before 1.6"), "{}", ran.err);
     assert!(!folder.join("runs").exists());
     let ran = mblm(folder, &["checkpoint", "verify", "."]);
     assert!(ran.code == 2 && ran.err.contains("expected the folder of a run"), "{}", ran.err);

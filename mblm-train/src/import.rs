@@ -57,15 +57,38 @@ pub fn import(config: &RunConfig, config_yaml: &str, saved: Saved, options: &Imp
 /// # Errors
 /// They are not those of the model; all that differ are listed. Or one is not finite.
 pub fn load(model: &dyn TrainModel, saved: Saved, migrate_embeddings: bool) -> Result<()> {
-    let mut weights = saved.weights;
+    let Saved { mut weights, others, .. } = saved;
     let store = model.params();
+    if let Some((name, class)) = others.iter().find(|(name, _)| store.get(name).is_some()) {
+        let message = format!("{name}: expected a tensor of floats, found torch's {class}; convert it with .float()");
+        return Err(mblm_core::Error::Weights(message).into());
+    }
     if migrate_embeddings {
         store.iter().for_each(|param| extend(&mut weights, param.name(), param.shape(), &param.values()));
     }
     let buffers = take_buffers(&mut weights, model);
-    store.load(&weights)?;
+    store.load(&weights).map_err(|error| match error {
+        mblm_core::Error::Weights(message) => mblm_core::Error::Weights(message + &other_blocks(&weights, store)),
+        other => other,
+    })?;
     buffers?;
     check_finite(store)
+}
+
+/// What to change in the configuration, if stages of the file are of another kind than those of the model.
+fn other_blocks(weights: &Tensors, store: &ParamStore) -> String {
+    let expected = pth::block_types(store.iter().map(|param| param.name()));
+    let found = pth::block_types(weights.keys().map(String::as_str));
+    let differs = |(stage, block_type): (&usize, &&str)| {
+        expected.get(stage).filter(|expected| *expected != block_type).map(|expected| {
+            format!(
+                "; stage {} of the file is a {block_type}, and that of the configuration is a {expected}: write \
+                 `block_type: {block_type}` there",
+                stage + 1
+            )
+        })
+    };
+    found.iter().filter_map(differs).collect()
 }
 
 /// Gives a new run the beginning that its configuration asks for: a run's weights and moments, or the weights of a `.pth`
@@ -88,7 +111,7 @@ pub(crate) fn begin(trainer: &mut Trainer, model: &dyn TrainModel, resume: &Resu
         let checkpoint = find(path, Which::Newest)?;
         let loss = checkpoint.state()?.valid_loss;
         match resume.migrate_embeddings {
-            true => load(model, Saved { weights: checkpoint.weights()?, loss: f64::NAN }, true)?,
+            true => load(model, Saved { weights: checkpoint.weights()?, ..Saved::default() }, true)?,
             false => trainer.take_over(&checkpoint)?,
         }
         loss

@@ -48,7 +48,7 @@ mod tests {
         export_pth(&weights, None, &path).unwrap();
         let error = export_pth(&Tensors::new(), None, &path).unwrap_err();
         assert!(error.is_configuration() && error.to_string().contains("w.pth: exists already"), "{error}");
-        assert_eq!(pth::read(&path).unwrap(), pth::Saved { weights, loss: f64::INFINITY });
+        assert_eq!(pth::read(&path).unwrap(), pth::Saved { weights, loss: f64::INFINITY, ..Default::default() });
         let failing = folder.path().join("x.pth");
         write_new(&failing, |_| Err(io::ErrorKind::StorageFull.into())).unwrap_err();
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);

@@ -2,16 +2,21 @@
 
 use std::io::{Read, Seek, SeekFrom};
 
+use zip::read::{ArchiveOffset, Config};
 use zip::{CompressionMethod, ZipArchive};
 
 use super::Parsed;
-use super::view::Storage;
+use super::view::{Dtype, Storage};
 
 /// Torch needs about 200 bytes per tensor.
 const MAX_PICKLE: u64 = 1 << 26;
 const PICKLE: &str = "data.pkl";
+/// How a zip archive begins.
+const ZIP: &[u8] = b"PK\x03\x04";
 /// How torch before 1.6 began its files: a pickle of protocol 2 with a number of ten bytes.
 const LEGACY: &[u8] = &[0x80, 0x02, 0x8a, 0x0a];
+/// The entry that TorchScript archives have beside the pickle.
+const TORCH_SCRIPT: &str = "constants.pkl";
 
 pub(super) struct Archive<R> {
     zip: ZipArchive<R>,
@@ -26,13 +31,20 @@ impl<R: Read + Seek> Archive<R> {
     /// Opens the archive and finds the pickle's folder.
     pub(super) fn open(mut reader: R) -> Parsed<Self> {
         let mut start = Vec::new();
-        reader.by_ref().take(LEGACY.len() as u64).read_to_end(&mut start).map_err(|error| error.to_string())?;
-        if start == LEGACY {
-            let how = "load it with a newer torch (torch.load) and save it again (torch.save)";
-            return Err(format!("a file of torch before 1.6, which is not read here: {how}"));
+        reader.by_ref().take(ZIP.len() as u64).read_to_end(&mut start).map_err(|error| error.to_string())?;
+        match &start[..] {
+            ZIP => {}
+            LEGACY => {
+                return Err("a file in the format of torch before 1.6, which is not read here: load it with a newer \
+                     torch and save its tensors again, with torch.save(model.state_dict(), …)"
+                    .into());
+            }
+            _ => return Err("expected a zip archive from the first byte on, as torch.save writes it".into()),
         }
         let left = reader.seek(SeekFrom::End(0)).map_err(|error| error.to_string())?;
-        let zip = ZipArchive::new(reader)
+        // Between the directory and the end torch writes the records of zip64, needed or not. A search for the start of
+        // the directory from its size and the end would be led astray by them; the offset in the file is right.
+        let zip = ZipArchive::with_config(Config { archive_offset: ArchiveOffset::Known(0) }, reader)
             .map_err(|error| format!("expected a zip archive as torch.save writes it: {error}"))?;
         let is_pickle = |name: &str| name.split_once('/').is_some_and(|(_, name)| name == PICKLE);
         let names: Vec<_> = zip.file_names().flatten().filter(|name| is_pickle(name)).collect();
@@ -40,6 +52,11 @@ impl<R: Read + Seek> Archive<R> {
             return Err(format!("expected one entry FOLDER/{PICKLE}, found {}", names.len()));
         };
         let folder = name[..name.len() - PICKLE.len()].to_string();
+        if zip.index_for_name(&format!("{folder}{TORCH_SCRIPT}")).is_some() {
+            return Err("a TorchScript archive, which holds code: save its tensors alone, with \
+                        torch.save(torch.jit.load(FILE).state_dict(), …)"
+                .into());
+        }
         let mut archive = Archive { zip, folder, left, big_endian: false };
         archive.big_endian = archive.reads_big_endian()?;
         Ok(archive)
@@ -62,19 +79,19 @@ impl<R: Read + Seek> Archive<R> {
         self.entry(PICKLE, MAX_PICKLE)
     }
 
-    /// The numbers of a storage.
-    pub(super) fn storage(&mut self, storage: &Storage) -> Parsed<Vec<f32>> {
-        let size = storage.dtype.size();
+    /// The numbers of a storage of floats.
+    pub(super) fn storage(&mut self, storage: &Storage, dtype: Dtype) -> Parsed<Vec<f32>> {
+        let size = dtype.size();
         let name = format!("data/{}", storage.key);
         let mut bytes = self.entry(&name, u64::MAX)?;
         if storage.len.checked_mul(size) != Some(bytes.len()) {
-            let (len, dtype) = (storage.len, storage.dtype);
-            return Err(format!("{name:?}: found {} bytes, expected {len} numbers of type {dtype:?}", bytes.len()));
+            let (found, len, class) = (bytes.len(), storage.len, storage.class);
+            return Err(format!("{name:?}: found {found} bytes, expected {len} numbers of a {class}"));
         }
         if self.big_endian {
             bytes.chunks_exact_mut(size).for_each(<[u8]>::reverse);
         }
-        Ok(storage.dtype.decode(&bytes))
+        Ok(dtype.decode(&bytes))
     }
 
     /// The contents of an entry of at most `limit` bytes, checked against its sum.

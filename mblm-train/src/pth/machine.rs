@@ -3,12 +3,15 @@
 //! A pickle is a program for a stack machine that builds Python objects and may call any function that it names. The
 //! machine here knows only the instructions that torch writes for dictionaries of tensors and numbers, and only the
 //! functions of [`Global`], none of which is called: they say how their arguments are to be read.
+//!
+//! An instruction touches the values that it takes from the stack, each of which an instruction of its own put there,
+//! and at most [`MAX_DIMS`] more. So a file costs steps and memory in proportion to its size.
 
 use std::collections::HashMap;
 
 use super::Parsed;
 use super::pickle::{Global, Pickle, Value};
-use super::view::{Storage, View};
+use super::view::{MAX_DIMS, Storage, View};
 
 /// Values that may be put on the stack in all, and remembered; a tensor takes about 35.
 const MAX_VALUES: usize = 1 << 20;
@@ -26,14 +29,17 @@ pub(super) struct Machine<'a> {
     memo: HashMap<u64, Value<'a>>,
     storage_ids: HashMap<&'a str, usize>,
     pushed: usize,
+    /// Values that instructions moved or looked at.
+    touched: usize,
     built: Pickle<'a>,
 }
 
 impl<'a> Machine<'a> {
     pub(super) fn new(bytes: &'a [u8]) -> Self {
-        let built = Pickle { root: Value::None, sequences: vec![], dicts: vec![], storages: vec![], views: vec![] };
+        let built =
+            Pickle { root: Value::None, sequences: vec![], dicts: vec![], storages: vec![], views: vec![], touched: 0 };
         let (memo, storage_ids) = (HashMap::new(), HashMap::new());
-        Machine { bytes, at: 0, stack: vec![], marks: vec![], memo, storage_ids, pushed: 0, built }
+        Machine { bytes, at: 0, stack: vec![], marks: vec![], memo, storage_ids, pushed: 0, touched: 0, built }
     }
 
     /// Interprets all instructions.
@@ -44,7 +50,7 @@ impl<'a> Machine<'a> {
         loop {
             let at = self.at;
             match self.step() {
-                Ok(Some(root)) => return Ok(Pickle { root, ..self.built }),
+                Ok(Some(root)) => return Ok(Pickle { root, touched: self.touched, ..self.built }),
                 Ok(None) => {}
                 Err(fault) => return Err(format!("byte {at}: {fault}")),
             }
@@ -174,6 +180,7 @@ impl<'a> Machine<'a> {
 
     fn push(&mut self, value: Value<'a>) -> Parsed<()> {
         self.pushed += 1;
+        self.touched += 1;
         if self.pushed > MAX_VALUES {
             return Err(format!("more than {MAX_VALUES} values"));
         }
@@ -202,7 +209,8 @@ impl<'a> Machine<'a> {
 
     fn pop_to_mark(&mut self) -> Parsed<Vec<Value<'a>>> {
         let bottom = self.marks.pop().ok_or("the end of a collection that did not begin")?;
-        Ok(self.stack.split_off(bottom))
+        self.touched += self.stack.len() - bottom;
+        Ok(self.stack.drain(bottom..).collect())
     }
 
     fn push_tuple(&mut self, items: Vec<Value<'a>>) -> Parsed<()> {
@@ -273,24 +281,29 @@ impl<'a> Machine<'a> {
         }
     }
 
-    fn pop_tuple(&mut self) -> Parsed<Vec<Value<'a>>> {
-        match self.pop()? {
-            Value::Tuple(id) => Ok(self.built.sequences[id].clone()),
-            other => Err(format!("expected a tuple, found {}", other.kind())),
-        }
+    /// The first `N` values of a tuple, `None` beyond its end, and how many it has. A tuple that is fetched again and
+    /// again may be long, so it is not copied.
+    fn pop_tuple<const N: usize>(&mut self) -> Parsed<([Value<'a>; N], usize)> {
+        let Value::Tuple(id) = self.top()? else {
+            return Err(format!("expected a tuple, found {}", self.top()?.kind()));
+        };
+        self.pop()?;
+        self.touched += N;
+        let items = &self.built.sequences[id];
+        Ok((std::array::from_fn(|i| items.get(i).copied().unwrap_or(Value::None)), items.len()))
     }
 
     /// `("storage", type, key, device, elements)` stands for a file of the archive.
     fn storage(&mut self) -> Parsed<()> {
-        let id = self.pop_tuple()?;
-        let [Value::Text("storage"), Value::Global(Global::Storage(dtype)), Value::Text(key), _, Value::Int(len)] =
-            id[..]
+        let (id, count) = self.pop_tuple()?;
+        let ([Value::Text("storage"), Value::Global(Global::Storage(class)), Value::Text(key), _, Value::Int(len)], 5) =
+            (id, count)
         else {
-            let found: Vec<_> = id.iter().take(6).map(|value| value.kind()).collect();
-            return Err(format!("expected (\"storage\", type, key, device, elements), found ({})", found.join(", ")));
+            let found = kinds(&id, count);
+            return Err(format!("expected (\"storage\", type, key, device, elements), found ({found})"));
         };
         let len = usize::try_from(len).map_err(|_| format!("a storage of {len} elements"))?;
-        let storage = Storage { key, dtype, len };
+        let storage = Storage { key, class, len };
         let storages = &mut self.built.storages;
         let id = *self.storage_ids.entry(key).or_insert_with(|| {
             storages.push(storage);
@@ -304,24 +317,62 @@ impl<'a> Machine<'a> {
 
     /// Reads the arguments of a function as what the function would make of them.
     fn reduce(&mut self) -> Parsed<()> {
-        let arguments = self.pop_tuple()?;
-        match (self.pop()?, &arguments[..]) {
-            (Value::Global(Global::OrderedDict), []) => self.push_dict(),
-            (Value::Global(Global::RebuildParameter), [Value::Tensor(id), ..]) => self.push(Value::Tensor(*id)),
+        let (arguments, count) = self.pop_tuple::<7>()?;
+        let function = self.pop()?;
+        match (function, arguments) {
+            (Value::Global(Global::OrderedDict), _) if count == 0 => self.push_dict(),
+            (Value::Global(Global::RebuildParameter), [tensor @ (Value::Tensor(_) | Value::Foreign(_)), ..]) => {
+                self.push(tensor)
+            }
+            (Value::Global(Global::Other(name)), _) => self.push(Value::Foreign(name)),
             (
                 Value::Global(Global::RebuildTensor),
-                [Value::Storage(id), Value::Int(offset), Value::Tuple(shape), Value::Tuple(strides), ..],
-            ) => {
-                let offset = size(&Value::Int(*offset))?;
-                let sizes = |tuple: usize| self.built.sequences[tuple].iter().map(size).collect::<Parsed<Vec<_>>>();
-                let view = View::new(*id, self.built.storages[*id].len, offset, sizes(*shape)?, sizes(*strides)?)?;
-                self.built.views.push(view);
-                self.push(Value::Tensor(self.built.views.len() - 1))
-            }
+                [Value::Storage(id), Value::Int(offset), Value::Tuple(shape), Value::Tuple(strides), _, _, metadata],
+            ) => self.tensor(id, offset, shape, strides, metadata),
             (function, arguments) => {
-                let found: Vec<_> = arguments.iter().take(6).map(|value| value.kind()).collect();
-                Err(format!("{} cannot be applied to ({})", function.kind(), found.join(", ")))
+                Err(format!("{} cannot be applied to ({})", function.kind(), kinds(&arguments, count)))
             }
+        }
+    }
+
+    /// What `_rebuild_tensor_v2` makes of its arguments.
+    fn tensor(&mut self, storage: usize, offset: i64, shape: usize, strides: usize, metadata: Value<'a>) -> Parsed<()> {
+        let Storage { class, len, .. } = self.built.storages[storage];
+        if self.built.storages[storage].dtype().is_none() {
+            return self.push(Value::Foreign(class));
+        }
+        let (offset, shape, strides) = (size(&Value::Int(offset))?, self.sizes(shape)?, self.sizes(strides)?);
+        let mut view = View::new(storage, len, offset, shape, strides)?;
+        view.negative = self.is_negative(metadata)?;
+        self.built.views.push(view);
+        self.push(Value::Tensor(self.built.views.len() - 1))
+    }
+
+    fn sizes(&mut self, tuple: usize) -> Parsed<Vec<usize>> {
+        let sizes = &self.built.sequences[tuple];
+        if sizes.len() > MAX_DIMS {
+            return Err(format!("a tensor of {} dimensions, expected at most {MAX_DIMS}", sizes.len()));
+        }
+        self.touched += sizes.len();
+        sizes.iter().map(size).collect()
+    }
+
+    /// What is to be done with the numbers of a storage: `{"neg": True}` for those that stand with the opposite sign.
+    fn is_negative(&self, metadata: Value<'a>) -> Parsed<bool> {
+        let entries = match (metadata, self.built.entries(metadata)) {
+            (_, Some(entries)) => entries,
+            (Value::None, None) => return Ok(false),
+            (other, None) => return Err(format!("expected metadata of a tensor, found {}", other.kind())),
+        };
+        match entries {
+            [] => Ok(false),
+            [(Value::Text("neg"), Value::Bool(negative))] => Ok(*negative),
+            [(Value::Text("conj"), Value::Bool(false))] => Ok(false),
+            [(Value::Text("neg"), Value::Bool(_)), (key, value), ..] | [(key, value), ..] => Err(format!(
+                "a tensor with the metadata {}: {}, which is not known here; save a copy of it (tensor.clone())",
+                key.kind(),
+                value.kind()
+            )),
         }
     }
 
@@ -333,6 +384,12 @@ impl<'a> Machine<'a> {
             other => Err(format!("expected a dictionary to give attributes to, found {}", other.kind())),
         }
     }
+}
+
+/// For messages: the first values of a tuple.
+fn kinds(values: &[Value], count: usize) -> String {
+    let more = if count > values.len() { ", …" } else { "" };
+    values.iter().take(count).map(|value| value.kind()).collect::<Vec<_>>().join(", ") + more
 }
 
 fn empty() -> String {

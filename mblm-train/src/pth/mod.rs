@@ -1,5 +1,5 @@
 //! Checkpoints of the reference package: `.pth` files, which `torch.save` makes of
-//! `{"MODEL": state_dict, "LOSS": loss}`.
+//! `{"MODEL": state_dict, "LOSS": loss}`, or of a `state_dict` alone.
 //!
 //! Such a file is a zip archive: a pickle, `data.pkl`, that says which tensors there are, and a file per storage with
 //! their numbers. A machine that knows nothing but tensors and dictionaries reads the pickle: whatever the file says,
@@ -16,10 +16,10 @@ mod view;
 mod write;
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::io::{BufReader, Read, Seek};
 use std::path::Path;
 
+pub use self::names::block_types;
 pub use self::write::write;
 
 use self::archive::Archive;
@@ -27,6 +27,7 @@ use self::pickle::{Pickle, Value};
 use self::view::View;
 use crate::checkpoint::Tensors;
 use crate::error::{AtPath, Error, Result};
+use crate::files;
 
 /// The keys of the dictionary that the package saves.
 const MODEL: &str = "MODEL";
@@ -40,10 +41,13 @@ type Fault = String;
 type Parsed<T> = std::result::Result<T, Fault>;
 
 /// What a `.pth` file holds.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Saved {
-    /// The tensors under the names of version 0.4.2, contiguous, as f32; those of version 0.4.0 and before are renamed.
+    /// The tensors of floats under the names of version 0.4.2, contiguous, as f32; those of version 0.4.0 and before are
+    /// renamed. The prefixes that `DataParallel` and `torch.compile` put before every name are gone.
     pub weights: Tensors,
+    /// The other tensors, which no model has as a parameter, and what torch has for them, such as `LongStorage`.
+    pub others: BTreeMap<String, String>,
     /// The validation loss; not finite if it is not known.
     pub loss: f64,
 }
@@ -53,7 +57,7 @@ pub struct Saved {
 /// # Errors
 /// The file cannot be read, is damaged, is not what the package saves, or asks for anything but tensors.
 pub fn read(path: &Path) -> Result<Saved> {
-    let file = File::open(path).at(path)?;
+    let file = files::open(path, u64::MAX).at(path)?.into_inner();
     parse(BufReader::new(file)).map_err(|fault| Error::checkpoint(path, fault))
 }
 
@@ -61,45 +65,77 @@ fn parse(reader: impl Read + Seek) -> Parsed<Saved> {
     let mut archive = Archive::open(reader)?;
     let bytes = archive.pickle()?;
     let pickle = Pickle::parse(&bytes).map_err(|fault| format!("data.pkl: {fault}"))?;
-    let saved = || format!("expected what the package saves, a dictionary with {MODEL} and {LOSS}");
-    let root = pickle.entries(pickle.root).ok_or_else(|| format!("{}, found {}", saved(), pickle.root.kind()))?;
+    let (model, loss) = state_dict(&pickle)?;
+    let (weights, others) = tensors(&mut archive, &pickle, model)?;
+    Ok(Saved { weights, others, loss })
+}
+
+/// The entries of a dictionary.
+type Entries<'a> = [(Value<'a>, Value<'a>)];
+
+/// The dictionary of tensors, and the loss beside it.
+fn state_dict<'a, 'p>(pickle: &'p Pickle<'a>) -> Parsed<(&'p Entries<'a>, f64)> {
+    const EXPECTED: &str = "expected a state_dict, or what the package saves, a dictionary with MODEL and LOSS";
+    let save = "save it with torch.save(model.state_dict(), …) or the package's save_model_state";
+    let root =
+        pickle.entries(pickle.root).ok_or_else(|| format!("{EXPECTED}, found {}; {save}", pickle.root.kind()))?;
     let get = |key: &str| {
         let mut last_first = root.iter().rev();
         last_first.find_map(|(name, value)| (*name == Value::Text(key)).then_some(*value))
     };
-    let (Some(model), Some(loss)) = (get(MODEL), get(LOSS)) else {
-        return Err(format!("{}, found another one; save it with the package's save_model_state", saved()));
+    let Some(model) = get(MODEL) else {
+        let is_tensor = |value: &Value| matches!(value, Value::Tensor(_) | Value::Foreign(_));
+        if root.iter().any(|(_, value)| is_tensor(value)) {
+            return Ok((root, f64::NAN));
+        }
+        let keys: Vec<_> = root.iter().take(8).map(|(key, _)| key.kind()).collect();
+        return Err(format!("{EXPECTED}, found a dictionary with {}; {save}", list(&keys)));
     };
-    let loss = match loss {
-        Value::Float(loss) => loss,
-        Value::Int(loss) => loss as f64,
-        other => return Err(format!("{LOSS}: expected a number, found {}", other.kind())),
-    };
-    Ok(Saved { weights: tensors(&mut archive, &pickle, model)?, loss })
-}
-
-/// The tensors of the state dictionary; each storage is read once and let go.
-fn tensors(archive: &mut Archive<impl Read + Seek>, pickle: &Pickle, model: Value) -> Parsed<Tensors> {
     let entries = pickle
         .entries(model)
         .ok_or_else(|| format!("{MODEL}: expected a dictionary of tensors, found {}", model.kind()))?;
+    match get(LOSS) {
+        Some(Value::Float(loss)) => Ok((entries, loss)),
+        Some(Value::Int(loss)) => Ok((entries, loss as f64)),
+        // As a tensor: training goes on without the loss before it.
+        Some(Value::Tensor(_)) | None => Ok((entries, f64::NAN)),
+        Some(other) => Err(format!("{LOSS}: expected a number, found {}", other.kind())),
+    }
+}
+
+fn list(items: &[String]) -> String {
+    if items.is_empty() { "nothing in it".into() } else { items.join(", ") }
+}
+
+/// The tensors of the state dictionary, and the names and types of those that are not of floats. Each storage is read
+/// once and let go.
+fn tensors(
+    archive: &mut Archive<impl Read + Seek>,
+    pickle: &Pickle,
+    entries: &Entries,
+) -> Parsed<(Tensors, BTreeMap<String, String>)> {
     let mut views: BTreeMap<usize, BTreeMap<String, &View>> = BTreeMap::new();
+    let mut others = BTreeMap::new();
     let mut owners: BTreeMap<String, &str> = BTreeMap::new();
-    for &(key, value) in entries {
-        let Value::Text(name) = key else {
-            return Err(format!("{MODEL}: expected names of tensors, found {}", key.kind()));
-        };
-        let Value::Tensor(id) = value else {
-            return Err(format!("{MODEL}: {name:?}: expected a tensor, found {}", value.kind()));
-        };
-        let current = names::current(name);
+    let keys = entries.iter().map(|(key, _)| match key {
+        Value::Text(name) => Ok(*name),
+        key => Err(format!("expected names of tensors, found {}", key.kind())),
+    });
+    let keys = keys.collect::<Parsed<Vec<_>>>()?;
+    let prefix = names::common_prefix(&keys);
+    for (name, (_, value)) in keys.into_iter().zip(entries) {
+        let current = names::current(&name[prefix..]);
         if let Some(other) = owners.insert(current.clone(), name) {
-            return Err(format!(
-                "{MODEL}: {other:?} and {name:?} are the same tensor, {current}; expected one of them"
-            ));
+            return Err(format!("{other:?} and {name:?} are the same tensor, {current}; expected one of them"));
         }
-        let view = &pickle.views[id];
-        views.entry(view.storage).or_default().insert(current, view);
+        match value {
+            Value::Tensor(id) => {
+                let view = &pickle.views[*id];
+                views.entry(view.storage).or_default().insert(current, view);
+            }
+            Value::Foreign(class) => drop(others.insert(current, class.to_string())),
+            value => return Err(format!("{name:?}: expected a tensor, found {}", value.kind())),
+        }
     }
     let mut weights = Tensors::new();
     for (id, views) in views {
@@ -107,14 +143,16 @@ fn tensors(archive: &mut Archive<impl Read + Seek>, pickle: &Pickle, model: Valu
         let elements = views.values().try_fold(0usize, |sum, view| sum.checked_add(view.elements));
         if elements.is_none_or(|elements| elements / SHARED > storage.len) {
             return Err(format!(
-                "storage {:?}: its {} tensors have more than {SHARED} times its {} elements",
-                storage.key,
-                views.len(),
-                storage.len
+                "{}: its storage of {} elements is shared by {} tensors of more than {SHARED} times as many",
+                views.keys().next().map_or("", String::as_str),
+                storage.len,
+                views.len()
             ));
         }
-        let values = archive.storage(storage)?;
+        let named = |fault: Fault| format!("{}: {fault}", views.keys().next().map_or("", String::as_str));
+        let dtype = storage.dtype().ok_or_else(|| named(format!("a {}", storage.class)))?;
+        let values = archive.storage(storage, dtype).map_err(named)?;
         weights.extend(views.into_iter().map(|(name, view)| (name, (view.shape.clone(), view.gather(&values)))));
     }
-    Ok(weights)
+    Ok((weights, others))
 }

@@ -3,7 +3,7 @@
 
 use super::Parsed;
 use super::machine::Machine;
-use super::view::{Dtype, Storage, View};
+use super::view::{Storage, View};
 
 /// A Python object, or where it is in the tables.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -16,9 +16,11 @@ pub(super) enum Value<'a> {
     Tuple(usize),
     List(usize),
     Dict(usize),
-    Global(Global),
+    Global(Global<'a>),
     Storage(usize),
     Tensor(usize),
+    /// A tensor whose numbers are not read; says what torch has for it.
+    Foreign(&'a str),
 }
 
 impl Value<'_> {
@@ -36,35 +38,38 @@ impl Value<'_> {
             Value::Global(global) => format!("the name {global:?}"),
             Value::Storage(_) => "a storage".into(),
             Value::Tensor(_) => "a tensor".into(),
+            Value::Foreign(class) => format!("a tensor of torch's {class}"),
         }
     }
 }
 
 /// All that a file may name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Global {
+pub(super) enum Global<'a> {
     OrderedDict,
     RebuildTensor,
     RebuildParameter,
-    Storage(Dtype),
+    /// Another function, for tensors that are not read.
+    Other(&'a str),
+    Storage(&'a str),
+    /// A type of numbers, a layout: an argument of a function.
+    Constant(&'a str),
 }
 
-impl Global {
-    pub(super) fn find(module: &str, name: &str) -> Parsed<Self> {
+impl<'a> Global<'a> {
+    pub(super) fn find(module: &'a str, name: &'a str) -> Parsed<Self> {
+        let is_constant = |name: &str| name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_');
         match (module, name) {
             ("collections", "OrderedDict") => Ok(Global::OrderedDict),
-            ("torch._utils", "_rebuild_tensor_v2") => Ok(Global::RebuildTensor),
-            ("torch._utils", "_rebuild_parameter") => Ok(Global::RebuildParameter),
-            ("torch", "FloatStorage") => Ok(Global::Storage(Dtype::F32)),
-            ("torch", "DoubleStorage") => Ok(Global::Storage(Dtype::F64)),
-            ("torch", "HalfStorage") => Ok(Global::Storage(Dtype::F16)),
-            ("torch", "BFloat16Storage") => Ok(Global::Storage(Dtype::Bf16)),
-            ("torch", name) if name.ends_with("Storage") => {
-                let expected = "Float, Double, Half or BFloat16";
-                Err(format!("a tensor of torch {}: expected one of {expected}", shown(name)))
-            }
+            ("torch._utils", "_rebuild_tensor" | "_rebuild_tensor_v2") => Ok(Global::RebuildTensor),
+            ("torch._utils", "_rebuild_parameter" | "_rebuild_parameter_with_state") => Ok(Global::RebuildParameter),
+            ("torch._utils", name) if name.starts_with("_rebuild_") => Ok(Global::Other(name)),
+            ("torch.serialization", "_get_layout") | ("torch", "Size" | "device") => Ok(Global::Other(name)),
+            ("torch" | "torch.storage", name) if name.ends_with("Storage") => Ok(Global::Storage(name)),
+            ("torch", name) if is_constant(name) => Ok(Global::Constant(name)),
             _ => Err(format!(
-                "the file asks for {} of {}; only dictionaries, tensors and parameters are read, and nothing is run",
+                "the file asks for {} of {}; only dictionaries, tensors and parameters are read, and nothing is run; \
+                 of a whole module save the tensors alone, with torch.save(model.state_dict(), …)",
                 shown(name),
                 shown(module)
             )),
@@ -89,6 +94,9 @@ pub(super) struct Pickle<'a> {
     pub dicts: Vec<Vec<(Value<'a>, Value<'a>)>>,
     pub storages: Vec<Storage<'a>>,
     pub views: Vec<View>,
+    /// Values that reading it moved or looked at, for the test that this is in proportion to the pickle.
+    #[cfg_attr(not(test), expect(dead_code))]
+    pub touched: usize,
 }
 
 impl<'a> Pickle<'a> {

@@ -1,6 +1,6 @@
 //! Files that are whole, damaged, and hostile.
 
-use std::io::{Cursor, Write};
+use std::io::{Cursor, Seek, SeekFrom, Write};
 use std::path::PathBuf;
 
 use zip::write::SimpleFileOptions;
@@ -14,15 +14,45 @@ fn golden(name: &str) -> Vec<u8> {
     std::fs::read(path).unwrap()
 }
 
+/// A file that torch wrote; `tests/pth/make.py` says how.
+fn torch(name: &str) -> Vec<u8> {
+    golden(&format!("../pth/{name}.pth"))
+}
+
 /// An archive with these entries in the folder `x`.
 fn archive(entries: &[(&str, &[u8])]) -> Vec<u8> {
+    archive_in("x", entries)
+}
+
+fn archive_in(folder: &str, entries: &[(&str, &[u8])]) -> Vec<u8> {
     let mut zip = ZipWriter::new(Cursor::new(Vec::new()));
     for (name, bytes) in entries {
         let stored = SimpleFileOptions::default().compression_method(CompressionMethod::Stored);
-        zip.start_file(format!("x/{name}"), stored).unwrap();
+        zip.start_file(format!("{folder}/{name}"), stored).unwrap();
         zip.write_all(bytes).unwrap();
     }
     zip.finish().unwrap().into_inner()
+}
+
+/// The archive as torch ends it: with the records of zip64 between the directory and the end. If `needed`, the sizes
+/// and the offset stand there alone.
+fn with_zip64(mut archive: Vec<u8>, needed: bool) -> Vec<u8> {
+    let end = archive.len() - 22;
+    let field =
+        |at: usize, len: usize| archive[end + at..end + at + len].iter().rev().fold(0, |n, b| n << 8 | *b as u64);
+    let (count, size, offset) = (field(10, 2), field(12, 4), field(16, 4));
+    let mut records = b"PK\x06\x06".to_vec();
+    records.extend(44u64.to_le_bytes());
+    records.extend([0x1e, 0x03, 45, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+    [count, count, size, offset].iter().for_each(|number| records.extend(number.to_le_bytes()));
+    records.extend(b"PK\x06\x07\0\0\0\0");
+    records.extend((end as u64).to_le_bytes());
+    records.extend(1u32.to_le_bytes());
+    if needed {
+        archive[end + 8..end + 20].fill(0xff);
+    }
+    archive.splice(end..end, records);
+    archive
 }
 
 fn fault_of(bytes: Vec<u8>) -> String {
@@ -61,7 +91,7 @@ fn arguments(shape: &[u8], strides: &[u8]) -> Vec<u8> {
 #[test]
 fn both_layouts_of_names_give_the_same_tensors() {
     let new = parse(Cursor::new(golden("tt_2d.pth"))).unwrap();
-    assert_eq!((new.weights.len(), new.loss), (47, 1.25));
+    assert_eq!((new.weights.len(), new.others.len(), new.loss), (47, 0, 1.25));
     assert_eq!(new.weights["token_embs_rev.1.embedding.weight"].0, [259, 24]);
     assert_eq!(new, parse(Cursor::new(golden("tt_2d_v040.pth"))).unwrap());
 }
@@ -93,6 +123,195 @@ fn a_handmade_file_is_read() {
 }
 
 #[test]
+fn a_file_of_any_name_is_read() {
+    // Torch names the archive's folder after the file. With 21 characters the second entry of the directory stands
+    // where the first one would without the records of zip64.
+    let numbers: Vec<u8> = (0..6).flat_map(|i| (i as f32).to_le_bytes()).collect();
+    let pickle = model(&arguments(b"K\x06", b"K\x01"));
+    let entries = [("data.pkl", &pickle[..]), ("byteorder", b"little"), ("data/0", &numbers), ("version", b"3\n")];
+    for len in 1..=300 {
+        let archive = archive_in(&"n".repeat(len), &entries);
+        for bytes in [archive.clone(), with_zip64(archive.clone(), false), with_zip64(archive, true)] {
+            let saved = parse(Cursor::new(bytes)).unwrap_or_else(|fault| panic!("{len} characters: {fault}"));
+            assert_eq!(saved.weights["w"].1, [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]);
+        }
+    }
+}
+
+#[test]
+fn an_archive_behind_something_else_is_refused() {
+    let archive =
+        with_zip64(archive(&[("data.pkl", &model(&arguments(b"K\x06", b"K\x01"))), ("data/0", &[0; 24])]), false);
+    for prefix in [&b"#!/bin/sh\n"[..], b"PK\x03\x04"] {
+        let fault = fault_of([prefix, &archive].concat());
+        assert!(fault.starts_with("expected a zip archive"), "{fault}");
+    }
+}
+
+/// Little-endian numbers of so many bytes.
+fn fields(numbers: &[(u64, usize)]) -> Vec<u8> {
+    numbers.iter().flat_map(|&(number, len)| number.to_le_bytes().into_iter().take(len)).collect()
+}
+
+/// More than 4 GiB, of which the file system stores a few blocks: only what is needed is read.
+#[test]
+fn a_file_that_needs_zip64_is_read() {
+    const HOLE: u64 = 5 << 30;
+    const ALL: u64 = u64::MAX;
+    let small = archive(&[("data.pkl", &model(&arguments(b"K\x06", b"K\x01"))), ("data/0", &[0; 24])]);
+    let end = small.len() - 22;
+    let directory = u32::from_le_bytes(small[end + 16..end + 20].try_into().unwrap()) as usize;
+    // The hole is the first entry, so that the offsets of the others need 64 bits.
+    let name = b"x/data/1";
+    let sizes = [(name.len() as u64, 2), (20, 2)];
+    let extra = [name.as_slice(), &fields(&[(1, 2), (16, 2), (HOLE, 8), (HOLE, 8)])].concat();
+    let both = [&[(45, 2), (0, 8), (0, 4), (ALL, 4), (ALL, 4)], &sizes[..]].concat();
+    let hole = [b"PK\x03\x04".as_slice(), &fields(&both), &extra].concat();
+    let shift = hole.len() as u64 + HOLE;
+    let mut entries = [b"PK\x01\x02\x2d\0".as_slice(), &fields(&both), &[0; 14], &extra].concat();
+    let mut rest = &small[directory..end];
+    while !rest.is_empty() {
+        let (fixed, offset) = (&rest[..42], u32::from_le_bytes(rest[42..46].try_into().unwrap()));
+        let name = &rest[46..46 + fixed[28] as usize];
+        entries.extend([&fixed[..30], &[12, 0], &fixed[32..], &[0xff; 4], name].concat());
+        entries.extend(fields(&[(1, 2), (8, 2), (offset as u64 + shift, 8)]));
+        rest = &rest[46 + name.len()..];
+    }
+    let (start, size) = (shift + directory as u64, entries.len() as u64);
+    let ending = [
+        b"PK\x06\x06".as_slice(),
+        &fields(&[(44, 8), (45, 2), (45, 2), (0, 8), (3, 8), (3, 8), (size, 8), (start, 8)]),
+        b"PK\x06\x07",
+        &fields(&[(0, 4), (start + size, 8), (1, 4)]),
+        b"PK\x05\x06",
+        &fields(&[(0, 4), (ALL, 2), (ALL, 2), (ALL, 4), (ALL, 4), (0, 2)]),
+    ];
+    let mut file = tempfile::tempfile().unwrap();
+    file.write_all(&hole).unwrap();
+    file.seek(SeekFrom::Start(shift)).unwrap();
+    file.write_all(&[&small[..directory], &entries, &ending.concat()].concat()).unwrap();
+    file.rewind().unwrap();
+    assert_eq!(parse(file).unwrap().weights["w"], (vec![6], vec![0.0; 6]));
+}
+
+#[test]
+fn what_torch_writes_is_read() {
+    let w = (vec![2, 3], vec![0.0, 1.0, 2.0, 3.0, 4.0, 5.0]);
+    let buffers = [("mask", "BoolStorage"), ("steps", "LongStorage")];
+    let others = buffers.map(|(name, class)| (name.to_string(), class.to_string())).into();
+    let weights = Tensors::from([("w".to_string(), w)]);
+    for (name, loss) in [("state_dict", None), ("loss_tensor", None), ("beside", Some(1.25)), ("wrapped", Some(1.0))] {
+        let saved = parse(Cursor::new(torch(name))).unwrap_or_else(|fault| panic!("{name}: {fault}"));
+        assert_eq!((&saved.weights, &saved.others), (&weights, &others), "{name}");
+        assert_eq!(Some(saved.loss).filter(|loss| loss.is_finite()), loss, "{name}");
+    }
+}
+
+#[test]
+fn windows_and_other_floats_are_read_as_torch_reads_them() {
+    let saved = parse(Cursor::new(torch("views"))).unwrap();
+    let w = [0.0, 1.0, 2.0, 3.0, 4.0, 5.0];
+    let cases: [(&str, &[usize], &[f32]); 9] = [
+        ("negative", &[2, 3], &w.map(|number| -number)),
+        ("negative_slice", &[2], &[-4.0, -5.0]),
+        ("transposed", &[3, 2], &[0.0, 3.0, 1.0, 4.0, 2.0, 5.0]),
+        ("sliced", &[2, 2], &[5.0, 6.0, 9.0, 10.0]),
+        ("shared", &[2], &[10.0, 11.0]),
+        ("f64", &[2, 3], &w),
+        ("f16", &[2, 3], &w),
+        ("bf16", &[2, 3], &w),
+        ("parameter", &[2, 3], &w),
+    ];
+    assert_eq!(saved.weights.len(), cases.len());
+    for (name, shape, values) in cases {
+        assert_eq!(saved.weights[name], (shape.to_vec(), values.to_vec()), "{name}");
+    }
+}
+
+#[test]
+fn tensors_of_other_types_do_not_refuse_the_file() {
+    let saved = parse(Cursor::new(torch("odd"))).unwrap();
+    let others: Vec<_> = saved.others.iter().map(|(name, class)| format!("{name} {class}")).collect();
+    let want = [
+        "complex ComplexFloatStorage",
+        "float8 _rebuild_tensor_v3",
+        "int8 CharStorage",
+        "quantized _rebuild_qtensor",
+        "sparse _rebuild_sparse_tensor",
+        "uint16 _rebuild_tensor_v3",
+    ];
+    assert_eq!((others, saved.weights.len()), (want.map(String::from).to_vec(), 1));
+}
+
+#[test]
+fn what_holds_code_is_refused_with_what_to_do() {
+    let cases = [
+        ("module", "save the tensors alone, with torch.save(model.state_dict(), …)"),
+        ("legacy", "save its tensors again, with torch.save(model.state_dict(), …)"),
+        ("script", "torch.save(torch.jit.load(FILE).state_dict(), …)"),
+        ("list", "found a list; save it with torch.save(model.state_dict(), …)"),
+    ];
+    for (name, what) in cases {
+        let fault = fault_of(torch(name));
+        assert!(fault.contains(what), "{name}: {fault}");
+    }
+}
+
+#[test]
+fn metadata_that_is_not_known_is_refused_by_name() {
+    let with = |metadata: &[u8]| {
+        let arguments = [b"(".as_slice(), &storage("FloatStorage", 6), b"K\0K\x06\x85K\x01\x85\x89}", metadata, b"t"];
+        model(&arguments.concat())
+    };
+    let read = |metadata: &[u8]| parse(Cursor::new(archive(&[("data.pkl", &with(metadata)), ("data/0", &[0; 24])])));
+    for metadata in [&b"N"[..], b"}", b"}X\x03\0\0\0neg\x89s", b"}X\x03\0\0\0neg\x88s", b"}X\x04\0\0\0conj\x89s"] {
+        assert_eq!(read(metadata).unwrap().weights["w"].0, [6]);
+    }
+    for metadata in [&b"}X\x04\0\0\0conj\x88s"[..], b"}X\x03\0\0\0neg\x88sX\x04\0\0\0conj\x88s"] {
+        let fault = read(metadata).unwrap_err();
+        assert!(fault.contains("metadata the text \"conj\": the truth value true, which is not known"), "{fault}");
+    }
+    assert!(read(b"K\x01").unwrap_err().contains("expected metadata of a tensor, found the number 1"));
+}
+
+/// Steps are counted, not timed: values that are fetched again and again cost what the instructions that fetch them do.
+#[test]
+fn the_cost_of_a_pickle_is_in_proportion_to_its_size() {
+    let tensor = [b"(".as_slice(), &storage("FloatStorage", 6), b"K\0K\x06\x85K\x01\x85\x89}"].concat();
+    let many = |tail: &[u8]| [&tail.repeat(50_000)[..], b"."].concat();
+    let long = b"N".repeat(200_000);
+    let rebuild = b"ctorch._utils\n_rebuild_tensor_v2\nq\0".as_slice();
+    let parameter = b"ctorch._utils\n_rebuild_parameter\nq\x01".as_slice();
+    let pickles = [
+        // Functions of a tuple with a long tail.
+        [b"\x80\x02".as_slice(), rebuild, &tensor, &long, b"tq\x02", &many(b"h\0h\x02R")].concat(),
+        [b"\x80\x02(", &[rebuild, &tensor, b"tR"].concat()[..], &long, b"tq\0", parameter, &many(b"h\x01h\0R")]
+            .concat(),
+        // Storages of one.
+        [b"\x80\x02(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000NK\x06", &long[..], b"tq\0", &many(b"h\0Q")]
+            .concat(),
+        // A shape, and metadata, with many entries.
+        [
+            b"\x80\x02(".as_slice(),
+            &long,
+            b"tq\x03",
+            rebuild,
+            b"(",
+            &storage("FloatStorage", 6),
+            b"K\0h\x03h\x03tq\x02",
+            &many(b"h\0h\x02R"),
+        ]
+        .concat(),
+    ];
+    for (i, pickle) in pickles.iter().enumerate() {
+        match Pickle::parse(pickle) {
+            Ok(built) => assert!(built.touched < 4 * pickle.len(), "{i}: {} of {}", built.touched, pickle.len()),
+            Err(fault) => assert!(i >= 2, "{i}: {fault}"),
+        }
+    }
+}
+
+#[test]
 fn hostile_pickles_are_refused_with_the_reason() {
     let ones = |n: usize| b"K\x01".repeat(n);
     let max = b"\x8a\x08\xff\xff\xff\xff\xff\xff\xff\x7f";
@@ -114,7 +333,8 @@ fn hostile_pickles_are_refused_with_the_reason() {
         (b"\x80\x02X\x01\0\0\0\xff.".into(), "not UTF-8"),
         (b"\x80\x02]a.".into(), "takes a value where there is none"),
         (b"\x80\x02N.".into(), "with MODEL and LOSS, found None"),
-        (b"\x80\x02}.".into(), "a dictionary with MODEL and LOSS, found another one"),
+        (b"\x80\x02}.".into(), "a dictionary with MODEL and LOSS, found a dictionary with nothing in it"),
+        (b"\x80\x02}K\x07Ns.".into(), "found a dictionary with the number 7"),
         (b"\x80\x02".into(), "cut short"),
         (b"(".repeat(1000), "nested deeper than 64"),
         (b"N".repeat((1 << 20) + 1), "more than 1048576 values"),
@@ -127,8 +347,11 @@ fn hostile_pickles_are_refused_with_the_reason() {
         (model(&arguments(b"K\x02", b"J\xff\xff\xff\xff")), "expected a size, found -1"),
         (model(&arguments(&ones(65), &ones(65))), "at most 64"),
         (model(b"(K\x01t"), "cannot be applied to (the number 1)"),
-        (model(&storage("LongStorage", 3)), "a tensor of torch \"LongStorage\""),
-        (model(&[&b"("[..], &storage("FloatStorage", 7), b"K\0))t"].concat()), "found 24 bytes, expected 7 numbers"),
+        (model(&storage("LongStorage", 3)), "expected a tuple, found a storage"),
+        (
+            model(&[&b"("[..], &storage("FloatStorage", 7), b"K\0))t"].concat()),
+            "w: \"data/0\": found 24 bytes, expected 7 numbers",
+        ),
     ];
     for (pickle, reason) in cases {
         let fault = fault_of_pickle(&pickle);
@@ -140,7 +363,9 @@ fn hostile_pickles_are_refused_with_the_reason() {
 fn what_is_no_checkpoint_is_told_apart() {
     let legacy = [b"\x80\x02\x8a\x0a".as_slice(), &[0x6c; 20]].concat();
     assert!(fault_of(legacy).contains("torch before 1.6"));
-    assert!(fault_of(b"nonsense".into()).contains("expected a zip archive"));
+    for other in [&b"nonsense"[..], b"", b"PK", b"PK\x03\x04", &[0xff; 100]] {
+        assert!(fault_of(other.into()).contains("expected a zip archive"));
+    }
     assert!(fault_of(archive(&[("other", b"")])).contains("expected one entry FOLDER/data.pkl, found 0"));
     let missing = fault_of(archive(&[("data.pkl", &model(&arguments(b"K\x06", b"K\x01")))]));
     assert!(missing.contains("\"data/0\""), "{missing}");

@@ -5,7 +5,7 @@ use half::{bf16, f16};
 use super::Parsed;
 
 /// Torch's own limit for most of its operations.
-const MAX_DIMS: usize = 64;
+pub(super) const MAX_DIMS: usize = 64;
 
 /// The types of numbers that are read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,9 +45,23 @@ fn elements<const N: usize>(bytes: &[u8], decode: impl Fn([u8; N]) -> f32) -> Ve
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Storage<'a> {
     pub key: &'a str,
-    pub dtype: Dtype,
+    /// Its type's name in torch, such as `FloatStorage`.
+    pub class: &'a str,
     /// Elements.
     pub len: usize,
+}
+
+impl Storage<'_> {
+    /// The type of its numbers, if they are floats that are read.
+    pub(super) fn dtype(&self) -> Option<Dtype> {
+        match self.class {
+            "FloatStorage" => Some(Dtype::F32),
+            "DoubleStorage" => Some(Dtype::F64),
+            "HalfStorage" => Some(Dtype::F16),
+            "BFloat16Storage" => Some(Dtype::Bf16),
+            _ => None,
+        }
+    }
 }
 
 /// A tensor, known to lie within its storage.
@@ -60,6 +74,8 @@ pub(super) struct View {
     pub elements: usize,
     strides: Vec<usize>,
     offset: usize,
+    /// Whether the numbers in the storage have the opposite sign, as those of a tensor of `torch._neg_view`.
+    pub negative: bool,
 }
 
 impl View {
@@ -85,8 +101,10 @@ impl View {
         let last = steps.map(|(&dim, &stride)| dim.saturating_sub(1).checked_mul(stride));
         let end = last.chain([Some(1)]).try_fold(offset, |sum, step| sum.checked_add(step?));
         match (product, end) {
-            (Some(0), _) => Ok(View { storage, shape, elements: 0, strides, offset: 0 }),
-            (Some(elements), Some(end)) if end <= len => Ok(View { storage, shape, elements, strides, offset }),
+            (Some(0), _) => Ok(View { storage, shape, elements: 0, strides, offset: 0, negative: false }),
+            (Some(elements), Some(end)) if end <= len => {
+                Ok(View { storage, shape, elements, strides, offset, negative: false })
+            }
             _ => Err(format!(
                 "a tensor of shape {shape:?} with strides {strides:?} from {offset} on reaches beyond its storage of \
                  {len} elements"
@@ -103,7 +121,7 @@ impl View {
         let mut index = vec![0; self.shape.len()];
         let mut at = self.offset;
         loop {
-            values.push(storage[at]);
+            values.push(if self.negative { -storage[at] } else { storage[at] });
             // The next place: the last dimension that has one more moves on, those after it go back to their start.
             let mut dim = index.len();
             loop {
