@@ -10,10 +10,11 @@ use mblm::train::study::{Options, Plan, Runner, Spec};
 use mblm::train::terminal::{self, Output};
 
 use crate::plugins::Plugins;
-use crate::signals;
+use crate::{EXIT_CODES, signals};
 
 /// Arguments of `mblm compare`.
 #[derive(clap::Args)]
+#[command(after_help = EXIT_CODES)]
 pub struct Args {
     /// The study
     study: PathBuf,

@@ -35,9 +35,13 @@ use signals::Interrupted;
 /// A mistake in a configuration or on the command line; clap uses the same code.
 const EXIT_USAGE: u8 = 2;
 
+const EXIT_CODES: &str = "\
+Exit codes: 0 finished (or train.max_seconds are over), 1 failed, 2 wrong arguments, configuration or data,
+128 + N interrupted by signal N (130: Ctrl-C, 143: SIGTERM)";
+
 /// Multiscale Byte Language Models.
 #[derive(Parser)]
-#[command(version)]
+#[command(version, after_help = EXIT_CODES)]
 struct Cli {
     #[command(flatten)]
     plugins: Plugins,

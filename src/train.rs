@@ -21,15 +21,11 @@ use mblm::train::trainer::Outcome;
 use mblm::yaml::Document;
 
 use crate::plugins::Plugins;
-use crate::{Usage, is_closed_pipe, model, signals};
+use crate::{EXIT_CODES, Usage, is_closed_pipe, model, signals};
 
 /// Bytes of validation data that the sample at a run's end continues, and bytes that it makes.
 const PROMPT: usize = 100;
 const SAMPLE: usize = 200;
-
-const EXIT_CODES: &str = "\
-Exit codes: 0 finished, or train.max_seconds are over; 1 failed; 2 wrong arguments, configuration or data;
-128 + N interrupted by signal N, with a checkpoint (130: Ctrl-C, 143: SIGTERM)";
 
 /// Arguments of `mblm train`.
 #[derive(clap::Args)]

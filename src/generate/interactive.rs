@@ -189,7 +189,9 @@ impl Lines {
                     Err(ReadlineError::Eof) => return Ok(None),
                     Err(ReadlineError::Interrupted) => terminal::line("Ctrl-D or :quit ends the session"),
                     Err(ReadlineError::Io(error)) if error.kind() == ErrorKind::InvalidData => {
-                        terminal::line("this line is not UTF-8; expected text in the encoding of a terminal, UTF-8");
+                        terminal::line(
+                            "this line is not UTF-8; set the terminal to UTF-8, or pipe the bytes to standard input",
+                        );
                     }
                     Err(error) => return Err(error.into()),
                 }

@@ -51,9 +51,10 @@ pub fn run(args: &Args) -> Result<()> {
         let suggestion = mblm::nearest::suggestion(unknown, &names);
         return Err(Usage(format!("--only: unknown check {unknown:?}; {suggestion}")).into());
     }
-    let wanted = CHECKS.iter().filter(|check| args.only.is_empty() || args.only.iter().any(|only| only == check.name));
+    let mut wanted =
+        CHECKS.iter().filter(|check| args.only.is_empty() || args.only.iter().any(|only| only == check.name));
     if args.here {
-        return wanted.map(|check| answer(args, check)).collect();
+        return wanted.try_for_each(|check| answer(args, check));
     }
     let library = super::open(&args.file)?;
     let origin = library.origin();
