@@ -17,7 +17,7 @@ pub struct Args {
 
 /// Runs `mblm blocks`.
 pub fn run(args: &Args, plugins: &Plugins) -> anyhow::Result<()> {
-    let registry = plugins.registry(None)?;
+    let registry = plugins.whole_registry()?;
     let mut out = Output::new();
     if let Some(name) = &args.schema {
         let Some(block) = registry.get(name) else {

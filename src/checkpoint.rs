@@ -6,8 +6,6 @@ mod verify;
 
 use anyhow::Result;
 
-use crate::plugins::Plugins;
-
 /// Arguments of `mblm checkpoint`.
 #[derive(clap::Args)]
 pub struct Args {
@@ -26,10 +24,10 @@ enum Command {
 }
 
 /// Runs `mblm checkpoint`.
-pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
+pub fn run(args: &Args) -> Result<()> {
     match &args.command {
         Command::List(args) => list::run(args),
         Command::Verify(args) => verify::run(args),
-        Command::Export(args) => export::run(args, plugins),
+        Command::Export(args) => export::run(args),
     }
 }

@@ -15,6 +15,7 @@ mod log;
 mod measure;
 mod memory;
 mod model;
+mod orphan;
 mod plugin;
 mod plugins;
 mod report;
@@ -142,10 +143,10 @@ fn run(Cli { plugins, command }: Cli) -> anyhow::Result<()> {
         Command::Train(args) => return train::run(&args, &plugins),
         Command::Generate(args) => generate::run(&args, &plugins),
         Command::Compare(args) => compare::run(&args, &plugins),
-        Command::Report(args) => report::run(&args, &plugins),
+        Command::Report(args) => report::run(&args),
         Command::Eval(args) => eval::run(&args, &plugins),
         Command::Import(args) => import::run(&args, &plugins),
-        Command::Checkpoint(args) => checkpoint::run(&args, &plugins),
+        Command::Checkpoint(args) => checkpoint::run(&args),
         Command::Check(args) => check::run(&args, &plugins),
         Command::Inspect(args) => inspect::run(&args, &plugins),
         Command::Doctor(args) => doctor::run(&args, &plugins),

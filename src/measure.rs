@@ -2,7 +2,7 @@
 
 use std::io::Write;
 use std::path::PathBuf;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use mblm::generate::{Format, Sampler, Sampling, TokenStream, Until, generate};
@@ -14,7 +14,7 @@ use mblm::train::session;
 use mblm::train::terminal::Output;
 
 use crate::plugins::Plugins;
-use crate::{model, train};
+use crate::{model, orphan, train};
 
 /// Bytes that are written.
 const SAMPLE: usize = 320;
@@ -32,6 +32,7 @@ pub struct Args {
 
 /// Runs `mblm measure-run`.
 pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
+    orphan::end_with_parent(Duration::ZERO);
     let of_run = model::Args { run: args.run.clone(), best: true, allow_plugin_change: false };
     let trained = model::load(&of_run, plugins)?;
     let config = &trained.config;

@@ -69,7 +69,7 @@ pub fn config_of_run(
     allow_change: bool,
     plugins: &Plugins,
 ) -> Result<RunConfig> {
-    let registry = plugins.registry_of_run(run, &state.plugins)?;
+    let registry = plugins.registry_of_run(run, &state.plugins, allow_change)?;
     let config = RunConfig::from_document(document, &registry)?;
     if !allow_change {
         state.check_plugins(&config.plugins())?;

@@ -5,7 +5,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
-use mblm::train::checkpoint::{self, Which};
+use mblm::registry::BlockRegistry;
 use mblm::train::config::RunConfig;
 use mblm::train::cost::{Report as Cost, Step};
 use mblm::train::model::{Model, TrainModel};
@@ -16,7 +16,6 @@ use mblm::train::terminal::{self, Output};
 use mblm::yaml::Document;
 
 use crate::Usage;
-use crate::plugins::Plugins;
 
 /// Arguments of `mblm report`.
 #[derive(clap::Args)]
@@ -30,10 +29,10 @@ pub struct Args {
 }
 
 /// Runs `mblm report`.
-pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
+pub fn run(args: &Args) -> Result<()> {
     let report = match &args.runs[..] {
         [study] if PlanFile::is_in(study) => Report::of_study(study)?,
-        folders => Report::of_runs(read(folders)?, |run| cost(run, plugins).ok()),
+        folders => Report::of_runs(read(folders)?, |run| cost(run).ok()),
     };
     report.write(&args.out)?;
     Ok(writeln!(Output::new(), "{}\nreport: {}", report.to_text(), args.out.join("report.html").display())?)
@@ -56,12 +55,11 @@ fn read(folders: &[PathBuf]) -> Result<Vec<Run>> {
     }
 }
 
-/// What the model of a run costs, from its configuration and with the plugins that it was trained with.
-fn cost(run: &Path, plugins: &Plugins) -> Result<Cost> {
-    let recorded = checkpoint::find(run, Which::Newest).and_then(|found| found.state()).map(|state| state.plugins);
-    let registry = plugins.registry_of_run(run, &recorded.unwrap_or_default())?;
+/// What the model of a run costs, from its configuration. The cost of a plugin's block stays unknown: a report on runs
+/// from anywhere opens no library.
+fn cost(run: &Path) -> Result<Cost> {
     let document = Document::parse(&RunFolder::config_yaml(run)?, &run.join("config.yaml").display().to_string())?;
-    let config = RunConfig::from_document(&document, &registry)?;
+    let config = RunConfig::from_document(&document, &BlockRegistry::builtin()?)?;
     let model = Model::new(&config, 0)?;
     let step = Step { batch: config.train.batch_size, bytes: config.params.input_seq_len };
     Ok(Cost::new(config.params.model.hierarchy(), model.params(), &model.stage_models(), step))

@@ -29,7 +29,7 @@ pub struct Args {
 
 /// Runs `mblm schema`.
 pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
-    let schema = schema(&plugins.registry(None)?)?;
+    let schema = schema(&plugins.whole_registry()?)?;
     let text = match args.markdown {
         true => format!("{HEAD}{}", markdown::markdown(&schema)),
         false => serde_json::to_string_pretty(&schema)? + "\n",

@@ -2,6 +2,7 @@
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::Result;
 use mblm::generate::{Format, Sampler, Sampling, TokenStream, Until, generate};
@@ -17,15 +18,18 @@ use mblm::train::model::{Model, TrainModel};
 use mblm::train::run::RunFolder;
 use mblm::train::session::{self, Session};
 use mblm::train::terminal::{self, Output};
-use mblm::train::trainer::{End, Outcome};
+use mblm::train::trainer::Outcome;
 use mblm::yaml::Document;
 
 use crate::plugins::Plugins;
-use crate::{EXIT_CODES, Usage, is_closed_pipe, model, signals};
+use crate::{EXIT_CODES, Usage, is_closed_pipe, model, orphan, signals};
 
 /// Bytes of validation data that the sample at a run's end continues, and bytes that it makes.
 const PROMPT: usize = 100;
 const SAMPLE: usize = 200;
+
+/// How long a run of a study may go on after the study was killed: for the batch in progress and a checkpoint.
+const ORPHAN_GRACE: Duration = Duration::from_secs(6);
 
 /// Arguments of `mblm train`.
 #[derive(clap::Args)]
@@ -64,36 +68,36 @@ pub struct Args {
 pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
     if args.until_eof {
         signals::catch_end_of_input();
+        orphan::end_with_parent(ORPHAN_GRACE);
     }
     let (run, outcome) = match (&args.resume, &args.config) {
         (Some(run), _) => (run.clone(), resume(run, args, plugins)?),
         (None, Some(path)) => {
             let mut document = Document::read(path)?;
             args.set.iter().try_for_each(|assignment| document.set(assignment))?;
-            let mut config = RunConfig::from_document(&document, &plugins.registry(Some(path))?)?;
-            find_checkpoint(&mut config, path, &args.set);
+            let config = RunConfig::from_document(&document, &plugins.registry(Some(path))?)?;
             // Errors of the data and of the plan begin with the field that is at fault; here its line is known.
             let located = |error: training::Error| error.located(&document);
             session(&config, args)?.train().map_err(located)?
         }
         (None, None) => return Err(Usage("expected a configuration, or --resume RUN".into()).into()),
     };
-    let shown = match outcome.end {
+    let shown = match outcome.interrupted {
         _ if args.quiet => writeln!(Output::new(), "{}", run.display()).map_err(anyhow::Error::from),
-        End::Stopped | End::TimeLimit => {
+        true => {
             terminal::line(format_args!("go on with: mblm train --resume {}", run.display()));
             Ok(())
         }
-        End::Finished => conclude(&run, &outcome, args.allow_plugin_change, plugins),
+        false => conclude(&run, &outcome, args.allow_plugin_change, plugins),
     };
     // The run is complete, whether or not this can be shown.
     match shown {
         Err(error) if !is_closed_pipe(&error) => terminal::line(format_args!("warning: {error:#}")),
         _ => {}
     }
-    match outcome.end {
-        End::Stopped => Ok(signals::check()?),
-        End::TimeLimit | End::Finished => Ok(()),
+    match outcome.interrupted {
+        true => Ok(signals::check()?),
+        false => Ok(()),
     }
 }
 
@@ -102,7 +106,7 @@ fn resume(path: &Path, args: &Args, plugins: &Plugins) -> Result<Outcome> {
     let run = RunFolder::open(path)?;
     let checkpoint = run.checkpoints().newest()?;
     let state = checkpoint.state()?;
-    let registry = plugins.registry_of_run(path, &state.plugins)?;
+    let registry = plugins.registry_of_run(path, &state.plugins, args.allow_plugin_change)?;
     let read = |text: &str, name: &Path, set: &[String]| -> Result<RunConfig> {
         let mut document = Document::parse(text, &name.display().to_string())?;
         set.iter().try_for_each(|assignment| document.set(assignment))?;
@@ -123,19 +127,9 @@ fn resume(path: &Path, args: &Args, plugins: &Plugins) -> Result<Outcome> {
             ))
             .into());
         }
+        terminal::line(format_args!("note: the configuration changes:{list}"));
     }
-    Ok(Session { changes, ..session(&config, args)? }.resume(&run)?)
-}
-
-/// Finds the checkpoint that the configuration at `path` begins with. A path on the command line is one from here.
-pub fn find_checkpoint(config: &mut RunConfig, path: &Path, set: &[String]) {
-    let is_set = |assignment: &String| {
-        let field = assignment.split('=').next().unwrap_or_default().trim();
-        ["resume", "resume.checkpoint_file"].contains(&field)
-    };
-    if let (Some(resume), false) = (&mut config.resume, set.iter().any(is_set)) {
-        resume.resolve(path.parent().unwrap_or(Path::new("")));
-    }
+    Ok(session(&config, args)?.resume(&run)?)
 }
 
 fn session<'a>(config: &'a RunConfig, args: &Args) -> Result<Session<'a>> {

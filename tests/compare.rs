@@ -231,6 +231,56 @@ fn kill_training(folder: &Path) {
     assert!(Command::new("kill").arg("-9").arg(id).status().unwrap().success());
 }
 
+/// A study of one run whose local stage is the plugin of the tests.
+const OF_A_PLUGIN: &str = "base: base.yaml\nbudget: {bytes: 20000}\nseeds: [1]\noutput_dir: out\n";
+const BLOCKS: &str =
+    "params.block=[{attn_head_dims: 8, attn_num_heads: 4, attn_use_rot_embs: true}, {block_type: leaky}]";
+
+#[test]
+fn a_plugin_that_ends_the_process_is_a_run_that_failed() {
+    let cases = [
+        ("LATE_EXIT", "forward called exit"),
+        ("LATE_UNDERSCORE_EXIT", "the process ended with exit code 0 before the run was finished"),
+        ("LATE_SEGV", "forward crashed: SIGSEGV"),
+    ];
+    for (fault, want) in cases {
+        let folder = workplace(OF_A_PLUGIN);
+        let plugin = compiled::broken(folder.path(), fault);
+        let args = ["compare", "study.yaml", "--set", BLOCKS, "--plugin-dir", plugin.to_str().unwrap()];
+        // The second start finds the failure of the first.
+        for _ in 0..2 {
+            let (code, out, error) = mblm(folder.path(), &args);
+            assert!(code == 1 && error.contains("1 of 1 runs failed"), "{fault}: {out}{error}");
+            let failed = folder.path().join("out/failed").read_dir().unwrap().next().unwrap().unwrap().path();
+            assert!(read(&failed).contains(want), "{fault}: {}", read(&failed));
+        }
+    }
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_run_that_hangs_in_a_plugin_ends_with_its_study() {
+    let folder = workplace(OF_A_PLUGIN);
+    let plugin = compiled::broken(folder.path(), "LATE_HANG");
+    let args = ["compare", "study.yaml", "--set", BLOCKS, "--plugin-dir", plugin.to_str().unwrap()];
+    let hangs = folder.path().join("HANGS");
+    let mut study = command(folder.path(), &args);
+    let mut study = study.env("MBLM_TEST_MARKER", &hangs).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    while !hangs.exists() {
+        assert!(study.try_wait().unwrap().is_none(), "it ended before the plugin was called");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    study.kill().unwrap();
+    study.wait().unwrap();
+    // The lock of the log is held for as long as the process lives.
+    let log = folder.path().join("out/logs").read_dir().unwrap().next().unwrap().unwrap().path();
+    let (log, start) = (fs::File::open(log).unwrap(), Instant::now());
+    while log.try_lock().is_err() {
+        assert!(start.elapsed() < Duration::from_secs(60), "it hangs on without its study");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
 #[test]
 fn the_shipped_study_can_run() {
     let (plugin, root) = (compiled::lstm(), Path::new(env!("CARGO_MANIFEST_DIR")));

@@ -173,6 +173,18 @@ fn shown<S: serde::Serializer>(path: &Path, serializer: S) -> std::result::Resul
     serializer.serialize_str(&path.to_string_lossy())
 }
 
+impl PluginOrigin {
+    /// Whether both are the same file, wherever it lies. Several libraries may have one plugin name.
+    pub fn is_file_of(&self, other: &Self) -> bool {
+        self.sha256 == other.sha256
+    }
+
+    /// The beginning of the sum, for messages.
+    pub fn short_sum(&self) -> String {
+        format!("{}…", self.sha256.get(..12).unwrap_or(&self.sha256))
+    }
+}
+
 /// What a stage costs, for `mblm inspect`. Counts are for one position of one sequence.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Cost {

@@ -380,8 +380,8 @@ block:
             (
                 "- d_state: 64",
                 "- block_type: rnn\n  d_state: 64",
-                "block[0].block_type: unknown block type \"rnn\"; expected one of `mamba1`, `mamba2`, `transformer`; \
-                 a plugin's types need its folder, --plugin-dir (line 8)",
+                "block[0].block_type: unknown block type \"rnn\"; expected one of `mamba1`, `mamba2`, `transformer` \
+                 (line 8)",
             ),
             (
                 "- d_state: 64",

@@ -3,7 +3,7 @@
 //! typetag and inventory know the blocks of one linked binary; a [`BlockSource`] adds others, such as plugins loaded at
 //! run time.
 
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 use serde_yaml::{Mapping, Value};
 
@@ -133,12 +133,18 @@ pub struct BlockRegistry {
     sources: Vec<Box<dyn BlockSource>>,
     /// Sorted by name, each with the index of its source.
     blocks: Vec<(BlockInfo, usize)>,
+    /// Added to "unknown block type".
+    advice: String,
+    /// Made when a configuration asks for a type that is not in `blocks`.
+    fallback: Option<Box<LazyLock<BlockRegistry, MakeRegistry>>>,
 }
+
+type MakeRegistry = Box<dyn FnOnce() -> BlockRegistry + Send>;
 
 impl BlockRegistry {
     /// No types at all: [`with_source`](Self::with_source) adds them.
     pub fn empty() -> Self {
-        BlockRegistry { sources: vec![], blocks: vec![] }
+        BlockRegistry { sources: vec![], blocks: vec![], advice: String::new(), fallback: None }
     }
 
     /// The types that are linked into this binary.
@@ -147,6 +153,20 @@ impl BlockRegistry {
     /// Two types with one name; says where both stand.
     pub fn builtin() -> Result<Self> {
         Self::empty().with_source(Builtin)
+    }
+
+    /// Uses the types of another registry where a configuration asks for one that is not in this registry: it names an
+    /// unknown `block_type`, or leaves it out and no type of this registry accepts the fields. `make` is called only then,
+    /// and once. A plugin is therefore opened only for a configuration that needs one.
+    pub fn with_fallback(mut self, make: impl FnOnce() -> BlockRegistry + Send + 'static) -> Self {
+        self.fallback = Some(Box::new(LazyLock::new(Box::new(make))));
+        self
+    }
+
+    /// Adds a sentence to the error about an unknown block type, such as where else the type may be found.
+    pub fn with_advice(mut self, advice: impl Into<String>) -> Self {
+        self.advice = advice.into();
+        self
     }
 
     /// These types and those of a source.
@@ -194,9 +214,13 @@ impl BlockRegistry {
 
     /// What to add to "unknown block type".
     pub fn suggestion(&self, name: &str) -> String {
-        let text = suggestion(name, &self.names().collect::<Vec<_>>());
-        // Nothing is near: perhaps a plugin's type, of a plugin that is not found.
-        if text.starts_with("expected") { text + "; a plugin's types need its folder, --plugin-dir" } else { text }
+        let text = suggestion(name, &self.blocks().map(|block| block.name.as_str()).collect::<Vec<_>>());
+        if self.advice.is_empty() { text } else { format!("{text}; {}", self.advice) }
+    }
+
+    /// The registry to use for a type that this one lacks.
+    fn fallback(&self) -> &BlockRegistry {
+        self.fallback.as_ref().map_or(self, |fallback| LazyLock::force(fallback))
     }
 
     /// The block at `path` of a document: the type that `block_type` names, or else the only one that accepts the
@@ -210,17 +234,22 @@ impl BlockRegistry {
         let mut fields = fields.clone();
         match fields.shift_remove(TAG) {
             Some(Value::String(name)) => {
-                let Some(block) = self.get(&name) else {
-                    let message = format!("unknown block type {name:?}; {}", self.suggestion(&name));
+                let registry = if self.get(&name).is_some() { self } else { self.fallback() };
+                let Some(block) = registry.get(&name) else {
+                    let message = format!("unknown block type {name:?}; {}", registry.suggestion(&name));
                     return Err(document.error(&join(path, TAG), message));
                 };
-                self.parse_as(block, &Value::Mapping(fields)).map_err(|error| document.error_in(path, error))
+                registry.parse_as(block, &Value::Mapping(fields)).map_err(|error| document.error_in(path, error))
             }
             Some(other) => {
                 let message = format!("expected the name of a block type, found {}", describe(&other));
                 Err(document.error(&join(path, TAG), message))
             }
-            None => self.infer(&Value::Mapping(fields)).map_err(|message| document.error(path, message)),
+            None => {
+                let fields = Value::Mapping(fields);
+                let registry = if self.fits_any(&fields) { self } else { self.fallback() };
+                registry.infer(&fields).map_err(|message| document.error(path, message))
+            }
         }
     }
 
@@ -230,6 +259,11 @@ impl BlockRegistry {
             Some(source) => source.parse(&block.name, fields),
             None => Err(ValueError { path: TAG.into(), message: format!("unknown block type {:?}", block.name) }),
         }
+    }
+
+    /// Whether a type that opts in to inference accepts the fields.
+    fn fits_any(&self, fields: &Value) -> bool {
+        self.blocks().any(|block| block.infers && self.parse_as(block, fields).is_ok())
     }
 
     fn infer(&self, fields: &Value) -> std::result::Result<Arc<dyn StageBlock>, String> {
@@ -253,10 +287,6 @@ impl BlockRegistry {
                 Err(format!("these fields fit several block types, {}; name one with `{TAG}`", quoted(&names)))
             }
         }
-    }
-
-    fn names(&self) -> impl Iterator<Item = &str> {
-        self.blocks().map(|block| block.name.as_str())
     }
 }
 
@@ -452,6 +482,29 @@ pub(crate) mod tests {
         assert_eq!(error, "b.yaml: block.gates: missing (line 1)");
         let written = registry.parse(&Document::parse("{block_type: lstm, gates: 4}", "").unwrap(), "").unwrap();
         assert_eq!(serde_yaml::to_string(&*written).unwrap(), "block_type: lstm\ngates: 4\n");
+    }
+
+    #[test]
+    fn the_fallback_is_made_only_for_a_type_that_is_not_built_in() {
+        use std::sync::atomic::{AtomicUsize, Ordering};
+        let made = Arc::new(AtomicUsize::new(0));
+        let count = made.clone();
+        let lazy = registry().with_fallback(move || {
+            count.fetch_add(1, Ordering::Relaxed);
+            registry().with_source(Plugin("lstm")).unwrap().with_advice("look in the attic")
+        });
+        let mamba = "d_state: 1, d_conv: 1, expand: 1, headdim: 1";
+        for block in [format!("block_type: mamba1, {mamba}"), mamba.into()] {
+            parse(&lazy, &block).unwrap();
+        }
+        assert!(parse(&lazy, "block_type: mamba2, gaits: 4").is_err(), "a mistake in a built-in block");
+        assert_eq!(made.load(Ordering::Relaxed), 0);
+        for block in ["block_type: lstm, gates: 4", "gates: 4"] {
+            assert_eq!(parse(&lazy, block).as_deref(), Ok("lstm"));
+        }
+        let error = parse(&lazy, "block_type: gru").unwrap_err();
+        assert!(error.contains("`lstm`") && error.contains("; look in the attic (line 1)"), "{error}");
+        assert_eq!(made.load(Ordering::Relaxed), 1);
     }
 
     #[test]

@@ -5,21 +5,31 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
-use mblm::plugin::host::Skipped;
+use mblm::plugin::host::{CANNOT_LOAD, Skipped};
 use mblm::train::terminal::Output;
 
-use crate::plugins::Plugins;
+use crate::Usage;
+use crate::plugins::{Plugins, folder_beside, left_alone};
 
 /// Arguments of `mblm plugin list`.
 #[derive(clap::Args)]
 pub struct Args {
-    /// Look in the folder `plugins` beside this configuration too
+    /// Look in the folder `plugins` beside this configuration too; only trusted libraries are opened there
     config: Option<PathBuf>,
 }
 
 /// Runs `mblm plugin list`.
 pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
-    let found = plugins.find(args.config.as_deref())?;
+    if let Some(reason) = CANNOT_LOAD {
+        return Err(Usage(reason.into()).into());
+    }
+    let mut found = plugins.find(args.config.as_deref())?;
+    if let Some(folder) = args.config.as_deref().map(folder_beside) {
+        let reason = format!("not trusted; trust the folder with: mblm plugin trust {}", folder.display());
+        let files = left_alone(&folder, &found);
+        let skipped = files.into_iter().map(|path| Skipped { path, reason: reason.clone(), looks_like_one: true });
+        found.skipped.extend(skipped.collect::<Vec<_>>());
+    }
     let mut out = Output::new();
     for library in &found.libraries {
         let origin = library.origin();

@@ -4,12 +4,13 @@ mod check;
 mod list;
 mod new;
 mod schema;
+mod trust;
 
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
-use mblm::plugin::host::Library;
 use mblm::plugin::host::probe::Probe;
+use mblm::plugin::host::{Library, LibraryFile};
 
 use crate::Usage;
 use crate::plugins::{PROBE, Plugins};
@@ -31,6 +32,8 @@ enum Command {
     New(new::Args),
     /// Print the JSON Schema of a block of a plugin
     Schema(schema::Args),
+    /// Trust the libraries in a folder beside a configuration, as they are now
+    Trust(trust::Args),
 }
 
 /// Runs `mblm plugin`.
@@ -40,6 +43,7 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
         Command::Check(args) => check::run(args),
         Command::New(args) => new::run(args),
         Command::Schema(args) => schema::run(args),
+        Command::Trust(args) => trust::run(args),
     }
 }
 
@@ -47,7 +51,10 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
 fn open(file: &Path) -> Result<std::sync::Arc<Library>> {
     let opened = match file.canonicalize() {
         Ok(path) if path.is_dir() => Err("a folder; expected a shared library".into()),
-        Ok(path) => Probe::new(std::env::current_exe()?, &[PROBE]).run(&path).and_then(|()| Library::open(&path)),
+        Ok(path) => {
+            let probe = Probe::new(std::env::current_exe()?, &[PROBE]);
+            LibraryFile::read(&path).and_then(|file| probe.run(&file).and_then(|()| Library::open_file(&file)))
+        }
         Err(error) => Err(error.to_string()),
     };
     opened.map_err(|reason| Usage(format!("{}: {reason}", file.display())).into())
@@ -57,9 +64,10 @@ fn open(file: &Path) -> Result<std::sync::Arc<Library>> {
 #[derive(clap::Args)]
 pub struct ProbeArgs {
     file: PathBuf,
+    sha256: String,
 }
 
 /// Runs the probe.
 pub fn probe(args: &ProbeArgs) {
-    mblm::plugin::host::probe::answer(&args.file);
+    mblm::plugin::host::probe::answer(&args.file, &args.sha256);
 }

@@ -4,12 +4,16 @@
  */
 #include "mblm_plugin.h"
 
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
 #define DECAY 0.5f
+#ifndef TYPE
+#define TYPE "leaky"
+#endif
 
 static const mblm_host *host;
 
@@ -79,6 +83,14 @@ static mblm_status param(const mblm_instance *m, uint64_t index, mblm_param_info
     return MBLM_OK;
 }
 
+#ifdef FAULT_LATE_STACK
+static int deep(int n) {
+    volatile char frame[4096];
+    frame[0] = (char)n;
+    return deep(n + 1) + frame[0];
+}
+#endif
+
 static float one(const mblm_params *p, uint64_t c, float x, float sum) { return x * p->values[0][c] + sum * p->values[1][c]; }
 
 static mblm_status forward(mblm_instance *m, const mblm_params *params, const mblm_pass *pass, const float *x, float *y,
@@ -131,6 +143,38 @@ static mblm_status forward(mblm_instance *m, const mblm_params *params, const mb
 #ifdef FAULT_LATE_PANIC
     static int calls;
     if (pass->training && calls++ == 12) return fail(MBLM_PANICKED, "", "the sensor fell off");
+#endif
+#ifdef FAULT_LATE_EXIT
+    static int calls;
+    if (pass->training && calls++ == 12) exit(0);
+#endif
+#ifdef FAULT_LATE_UNDERSCORE_EXIT
+    static int calls;
+    if (pass->training && calls++ == 12) _exit(0);
+#endif
+#ifdef FAULT_LATE_SEGV
+    static int calls;
+    if (pass->training && calls++ == 12) *(volatile int *)8 = 1;
+#endif
+#ifdef FAULT_LATE_ABORT
+    static int calls;
+    if (pass->training && calls++ == 12) abort();
+#endif
+#ifdef FAULT_LATE_FPE
+    static int calls;
+    if (pass->training && calls++ == 12) raise(SIGFPE);
+#endif
+#ifdef FAULT_LATE_STACK
+    static int calls;
+    if (pass->training && calls++ == 12) y[0] = deep(1);
+#endif
+#ifdef FAULT_LATE_HANG
+    static int calls;
+    if (pass->training && calls++ == 12) {
+        FILE *mark = fopen(getenv("MBLM_TEST_MARKER"), "w");
+        if (mark) fclose(mark);
+        for (;;) usleep(1000);
+    }
 #endif
 #ifdef FAULT_HANG
     for (;;) usleep(1000);
@@ -247,7 +291,7 @@ static mblm_status step(mblm_instance *m, const mblm_params *params, mblm_state 
 static const mblm_block BLOCK = {
     .struct_size = sizeof(mblm_block),
     .flags = MBLM_BACKWARD | MBLM_STEP | MBLM_CONCURRENT | MBLM_DETERMINISTIC,
-    .block_type = MBLM_TEXT("leaky"),
+    .block_type = MBLM_TEXT(TYPE),
 #ifdef FAULT_HEADER
     .version = MBLM_TEXT(""),
 #else

@@ -31,6 +31,10 @@ const CALIBRATION_SECONDS: (f64, f64) = (1.0, 20.0);
 /// Gradient steps that such a measurement never comes to.
 const CALIBRATION_STEPS: u64 = 100_000;
 
+/// Why a run failed whose process said that all went well.
+const UNFINISHED: &str = "the process ended with exit code 0 before the run was finished: train.max_seconds ended it, \
+                          somebody else did, or a plugin that calls exit";
+
 /// How runs are started.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -131,7 +135,6 @@ impl<'a> Runner<'a> {
         config.train.max_seconds = Some((seconds * CALIBRATION_SHARE).clamp(least, most));
         config.train.target_elements = CALIBRATION_STEPS * self.step_bytes(variant);
         config.train.validate_every = Some(u64::MAX);
-        config.train.max_eval_steps = Some(1);
         config.io.log_train_loss_amount = usize::MAX;
         let log = ChildLog::open(&self.plan.folder().join("logs/calibration.log"), || ())?;
         let exit = log.run(self.train(&config, &place, "calibration")?, stop, || ())?;
@@ -265,8 +268,9 @@ impl<'a> Runner<'a> {
             if let Some(why) = exit.failure() {
                 return Ok(Fate::Failed(why));
             }
+            // Its checkpoints say whether a run is finished: code inside of a block may end the process with any exit code.
             if !is_trained(&folder, &config) {
-                return Ok(Fate::Stopped);
+                return Ok(Fate::Failed(UNFINISHED.into()));
             }
             peak = exit.peak;
         }

@@ -68,7 +68,7 @@ impl Subject {
         let mut positions = abi::POS_NONE;
         match table.check {
             // SAFETY: as the contract says; the text need not be UTF-8 to be refused.
-            Some(check) => call(|| unsafe { check(table, text, dim as u64, &mut positions) }),
+            Some(check) => call("", "check", || unsafe { check(table, text, dim as u64, &mut positions) }),
             None => Ok(()),
         }
     }

@@ -98,7 +98,7 @@ impl PluginBlock {
         let check = table.check.ok_or_else(|| failed("it has no check".into()))?;
         let config = Text::of(&self.config);
         // SAFETY: as the contract says; the text lives during the call.
-        call(|| unsafe { check(table, config, dim as u64, &mut positions) })?;
+        call(&self.library.description(), "check", || unsafe { check(table, config, dim as u64, &mut positions) })?;
         match positions {
             abi::POS_NONE => Ok(None),
             abi::POS_FIXED => Ok(Some(PosEmb::Fixed)),
@@ -112,8 +112,7 @@ impl PluginBlock {
         match failure.status {
             abi::INVALID if !failure.message.is_empty() => ValueError { path: failure.field, message: failure.message },
             _ => {
-                let origin = self.library.origin();
-                let message = format!("plugin {} ({}): check: {failure}", origin.name, origin.path.display());
+                let message = format!("{}: check: {failure}", self.library.description());
                 ValueError { path: String::new(), message }
             }
         }

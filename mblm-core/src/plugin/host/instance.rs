@@ -4,6 +4,7 @@ use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use super::blame::during;
 use super::calls::{Failure, call};
 use super::library::{Library, LibraryBlock};
 use crate::block::{Cost, Mode};
@@ -68,8 +69,10 @@ impl Instance {
         let mut pointer = std::ptr::null_mut();
         let (config, place) = (Text::of(config), Text::of(place));
         // SAFETY: as the contract says; all pointers live during the call.
-        call(|| unsafe { create(table, config, place, dim as u64, num_layers as u64, &mut info, &mut pointer) })
-            .map_err(|failure| error(&name, "create", &failure))?;
+        call(&name, "create", || unsafe {
+            create(table, config, place, dim as u64, num_layers as u64, &mut info, &mut pointer)
+        })
+        .map_err(|failure| error(&name, "create", &failure))?;
         if pointer.is_null() {
             return Err(Error::Block(format!("{name}: create returned no instance")));
         }
@@ -239,24 +242,24 @@ impl Instance {
 
     /// Makes a call with the contract's rules: not beside another one, and not after a panic.
     fn call(&self, what: &str, work: impl FnOnce() -> abi::Status) -> Result<()> {
-        self.guarded(work).map_err(|failure| error(&self.name, what, &failure))
+        self.guarded(what, work).map_err(|failure| error(&self.name, what, &failure))
     }
 
     /// As [`call`](Self::call); `None` if the plugin says that it does not do this.
     fn call_if_supported(&self, what: &str, work: impl FnOnce() -> abi::Status) -> Result<Option<()>> {
-        match self.guarded(work) {
+        match self.guarded(what, work) {
             Err(failure) if failure.status == abi::UNSUPPORTED => Ok(None),
             done => done.map(Some).map_err(|failure| error(&self.name, what, &failure)),
         }
     }
 
-    fn guarded(&self, work: impl FnOnce() -> abi::Status) -> std::result::Result<(), Failure> {
+    fn guarded(&self, what: &str, work: impl FnOnce() -> abi::Status) -> std::result::Result<(), Failure> {
         let _calling = self.lock();
         if self.panicked.load(Ordering::Acquire) {
             let message = "not called, since an earlier call panicked".into();
             return Err(Failure { status: abi::PANICKED, field: String::new(), message });
         }
-        let done = call(work);
+        let done = call(&self.name, what, work);
         if done.as_ref().is_err_and(|failure| failure.status == abi::PANICKED) {
             self.panicked.store(true, Ordering::Release);
         }
@@ -268,7 +271,7 @@ impl Drop for Instance {
     fn drop(&mut self) {
         if let Some(destroy) = self.table.destroy {
             // SAFETY: tapes and states hold the instance, so none is left.
-            unsafe { destroy(self.pointer) };
+            during(&self.name, "destroy", || unsafe { destroy(self.pointer) });
         }
     }
 }
@@ -319,7 +322,7 @@ impl Drop for Tape {
         let _calling = self.instance.lock();
         if let Some(free) = self.instance.table.tape_free {
             // SAFETY: freed once, before its instance.
-            unsafe { free(self.pointer) };
+            during(&self.instance.name, "tape_free", || unsafe { free(self.pointer) });
         }
     }
 }
@@ -413,7 +416,7 @@ impl Drop for State {
         let _calling = self.instance.lock();
         if let Some(free) = self.instance.table.state_free {
             // SAFETY: freed once, before its instance.
-            unsafe { free(self.pointer) };
+            during(&self.instance.name, "state_free", || unsafe { free(self.pointer) });
         }
     }
 }
@@ -429,13 +432,11 @@ fn abi_params(pointers: &[*const f32], version: u64) -> abi::Params {
 
 /// Plugin, block type and stage, for messages.
 fn describe(library: &Library, block: &LibraryBlock, place: &str) -> String {
-    let origin = library.origin();
     let stage = match place.strip_prefix("stage_models.").and_then(|n| n.parse::<usize>().ok()) {
         Some(n) => format!(" at stage {}", n + 1),
         None => String::new(),
     };
-    let (name, version, path) = (&origin.name, &origin.version, origin.path.display());
-    format!("block `{}`{stage}, of plugin {name} {version} ({path})", block.block_type)
+    format!("block `{}`{stage}, of {}", block.block_type, library.description())
 }
 
 fn error(name: &str, what: &str, failure: &Failure) -> Error {

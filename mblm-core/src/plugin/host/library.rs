@@ -1,14 +1,28 @@
 //! An opened plugin: its table, checked field by field before anything in it is used.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::error::Error;
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use sha2::{Digest, Sha256};
-
+use super::blame::during;
 use super::calls::{HOST, call};
+use super::file::LibraryFile;
 use crate::block::PluginOrigin;
 use crate::plugin::abi::{self, Block, Plugin, Text};
+
+/// Why this build cannot load any plugin.
+pub const CANNOT_LOAD: Option<&str> = if cfg!(all(target_os = "linux", target_feature = "crt-static")) {
+    Some(
+        "this program is linked statically (a musl build) and has no dynamic loader, so it cannot load plugins; use a \
+         build for x86_64-unknown-linux-gnu or the like, or compile the block in",
+    )
+} else {
+    None
+};
+
+/// By the SHA-256 of their bytes.
+static OPEN: Mutex<BTreeMap<String, Arc<Library>>> = Mutex::new(BTreeMap::new());
 
 /// A plugin that was opened. Libraries are never unloaded.
 pub struct Library {
@@ -37,38 +51,58 @@ impl std::fmt::Debug for Library {
 }
 
 impl Library {
-    /// Opens a library and prepares it for use; the same file is opened once.
+    /// Reads and opens a library and prepares it for use.
     ///
     /// Run a [probe](super::probe) first: a library that crashes when it is opened takes the program with it.
     ///
     /// # Errors
     /// Why the file is no plugin that this program can use.
     pub fn open(path: &Path) -> Result<Arc<Self>, String> {
-        static OPEN: Mutex<BTreeMap<PathBuf, Arc<Library>>> = Mutex::new(BTreeMap::new());
-        let path = path.canonicalize().map_err(|error| error.to_string())?;
+        Self::open_file(&LibraryFile::read(path)?)
+    }
+
+    /// As [`open`](Self::open), of a file that was read. The same bytes are opened once, wherever they lie.
+    pub fn open_file(file: &LibraryFile) -> Result<Arc<Self>, String> {
+        if let Some(reason) = CANNOT_LOAD {
+            return Err(reason.into());
+        }
         let mut open = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(library) = open.get(&path) {
+        if let Some(library) = open.get(&file.sha256) {
             return Ok(library.clone());
         }
-        let library = Arc::new(Self::load(&path)?);
-        open.insert(path, library.clone());
+        let library = Arc::new(Self::load(file)?);
+        open.insert(file.sha256.clone(), library.clone());
         Ok(library)
     }
 
-    fn load(path: &Path) -> Result<Self, String> {
-        let bytes = std::fs::read(path).map_err(|error| error.to_string())?;
-        let sha256 = Sha256::digest(&bytes).iter().map(|byte| format!("{byte:02x}")).collect();
-        drop(bytes);
-        let table = entry(path)?;
+    /// Whether a library with this SHA-256 is open.
+    pub(super) fn is_open(sha256: &str) -> bool {
+        OPEN.lock().unwrap_or_else(PoisonError::into_inner).contains_key(sha256)
+    }
+
+    /// The libraries that this process has opened.
+    pub(super) fn opened() -> Vec<Arc<Self>> {
+        OPEN.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
+    }
+
+    fn load(file: &LibraryFile) -> Result<Self, String> {
+        let table = during(&file.path.display().to_string(), "opening", || entry(&file.loadable()))?;
         // SAFETY: an entry point returns null or a static table, whose first 16 bytes are the same in every version.
         let plugin = unsafe { check_table(table) }?;
         let name = text(plugin.name, "its name")?;
         let version = text(plugin.version, "its version")?;
         let blocks = read_blocks(plugin)?;
         let init = plugin.init.ok_or("its table has no init")?;
-        // SAFETY: called once, since a file is opened once, with a table that lives for ever.
-        call(|| unsafe { init(&*HOST) }).map_err(|failure| format!("init failed: {failure}"))?;
-        Ok(Library { origin: PluginOrigin { name, version, path: path.into(), sha256 }, table: plugin, blocks })
+        let origin = PluginOrigin { name, version, path: file.path.clone(), sha256: file.sha256.clone() };
+        // SAFETY: called once, since a library is opened once, with a table that lives for ever.
+        call(&describe(&origin), "init", || unsafe { init(&*HOST) })
+            .map_err(|failure| format!("init failed: {failure}"))?;
+        Ok(Library { origin, table: plugin, blocks })
+    }
+
+    /// What messages call it.
+    pub(super) fn description(&self) -> String {
+        describe(&self.origin)
     }
 
     /// Where it comes from.
@@ -91,6 +125,10 @@ impl Library {
     }
 }
 
+fn describe(origin: &PluginOrigin) -> String {
+    format!("plugin {} {} ({})", origin.name, origin.version, origin.path.display())
+}
+
 /// Opens the file and calls its one symbol.
 fn entry(path: &Path) -> Result<*const Plugin, String> {
     // Everything is resolved now, so that a missing symbol shows here and not in the middle of a run; symbols stay local,
@@ -105,7 +143,7 @@ fn entry(path: &Path) -> Result<*const Plugin, String> {
     // SAFETY: as above.
     let library = unsafe { libloading::Library::new(path) };
     // Never unloaded: threads and thread-locals of a plugin may outlive every use of it.
-    let library = std::mem::ManuallyDrop::new(library.map_err(|error| cannot_open(path, &error.to_string()))?);
+    let library = std::mem::ManuallyDrop::new(library.map_err(|error| cannot_open(path, &error))?);
     // SAFETY: the symbol's type is the contract's.
     let entry = unsafe { library.get::<abi::Entry>(abi::ENTRY.as_bytes()) };
     let entry = entry.map_err(|_| format!("not a plugin: it has no symbol {}", abi::ENTRY))?;
@@ -113,10 +151,11 @@ fn entry(path: &Path) -> Result<*const Plugin, String> {
     Ok(unsafe { entry() })
 }
 
-/// The loader's message without the path, which stands beside it anyway.
-fn cannot_open(path: &Path, message: &str) -> String {
-    let path = path.display().to_string();
-    format!("cannot be opened: {}", message.replace(&path, "").trim_start_matches([':', ' ']))
+/// The loader's own reason, without the path, which stands beside it anyway.
+fn cannot_open(path: &Path, error: &libloading::Error) -> String {
+    let reason = error.source().map_or_else(|| error.to_string(), ToString::to_string);
+    let reason = reason.replace(&path.display().to_string(), "");
+    format!("cannot be opened: {}", reason.trim_start_matches([':', ' ']))
 }
 
 /// Checks the head of a plugin's table.

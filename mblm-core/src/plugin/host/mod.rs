@@ -1,17 +1,22 @@
 //! The program's side: finding plugins, opening them, and running their blocks like built-in ones.
 
+mod blame;
 mod block;
 mod calls;
+mod file;
+pub mod folders;
 mod instance;
 mod library;
 mod model;
+pub mod ownership;
 pub mod probe;
 mod search;
 
 pub use block::PluginSource;
 pub use calls::Failure;
 pub(crate) use calls::call;
+pub use file::LibraryFile;
 pub use instance::{Instance, ParamSpec, ParamValues, Pass, State, Tape};
 pub(crate) use library::check_table;
-pub use library::{Library, LibraryBlock};
-pub use search::{Found, PATH_VARIABLE, SearchPath, Skipped, load};
+pub use library::{CANNOT_LOAD, Library, LibraryBlock};
+pub use search::{Found, PATH_VARIABLE, SearchPath, Skipped, TrustedFolder, libraries_in, load};
