@@ -226,7 +226,7 @@ fn trainer(model: &Model, ids: &Tensor) -> impl FnMut() -> Result<()> {
     let mut step = 0;
     move || {
         step += 1;
-        let loss = model.loss(ids, None, Mode::train(step))?;
+        let loss = model.loss(ids, None, Mode::train(step))?.mean;
         model.params().zero_grad();
         model.params().backward(&loss)?;
         clip_grad_norm(model.params(), 1.0);

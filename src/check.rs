@@ -14,7 +14,7 @@ use mblm::train::terminal::{self, Output};
 use mblm::yaml::Document;
 
 use crate::plugins::Plugins;
-use crate::train::outline;
+use crate::train::{find_checkpoint, outline};
 
 /// Arguments of `mblm check`.
 #[derive(clap::Args)]
@@ -33,7 +33,8 @@ pub struct Args {
 pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
     let mut document = Document::read(&args.config)?;
     args.set.iter().try_for_each(|assignment| document.set(assignment))?;
-    let config = RunConfig::from_document(&document, &plugins.registry(Some(&args.config))?)?;
+    let mut config = RunConfig::from_document(&document, &plugins.registry(Some(&args.config))?)?;
+    find_checkpoint(&mut config, &args.config, &args.set);
     let located = |error: mblm::train::Error| error.located(&document);
     let data = match args.no_data {
         true => {
@@ -56,7 +57,7 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
         "model: {} parameters; training: {} batches, {} gradient steps",
         model.params().num_elements(),
         plan.batches,
-        plan.steps()
+        plan.steps
     ));
     terminal::line(format_args!("{}: nothing is wrong with it", args.config.display()));
     Ok(())

@@ -109,7 +109,9 @@ fn print(out: &mut Output, parts: &Parts, args: &Args) -> io::Result<()> {
         let worst = local.iter().map(Evaluation::bpb).fold(f64::MIN_POSITIVE, f64::max);
         for (position, found) in local.iter().enumerate() {
             let bar = "▇".repeat((found.bpb() / worst * BAR) as usize);
-            writeln!(out, "{:>8.4} {:>12}  {:>5} {bar}", found.bpb(), found.bytes, position + 1)?;
+            // A position may hold nothing but padding.
+            let bpb = if found.bytes > 0 { format!("{:.4}", found.bpb()) } else { "-".into() };
+            writeln!(out, "{bpb:>8} {:>12}  {:>5} {bar}", found.bytes, position + 1)?;
         }
     }
     Ok(())
@@ -118,7 +120,8 @@ fn print(out: &mut Output, parts: &Parts, args: &Args) -> io::Result<()> {
 /// One row for everything, one per file, and one per position of each stage; stages and positions are counted from 1.
 fn csv(parts: &Parts) -> String {
     let row = |part: &str, name: &str, position: &str, found: &Evaluation| {
-        format!("{part},{name},{position},{},{},{}\n", found.bytes, found.loss, found.bpb())
+        let number = |number: f64| if found.bytes > 0 { number.to_string() } else { String::new() };
+        format!("{part},{name},{position},{},{},{}\n", found.bytes, number(found.loss), number(found.bpb()))
     };
     let mut text = String::from("part,name,position,bytes,loss,bpb\n") + &row("all", "", "", &parts.all);
     parts.files.iter().for_each(|(path, found)| text += &row("file", &csv_field(&path.to_string_lossy()), "", found));

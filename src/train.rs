@@ -18,7 +18,7 @@ use mblm::train::model::{Model, TrainModel};
 use mblm::train::run::RunFolder;
 use mblm::train::session::{self, Session};
 use mblm::train::terminal::{self, Output};
-use mblm::train::trainer::Outcome;
+use mblm::train::trainer::{End, Outcome};
 use mblm::yaml::Document;
 
 use crate::plugins::Plugins;
@@ -75,29 +75,30 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
         (None, Some(path)) => {
             let mut document = Document::read(path)?;
             args.set.iter().try_for_each(|assignment| document.set(assignment))?;
-            let config = RunConfig::from_document(&document, &plugins.registry(Some(path))?)?;
+            let mut config = RunConfig::from_document(&document, &plugins.registry(Some(path))?)?;
+            find_checkpoint(&mut config, path, &args.set);
             // Errors of the data and of the plan begin with the field that is at fault; here its line is known.
             let located = |error: training::Error| error.located(&document);
             session(&config, args)?.train().map_err(located)?
         }
         (None, None) => return Err(Usage("expected a configuration, or --resume RUN".into()).into()),
     };
-    let shown = match outcome.interrupted {
+    let shown = match outcome.end {
         _ if args.quiet => writeln!(Output::new(), "{}", run.display()).map_err(anyhow::Error::from),
-        true => {
+        End::Stopped | End::TimeLimit => {
             terminal::line(format_args!("go on with: mblm train --resume {}", run.display()));
             Ok(())
         }
-        false => conclude(&run, &outcome, args.allow_plugin_change, plugins),
+        End::Finished => conclude(&run, &outcome, args.allow_plugin_change, plugins),
     };
     // The run is complete, whether or not this can be shown.
     match shown {
         Err(error) if !is_closed_pipe(&error) => terminal::line(format_args!("warning: {error:#}")),
         _ => {}
     }
-    match outcome.interrupted {
-        true => Ok(signals::check()?),
-        false => Ok(()),
+    match outcome.end {
+        End::Stopped => Ok(signals::check()?),
+        End::TimeLimit | End::Finished => Ok(()),
     }
 }
 
@@ -127,9 +128,19 @@ fn resume(path: &Path, args: &Args, plugins: &Plugins) -> Result<Outcome> {
             ))
             .into());
         }
-        terminal::line(format_args!("note: the configuration changes:{list}"));
     }
-    Ok(session(&config, args)?.resume(&run)?)
+    Ok(Session { changes, ..session(&config, args)? }.resume(&run)?)
+}
+
+/// Finds the checkpoint that the configuration at `path` begins with. A path on the command line is one from here.
+pub fn find_checkpoint(config: &mut RunConfig, path: &Path, set: &[String]) {
+    let is_set = |assignment: &String| {
+        let field = assignment.split('=').next().unwrap_or_default().trim();
+        ["resume", "resume.checkpoint_file"].contains(&field)
+    };
+    if let (Some(resume), false) = (&mut config.resume, set.iter().any(is_set)) {
+        resume.resolve(path.parent().unwrap_or(Path::new("")));
+    }
 }
 
 fn session<'a>(config: &'a RunConfig, args: &Args) -> Result<Session<'a>> {

@@ -133,12 +133,17 @@ fn kill_at(mut child: Child, output: &Path, moment: Moment) -> bool {
     }
 }
 
-/// Trains below `output`, killed at each of the moments; then to the end.
+/// Trains `run.yaml` below `output`, killed at each of the moments; then to the end.
 fn train_through(folder: &Path, output: &str, moments: &[Moment]) -> (PathBuf, usize) {
+    train_from(folder, "run.yaml", output, moments)
+}
+
+/// As [`train_through`], from any configuration.
+fn train_from(folder: &Path, config: &str, output: &str, moments: &[Moment]) -> (PathBuf, usize) {
     let place = folder.join(output);
     let next = || match run_below(&place) {
         Some(run) => command(folder, &["train", "--resume", run.to_str().unwrap()]),
-        None => command(folder, &["train", "run.yaml", "--set", &format!("io.output_dir={output}")]),
+        None => command(folder, &["train", config, "--set", &format!("io.output_dir={output}")]),
     };
     let mut kills = 0;
     for moment in moments {
@@ -176,6 +181,38 @@ fn killed_at_any_moment_a_run_ends_as_if_it_had_not_been() {
         assert!(left.iter().all(|path| !path.file_name().unwrap().to_str().unwrap().starts_with('.')), "{left:?}");
     }
     assert!(kills > 12, "{kills} kills hit");
+}
+
+#[test]
+fn every_kind_of_beginning_survives_being_killed() {
+    let folder = workplace();
+    let lstm = "{block_type: lstm, dropout: 0.2}";
+    let mamba = "{block_type: mamba2, d_state: 16, d_conv: 4, expand: 2, headdim: 16}";
+    let run = RUN.replace(lstm, mamba).replace("26000", "9000");
+    let write = |name: &str, more: &str| fs::write(folder.path().join(name), run.clone() + more).unwrap();
+    write("run.yaml", "");
+    succeed(command(folder.path(), &["train", "run.yaml", "--out", "first"]));
+    succeed(command(folder.path(), &["checkpoint", "export", "first", "--pth-names", "--out", "first.pth"]));
+    // The weights of a file; weights and moments of a run, from the start of the data; and the run's configuration, which
+    // goes on in the data.
+    write("pth.yaml", "resume: {checkpoint_file: first.pth, next_epoch_index: 0, next_batch_index: 0}\n");
+    write("taken.yaml", "resume: {checkpoint_file: first, next_epoch_index: 0, next_batch_index: 0}\n");
+    let (mut fates, mut kills) = (Vec::new(), 0);
+    for config in ["pth.yaml", "taken.yaml", "first/config.yaml"] {
+        let output = |i: usize| format!("{}-{i}", config.replace('/', "-"));
+        let (whole, _) = train_from(folder.path(), config, &output(0), &[]);
+        let want = fate(&whole);
+        let moments =
+            [vec![Moment::Writing(0, Duration::ZERO)], vec![Moment::Writing(1, Duration::from_micros(300)); 2]];
+        for (i, moments) in moments.iter().enumerate() {
+            let (run, killed) = train_from(folder.path(), config, &output(1 + i), moments);
+            kills += killed;
+            assert!(fate(&run) == want, "{config}, {moments:?}:\n{:#?}\n{want:#?}", fate(&run));
+        }
+        fates.push(want);
+    }
+    assert!(kills > 3, "{kills} kills hit");
+    assert!(fates[0] != fates[1] && fates[1] != fates[2], "three beginnings, not one");
 }
 
 /// A run that was killed in the middle.

@@ -63,6 +63,36 @@ fn losses(run: &Path, kind: &str) -> Vec<f64> {
     rows.map(|row| row[7].parse().unwrap()).collect()
 }
 
+/// The mean loss that `mblm eval` finds on the test split, and of how many bytes.
+fn loss_of(folder: &Path, run: &str, more: &[&str]) -> (f64, u64) {
+    let (code, out, error) = mblm(folder, &[&["eval", run, "books/test", "--json"], more].concat());
+    assert_eq!(code, 0, "{error}");
+    let json: serde_json::Value = serde_json::from_str(&out).unwrap();
+    (json["loss"].as_f64().unwrap(), json["bytes"].as_u64().unwrap())
+}
+
+#[test]
+fn evaluation_counts_what_is_predicted_in_batches_of_any_size() {
+    let folder = workplace(GENERATIVE, "pg19");
+    // The space is the pad token, and stands in every line; some sequences are nothing but that.
+    let test = folder.path().join("books/test/1.txt");
+    let text = fs::read_to_string(&test).unwrap() + &" ".repeat(640);
+    fs::write(&test, &text).unwrap();
+    let (run, _) = train(folder.path(), &["params.pad_token_id=32", "train.target_elements=4096"]);
+    let run = run.to_str().unwrap();
+    let (loss, bytes) = loss_of(folder.path(), run, &[]);
+    assert_eq!(bytes, text.bytes().filter(|byte| *byte != b' ').count() as u64);
+    for more in [&["--batch", "1"][..], &["--batch", "3"], &["--batch", "100"], &["--files"], &["--positions"]] {
+        let (other, count) = loss_of(folder.path(), run, more);
+        assert!((other - loss).abs() < 1e-5 && count == bytes, "{more:?}: {other} of {count}, {loss} of {bytes}");
+    }
+    fs::write(&test, " ".repeat(640)).unwrap();
+    for more in [&[][..], &["--files"]] {
+        let (code, _, error) = mblm(folder.path(), &[&["eval", run, "books/test"], more].concat());
+        assert!(code == 2 && error.contains("has no byte to predict: every one is the pad token"), "{error}");
+    }
+}
+
 #[test]
 fn an_encoder_learns_to_restore_masked_bytes() {
     for dataset in ["pg19masked", "bytes"] {
@@ -81,6 +111,8 @@ fn an_encoder_learns_to_restore_masked_bytes() {
         let run = run.to_str().unwrap();
         let eval = |more: &str| mblm(folder.path(), &["eval", run, "books/test", "--json", "--max-bytes", more]).1;
         assert_eq!(eval("1024"), eval("1024"), "the same bytes are masked each time");
+        let loss = |batch: &str| loss_of(folder.path(), run, &["--batch", batch, "--max-bytes", "1024"]);
+        assert!((loss("1").0 - loss("5").0).abs() < 1e-5, "and in batches of any size");
         let (code, _, error) = mblm(folder.path(), &["generate", run, "--prompt", "2"]);
         assert!(code == 2 && error.contains("is an encoder, which restores masked bytes"), "{error}");
         let (code, table, _) = mblm(folder.path(), &["inspect", "run.yaml", "--set", "train.masking_proba=0.2"]);
@@ -110,6 +142,8 @@ fn bf16_learns_as_f32_does() {
     if !Precision::Bf16.is_available() {
         let (code, _, error) = mblm(folder.path(), &["train", "run.yaml", "--set", "train.precision=bf16"]);
         let want = "train.precision: expected f32: this CPU has no AVX-512 BF16 instructions, found bf16";
+        let (inspected, _, _) = mblm(folder.path(), &["inspect", "run.yaml", "--set", "train.precision=bf16"]);
+        assert_eq!(inspected, 0, "what does not train does not need it");
         return assert!(code == 2 && error.contains(want), "{error}");
     }
     let curve = |precision: &str| losses(&train(folder.path(), &[&format!("train.precision={precision}")]).0, "train");
@@ -131,11 +165,29 @@ fn the_best_model_is_measured_on_the_test_split() {
     let newest = run.join("checkpoints").read_dir().unwrap().map(|entry| entry.unwrap().path()).max().unwrap();
     let (_, json, _) = mblm(folder.path(), &["eval", newest.to_str().unwrap(), "books/test", "--json"]);
     let json: serde_json::Value = serde_json::from_str(&json).unwrap();
-    // The last batch of the test, which is smaller, counts as much as the others.
-    assert!((json["loss"].as_f64().unwrap() - test).abs() < 0.05, "{json} and {test}");
-    // Resumed after its end, the run tests again and still has one row.
+    // The split's last bytes, which do not fill a sequence, are no part of the test.
+    assert!((json["loss"].as_f64().unwrap() - test).abs() < 0.01, "{json} and {test}");
+    // Resumed after its end, the run has nothing left to do, and stays as it is.
+    let files =
+        || ["loss.csv", "metrics.jsonl", "train.log", "config.yaml"].map(|name| fs::read(run.join(name)).unwrap());
+    let before = files();
+    let (code, _, error) = mblm(folder.path(), &["train", "--resume", run.to_str().unwrap()]);
+    assert!(code == 0 && error.contains("finished: all 79 batches are trained"), "{error}");
+    let changed = ["train", "--force", "--set", "train.early_stop=9", "--resume", run.to_str().unwrap()];
+    let (code, _, error) = mblm(folder.path(), &changed);
+    assert!(
+        code == 0 && error.contains("nothing is left to train, so the changed configuration is not kept"),
+        "{error}"
+    );
+    assert!(files() == before);
+    // One that ended before its test makes up for it.
+    let rows = fs::read_to_string(run.join("loss.csv")).unwrap();
+    let untested: String = rows.lines().filter(|row| !row.contains(",test,")).map(|row| format!("{row}\n")).collect();
+    fs::write(run.join("loss.csv"), untested).unwrap();
     assert_eq!(mblm(folder.path(), &["train", "--resume", run.to_str().unwrap()]).0, 0);
     assert_eq!(losses(&run, "test"), [test]);
+    let metrics = fs::read_to_string(run.join("metrics.jsonl")).unwrap();
+    assert_eq!(metrics.matches(r#""kind":"test""#).count(), 1, "{metrics}");
 }
 
 #[test]
@@ -149,6 +201,8 @@ fn a_run_ends_early_where_asked() {
 
     let (run, said) = train(folder.path(), &["train.max_seconds=1e-3"]);
     assert!(said.contains("interrupted: saved") && losses(&run, "train").len() <= 1, "{said}");
+    assert!(said.contains("time limit: 0.001 s are over after batch "), "{said}");
+    assert_eq!((losses(&run, "valid").len(), losses(&run, "test").len()), (1, 1), "it measures what it has: {said}");
     let (code, _, error) = mblm(folder.path(), &["train", "--resume", run.to_str().unwrap()]);
     assert!(code == 0 && error.contains("interrupted: saved"), "a little further each time: {error}");
 }
@@ -199,6 +253,18 @@ fn runs_are_chained_by_their_configuration() {
     let far = ["train", "run.yaml", "--set", "resume.next_batch_index=100000"];
     let (code, _, error) = mblm(folder.path(), &far);
     assert!(code == 2 && error.contains("resume.next_batch_index: expected a batch of epoch"), "{error}");
+
+    // A run that is moved, and one that is copied, have their own weights.
+    let (moved, copied) = (folder.path().join("moved"), folder.path().join("copied"));
+    fs::create_dir_all(copied.join("checkpoints")).unwrap();
+    fs::copy(first.join("config.yaml"), copied.join("config.yaml")).unwrap();
+    fs::rename(&first, &moved).unwrap();
+    let chain =
+        |run: &str| mblm(folder.path(), &["train", &format!("{run}/config.yaml"), "--set", "train.max_seconds=1e-3"]);
+    let (code, _, error) = chain("moved");
+    assert!(code == 0 && error.contains("begins with the weights of moved/checkpoints/batch-"), "{error}");
+    let (code, _, error) = chain("copied");
+    assert!(code == 2 && error.contains("resume.checkpoint_file: there is no copied/checkpoints/batch-"), "{error}");
 }
 
 #[test]

@@ -424,19 +424,21 @@ impl ParamScope<'_> {
         &self.prefix
     }
 
-    /// Creates a parameter. Matrices named `weight…` decay, everything else does not.
+    /// Creates a parameter. If it is a matrix whose last name is `weight…`, as layers call theirs, it decays; everything
+    /// else does not: biases, gains, `A_log`, `D`.
     pub fn param(&mut self, name: &str, shape: &[usize], init: Init) -> Result<Arc<Param>> {
-        self.create(name, shape, init, None, 1.0)
+        self.scaled_param(name, shape, init, 1.0)
     }
 
     /// Creates a parameter whose initial values are multiplied by `gain`.
     pub fn scaled_param(&mut self, name: &str, shape: &[usize], init: Init, gain: f32) -> Result<Arc<Param>> {
-        self.create(name, shape, init, None, gain)
+        let is_weight = name.rsplit('.').next().is_some_and(|last| last.starts_with("weight"));
+        self.create(name, shape, init, None, gain, shape.len() >= 2 && is_weight)
     }
 
-    /// Creates an embedding table `(rows, dim)` whose row `zero_row` is zero and stays so.
+    /// Creates an embedding table `(rows, dim)` whose row `zero_row` is zero and stays so. It does not decay.
     pub fn embedding(&mut self, rows: usize, dim: usize, zero_row: Option<usize>) -> Result<Arc<Param>> {
-        self.create("weight", &[rows, dim], Init::Normal, zero_row, 1.0)
+        self.create("weight", &[rows, dim], Init::Normal, zero_row, 1.0, false)
     }
 
     fn create(
@@ -446,15 +448,15 @@ impl ParamScope<'_> {
         init: Init,
         zero_row: Option<usize>,
         gain: f32,
+        weight_decay: bool,
     ) -> Result<Arc<Param>> {
-        let is_weight = name.rsplit('.').next().is_some_and(|last| last.starts_with("weight"));
         let name = self.sub(name).prefix;
         if self.store.params.contains_key(&name) {
             return Err(Error::Weights(format!("parameter {name} is created twice")));
         }
         let num_elements = self.store.num_elements_with(&name, shape)?;
         let param = Arc::new(Param {
-            weight_decay: shape.len() >= 2 && is_weight && !name.contains("emb"),
+            weight_decay,
             name: name.clone(),
             shape: shape.into(),
             var: OnceLock::new(),
@@ -509,6 +511,19 @@ mod tests {
         assert_eq!(**table.grad(), [6.0, 6.0, 0.0, 0.0, 6.0, 6.0]);
         store.zero_grad();
         assert_eq!(**table.grad(), [0.0; 6]);
+    }
+
+    #[test]
+    fn what_a_parameter_is_decides_whether_it_decays_and_not_where_it_stands() {
+        let mut store = ParamStore::new(0);
+        let mut scope = store.root().sub("token_embs_rev.1");
+        assert!(!scope.sub("embedding").embedding(3, 2, Some(1)).unwrap().weight_decay());
+        let decays = |name: &str, shape: &[usize], scope: &mut ParamScope| {
+            scope.sub("_post.2").param(name, shape, Init::Normal).unwrap().weight_decay()
+        };
+        assert!(decays("weight", &[4, 4], &mut scope) && decays("weight_ih_l0", &[4, 4], &mut scope));
+        assert!(!decays("bias", &[4], &mut scope) && !decays("A_log", &[4, 4], &mut scope));
+        assert!(!decays("norm.weight", &[4], &mut scope));
     }
 
     #[test]

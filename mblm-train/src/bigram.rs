@@ -2,13 +2,13 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use candle_core::{D, Tensor};
+use candle_core::{D, Device, Tensor};
 use mblm_core::block::stream;
 use mblm_core::config::MblmConfig;
 use mblm_core::{Init, Mode, ParamStore};
 
-use crate::config::{IoSection, ModelConfig, Params, RunConfig, TargetStrategy, TrainSection};
-use crate::model::TrainModel;
+use crate::config::{IoSection, LossAverage, ModelConfig, Params, RunConfig, TargetStrategy, TrainSection};
+use crate::model::{Loss, TrainModel};
 
 pub const VOCABULARY: usize = 8;
 
@@ -20,6 +20,10 @@ pub struct Bigram {
     passes: AtomicU64,
     /// The training pass, counted from 0, whose loss is multiplied by the number.
     pub spoiled: Option<(u64, f64)>,
+    /// The token that is no target.
+    pub pad: Option<u32>,
+    /// The share of logits that training drops.
+    pub dropout: f32,
     /// Called with each training pass's number.
     pub hook: Option<Hook>,
     /// Called before each evaluation.
@@ -32,7 +36,15 @@ impl Bigram {
         let created = params.root().param("table.weight", &[VOCABULARY, VOCABULARY], Init::Normal);
         created.unwrap();
         params.root().param("bias", &[VOCABULARY], Init::Const(0.0)).unwrap();
-        Bigram { params, passes: AtomicU64::new(0), spoiled: None, hook: None, eval_hook: None }
+        Bigram {
+            params,
+            passes: AtomicU64::new(0),
+            spoiled: None,
+            pad: None,
+            dropout: 0.2,
+            hook: None,
+            eval_hook: None,
+        }
     }
 
     pub fn weights(&self) -> Vec<u32> {
@@ -45,7 +57,7 @@ impl TrainModel for Bigram {
         &self.params
     }
 
-    fn loss(&self, ids: &Tensor, _: Option<&Tensor>, mode: Mode) -> mblm_core::Result<Tensor> {
+    fn loss(&self, ids: &Tensor, _: Option<&Tensor>, mode: Mode) -> mblm_core::Result<Loss> {
         let seq_len = ids.dim(1)?;
         if seq_len > 64 {
             return Err(mblm_core::Error::Input(format!("{seq_len} bytes, expected at most 64")));
@@ -54,20 +66,28 @@ impl TrainModel for Bigram {
         let targets = ids.narrow(1, 1, seq_len - 1)?.flatten_all()?.unsqueeze(1)?;
         let param = |name: &str| self.params.get(name).unwrap().tensor(mode);
         let mut logits = param("table.weight").index_select(&inputs, 0)?.broadcast_add(&param("bias"))?;
-        if let Some(dropout) = mode.dropout(0.2, stream("bigram")) {
+        if let Some(dropout) = mode.dropout(self.dropout, stream("bigram")) {
             logits = (&logits * dropout.tensor(logits.dims())?)?;
         }
         let right = logits.gather(&targets, D::Minus1)?.squeeze(1)?;
-        let loss = (logits.log_sum_exp(1)? - right)?.mean_all()?;
+        let losses = (logits.log_sum_exp(1)? - right)?;
+        // The pad token is no target.
+        let ids = targets.flatten_all()?.to_vec1::<u32>()?;
+        let weights: Vec<f32> = ids.iter().map(|id| f32::from(Some(*id) != self.pad)).collect();
+        let count = weights.iter().filter(|weight| **weight > 0.0).count();
+        if count == 0 {
+            return Ok((Tensor::new(0f32, &Device::Cpu)?, 0).into());
+        }
+        let loss = ((losses * Tensor::from_vec(weights, ids.len(), &Device::Cpu)?)?.sum_all()? / count as f64)?;
         if mode == Mode::Eval {
             self.eval_hook.iter().for_each(|hook| hook());
-            return Ok(loss);
+            return Ok((loss, count).into());
         }
         let pass = self.passes.fetch_add(1, Ordering::Relaxed);
         self.hook.iter().for_each(|hook| hook(pass));
         match self.spoiled {
-            Some((spoiled, factor)) if spoiled == pass => Ok((loss * factor)?),
-            _ => Ok(loss),
+            Some((spoiled, factor)) if spoiled == pass => Ok(((loss * factor)?, count).into()),
+            _ => Ok((loss, count).into()),
         }
     }
 }
@@ -77,7 +97,7 @@ impl TrainModel for &Bigram {
         &self.params
     }
 
-    fn loss(&self, ids: &Tensor, mask: Option<&Tensor>, mode: Mode) -> mblm_core::Result<Tensor> {
+    fn loss(&self, ids: &Tensor, mask: Option<&Tensor>, mode: Mode) -> mblm_core::Result<Loss> {
         Bigram::loss(self, ids, mask, mode)
     }
 }
@@ -109,6 +129,8 @@ pub fn config() -> RunConfig {
             learning_rate: 0.1,
             gradient_clipping: Some(0.5),
             gradient_accumulate_every: 3,
+            loss_average: LossAverage::Window,
+            rewarm_steps_perc: None,
             masking_proba: None,
             weight_decay: 0.01,
             betas: (0.9, 0.95),

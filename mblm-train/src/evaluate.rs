@@ -10,7 +10,7 @@ use crate::data::batches::{Batches, Cursor};
 use crate::data::bytes::check_vocabulary;
 use crate::data::corpus::Corpus;
 use crate::error::{Error, Result};
-use crate::model::TrainModel;
+use crate::model::{LossSum, TrainModel};
 use crate::terminal;
 
 /// Bits per byte of a mean loss in nats.
@@ -18,29 +18,40 @@ pub fn bpb(loss: f64) -> f64 {
     loss / std::f64::consts::LN_2
 }
 
-/// The mean of the losses of the first `max_batches` batches, or of all; every batch counts the same, as in the
-/// reference package, also a smaller last one. `None` if `stop` was raised meanwhile.
-pub(crate) fn mean_loss(
+/// The losses of the first `max_batches` batches, or of all. Every element that counts does so alike: the size of the
+/// batches makes no difference to the mean. `None` if `stop` was raised meanwhile.
+pub(crate) fn losses(
     model: &dyn TrainModel,
     batches: &Batches,
     max_batches: Option<usize>,
     stop: &AtomicBool,
-) -> Result<Option<f64>> {
-    let available = batches.num_batches(0);
-    let count = max_batches.filter(|&max| max > 0).map_or(available, |max| available.min(max as u64));
-    let mut sum = 0.0;
-    for batch in 0..count {
+) -> Result<Option<LossSum>> {
+    let mut all = LossSum::default();
+    for batch in 0..batches.first(max_batches) {
         if stop.load(Ordering::Relaxed) {
             return Ok(None);
         }
         let batch = batches.read(Cursor { epoch: 0, batch })?;
-        sum += loss_of(model, &batch.ids, batch.loss_mask.as_ref())?;
+        all.add(model.loss(&batch.ids, batch.loss_mask.as_ref(), Mode::Eval)?.sum()?);
     }
-    Ok(Some(sum / count as f64))
+    Ok(Some(all))
 }
 
-pub(crate) fn loss_of(model: &dyn TrainModel, ids: &Tensor, mask: Option<&Tensor>) -> Result<f64> {
-    Ok(model.loss(ids, mask, Mode::Eval)?.to_scalar::<f32>()? as f64)
+/// Whether an element counts in the first `max_batches` batches, or in all: it is not the pad token, and its loss has a
+/// weight. Reads no further than to the first.
+pub(crate) fn anything_counts(batches: &Batches, max_batches: Option<usize>, pad: usize) -> Result<bool> {
+    for batch in 0..batches.first(max_batches) {
+        let batch = batches.read(Cursor { epoch: 0, batch })?;
+        let ids = batch.ids.flatten_all()?.to_vec1::<u32>()?;
+        let weights = match &batch.loss_mask {
+            Some(mask) => mask.flatten_all()?.to_vec1::<f32>()?,
+            None => vec![1.0; ids.len()],
+        };
+        if ids.iter().zip(&weights).any(|(id, weight)| *id as usize != pad && *weight != 0.0) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// How to read files for [`evaluate`].
@@ -59,10 +70,16 @@ pub struct EvaluateOptions {
 /// What [`evaluate`] found.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Evaluation {
-    /// Bytes predicted: all of them.
+    /// Bytes predicted: all but the pad token; of an encoder, those that were masked.
     pub bytes: u64,
-    /// The mean loss per byte, in nats.
+    /// The mean loss of these, in nats; not a number if there are none.
     pub loss: f64,
+}
+
+impl From<LossSum> for Evaluation {
+    fn from(losses: LossSum) -> Self {
+        Evaluation { bytes: losses.count, loss: losses.mean().unwrap_or(f64::NAN) }
+    }
 }
 
 impl Evaluation {
@@ -76,16 +93,23 @@ impl Evaluation {
 /// context, so the first bytes of a sequence are predicted from little: a larger `seq_len` gives a lower loss.
 ///
 /// # Errors
-/// Nothing to read, a byte outside the vocabulary, or the model's own.
+/// Nothing to read or to predict, a byte outside the vocabulary, or the model's own.
 pub fn evaluate(model: &dyn TrainModel, place: &str, options: &EvaluateOptions) -> Result<Evaluation> {
-    let mut sum = 0.0;
+    let mut all = LossSum::default();
     let corpus = open(place, options)?;
     for_sequences(&corpus, options, |_, ids| {
-        sum += loss_of(model, ids, None)? * ids.elem_count() as f64;
+        all.add(model.loss(ids, None, Mode::Eval)?.sum()?);
         Ok(())
     })?;
-    let bytes = num_bytes(&corpus, options);
-    Ok(Evaluation { bytes, loss: sum / bytes as f64 })
+    some(all, place)
+}
+
+/// What was found, if anything was predicted.
+fn some(losses: LossSum, place: &str) -> Result<Evaluation> {
+    match losses.count {
+        0 => Err(Error::Config(format!("{place:?} has no byte to predict: every one is the pad token"))),
+        _ => Ok(losses.into()),
+    }
 }
 
 /// What [`evaluate_parts`] found: as much as [`evaluate`], and where the loss is.
@@ -93,9 +117,10 @@ pub fn evaluate(model: &dyn TrainModel, place: &str, options: &EvaluateOptions) 
 pub struct Parts {
     /// Everything. The pad token is no byte that is predicted.
     pub all: Evaluation,
-    /// Each file, in the order of their paths, as far as it was read. Sequences run on from one file to the next.
+    /// Each file that a byte was predicted of, in the order of their paths. Sequences run on from one file to the next.
     pub files: Vec<(PathBuf, Evaluation)>,
-    /// For each stage, from global to local, and each position of its sequences, the bytes of the token there.
+    /// For each stage, from global to local, and each position of its sequences, the bytes of the token there, which
+    /// may be none.
     pub stages: Vec<Vec<Evaluation>>,
 }
 
@@ -112,8 +137,8 @@ pub fn evaluate_parts(
 ) -> Result<Parts> {
     let corpus = open(place, options)?;
     let starts: Vec<(PathBuf, u64)> = corpus.files().map(|(path, start)| (path.into(), start)).collect();
-    let (mut all, mut files) = (Sum::default(), vec![Sum::default(); starts.len()]);
-    let mut stages: Vec<Vec<Sum>> = seq_lens.iter().map(|_| vec![]).collect();
+    let (mut all, mut files) = (LossSum::default(), vec![LossSum::default(); starts.len()]);
+    let mut stages: Vec<Vec<LossSum>> = seq_lens.iter().map(|_| vec![]).collect();
     let mut file = 0;
     for_sequences(&corpus, options, |at, ids| {
         let Some(losses) = model.byte_losses(ids)? else {
@@ -121,6 +146,8 @@ pub fn evaluate_parts(
         };
         let cols = ids.dim(1)?;
         for (i, loss) in losses.into_iter().enumerate() {
+            // That of the pad token is not a number, and does not count.
+            let loss = if loss.is_nan() { LossSum::default() } else { LossSum { sum: f64::from(loss), count: 1 } };
             while starts.get(file + 1).is_some_and(|(_, start)| *start <= at + i as u64) {
                 file += 1;
             }
@@ -129,7 +156,7 @@ pub fn evaluate_parts(
                 let patch: usize = seq_lens[n + 1..].iter().product();
                 let place = position / patch;
                 position %= patch;
-                sums.resize(sums.len().max(place + 1), Sum::default());
+                sums.resize(sums.len().max(place + 1), LossSum::default());
                 sums[place].add(loss);
             }
             files[file].add(loss);
@@ -137,33 +164,12 @@ pub fn evaluate_parts(
         }
         Ok(())
     })?;
-    let files = starts.into_iter().zip(&files).filter(|(_, sum)| sum.bytes > 0);
+    let files = starts.into_iter().zip(files).filter(|(_, losses)| losses.count > 0);
     Ok(Parts {
-        all: all.mean(),
-        files: files.map(|((path, _), sum)| (path, sum.mean())).collect(),
-        stages: stages.iter().map(|sums| sums.iter().map(Sum::mean).collect()).collect(),
+        all: some(all, place)?,
+        files: files.map(|((path, _), losses)| (path, losses.into())).collect(),
+        stages: stages.into_iter().map(|sums| sums.into_iter().map(Evaluation::from).collect()).collect(),
     })
-}
-
-/// Losses, added up.
-#[derive(Clone, Copy, Default)]
-struct Sum {
-    bytes: u64,
-    loss: f64,
-}
-
-impl Sum {
-    /// The pad token, whose loss is NaN, does not count.
-    fn add(&mut self, loss: f32) {
-        if !loss.is_nan() {
-            self.bytes += 1;
-            self.loss += f64::from(loss);
-        }
-    }
-
-    fn mean(&self) -> Evaluation {
-        Evaluation { bytes: self.bytes, loss: self.loss / self.bytes.max(1) as f64 }
-    }
 }
 
 fn open(place: &str, options: &EvaluateOptions) -> Result<Corpus> {
@@ -206,6 +212,8 @@ fn for_sequences(
 mod tests {
     use mblm_core::ParamStore;
 
+    use crate::model::Loss;
+
     use super::*;
 
     /// The loss is the mean of the ids, so that what was read shows in the number.
@@ -215,8 +223,8 @@ mod tests {
         fn params(&self) -> &ParamStore {
             &self.0
         }
-        fn loss(&self, ids: &Tensor, _: Option<&Tensor>, _: Mode) -> mblm_core::Result<Tensor> {
-            Ok(ids.to_dtype(candle_core::DType::F32)?.mean_all()?)
+        fn loss(&self, ids: &Tensor, _: Option<&Tensor>, _: Mode) -> mblm_core::Result<Loss> {
+            Ok((ids.to_dtype(candle_core::DType::F32)?.mean_all()?, ids.elem_count()).into())
         }
     }
 
@@ -249,7 +257,7 @@ mod tests {
         fn params(&self) -> &ParamStore {
             &self.0
         }
-        fn loss(&self, _: &Tensor, _: Option<&Tensor>, _: Mode) -> mblm_core::Result<Tensor> {
+        fn loss(&self, _: &Tensor, _: Option<&Tensor>, _: Mode) -> mblm_core::Result<Loss> {
             Err(mblm_core::Error::Input("not asked for".into()))
         }
         fn byte_losses(&self, ids: &Tensor) -> mblm_core::Result<Option<Vec<f32>>> {

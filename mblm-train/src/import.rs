@@ -122,22 +122,8 @@ pub(crate) fn begin(trainer: &mut Trainer, model: &dyn TrainModel, resume: &Resu
 /// A run that has seen nothing yet: its data may be any.
 fn start(config: &RunConfig, loss: f64) -> TrainState {
     let valid_loss = Some(loss).filter(|loss| loss.is_finite());
-    TrainState {
-        step: 0,
-        batches: 0,
-        first_batch: 0,
-        resumed_from: None,
-        accumulated: 0,
-        next: Cursor::default(),
-        elements_seen: 0,
-        seed: config.train.seed,
-        data: String::new(),
-        valid_loss,
-        best_valid_loss: valid_loss,
-        stale_validations: 0,
-        avg_grad: (-1.0, -1.0),
-        plugins: config.plugins(),
-    }
+    let best_valid_loss = valid_loss;
+    TrainState { valid_loss, best_valid_loss, ..TrainState::new(config.train.seed, config.plugins()) }
 }
 
 /// Takes the vectors that follow from the configuration out of `weights`, and holds them against it: other rotary

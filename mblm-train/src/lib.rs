@@ -21,6 +21,7 @@ pub mod metrics;
 pub mod model;
 pub mod optimizer;
 pub mod plan;
+pub mod points;
 pub mod progress;
 pub mod pth;
 pub mod report;

@@ -8,16 +8,61 @@ use crate::config::{ModelConfig, RunConfig};
 use crate::data::order::mix;
 use crate::error::Result;
 
+/// The loss of a batch.
+#[derive(Clone, Debug)]
+pub struct Loss {
+    /// The mean in nats over the elements that count, a scalar; 0 if none does.
+    pub mean: Tensor,
+    /// How many count: those that are not the pad token and whose weight is not zero.
+    pub count: u64,
+}
+
+impl Loss {
+    /// The loss as a number, which joins those of other batches.
+    pub fn sum(&self) -> Result<LossSum> {
+        let mean = self.mean.to_dtype(DType::F32)?.to_scalar::<f32>()?;
+        Ok(LossSum { sum: f64::from(mean) * self.count as f64, count: self.count })
+    }
+}
+
+impl From<(Tensor, usize)> for Loss {
+    fn from((mean, count): (Tensor, usize)) -> Self {
+        Loss { mean, count: count as u64 }
+    }
+}
+
+/// Losses, added up: a mean over several batches is made at the end, so that every element counts the same.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct LossSum {
+    /// The sum in nats.
+    pub sum: f64,
+    /// How many elements it is of.
+    pub count: u64,
+}
+
+impl LossSum {
+    /// Takes other losses in.
+    pub fn add(&mut self, other: LossSum) {
+        self.sum += other.sum;
+        self.count += other.count;
+    }
+
+    /// The mean in nats; none if nothing counts.
+    pub fn mean(&self) -> Option<f64> {
+        (self.count > 0).then(|| self.sum / self.count as f64)
+    }
+}
+
 /// What can be trained.
 pub trait TrainModel {
     /// The parameters, which training changes.
     fn params(&self) -> &ParamStore;
 
-    /// The mean loss in nats, a scalar; its backward pass reaches [`params`](Self::params).
+    /// The loss of a batch, whose backward pass reaches [`params`](Self::params).
     ///
     /// # Shapes
     /// - `ids`: `(B, L)`, `u32`; `loss_mask`: the same, `f32`
-    fn loss(&self, ids: &Tensor, loss_mask: Option<&Tensor>, mode: Mode) -> mblm_core::Result<Tensor>;
+    fn loss(&self, ids: &Tensor, loss_mask: Option<&Tensor>, mode: Mode) -> mblm_core::Result<Loss>;
 
     /// [`loss`](Self::loss), and the root mean square of each stage's output, from global to local; none if not known.
     fn measured_loss(
@@ -25,7 +70,7 @@ pub trait TrainModel {
         ids: &Tensor,
         loss_mask: Option<&Tensor>,
         mode: Mode,
-    ) -> mblm_core::Result<(Tensor, Vec<f64>)> {
+    ) -> mblm_core::Result<(Loss, Vec<f64>)> {
         Ok((self.loss(ids, loss_mask, mode)?, Vec::new()))
     }
 
@@ -45,8 +90,8 @@ impl TrainModel for Mblm {
         self.params()
     }
 
-    fn loss(&self, ids: &Tensor, loss_mask: Option<&Tensor>, mode: Mode) -> mblm_core::Result<Tensor> {
-        self.loss(ids, loss_mask, mode)
+    fn loss(&self, ids: &Tensor, loss_mask: Option<&Tensor>, mode: Mode) -> mblm_core::Result<Loss> {
+        self.counted_loss(ids, loss_mask, mode).map(Loss::from)
     }
 
     fn byte_losses(&self, ids: &Tensor) -> mblm_core::Result<Option<Vec<f32>>> {
@@ -107,9 +152,9 @@ impl TrainModel for Model {
         }
     }
 
-    fn loss(&self, ids: &Tensor, loss_mask: Option<&Tensor>, mode: Mode) -> mblm_core::Result<Tensor> {
+    fn loss(&self, ids: &Tensor, loss_mask: Option<&Tensor>, mode: Mode) -> mblm_core::Result<Loss> {
         match self {
-            Model::Generative(model) => model.loss(ids, loss_mask, mode),
+            Model::Generative(model) => TrainModel::loss(model, ids, loss_mask, mode),
             Model::Masked(model) => model.loss(ids, loss_mask, mode),
         }
     }
@@ -119,7 +164,7 @@ impl TrainModel for Model {
         ids: &Tensor,
         loss_mask: Option<&Tensor>,
         mode: Mode,
-    ) -> mblm_core::Result<(Tensor, Vec<f64>)> {
+    ) -> mblm_core::Result<(Loss, Vec<f64>)> {
         let loss = || self.loss(ids, loss_mask, mode);
         let (loss, activations) = match self {
             Model::Generative(model) => model.measure_activations(loss),
@@ -147,7 +192,7 @@ impl TrainModel for Model {
 /// An encoder and its task (Devlin et al. 2018, without the share of masked tokens that are kept or replaced): each byte
 /// is replaced by the mask token with some probability, and the loss is that of restoring those.
 ///
-/// Training draws other bytes in every batch, evaluation the same for the same bytes. All bytes but padding are attended
+/// Training draws other bytes in every batch, evaluation the same for the same sequence. All bytes but padding are attended
 /// to, the masked ones included.
 pub struct MaskedBytes {
     encoder: MblmEncoder,
@@ -166,20 +211,29 @@ impl TrainModel for MaskedBytes {
         self.encoder.params()
     }
 
-    fn loss(&self, ids: &Tensor, loss_mask: Option<&Tensor>, mode: Mode) -> mblm_core::Result<Tensor> {
+    fn loss(&self, ids: &Tensor, loss_mask: Option<&Tensor>, mode: Mode) -> mblm_core::Result<Loss> {
         let labels = ids.flatten_all()?.to_vec1::<u32>()?;
         let weights = match loss_mask {
             Some(mask) => mask.flatten_all()?.to_dtype(DType::F32)?.to_vec1::<f32>()?,
             None => vec![1.0; labels.len()],
         };
-        let seed = match mode {
-            Mode::Train { seed } => seed,
-            Mode::Eval => labels.iter().fold(0, |hash, label| mix(hash ^ u64::from(*label))),
-        };
         let config = self.encoder.config();
         let pad = config.mblm_config.pad_token_id as u32;
         let may_be = |i: &usize| labels[*i] != pad && weights[*i] != 0.0;
-        let masked = draw((0..labels.len()).filter(may_be).collect(), self.masking_proba, seed);
+        let masked = match mode {
+            Mode::Train { seed } => draw((0..labels.len()).filter(may_be).collect(), self.masking_proba, seed),
+            // Of each sequence by itself, whatever else is in the batch.
+            Mode::Eval => {
+                let long = ids.dim(1)?.max(1);
+                let sequence = |start: usize| {
+                    let range = start..start + long;
+                    let seed = labels[range.clone()].iter().fold(0, |hash, label| mix(hash ^ u64::from(*label)));
+                    let drawn = draw((0..long).filter(|i| may_be(&(start + i))).collect(), self.masking_proba, seed);
+                    drawn.into_iter().map(move |i| start + i)
+                };
+                (0..labels.len()).step_by(long).flat_map(sequence).collect()
+            }
+        };
         let (mut inputs, mut loss_weights) = (labels.clone(), vec![0.0; labels.len()]);
         for i in masked {
             inputs[i] = config.mask_token_id as u32;
@@ -188,7 +242,8 @@ impl TrainModel for MaskedBytes {
         let attend = labels.iter().map(|label| f32::from(*label != pad)).collect();
         let floats = |values: Vec<f32>| Tensor::from_vec(values, ids.shape(), &Device::Cpu);
         let inputs = Tensor::from_vec(inputs, ids.shape(), &Device::Cpu)?;
-        self.encoder.loss(&inputs, ids, Some(&floats(attend)?), Some(&floats(loss_weights)?), mode)
+        let (attend, weights) = (floats(attend)?, floats(loss_weights)?);
+        self.encoder.counted_loss(&inputs, ids, Some(&attend), Some(&weights), mode).map(Loss::from)
     }
 }
 

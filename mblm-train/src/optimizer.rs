@@ -145,13 +145,19 @@ pub fn clip_grad_norm(store: &ParamStore, max_norm: f64) -> GradNorm {
     let norm = f64::sqrt(squares);
     let coefficient = max_norm / (norm + 1e-6);
     let factor = if norm.is_finite() && coefficient < 1.0 { coefficient } else { 1.0 };
-    if factor < 1.0 {
-        for param in store.iter() {
-            let scale = |chunk: &mut [f32]| vectorize(|| mblm_core::simd::scale(factor as f32, chunk));
-            param.grad().par_chunks_mut(MIN_PARALLEL).for_each(scale);
-        }
-    }
+    scale_grads(store, factor);
     GradNorm { norm, mean: means / count.max(1) as f64, factor }
+}
+
+/// Multiplies all gradients by `factor`.
+pub fn scale_grads(store: &ParamStore, factor: f64) {
+    if factor == 1.0 {
+        return;
+    }
+    for param in store.iter() {
+        let scale = |chunk: &mut [f32]| vectorize(|| mblm_core::simd::scale(factor as f32, chunk));
+        param.grad().par_chunks_mut(MIN_PARALLEL).for_each(scale);
+    }
 }
 
 /// The sum and the sum of squares, chunk by chunk: the same bits on any number of threads.

@@ -1,31 +1,34 @@
 //! What a run will do, computed from its configuration: how many batches and steps, at which learning rates, and when
 //! to log and to validate.
 
-use std::collections::BTreeSet;
-
-use crate::config::{RunConfig, TargetStrategy};
+use crate::checkpoint::TrainState;
+use crate::config::{RunConfig, TargetStrategy, TrainSection};
 use crate::error::{Error, Result};
-use crate::schedule::{Schedule, logging_points};
+use crate::points::Points;
+use crate::schedule::Schedule;
 
 /// The course of a run.
 ///
-/// It differs from the reference package's in two places. Batches are accumulated over the whole run, where the
+/// It differs from the reference package's in three places. Batches are accumulated over the whole run, where the
 /// package starts a new count in every epoch, and so never steps if an epoch is shorter than
-/// `gradient_accumulate_every`. And the last batch always validates, also if `validate_amount` is 1.
+/// `gradient_accumulate_every`. The batches after the last full window are stepped on too, as a smaller window. And the
+/// last batch always validates, also if `validate_amount` is 1.
 #[derive(Clone, Debug)]
 pub struct Plan {
     /// Batches in all: `target_elements` rounded up.
     pub batches: u64,
     /// What a batch adds to the elements seen.
     pub elements_per_batch: u64,
-    /// Batches per gradient step; what is left after the last full window is not stepped on.
+    /// Batches per gradient step; the last step may have fewer.
     pub accumulate: u64,
+    /// Gradient steps in all.
+    pub steps: u64,
     /// The learning rate of each step.
     pub schedule: Schedule,
     /// Batches, counted from 0, whose training loss is logged.
-    pub train_points: BTreeSet<u64>,
-    /// Batches after which the run validates and saves.
-    pub valid_points: BTreeSet<u64>,
+    pub train_points: Points,
+    /// Batches after which the run validates and saves; it does so after its last one too.
+    valid_points: Points,
 }
 
 impl Plan {
@@ -54,39 +57,64 @@ impl Plan {
             require(norm > 0.0, "train.gradient_clipping", "a positive number or null", &norm)?;
         }
 
-        let elements_per_batch = match train.target_elements_strategy {
-            TargetStrategy::Batch => train.batch_size,
-            TargetStrategy::Sequence => train.batch_size * config.params.input_seq_len,
-        } as u64;
+        let elements_per_batch = elements_per_batch(train, config.params.input_seq_len);
         let batches = train.target_elements.div_ceil(elements_per_batch);
         let accumulate = train.gradient_accumulate_every as u64;
-        let steps = batches / accumulate;
-        if steps == 0 {
+        if batches < accumulate {
             return Err(Error::Config(format!(
                 "train.target_elements: {} elements are {batches} batch(es), fewer than gradient_accumulate_every \
                  ({accumulate}): not one gradient step; expected at least {} elements",
                 train.target_elements,
-                (accumulate - 1) * elements_per_batch + 1
+                (accumulate - 1).saturating_mul(elements_per_batch).saturating_add(1)
             )));
         }
-        let mut valid_points: BTreeSet<u64> = match train.validate_every {
-            Some(every) => (1..=batches / every.max(1)).map(|n| n * every - 1).collect(),
-            None => logging_points(batches, 0, io.validate_amount).into_iter().collect(),
-        };
-        valid_points.insert(batches - 1);
-        Ok(Plan {
-            batches,
-            elements_per_batch,
-            accumulate,
-            schedule: Schedule::new(lr, steps, warmup),
-            train_points: logging_points(batches, 0, io.log_train_loss_amount).into_iter().collect(),
-            valid_points,
-        })
+        Ok(Plan::over(config, batches, batches.div_ceil(accumulate)))
     }
 
-    /// Gradient steps in all.
-    pub fn steps(&self) -> u64 {
-        self.batches / self.accumulate
+    /// The course of a run that stands at `state`: as many batches more as `target_elements` wants. The schedule of
+    /// learning rates is that of a run that began with `config`.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn resumed(config: &RunConfig, state: &TrainState) -> Result<Self> {
+        let new = Plan::new(config);
+        let train = &config.train;
+        let seen = state.elements_seen_by(train.target_elements_strategy);
+        let left = train.target_elements.saturating_sub(seen).div_ceil(new?.elements_per_batch);
+        let (waiting, accumulate) = (state.window.batches, train.gradient_accumulate_every as u64);
+        // A window that is full already, of a run that accumulated more batches before, is stepped on at once.
+        let steps = match waiting >= accumulate {
+            true => 1 + left.div_ceil(accumulate),
+            false => (waiting + left).div_ceil(accumulate),
+        };
+        Ok(Plan::over(config, state.batches + left, state.step + steps))
+    }
+
+    fn over(config: &RunConfig, batches: u64, steps: u64) -> Self {
+        let (train, io) = (&config.train, &config.io);
+        let spread = |amount: usize| Points::Spread { total: batches, start: 0, amount: amount as u64 };
+        Plan {
+            batches,
+            elements_per_batch: elements_per_batch(train, config.params.input_seq_len),
+            accumulate: train.gradient_accumulate_every as u64,
+            steps,
+            schedule: Schedule::new(train.learning_rate, steps, train.warmup_steps_perc),
+            train_points: spread(io.log_train_loss_amount),
+            valid_points: train.validate_every.map_or(spread(io.validate_amount), |every| Points::Every(every.max(1))),
+        }
+    }
+
+    /// Whether the run validates and saves after `batch`.
+    pub fn validates_after(&self, batch: u64) -> bool {
+        self.valid_points.contains(batch) || batch + 1 == self.batches
+    }
+}
+
+/// What a batch adds to the elements seen.
+pub(crate) fn elements_per_batch(train: &TrainSection, seq_len: usize) -> u64 {
+    match train.target_elements_strategy {
+        TargetStrategy::Batch => train.batch_size as u64,
+        TargetStrategy::Sequence => (train.batch_size as u64).saturating_mul(seq_len as u64),
     }
 }
 
@@ -104,12 +132,49 @@ mod tests {
         config.train.gradient_accumulate_every = 2;
         config.io.validate_amount = 1;
         let plan = Plan::new(&config).unwrap();
-        assert_eq!((plan.batches, plan.elements_per_batch, plan.steps()), (3, 24, 1));
-        assert_eq!(plan.valid_points, BTreeSet::from([0, 2]), "the last batch validates too");
+        assert_eq!((plan.batches, plan.elements_per_batch, plan.steps), (3, 24, 2));
+        let validated = |plan: &Plan| (0..5).filter(|&batch| plan.validates_after(batch)).collect::<Vec<u64>>();
+        assert_eq!(validated(&plan), [0, 2], "the last batch validates too");
         config.train.validate_every = Some(2);
-        assert_eq!(Plan::new(&config).unwrap().valid_points, BTreeSet::from([1, 2]));
+        assert_eq!(validated(&Plan::new(&config).unwrap())[..2], [1, 2]);
         config.train.target_elements_strategy = TargetStrategy::Batch;
         assert_eq!(Plan::new(&config).unwrap().batches, 17);
+    }
+
+    #[test]
+    fn a_resumed_run_has_what_is_left_of_its_target() {
+        let mut config = config();
+        let plan = Plan::new(&config).unwrap();
+        assert_eq!((plan.batches, plan.steps), (20, 7), "the last step is of two batches");
+        let mut state = TrainState::new(0, vec![]);
+        for batch in 1..=20 {
+            state.count(4, 16, TargetStrategy::Sequence);
+            (state.step, state.window.batches) = if batch == 20 { (7, 0) } else { (batch / 3, batch % 3) };
+            let resumed = Plan::resumed(&config, &state).unwrap();
+            assert_eq!((resumed.batches, resumed.steps), (20, 7), "unchanged, at batch {batch}");
+        }
+        // 13 batches of 4 sequences are seen, and 7 · 4 sequences are left.
+        let mut state = TrainState::new(0, vec![]);
+        (0..13).for_each(|_| state.count(4, 16, TargetStrategy::Sequence));
+        (state.step, state.window.batches) = (4, 1);
+        let mut resumed = |change: fn(&mut TrainSection)| {
+            change(&mut config.train);
+            let plan = Plan::resumed(&config, &state).unwrap();
+            (plan.batches, plan.steps)
+        };
+        assert_eq!(resumed(|t| t.batch_size = 8), (13 + 4, 4 + 2));
+        assert_eq!(resumed(|t| t.gradient_accumulate_every = 1), (13 + 4, 4 + 5), "what waits is stepped on at once");
+        assert_eq!(resumed(|t| t.target_elements = 20 * 64 + 1), (13 + 4, 4 + 5));
+        assert_eq!(resumed(|t| t.target_elements_strategy = TargetStrategy::Batch), (13 + 154, 4 + 155));
+    }
+
+    #[test]
+    fn a_point_after_every_batch_of_a_run_without_end_costs_nothing() {
+        let mut config = config();
+        (config.train.target_elements, config.train.validate_every) = (u64::MAX, Some(1));
+        (config.io.log_train_loss_amount, config.io.validate_amount) = (usize::MAX, usize::MAX);
+        let plan = Plan::new(&config).unwrap();
+        assert!(plan.validates_after(1 << 40) && plan.train_points.contains(0), "{plan:?}");
     }
 
     #[test]

@@ -327,6 +327,11 @@ pub fn read_losses(path: &Path) -> Result<Vec<LossEntry>> {
     Ok(reader.deserialize().filter_map(|row| row.ok()).collect())
 }
 
+/// Whether the run in `folder` has measured its test split.
+pub(crate) fn has_test_loss(folder: &Path) -> Result<bool> {
+    Ok(read_losses(&folder.join(LOSSES))?.iter().any(|entry| entry.kind == "test"))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

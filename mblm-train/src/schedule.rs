@@ -1,16 +1,29 @@
-//! The learning rate of every gradient step, and the batches at which a run logs and validates.
+//! The learning rate of every gradient step.
 //!
 //! A linear warm-up is followed by cosine annealing (Loshchilov & Hutter 2017, eq. 5, without restarts), as the
-//! reference package composes them from PyTorch's `LinearLR`, `CosineAnnealingLR` and `SequentialLR`.
+//! reference package composes them from PyTorch's `LinearLR`, `CosineAnnealingLR` and `SequentialLR`. Where a run's
+//! number of steps changes while it trains, a new schedule begins at the rate that was reached.
+
+use serde::{Deserialize, Serialize};
 
 /// The share of the peak at which warm-up starts.
 const START_FACTOR: f64 = 0.1;
 
 /// The learning rate as a function of the gradient step.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Schedule {
-    peak: f64,
+    /// The highest rate, at the end of warm-up.
+    pub peak: f64,
+    /// The gradient step of the run with which it begins.
+    first_step: u64,
+    /// The share of the peak that it begins with.
+    start: f64,
+    /// Steps from there to `top`, in a straight line.
     warmup_steps: u64,
+    /// The share of the peak that annealing begins with.
+    top: f64,
+    /// Steps from `top` to zero, along a cosine.
     cosine_steps: u64,
 }
 
@@ -18,40 +31,87 @@ impl Schedule {
     /// A run of `gradient_steps`, the first `floor(gradient_steps * warmup_steps_perc)` of which warm up to `peak`.
     pub fn new(peak: f64, gradient_steps: u64, warmup_steps_perc: f64) -> Self {
         let warmup_steps = (gradient_steps as f64 * warmup_steps_perc).floor() as u64;
-        Schedule { peak, warmup_steps, cosine_steps: gradient_steps.saturating_sub(warmup_steps) }
+        let cosine_steps = gradient_steps.saturating_sub(warmup_steps);
+        Schedule { peak, first_step: 0, start: START_FACTOR, warmup_steps, top: 1.0, cosine_steps }
     }
 
-    /// The learning rate of step `step`, counted from 0; zero once all steps are done.
+    /// The same with another peak; every rate changes in proportion.
+    pub fn with_peak(self, peak: f64) -> Self {
+        Schedule { peak, ..self }
+    }
+
+    /// Goes on for `steps_left` steps from gradient step `step`, where the rate is what it was, or what the last step
+    /// had if this schedule has ended. A warm-up that is going on is finished; then, or in the first
+    /// `floor(steps_left * rewarm_steps_perc)` steps, the rate anneals to zero or rises to the peak before it does.
+    pub fn extended(self, step: u64, steps_left: u64, rewarm_steps_perc: f64) -> Self {
+        let warmup_left = (self.first_step + self.warmup_steps).saturating_sub(step);
+        if warmup_left > 0 {
+            return Schedule { cosine_steps: steps_left.saturating_sub(warmup_left), ..self };
+        }
+        let start = self.share(step.min(self.end().saturating_sub(1)));
+        let warmup_steps = (steps_left as f64 * rewarm_steps_perc).floor() as u64;
+        let top = if warmup_steps > 0 { 1.0 } else { start };
+        Schedule { first_step: step, start, warmup_steps, top, cosine_steps: steps_left - warmup_steps, ..self }
+    }
+
+    /// The learning rate of step `step`, counted from 0 over the whole run; zero once all steps are done.
     pub fn lr(&self, step: u64) -> f64 {
+        self.peak * self.share(step)
+    }
+
+    /// The number of steps after which the rate is zero.
+    pub fn end(&self) -> u64 {
+        self.first_step + self.warmup_steps + self.cosine_steps
+    }
+
+    /// The highest rate from step `step` on.
+    pub fn highest(&self, step: u64) -> f64 {
+        if step < self.first_step + self.warmup_steps { self.peak * self.top } else { self.lr(step) }
+    }
+
+    /// The rates from step `step` on, in words.
+    pub fn describe(&self, step: u64) -> String {
+        let end = self.end();
+        if step >= end {
+            return format!("{:.3e} at the last step, annealed to 0 at step {end}", self.lr(end.saturating_sub(1)));
+        }
+        let warm = self.first_step + self.warmup_steps;
+        let rise = match step < warm {
+            true => format!("rises to {:.3e} at step {warm}, then ", self.peak * self.top),
+            false => String::new(),
+        };
+        format!("{:.3e} at step {step}, {rise}anneals to 0 at step {end}", self.lr(step))
+    }
+
+    /// The rate as a share of the peak.
+    fn share(&self, step: u64) -> f64 {
+        let step = step.saturating_sub(self.first_step);
         if step < self.warmup_steps {
             let progress = step as f64 / self.warmup_steps as f64;
-            return self.peak * (START_FACTOR + (1.0 - START_FACTOR) * progress);
+            return self.start + (self.top - self.start) * progress;
         }
         let step = step - self.warmup_steps;
         if step >= self.cosine_steps {
             return 0.0;
         }
         let progress = step as f64 / self.cosine_steps as f64;
-        self.peak * (1.0 + (std::f64::consts::PI * progress).cos()) / 2.0
+        self.top * ((1.0 + (std::f64::consts::PI * progress).cos()) / 2.0)
     }
-}
 
-/// `amount` batches spread evenly over `start..start + total`, the first and the last among them; `amount` is clipped
-/// to `total`, and 1 gives the first batch alone.
-///
-/// The same numbers as the reference package's `torch.linspace(start, start + total - 1, amount).long()`, single
-/// precision included.
-pub fn logging_points(total: u64, start: u64, amount: usize) -> Vec<u64> {
-    let amount = amount.min(usize::try_from(total).unwrap_or(usize::MAX));
-    if amount <= 1 {
-        return vec![start; amount];
+    /// Refuses numbers that no run can come to.
+    pub(crate) fn check(&self) -> Result<(), String> {
+        let is_share = |share: f64| (0.0..=1.0).contains(&share);
+        if !(self.peak > 0.0 && self.peak.is_finite() && is_share(self.start) && is_share(self.top)) {
+            return Err(format!(
+                "the peak is {}, begun at {} and annealed from {} of it",
+                self.peak, self.start, self.top
+            ));
+        }
+        match self.first_step.checked_add(self.warmup_steps).and_then(|steps| steps.checked_add(self.cosine_steps)) {
+            Some(_) => Ok(()),
+            None => Err("it has more steps than can be counted".into()),
+        }
     }
-    let (first, last) = (start as f32, (start + total - 1) as f32);
-    let step = (last - first) / (amount - 1) as f32;
-    let point = |i: usize| {
-        if i < amount / 2 { first + step * i as f32 } else { last - step * (amount - 1 - i) as f32 }
-    };
-    (0..amount).map(|i| point(i) as u64).collect()
 }
 
 #[cfg(test)]
@@ -61,7 +121,6 @@ mod tests {
     #[derive(serde::Deserialize)]
     struct Golden {
         lr: Vec<GoldenLr>,
-        logging_points: Vec<GoldenPoints>,
     }
 
     #[derive(serde::Deserialize)]
@@ -70,14 +129,6 @@ mod tests {
         warmup_steps_perc: f64,
         learning_rate: f64,
         lr_at_step: Vec<f64>,
-    }
-
-    #[derive(serde::Deserialize)]
-    struct GoldenPoints {
-        total: u64,
-        start: u64,
-        amount: usize,
-        indices: Vec<u64>,
     }
 
     fn golden() -> Golden {
@@ -99,25 +150,46 @@ mod tests {
     }
 
     #[test]
-    fn logging_points_are_the_packages() {
-        let cases = golden().logging_points;
-        assert_eq!(cases.len(), 3);
-        for case in cases {
-            assert_eq!(logging_points(case.total, case.start, case.amount), case.indices);
-        }
-    }
-
-    #[test]
-    fn logging_points_of_few_batches() {
-        assert_eq!(logging_points(3, 0, 10), [0, 1, 2]);
-        assert_eq!(logging_points(5, 2, 1), [2]);
-        assert_eq!(logging_points(5, 2, 0), [0; 0]);
-    }
-
-    #[test]
     fn without_warm_up_or_without_annealing_the_peak_is_reached() {
         assert_eq!(Schedule::new(2.0, 10, 0.0).lr(0), 2.0);
         assert_eq!(Schedule::new(2.0, 10, 1.0).lr(9), 2.0 * (0.1 + 0.9 * 0.9));
         assert_eq!(Schedule::new(2.0, 10, 0.5).lr(10), 0.0);
+    }
+
+    /// The largest difference of two neighbouring rates.
+    fn largest_jump(lr: impl Fn(u64) -> f64, steps: std::ops::Range<u64>) -> f64 {
+        steps.map(|step| (lr(step + 1) - lr(step)).abs()).fold(0.0, f64::max)
+    }
+
+    #[test]
+    fn an_extended_schedule_goes_on_from_the_rate_that_was_reached() {
+        let old = Schedule::new(2.0, 100, 0.1);
+        for (step, rewarm) in [(5, 0.0), (50, 0.0), (50, 0.2), (80, 0.5)] {
+            let new = old.extended(step, 200, rewarm);
+            let lr = |at: u64| if at < step { old.lr(at) } else { new.lr(at) };
+            assert_eq!(new.lr(step), old.lr(step), "at step {step}");
+            // The first warm-up rises by 0.18 a step.
+            let jump = largest_jump(lr, 0..step + 200);
+            assert!(jump < 0.19, "{jump} at {step}, {rewarm}");
+            assert_eq!((new.end(), new.lr(step + 200)), (step + 200, 0.0));
+        }
+        // A run that has ended goes on with the rate of its last step, or warms up again from there.
+        let (low, warm) = (old.extended(100, 100, 0.0), old.extended(100, 100, 0.1));
+        assert_eq!((low.lr(100), warm.lr(100)), (old.lr(99), old.lr(99)));
+        assert!(low.lr(101) < low.lr(100));
+        assert_eq!((warm.lr(110), warm.end()), (2.0, 200));
+        assert_eq!(warm.extended(150, 50, 0.0).lr(175), warm.lr(150) / 2.0);
+        assert_eq!(old.with_peak(1.0).lr(50), old.lr(50) / 2.0);
+        let said = warm.describe(100);
+        assert!(said.ends_with("at step 100, rises to 2.000e0 at step 110, then anneals to 0 at step 200"), "{said}");
+    }
+
+    #[test]
+    fn a_schedule_of_nonsense_is_refused() {
+        let good = Schedule::new(2.0, 100, 0.1);
+        good.check().unwrap();
+        assert!(Schedule { peak: f64::NAN, ..good }.check().is_err());
+        assert!(Schedule { top: 2.0, ..good }.check().is_err());
+        assert!(Schedule { first_step: u64::MAX, ..good }.check().is_err());
     }
 }

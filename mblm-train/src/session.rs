@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use crate::checkpoint::Checkpoint;
 use crate::config::RunConfig;
 use crate::data::record::DataRecord;
 use crate::data::{self, DatasetOptions, Splits, unigram_entropy};
@@ -17,10 +18,10 @@ use crate::metrics::Metrics;
 use crate::model::{Model, TrainModel};
 use crate::plan::Plan;
 use crate::progress::{Course, Progress};
-use crate::run::RunFolder;
+use crate::run::{RunFolder, has_test_loss};
 use crate::terminal;
 use crate::timemem::TimeMem;
-use crate::trainer::{Outcome, Record, Trainer};
+use crate::trainer::{End, Outcome, Record, Trainer};
 
 /// The pause before the first retry; before each further one it is twice as long, up to the longest.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
@@ -88,6 +89,7 @@ pub fn check(model: &dyn TrainModel, splits: Splits, config: &RunConfig) -> Resu
     if let Some(resume) = &config.resume {
         import::begin(&mut trainer, model, resume)?;
     }
+    trainer.check_data()?;
     Ok(trainer.plan().clone())
 }
 
@@ -104,6 +106,8 @@ pub struct Session<'a> {
     /// After a failure the run goes on from its newest checkpoint, at most so often. Everything that ends training counts
     /// as one but a loss or a gradient that is not finite, which would come again bit for bit.
     pub retries: u32,
+    /// For a resumed run: how the configuration differs from that of its newest checkpoint, a line per field.
+    pub changes: Vec<String>,
     /// Whether nothing is shown; the run's log has it all.
     pub quiet: bool,
     /// Raised to end with a checkpoint.
@@ -120,7 +124,17 @@ impl<'a> Session<'a> {
     pub fn new(config: &'a RunConfig, stop: &'a AtomicBool) -> Result<Self> {
         let build = || Ok(Box::new(Model::new(config, config.train.seed)?) as Box<dyn TrainModel>);
         let (config_yaml, build) = (config.to_yaml()?, Box::new(build));
-        Ok(Session { config, config_yaml, build, place: None, retries: 0, quiet: false, stop, listening: None })
+        Ok(Session {
+            config,
+            config_yaml,
+            build,
+            place: None,
+            retries: 0,
+            changes: vec![],
+            quiet: false,
+            stop,
+            listening: None,
+        })
     }
 
     /// Starts a run and trains until its end or until `stop` is raised. Returns the run's folder and how it ended.
@@ -134,7 +148,8 @@ impl<'a> Session<'a> {
     }
 
     /// Goes on with a run from its newest checkpoint. The configuration is what the run's
-    /// [`config.yaml`](RunFolder::config_yaml) says, or another one, which replaces that when the next checkpoint is saved.
+    /// [`config.yaml`](RunFolder::config_yaml) says, or differs from it by what [`changes`](Self::changes) lists; then
+    /// the run has it from now on. A run that has ended is left as it is.
     ///
     /// # Errors
     /// Its newest checkpoint is damaged, or the configuration or the data do not fit it; then nothing in the folder has
@@ -157,6 +172,7 @@ impl<'a> Session<'a> {
         if let Some(resume) = &self.config.resume {
             import::begin(&mut trainer, &*model, resume)?;
         }
+        trainer.check_data()?;
         trainer.rehearse()?;
         let run = match &self.place {
             Some(place) => RunFolder::create_at(place, trainer.snapshot())?,
@@ -183,15 +199,42 @@ impl<'a> Session<'a> {
         let model = (self.build)()?;
         let mut trainer = Trainer::new(&*model, splits, self.config, &self.config_yaml)?;
         let checkpoint = run.checkpoints().newest()?;
-        trainer.restore(&checkpoint)?;
+        let remarks = trainer.restore(&checkpoint)?;
+        if trainer.is_finished() && (!trainer.has_test() || has_test_loss(run.path())?) {
+            self.say_finished(&trainer, &checkpoint);
+            let (checkpoint, state) = (checkpoint.path().into(), trainer.state().clone());
+            return Ok(Ok(Outcome { checkpoint, end: End::Finished, state }));
+        }
         // From here on the folder changes.
         run.recover()?;
         data.write(run.path())?;
         let mut record = self.record(run, &trainer)?;
         let (done, total) = (trainer.state().batches, trainer.plan().batches);
-        record.progress.line(&format!("resume: batch {done} of {total}, from {}", checkpoint.path().display()));
-        record.progress.line(&format!("data: {about}"));
+        let progress = &mut record.progress;
+        progress.line(&format!("resume: batch {done} of {total}, from {}", checkpoint.path().display()));
+        progress.line(&format!("data: {about}"));
+        self.changes.iter().for_each(|change| progress.line(&format!("note: the configuration changes: {change}")));
+        remarks.notes.iter().for_each(|note| progress.line(note));
+        remarks.warnings.iter().for_each(|warning| progress.warn(warning));
+        if !self.changes.is_empty() {
+            // The run has the configuration from here on, whatever happens next.
+            trainer.save(&mut record)?;
+        }
         Ok(self.attempt(&mut trainer, &mut record, started))
+    }
+
+    fn say_finished(&self, trainer: &Trainer, checkpoint: &Checkpoint) {
+        if self.quiet {
+            return;
+        }
+        let (done, place) = (trainer.state().batches, checkpoint.path().display());
+        terminal::line(format_args!(
+            "finished: all {done} batches are trained, saved {place}; a higher train.target_elements goes on"
+        ));
+        if !self.changes.is_empty() {
+            terminal::line(format_args!("note: nothing is left to train, so the changed configuration is not kept:"));
+            self.changes.iter().for_each(|change| terminal::line(format_args!("  {change}")));
+        }
     }
 
     /// Goes on after failures for as long as that is asked for.
@@ -234,10 +277,10 @@ impl<'a> Session<'a> {
     fn attempt(&self, trainer: &mut Trainer, record: &mut Record, started: &OnceCell<Instant>) -> Result<Outcome> {
         let training = || {
             let outcome = trainer.run(record, self.stop, *started.get_or_init(Instant::now))?;
-            if !outcome.interrupted {
+            if outcome.end != End::Stopped {
                 trainer.test(record, self.stop)?;
             }
-            let how = if outcome.interrupted { "interrupted" } else { "finished" };
+            let how = if outcome.end == End::Finished { "finished" } else { "interrupted" };
             record.progress.summary();
             record.progress.line(&format!("{how}: saved {}", outcome.checkpoint.display()));
             Ok(outcome)
@@ -255,6 +298,7 @@ impl<'a> Session<'a> {
         let course = Course {
             batches: trainer.plan().batches,
             done: state.batches,
+            done_bytes: state.bytes_seen,
             bytes_per_batch: (self.config.train.batch_size * self.config.params.input_seq_len) as u64,
             best_valid_loss: state.best_valid_loss,
         };
@@ -300,8 +344,17 @@ fn introduce(progress: &mut Progress, trainer: &Trainer, model: &dyn TrainModel,
         plan.batches,
         config.train.batch_size,
         config.params.input_seq_len,
-        plan.steps(),
+        plan.steps,
         trainer.training_data().num_batches(0)
     ));
+    match plan.batches % plan.accumulate {
+        0 => {}
+        left => progress.line(&format!(
+            "training: the last gradient step is of {left} batch(es), fewer than gradient_accumulate_every ({})",
+            plan.accumulate
+        )),
+    }
+    progress.line(&format!("learning rate schedule: {}", plan.schedule.describe(0)));
+    progress.line(&format!("threads: {}", rayon::current_num_threads()));
     Ok(())
 }

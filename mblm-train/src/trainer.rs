@@ -10,23 +10,26 @@ use candle_core::Tensor;
 use mblm_core::gemm::autocast;
 use mblm_core::{Mode, Param};
 
-use crate::checkpoint::{Checkpoint, Shelf, Snapshot, TrainState};
-use crate::config::{ResumeSection, RunConfig};
+use crate::checkpoint::{Checkpoint, Shelf, Snapshot, TrainState, Window};
+use crate::config::{LossAverage, ResumeSection, RunConfig};
 use crate::data::batches::{Batches, Cursor};
 use crate::data::order::mix;
 use crate::data::prefetch::Prefetch;
-use crate::data::record::DataRecord;
 use crate::data::{Fingerprint, Splits};
 use crate::error::{AtPath, Error, Result};
-use crate::evaluate::{bpb, loss_of, mean_loss};
+use crate::evaluate::{anything_counts, bpb, losses};
 use crate::metrics::{Kind, Metrics, Point, Scalars, activation_norms, loss_scalars, stage_grad_norms};
-use crate::model::TrainModel;
-use crate::optimizer::{Adam, AdamConfig, GradNorm, clip_grad_norm, first_non_finite};
+use crate::model::{Loss, TrainModel};
+use crate::optimizer::{Adam, AdamConfig, GradNorm, clip_grad_norm, first_non_finite, scale_grads};
 use crate::plan::Plan;
 use crate::progress::Progress;
 use crate::run::{LossEntry, LossLog, replace_config};
 use crate::timemem::TimeMem;
 use crate::timestamp::Timestamp;
+
+mod restore;
+
+pub use restore::Remarks;
 
 /// Where a run leaves what it finds.
 pub struct Record {
@@ -44,13 +47,24 @@ pub struct Record {
     pub progress: Progress,
 }
 
+/// Why a run is not trained further.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// It is where its configuration wanted it.
+    Finished,
+    /// `train.max_seconds` are over.
+    TimeLimit,
+    /// It was asked to stop.
+    Stopped,
+}
+
 /// How a run ended.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Outcome {
     /// The newest checkpoint.
     pub checkpoint: PathBuf,
-    /// Whether it was stopped before its end.
-    pub interrupted: bool,
+    /// Why.
+    pub end: End,
     /// Where it stands.
     pub state: TrainState,
 }
@@ -74,10 +88,15 @@ impl<'a> Trainer<'a> {
     /// A trainer at the start of a run.
     ///
     /// # Errors
-    /// The configuration does not fit the data.
+    /// The configuration does not fit the data or this machine.
     pub fn new(model: &'a dyn TrainModel, splits: Splits, config: &'a RunConfig, config_yaml: &'a str) -> Result<Self> {
         let plan = Plan::new(config)?;
         let section = &config.train;
+        if !section.precision.is_available() {
+            return Err(Error::Config(
+                "train.precision: expected f32: this CPU has no AVX-512 BF16 instructions, found bf16".into(),
+            ));
+        }
         let (batch_size, seq_len) = (section.batch_size, config.params.input_seq_len);
         let batches = |dataset, shuffle: bool, seed, drop_last| Batches {
             dataset,
@@ -100,58 +119,15 @@ impl<'a> Trainer<'a> {
         let (beta1, beta2) = section.betas;
         let adam_config = AdamConfig { beta1, beta2, weight_decay: section.weight_decay, ..AdamConfig::default() };
         let state = TrainState {
-            step: 0,
-            batches: 0,
-            first_batch: 0,
-            resumed_from: None,
-            accumulated: 0,
-            next: Cursor::default(),
-            elements_seen: 0,
-            seed: section.seed,
             data: splits.fingerprint.as_str().into(),
-            valid_loss: None,
-            best_valid_loss: None,
-            stale_validations: 0,
-            avg_grad: (-1.0, -1.0),
-            plugins: config.plugins(),
+            schedule: Some(plan.schedule),
+            threads: Some(rayon::current_num_threads()),
+            ..TrainState::new(section.seed, config.plugins())
         };
         let adam = Adam::new(model.params(), adam_config);
         let ahead = Prefetch::new(train.clone());
         let data = splits.fingerprint;
         Ok(Trainer { model, config, config_yaml, train, ahead, valid, test, plan, adam, data, state })
-    }
-
-    /// Goes on from a checkpoint.
-    ///
-    /// # Errors
-    /// The checkpoint is damaged, or of another model, other data, or a configuration that reads them differently.
-    pub fn restore(&mut self, checkpoint: &Checkpoint) -> Result<()> {
-        let saved = checkpoint.state()?;
-        let place = checkpoint.path().display();
-        if !saved.data.is_empty() && !self.data.is(&saved.data) {
-            let changes = DataRecord::changes(checkpoint.path(), &saved.data, &self.data);
-            return Err(Error::Config(format!(
-                "io.dataset_dir: the data are not those of {place}: {changes}; put them back as they were, or begin a new \
-                 run"
-            )));
-        }
-        if saved.seed != self.state.seed {
-            return Err(Error::Config(format!(
-                "train.seed: found {}, expected {}, with which {place} was trained",
-                self.state.seed, saved.seed
-            )));
-        }
-        if saved.next.batch >= self.train.num_batches(saved.next.epoch) {
-            return Err(Error::Config(format!(
-                "{place} goes on at batch {} of an epoch, which now has {}; expected the batch_size and input_seq_len \
-                 of before",
-                saved.next.batch,
-                self.train.num_batches(saved.next.epoch)
-            )));
-        }
-        let (plugins, data) = (std::mem::take(&mut self.state.plugins), std::mem::take(&mut self.state.data));
-        self.state = TrainState { plugins, data, ..checkpoint.restore(self.model.params(), &mut self.adam)? };
-        Ok(())
     }
 
     /// Begins a new run at another place in the data, with weights whose validation loss is known or not.
@@ -168,13 +144,15 @@ impl<'a> Trainer<'a> {
         }
         (self.state.next, self.state.valid_loss, self.state.best_valid_loss) = (next, valid_loss, valid_loss);
         self.state.first_batch = (0..next.epoch).map(|epoch| self.train.num_batches(epoch)).sum::<u64>() + next.batch;
-        self.state.resumed_from = self.config.resume.as_ref().map(|resume| resume.checkpoint_file.clone());
+        let absolute = |file: &Path| file.canonicalize().unwrap_or(file.into()).to_string_lossy().into_owned().into();
+        self.state.resumed_from = self.config.resume.as_ref().map(|resume| absolute(&resume.checkpoint_file));
         Ok(())
     }
 
     /// Takes over weights and moments of another run, whose place in data and schedule counts no more.
     pub fn take_over(&mut self, checkpoint: &Checkpoint) -> Result<()> {
         checkpoint.restore(self.model.params(), &mut self.adam)?;
+        self.state.optimizer_step = self.adam.step_count();
         self.model.params().zero_grad();
         Ok(())
     }
@@ -194,47 +172,98 @@ impl<'a> Trainer<'a> {
         &self.train
     }
 
+    /// Checks that the training and the validation data have something to predict.
+    ///
+    /// # Errors
+    /// Every element is the pad token, or its loss has weight 0.
+    pub fn check_data(&self) -> Result<()> {
+        let (pad, most) = (self.pad(), self.config.train.max_eval_steps);
+        for (what, batches, most) in [("training", &*self.train, None), ("validation", &self.valid, most)] {
+            if !anything_counts(batches, most, pad)? {
+                return Err(self.nothing_to_predict(what));
+            }
+        }
+        Ok(())
+    }
+
+    fn pad(&self) -> usize {
+        self.config.params.model.hierarchy().pad_token_id
+    }
+
+    fn nothing_to_predict(&self, what: &str) -> Error {
+        Error::Config(format!(
+            "params.pad_token_id: the {what} data have nothing to predict: every element is the pad token {}, or its loss \
+             has weight 0",
+            self.pad()
+        ))
+    }
+
     /// Runs one training sequence through the model and changes nothing: what the model does not take shows now, and
     /// not when a run folder has been made.
     pub fn rehearse(&self) -> Result<()> {
         let batch = self.train.read(self.state.next)?;
         let one = |tensor: &Tensor| tensor.narrow(0, 0, 1);
         let mask = batch.loss_mask.as_ref().map(one).transpose()?;
-        match loss_of(self.model, &one(&batch.ids)?, mask.as_ref()) {
-            Err(Error::Core(mblm_core::Error::Input(message))) => Err(Error::Config(format!(
+        match self.model.loss(&one(&batch.ids)?, mask.as_ref(), Mode::Eval) {
+            Err(mblm_core::Error::Input(message)) => Err(Error::Config(format!(
                 "params.input_seq_len: the model does not take sequences of {} bytes: {message}",
                 self.config.params.input_seq_len
             ))),
-            result => result.map(drop),
+            result => Ok(result.map(drop)?),
         }
     }
 
     /// Trains to the end, or until `stop` is raised, or until `train.max_seconds` after `started`: then the current batch
-    /// is finished and a checkpoint saved.
+    /// is finished and a checkpoint saved, at the time limit with a validation.
     ///
     /// # Errors
     /// A loss or a gradient that is not finite ends the run before the weights change; checkpoints stay.
     pub fn run(&mut self, record: &mut Record, stop: &AtomicBool, started: Instant) -> Result<Outcome> {
-        let mut checkpoint = None;
         let is_late = || self.config.train.max_seconds.is_some_and(|limit| started.elapsed().as_secs_f64() >= limit);
+        // A window that a change of the configuration completed.
+        if self.window_is_complete() {
+            self.complete_window();
+            self.gradient_step()?;
+            self.state.valid_loss = None;
+        }
         // A run that was interrupted while it validated does that first.
-        let mut validates = self.state.batches > 0 && self.state.valid_loss.is_none() && self.at_valid_point();
+        let mut validates = self.state.valid_loss.is_none() && self.at_valid_point();
         loop {
             if validates && self.validate(record, stop)? {
-                checkpoint = Some(self.save(record)?);
+                self.save(record)?;
             }
-            let finished = self.state.batches >= self.plan.batches || self.is_stale();
-            if finished || stop.load(Ordering::Relaxed) || is_late() {
-                let interrupted = !finished || (validates && self.state.valid_loss.is_none());
-                let checkpoint = match checkpoint {
+            let end = match () {
+                () if self.is_finished() => Some(End::Finished),
+                () if stop.load(Ordering::Relaxed) => Some(End::Stopped),
+                () if self.is_at_end() => Some(End::Finished),
+                () if is_late() => Some(self.validate_at_limit(record, stop)?),
+                () => None,
+            };
+            if let Some(end) = end {
+                let newest = record.checkpoints.list()?.pop();
+                let checkpoint = match newest {
                     Some(path) if self.is_of(&path) => path,
                     _ => self.save(record)?,
                 };
-                return Ok(Outcome { checkpoint, interrupted, state: self.state.clone() });
+                return Ok(Outcome { checkpoint, end, state: self.state.clone() });
             }
             self.train_batch(record)?;
             validates = self.at_valid_point();
         }
+    }
+
+    /// Whether nothing is left to train or to validate.
+    pub fn is_finished(&self) -> bool {
+        self.is_at_end() && self.state.valid_loss.is_some() && !self.window_is_complete()
+    }
+
+    fn is_at_end(&self) -> bool {
+        self.state.batches >= self.plan.batches || self.is_stale()
+    }
+
+    /// Whether the data set has a test split.
+    pub fn has_test(&self) -> bool {
+        self.test.is_some()
     }
 
     /// Whether the loss has not become better for as many validations as the configuration allows.
@@ -249,7 +278,15 @@ impl<'a> Trainer<'a> {
 
     /// Whether the last batch is one to validate after.
     fn at_valid_point(&self) -> bool {
-        self.plan.valid_points.contains(&(self.state.batches.wrapping_sub(1)))
+        self.state.batches > 0 && self.plan.validates_after(self.state.batches - 1)
+    }
+
+    /// Whether the gradients that wait are those of a whole step: of all batches that belong to it, or of the last ones
+    /// of the run. One in which nothing counts takes more batches in.
+    fn window_is_complete(&self) -> bool {
+        let window = &self.state.window;
+        let is_full = window.batches >= self.plan.accumulate || self.state.batches >= self.plan.batches;
+        window.weight > 0.0 && is_full
     }
 
     fn train_batch(&mut self, record: &mut Record) -> Result<()> {
@@ -260,32 +297,31 @@ impl<'a> Trainer<'a> {
         let read = started.elapsed();
         let mode = Mode::train(mix(mix(self.state.seed) ^ index));
         let precision = self.config.train.precision;
-        let is_point = self.plan.train_points.contains(&index);
+        let is_point = self.plan.train_points.contains(index);
         let (ids, loss_mask) = (&batch.ids, batch.loss_mask.as_ref());
-        let (mut loss, activations) = autocast(precision, || match is_point {
+        let (loss, activations) = autocast(precision, || match is_point {
             true => self.model.measured_loss(ids, loss_mask, mode),
             false => Ok((self.model.loss(ids, loss_mask, mode)?, Vec::new())),
         })?;
-        let value = loss.to_scalar::<f32>()? as f64;
-        if !value.is_finite() {
+        let value = loss.sum()?.mean();
+        if let Some(value) = value.filter(|value| !value.is_finite()) {
             return Err(self.non_finite_loss(value));
         }
         let forward = started.elapsed() - read;
-        if self.plan.accumulate > 1 {
-            loss = (loss / self.plan.accumulate as f64)?;
-        }
-        autocast(precision, || self.model.params().backward(&loss))?;
+        self.add_gradient(&loss)?;
         let backward = started.elapsed() - read - forward;
         record.timemem.train(cum_batch, self.train.batch_size, forward.as_secs_f64(), backward.as_secs_f64())?;
-        self.state.batches += 1;
-        self.state.accumulated += 1;
-        self.state.elements_seen += self.plan.elements_per_batch;
+        let (size, long) = (self.train.batch_size as u64, self.train.seq_len as u64);
+        self.state.count(size, long, self.config.train.target_elements_strategy);
         self.state.next = self.train.after(at);
         self.state.valid_loss = None;
         record.progress.batch(self.state.batches, value, read);
-        let mut scalars = if is_point { self.log_train_loss(record, at, value)? } else { Scalars::new() };
+        let mut scalars = match value.filter(|_| is_point) {
+            Some(value) => self.log_train_loss(record, at, value)?,
+            None => Scalars::new(),
+        };
         scalars.extend(activation_norms(&activations));
-        if self.state.accumulated == self.plan.accumulate {
+        if self.window_is_complete() {
             self.measured_step(&mut scalars)?;
         }
         record.metrics.trained(self.bytes_per_batch(), started.elapsed().as_secs_f64(), read.as_secs_f64());
@@ -296,6 +332,21 @@ impl<'a> Trainer<'a> {
             true => Ok(()),
             false => record.metrics.record(&self.point(Kind::Train, scalars)),
         }
+    }
+
+    /// Adds a batch's gradient to those that wait, as much of it as the batch weighs among them.
+    fn add_gradient(&mut self, loss: &Loss) -> Result<()> {
+        let weight = match self.config.train.loss_average {
+            LossAverage::Window => loss.count as f64,
+            LossAverage::Batch => 1.0,
+        };
+        let times = self.state.window.add(weight);
+        if loss.count == 0 {
+            return Ok(());
+        }
+        let loss = if times == 1.0 { loss.mean.clone() } else { (&loss.mean * times)? };
+        autocast(self.config.train.precision, || self.model.params().backward(&loss))?;
+        Ok(())
     }
 
     fn log_train_loss(&self, record: &mut Record, at: Cursor, loss: f64) -> Result<Scalars> {
@@ -309,8 +360,9 @@ impl<'a> Trainer<'a> {
 
     /// A gradient step; if a training point lies in the batches it is of, with the norms of its gradients.
     fn measured_step(&mut self, scalars: &mut Scalars) -> Result<()> {
-        let window = self.state.batches - self.plan.accumulate..self.state.batches;
-        let is_measured = self.plan.train_points.range(window).next().is_some();
+        let window = self.state.batches - self.state.window.batches..self.state.batches;
+        let is_measured = self.plan.train_points.any_in(window);
+        self.complete_window();
         let stages = if is_measured { stage_grad_norms(self.model.params()) } else { Scalars::new() };
         let GradNorm { norm, factor, .. } = self.gradient_step()?;
         if is_measured {
@@ -318,6 +370,12 @@ impl<'a> Trainer<'a> {
             scalars.extend(stages);
         }
         Ok(())
+    }
+
+    /// Makes the gradients that wait those of their mean.
+    fn complete_window(&mut self) {
+        scale_grads(self.model.params(), self.state.window.scale());
+        self.state.window = Window::default();
     }
 
     fn gradient_step(&mut self) -> Result<GradNorm> {
@@ -329,7 +387,7 @@ impl<'a> Trainer<'a> {
         self.adam.step(store, self.plan.schedule.lr(self.state.step))?;
         store.zero_grad();
         self.state.step += 1;
-        self.state.accumulated = 0;
+        self.state.optimizer_step = self.adam.step_count();
         self.state.avg_grad = (norm.mean, norm.mean * norm.factor);
         Ok(norm)
     }
@@ -337,13 +395,8 @@ impl<'a> Trainer<'a> {
     /// Validates; false if it was stopped meanwhile.
     fn validate(&mut self, record: &mut Record, stop: &AtomicBool) -> Result<bool> {
         let started = Instant::now();
-        let Some(loss) = mean_loss(self.model, &self.valid, self.config.train.max_eval_steps, stop)? else {
-            return Ok(false);
-        };
+        let Some(loss) = self.measure_valid_loss(stop)? else { return Ok(false) };
         let seconds = started.elapsed().as_secs_f64();
-        if !loss.is_finite() {
-            return Err(self.non_finite_loss(loss));
-        }
         let is_best = self.state.best_valid_loss.is_none_or(|best| loss < best);
         self.state.valid_loss = Some(loss);
         self.state.stale_validations += 1;
@@ -359,6 +412,38 @@ impl<'a> Trainer<'a> {
         Ok(true)
     }
 
+    /// The mean loss on the validation split; none if it was stopped meanwhile.
+    fn measure_valid_loss(&self, stop: &AtomicBool) -> Result<Option<f64>> {
+        let Some(found) = losses(self.model, &self.valid, self.config.train.max_eval_steps, stop)? else {
+            return Ok(None);
+        };
+        match found.mean() {
+            Some(loss) if !loss.is_finite() => Err(self.non_finite_loss(loss)),
+            None => Err(self.nothing_to_predict("validation")),
+            loss => Ok(loss),
+        }
+    }
+
+    /// Validates what was reached within the time limit. This is no point of the run's course: it counts as one batch
+    /// further, so that a run that is resumed drops it, and goes on as if it had not been interrupted.
+    fn validate_at_limit(&mut self, record: &mut Record, stop: &AtomicBool) -> Result<End> {
+        let seconds = self.config.train.max_seconds.unwrap_or_default();
+        let (done, all) = (self.state.batches, self.plan.batches);
+        record.progress.line(&format!("time limit: {seconds} s are over after batch {done} of {all}"));
+        if self.at_valid_point() && self.state.valid_loss.is_some() {
+            return Ok(End::TimeLimit);
+        }
+        let Some(loss) = self.measure_valid_loss(stop)? else { return Ok(End::Stopped) };
+        let is_best = self.state.best_valid_loss.is_none_or(|best| loss < best);
+        self.state.valid_loss = Some(loss);
+        let cum_batch = self.state.cum_batch();
+        let entry = LossEntry { cum_batch: cum_batch as i64, ..self.entry("valid", self.last_batch(), loss) };
+        record.losses.add(&LossEntry { avg_grad: -1.0, avg_grad_clipped: -1.0, ..entry })?;
+        record.progress.valid_loss(self.state.batches, loss, is_best);
+        record.metrics.record(&Point { batch: cum_batch, ..self.point(Kind::Valid, loss_scalars(loss)) })?;
+        Ok(End::TimeLimit)
+    }
+
     /// Measures the best model on the test split, if the data set has one; the model keeps its weights.
     pub fn test(&mut self, record: &mut Record, stop: &AtomicBool) -> Result<()> {
         let Some(test) = &self.test else { return Ok(()) };
@@ -367,7 +452,15 @@ impl<'a> Trainer<'a> {
             Err(_) => record.checkpoints.newest()?,
         };
         self.model.params().load(&best.weights()?)?;
-        let Some(loss) = mean_loss(self.model, test, self.config.train.max_eval_steps, stop)? else { return Ok(()) };
+        let Some(found) = losses(self.model, test, self.config.train.max_eval_steps, stop)? else { return Ok(()) };
+        let Some(loss) = found.mean() else {
+            record.progress.line("no test loss: the test data have nothing to predict");
+            return Ok(());
+        };
+        // Counted as one batch further, so that a run that goes on after its end has one test. The row of `loss.csv`
+        // comes last: it says that the test is done.
+        let point = self.point(Kind::Test, loss_scalars(loss));
+        record.metrics.record(&Point { batch: self.state.cum_batch(), ..point })?;
         let row = LossEntry {
             elements_seen: -1,
             epoch: -1,
@@ -376,9 +469,6 @@ impl<'a> Trainer<'a> {
             ..self.entry("test", Cursor::default(), loss)
         };
         record.losses.add(&LossEntry { avg_grad: -1.0, avg_grad_clipped: -1.0, ..row })?;
-        // Counted as one batch further, so that a run that is resumed after its end has one test.
-        let point = self.point(Kind::Test, loss_scalars(loss));
-        record.metrics.record(&Point { batch: point.batch + 1, ..point })?;
         record.progress.line(&format!("test loss {loss:.4} ({:.4} bpb), of {}", bpb(loss), best.path().display()));
         Ok(())
     }
@@ -393,10 +483,11 @@ impl<'a> Trainer<'a> {
         Cursor { batch: at.batch.saturating_sub(1), ..at }
     }
 
-    fn save(&mut self, record: &mut Record) -> Result<PathBuf> {
+    /// Saves a checkpoint.
+    pub(crate) fn save(&self, record: &mut Record) -> Result<PathBuf> {
         let store = self.model.params();
         // Gradients that wait in the checkpoint must be good ones.
-        if self.state.accumulated > 0 && !clip_grad_norm(store, f64::INFINITY).norm.is_finite() {
+        if self.state.window.weight > 0.0 && !clip_grad_norm(store, f64::INFINITY).norm.is_finite() {
             return Err(self.non_finite_gradient());
         }
         let saved = record.checkpoints.save(self.snapshot(), self.config.io.num_models_to_save)?;
@@ -405,16 +496,18 @@ impl<'a> Trainer<'a> {
         Ok(saved)
     }
 
-    /// Has the run's configuration say how another run begins where this one is.
+    /// Has the run's configuration say how another run begins where this one is. The checkpoint is named by its place in
+    /// the run, which may be moved or copied.
     fn write_chain(&self, record: &Record, saved: &Path) -> Result<()> {
         let best = record.checkpoints.best().map_or_else(|_| saved.to_path_buf(), |best| best.path().to_path_buf());
         let resume = ResumeSection {
-            checkpoint_file: best.canonicalize().at(&best)?,
+            checkpoint_file: best.strip_prefix(&record.folder).unwrap_or(&best).into(),
             next_epoch_index: self.state.next.epoch,
             next_batch_index: self.state.next.batch,
             migrate_embeddings: false,
             rename_modules: false,
             resumed_from: self.state.resumed_from.clone(),
+            run: record.folder.canonicalize().at(&record.folder)?.to_str().map(PathBuf::from),
         };
         let section = serde_yaml::to_string(&BTreeMap::from([("resume", resume)]))
             .map_err(|error| Error::Config(format!("{}: {error}", best.display())))?;
@@ -446,9 +539,9 @@ impl<'a> Trainer<'a> {
 
     /// What was measured after the last batch.
     fn point(&self, kind: Kind, scalars: Scalars) -> Point {
-        let TrainState { step, batches, .. } = self.state;
-        let batch = self.state.cum_batch() - 1;
-        Point { batch, step, bytes_seen: batches * self.bytes_per_batch(), kind, scalars }
+        let TrainState { step, bytes_seen, .. } = self.state;
+        let batch = self.state.cum_batch().saturating_sub(1); // a run may end before its first batch
+        Point { batch, step, bytes_seen, kind, scalars }
     }
 
     fn bytes_per_batch(&self) -> u64 {

@@ -10,7 +10,7 @@ use crate::param::ParamStore;
 
 use super::hierarchy::Hierarchy;
 use super::input::{Ids, to_u32};
-use super::nothing_to_predict;
+use super::{warned, zero};
 
 /// A Multiscale Byte Language Model that sees the whole sequence. Shapes as in [`Mblm`](super::Mblm).
 pub struct MblmEncoder {
@@ -85,13 +85,26 @@ impl MblmEncoder {
         loss_mask: Option<&Tensor>,
         mode: Mode,
     ) -> Result<Tensor> {
+        Ok(warned(self.counted_loss(ids, labels, attention_mask, loss_mask, mode)?))
+    }
+
+    /// [`loss`](Self::loss), and the number of positions that it is the mean of; 0 of none, without a warning.
+    pub fn counted_loss(
+        &self,
+        ids: &Tensor,
+        labels: &Tensor,
+        attention_mask: Option<&Tensor>,
+        loss_mask: Option<&Tensor>,
+        mode: Mode,
+    ) -> Result<(Tensor, usize)> {
         let ids = self.read(ids)?;
         let attend = attend(&ids, attention_mask)?;
         let targets = self.targets(&ids, labels, &attend, loss_mask)?;
-        if targets.is_empty() {
-            return nothing_to_predict();
+        let count = targets.len();
+        match count {
+            0 => Ok((zero()?, 0)),
+            _ => Ok((self.hierarchy.loss(&ids, targets, Some(&self.masks(&ids, &attend)?), mode)?, count)),
         }
-        self.hierarchy.loss(&ids, targets, Some(&self.masks(&ids, &attend)?), mode)
     }
 
     fn read(&self, ids: &Tensor) -> Result<Ids> {

@@ -116,11 +116,18 @@ impl Mblm {
     /// # Shapes
     /// - `ids`: `(B, L)` or folded; `loss_mask`: the same shape, weights; returns a scalar
     pub fn loss(&self, ids: &Tensor, loss_mask: Option<&Tensor>, mode: Mode) -> Result<Tensor> {
+        Ok(warned(self.counted_loss(ids, loss_mask, mode)?))
+    }
+
+    /// [`loss`](Self::loss), and the number of bytes that it is the mean of; 0 of none, without a warning. Means of
+    /// several batches are made of it.
+    pub fn counted_loss(&self, ids: &Tensor, loss_mask: Option<&Tensor>, mode: Mode) -> Result<(Tensor, usize)> {
         let ids = self.read(ids)?;
         let targets = self.targets(&ids, loss_mask)?;
-        match targets.is_empty() {
-            true => nothing_to_predict(),
-            false => self.hierarchy.loss(&ids, targets, None, mode),
+        let count = targets.len();
+        match count {
+            0 => Ok((zero()?, 0)),
+            _ => Ok((self.hierarchy.loss(&ids, targets, None, mode)?, count)),
         }
     }
 
@@ -129,7 +136,7 @@ impl Mblm {
         let read = self.read(ids)?;
         let targets = self.targets(&read, loss_mask)?;
         if targets.is_empty() {
-            return Ok((nothing_to_predict()?, self.logits(ids, mode)?));
+            return Ok((warned((zero()?, 0)), self.logits(ids, mode)?));
         }
         let local = self.hierarchy.run(&read, None, mode)?;
         let logits = self.hierarchy.logits(&self.per_byte(&read, &local)?, mode)?;
@@ -228,7 +235,15 @@ fn surprise(logits: &[f32], token: u32) -> f32 {
     (sum.ln() - f64::from(logits[token as usize] - max)) as f32
 }
 
-fn nothing_to_predict() -> Result<Tensor> {
-    tracing::warn!("every target is padding or masked out; the loss is 0");
+/// The loss of no targets.
+fn zero() -> Result<Tensor> {
     Ok(Tensor::new(0f32, &Device::Cpu)?)
+}
+
+/// A loss by itself, where nobody learns how many targets it is of.
+fn warned((loss, count): (Tensor, usize)) -> Tensor {
+    if count == 0 {
+        tracing::warn!("every target is padding or masked out; the loss is 0");
+    }
+    loss
 }

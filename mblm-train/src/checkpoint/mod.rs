@@ -13,6 +13,7 @@
 
 mod export;
 mod shelf;
+mod state;
 mod sum;
 mod survey;
 mod tensors;
@@ -23,18 +24,17 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use mblm_core::ParamStore;
-use mblm_core::block::PluginOrigin;
-use serde::{Deserialize, Serialize, Serializer};
+use serde::{Deserialize, Serialize};
 
 pub use self::export::{export_pth, export_safetensors};
 pub(crate) use self::shelf::FOLDER;
 pub use self::shelf::{Shelf, Which, find};
+pub use self::state::{Sizes, TrainState, Window};
 pub use self::survey::{Entry, check, shelf_of};
 pub use self::tensors::Tensors;
 
 use self::sum::FileSum;
 use self::tensors::Named;
-use crate::data::batches::Cursor;
 use crate::error::{AtPath, Error, Result};
 use crate::files;
 use crate::memory::Memory;
@@ -49,76 +49,6 @@ const FILES: [&str; 4] = [WEIGHTS, OPTIMIZER, STATE, CONFIG];
 
 /// The version of this layout.
 const FORMAT: u32 = 1;
-
-/// Where a run stands.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct TrainState {
-    /// Gradient steps taken.
-    pub step: u64,
-    /// Batches seen.
-    pub batches: u64,
-    /// How many batches of the data lie before the run's first, which the logs count too.
-    #[serde(default)]
-    pub first_batch: u64,
-    /// What the run began with: another run, a checkpoint or a `.pth` file.
-    #[serde(default, serialize_with = "shown")]
-    pub resumed_from: Option<PathBuf>,
-    /// Batches whose gradients wait for the next step.
-    pub accumulated: u64,
-    /// The batch that comes next.
-    pub next: Cursor,
-    /// Elements seen, as `target_elements_strategy` counts them.
-    pub elements_seen: u64,
-    /// The seed of order and dropout.
-    pub seed: u64,
-    /// The fingerprint of the data; empty where no data were read yet.
-    pub data: String,
-    /// The validation loss of these weights; none if they were saved when the run was interrupted.
-    pub valid_loss: Option<f64>,
-    /// The lowest validation loss of the run so far.
-    pub best_valid_loss: Option<f64>,
-    /// Validations since the one with the lowest loss.
-    #[serde(default)]
-    pub stale_validations: u64,
-    /// The mean gradient of the last step before and after clipping, -1 before the first step.
-    pub avg_grad: (f64, f64),
-    /// The plugins that trained it.
-    #[serde(default)]
-    pub plugins: Vec<PluginOrigin>,
-}
-
-/// A path for a reader: one that is not UTF-8 must not keep a run from being saved.
-fn shown<S: Serializer>(path: &Option<PathBuf>, serializer: S) -> std::result::Result<S::Ok, S::Error> {
-    path.as_ref().map(|path| path.to_string_lossy()).serialize(serializer)
-}
-
-impl TrainState {
-    /// The number that the next batch has in the logs: they count the batches before a chained run's first too.
-    pub fn cum_batch(&self) -> u64 {
-        self.first_batch + self.batches
-    }
-
-    /// Compares the plugins that were found with those that trained: the same files, wherever they lie.
-    ///
-    /// # Errors
-    /// Names the first that is missing or another one.
-    pub fn check_plugins(&self, found: &[PluginOrigin]) -> Result<()> {
-        let shown = |plugin: &PluginOrigin| {
-            format!("{} {} ({}, sha256 {})", plugin.name, plugin.version, plugin.path.display(), plugin.short_sum())
-        };
-        let Some(missing) = self.plugins.iter().find(|saved| !found.iter().any(|plugin| plugin.is_file_of(saved)))
-        else {
-            return Ok(());
-        };
-        let other = found.iter().find(|plugin| plugin.name == missing.name).map_or("none".into(), &shown);
-        Err(Error::Config(format!(
-            "plugin {}: expected the file that trained, {}; found {other}: put the old one back, or accept the change \
-             with --allow-plugin-change",
-            missing.name,
-            shown(missing)
-        )))
-    }
-}
 
 /// What a checkpoint is made from.
 #[derive(Clone, Copy)]
@@ -175,7 +105,7 @@ impl Snapshot<'_> {
             };
             add("m", &m[..]);
             add("v", &v[..]);
-            if self.state.accumulated > 0 && !grad.is_empty() {
+            if self.state.window.weight > 0.0 && !grad.is_empty() {
                 add("grad", &grad[..]);
             }
         }
@@ -277,8 +207,14 @@ impl Checkpoint {
 
     /// Where the run stood.
     pub fn state(&self) -> Result<TrainState> {
-        serde_json::from_slice(&self.read(STATE)?)
-            .map_err(|error| Error::checkpoint(&self.path.join(STATE), format!("not a run's state: {error}")))
+        TrainState::parse(&self.read(STATE)?, || self.sizes())
+            .map_err(|message| Error::checkpoint(&self.path.join(STATE), message))
+    }
+
+    /// What its configuration says of batches.
+    pub fn sizes(&self) -> Result<Sizes> {
+        serde_yaml::from_str(&self.config_yaml()?)
+            .map_err(|error| Error::checkpoint(&self.path.join(CONFIG), error.to_string()))
     }
 
     /// Puts weights, moments and waiting gradients back, and tells where the run stood.
@@ -304,8 +240,12 @@ impl Checkpoint {
             moments.push(Moments { m, v });
             grads.push(take("grad", name, len)?);
         }
+        if state.window.weight > 0.0 && grads.iter().all(Option::is_none) {
+            let message = format!("no gradients, although {STATE} says that some wait for a step (accumulated)");
+            return Err(Error::checkpoint(&path, message));
+        }
         store.load(&self.weights()?)?;
-        adam.restore(moments, state.step);
+        adam.restore(moments, state.optimizer_step);
         store.zero_grad();
         for (param, grad) in store.iter().zip(grads) {
             if let Some(grad) = grad {
@@ -343,20 +283,28 @@ impl Checkpoint {
 #[cfg(test)]
 pub(crate) mod tests {
     use mblm_core::Init;
+    use mblm_core::block::PluginOrigin;
 
     use super::*;
+    use crate::data::batches::Cursor;
     use crate::optimizer::AdamConfig;
+    use crate::schedule::Schedule;
 
     pub(crate) fn state(batches: u64, valid_loss: Option<f64>) -> TrainState {
         TrainState {
-            step: 3,
+            step: batches.min(3),
+            optimizer_step: 5,
             batches,
             first_batch: 7,
             resumed_from: Some("before".into()),
-            accumulated: 1,
+            window: if batches > 0 { Window { batches: 1, weight: 64.0, unit: 64.0 } } else { Window::default() },
             next: Cursor { epoch: 1, batch: 2 },
-            elements_seen: 40,
+            elements_seen: 4 * batches,
+            sequences_seen: 4 * batches,
+            bytes_seen: 64 * batches,
+            schedule: Some(Schedule::new(1e-3, 10, 0.1)),
             seed: 5,
+            threads: Some(2),
             data: "d".into(),
             valid_loss,
             best_valid_loss: Some(0.1 + 0.2),
@@ -412,7 +360,7 @@ pub(crate) mod tests {
         let trained = store(1.5);
         let mut want = Adam::new(&trained, AdamConfig::default());
         want.step(&trained, 0.1).unwrap();
-        assert_eq!((adam.moments(), adam.step_count()), (want.moments(), 3));
+        assert_eq!((adam.moments(), adam.step_count()), (want.moments(), 5));
         assert_eq!(*other.get("a").unwrap().values(), *trained.get("a").unwrap().values());
         assert_eq!(**other.get("a").unwrap().grad(), [0.0, 0.5, 0.0, 0.0]);
         assert_eq!(**other.get("b").unwrap().grad(), [0.0; 3], "a gradient of before must not survive");

@@ -15,7 +15,7 @@ use serde_yaml::Value;
 pub use io::IoSection;
 pub use params::{ModelConfig, Params};
 pub use resume::ResumeSection;
-pub use train::{TargetStrategy, TrainSection};
+pub use train::{LossAverage, TargetStrategy, TrainSection};
 
 /// A whole training YAML: `params`, `train`, `io`, `resume`. Serialised, it reads back as the same, without `resume`.
 #[derive(Clone, Debug, Serialize)]

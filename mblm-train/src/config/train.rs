@@ -17,6 +17,17 @@ pub enum TargetStrategy {
     Sequence,
 }
 
+/// What a gradient step over several batches is the mean of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum LossAverage {
+    /// All elements of the batches that count: the same as one large batch.
+    #[default]
+    Window,
+    /// The batches' own means, as in the package.
+    Batch,
+}
+
 /// Section `train`.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -46,6 +57,16 @@ pub struct TrainSection {
     pub gradient_clipping: Option<f64>,
     /// Batches per gradient step.
     pub gradient_accumulate_every: usize,
+    /// What the loss of a gradient step over several batches is the mean of: all elements that count, or the batches'
+    /// means, as in the package (addition). The two differ where padding or loss masks leave batches with different
+    /// numbers of elements.
+    #[serde(default)]
+    pub loss_average: LossAverage,
+    /// Where a resumed run's number of gradient steps is changed: the share of the remaining steps in which the learning
+    /// rate rises again, from where it stands to `learning_rate`. Without it, the rate anneals from where it stands
+    /// (addition).
+    #[serde(default)]
+    pub rewarm_steps_perc: Option<f64>,
     /// The probability that a byte is masked; for encoders, and only for these.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub masking_proba: Option<f64>,
@@ -65,7 +86,7 @@ pub struct TrainSection {
     /// End after so many validations in a row without a new best loss (addition).
     #[serde(default)]
     pub early_stop: Option<u64>,
-    /// End with a checkpoint after so many seconds, from which the run can be resumed (addition).
+    /// End after so many seconds with a checkpoint, which is validated, and a test (addition). The run can be resumed.
     #[serde(default)]
     pub max_seconds: Option<f64>,
     /// Seed of initial values, shuffling and dropout (addition).
@@ -94,8 +115,6 @@ impl TrainSection {
         for (path, number) in positive {
             check(document, path, number > 0, "a positive integer", number)?;
         }
-        let bf16 = "f32: this CPU has no AVX-512 BF16 instructions";
-        check(document, "train.precision", self.precision.is_available(), bf16, "bf16")?;
         let is_positive = |number: f64| number > 0.0 && number.is_finite();
         let clipping = self.gradient_clipping.unwrap_or(1.0);
         check(
@@ -113,6 +132,9 @@ impl TrainSection {
         check(document, "train.betas", are_rates, "two rates from 0 to below 1", format!("[{first}, {second}]"))?;
         let warmup = self.warmup_steps_perc;
         check(document, "train.warmup_steps_perc", (0.0..=1.0).contains(&warmup), "a share from 0 to 1", warmup)?;
+        let rewarm = self.rewarm_steps_perc.unwrap_or(0.0);
+        let is_share = (0.0..=1.0).contains(&rewarm);
+        check(document, "train.rewarm_steps_perc", is_share, "a share from 0 to 1, or null", rewarm)?;
         let decay = self.weight_decay;
         check(document, "train.weight_decay", decay >= 0.0 && decay.is_finite(), "a number of at least 0", decay)
     }

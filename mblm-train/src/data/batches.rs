@@ -45,6 +45,12 @@ impl Batches {
         if self.drop_last { sequences / size } else { sequences.div_ceil(size) }
     }
 
+    /// How many batches of the first epoch are read if it is to be no more than `most`; 0 is no limit either.
+    pub(crate) fn first(&self, most: Option<usize>) -> u64 {
+        let available = self.num_batches(0);
+        most.filter(|&most| most > 0).map_or(available, |most| available.min(most as u64))
+    }
+
     /// Reads a batch. Panics if the epoch has no such batch.
     pub fn read(&self, at: Cursor) -> Result<Batch> {
         let sequences = self.dataset.num_sequences(at.epoch);

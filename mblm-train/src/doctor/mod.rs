@@ -96,7 +96,7 @@ impl Step {
     fn run(model: &Model, ids: &Tensor, watches: &[Watch]) -> Result<Self> {
         model.params().zero_grad();
         let start = Instant::now();
-        let loss = model.loss(ids, None, MODE)?;
+        let loss = model.loss(ids, None, MODE)?.mean;
         let forward = start.elapsed().as_secs_f64();
         model.params().backward(&loss)?;
         Ok(Step {

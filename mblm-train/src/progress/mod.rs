@@ -55,6 +55,8 @@ pub struct Course {
     pub batches: u64,
     /// Batches that were trained before this session.
     pub done: u64,
+    /// Bytes that were trained before this session.
+    pub done_bytes: u64,
     /// Bytes of a batch.
     pub bytes_per_batch: u64,
     /// The lowest validation loss before this session.
@@ -112,12 +114,14 @@ impl Progress {
         }
     }
 
-    /// A batch was trained, the `done`-th, after `data` of waiting for it.
-    pub fn batch(&mut self, done: u64, loss: f64, data: Duration) {
-        let before = self.train_loss.unwrap_or(loss);
-        let smooth = before + NEWEST_SHARE * (loss - before);
-        self.train_loss = Some(smooth);
-        self.curve.push(bpb(smooth));
+    /// A batch was trained, the `done`-th, after `data` of waiting for it. It has no loss if nothing in it counts.
+    pub fn batch(&mut self, done: u64, loss: Option<f64>, data: Duration) {
+        if let Some(loss) = loss {
+            let before = self.train_loss.unwrap_or(loss);
+            let smooth = before + NEWEST_SHARE * (loss - before);
+            self.train_loss = Some(smooth);
+            self.curve.push(bpb(smooth));
+        }
         self.done = done;
         self.data += data;
         self.draw();
@@ -180,7 +184,8 @@ impl Progress {
     fn draw(&self) {
         let Screen::Bar(bar) = &self.screen else { return };
         let width = console::Term::stderr().size_checked().map_or(WIDTH, |(_, columns)| usize::from(columns));
-        let bytes = |batches: u64| DecimalBytes(batches * self.course.bytes_per_batch);
+        let Course { done, done_bytes, bytes_per_batch, .. } = self.course;
+        let bytes = |batches: u64| DecimalBytes(done_bytes + (batches - done) * bytes_per_batch);
         bar.set_prefix(format!("{}/{}  {}", bytes(self.done), bytes(self.course.batches), self.pace()));
         bar.set_message(self.status(width));
         bar.set_position(self.done);
@@ -243,7 +248,7 @@ mod tests {
     fn progress(file: &tempfile::NamedTempFile) -> Progress {
         Progress::new(
             file.reopen().unwrap(),
-            Course { batches: 10, done: 2, bytes_per_batch: 64, best_valid_loss: None },
+            Course { batches: 10, done: 2, done_bytes: 128, bytes_per_batch: 64, best_valid_loss: None },
             true,
         )
     }
@@ -252,7 +257,7 @@ mod tests {
     fn everything_is_logged_even_if_nothing_is_shown() {
         let file = tempfile::NamedTempFile::new().unwrap();
         let mut progress = progress(&file);
-        progress.batch(3, 2.0, Duration::ZERO);
+        progress.batch(3, Some(2.0), Duration::ZERO);
         progress.train_loss(3, 2.0, 3e-4);
         progress.valid_loss(10, std::f64::consts::LN_2, true);
         progress.saved(10, Path::new("step-10"));
@@ -276,7 +281,7 @@ mod tests {
         let file = tempfile::NamedTempFile::new().unwrap();
         let mut progress = progress(&file);
         assert_eq!(progress.status(80), "bpb train -  valid -  data 0%");
-        (0..100).for_each(|i| progress.batch(3, f64::from(100 - i), Duration::ZERO));
+        (0..100).for_each(|i| progress.batch(3, Some(f64::from(100 - i)), Duration::ZERO));
         progress.valid_loss(3, 2.0, true);
         progress.valid_loss(4, 3.0, false);
         progress.saved(4, Path::new("x"));

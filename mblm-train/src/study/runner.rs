@@ -135,6 +135,7 @@ impl<'a> Runner<'a> {
         config.train.max_seconds = Some((seconds * CALIBRATION_SHARE).clamp(least, most));
         config.train.target_elements = CALIBRATION_STEPS * self.step_bytes(variant);
         config.train.validate_every = Some(u64::MAX);
+        config.train.max_eval_steps = Some(1);
         config.io.log_train_loss_amount = usize::MAX;
         let log = ChildLog::open(&self.plan.folder().join("logs/calibration.log"), || ())?;
         let exit = log.run(self.train(&config, &place, "calibration")?, stop, || ())?;

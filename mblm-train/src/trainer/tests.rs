@@ -7,6 +7,7 @@ use std::sync::Arc;
 use super::*;
 use crate::bigram::{Bigram, VOCABULARY, config, model};
 use crate::checkpoint::{Which, find};
+use crate::config::{ModelConfig, TargetStrategy};
 use crate::run::{RunFolder, read_losses};
 use crate::session::{Session, open_data};
 
@@ -32,7 +33,7 @@ fn workplace() -> (tempfile::TempDir, RunConfig) {
 
 fn session<'a>(model: &'a Bigram, config: &'a RunConfig, stop: &'a AtomicBool) -> Session<'a> {
     let build = Box::new(move || Ok(Box::new(model) as Box<dyn TrainModel>));
-    Session { config, config_yaml: "yaml".into(), build, place: None, retries: 0, quiet: false, stop, listening: None }
+    Session { build, ..Session::new(config, stop).unwrap() }
 }
 
 fn train(model: &Bigram, config: &RunConfig, stop: &AtomicBool) -> Result<(PathBuf, Outcome)> {
@@ -63,7 +64,7 @@ fn a_run_learns_and_leaves_what_it_promises() {
     config.train.target_elements *= 10;
     let model = Bigram::new();
     let (run, outcome) = train(&model, &config, &never()).unwrap();
-    assert_eq!((outcome.interrupted, outcome.state.batches, outcome.state.step), (false, 200, 66));
+    assert_eq!((outcome.end, outcome.state.batches, outcome.state.step), (End::Finished, 200, 67));
     assert_eq!(outcome.state.elements_seen, 200 * 64);
     // 450 training bytes: 7 batches an epoch in the first epochs, 28 sequences; one fewer where the offset costs one.
     assert!(outcome.state.next.epoch >= 28, "{:?}", outcome.state.next);
@@ -78,9 +79,19 @@ fn a_run_learns_and_leaves_what_it_promises() {
     let last = rows.iter().rfind(|row| row.kind == "train").unwrap();
     assert!(last.avg_grad != -1.0 && last.avg_grad_clipped.abs() <= last.avg_grad.abs());
     let chain = fs::read_to_string(run.join("config.yaml")).unwrap();
-    assert!(chain.starts_with("yamlresume:\n  checkpoint_file: /") && chain.contains("next_batch_index: "), "{chain}");
+    let chained = chain.strip_prefix(&config.to_yaml().unwrap()).unwrap();
+    assert!(chained.starts_with("resume:\n  checkpoint_file: checkpoints/batch-0000000"), "{chain}");
+    assert!(chained.contains("next_batch_index: "), "{chain}");
     let log = fs::read_to_string(run.join("train.log")).unwrap();
-    for part in ["byte-unigram entropy", "model: 72 parameters", "ETA", "valid loss", "finished: saved"] {
+    for part in [
+        "byte-unigram entropy",
+        "last gradient step is of 2 batch(es)",
+        "learning rate schedule: 1.000e-2 at step 0, rises to",
+        "model: 72 parameters",
+        "ETA",
+        "valid loss",
+        "finished: saved",
+    ] {
         assert!(log.contains(part), "no {part:?} in {log}");
     }
     assert!(fs::read_dir(run.join("checkpoints")).unwrap().count() <= 3);
@@ -109,10 +120,10 @@ fn interrupt_and_resume(config: &RunConfig, at: u64, in_evaluation: bool, straig
         }
     }));
     let (run, outcome) = train(&model, config, &stop).unwrap();
-    assert_eq!((outcome.interrupted, outcome.state.batches), (true, at + 1));
+    assert_eq!((outcome.end, outcome.state.batches), (End::Stopped, at + 1));
     let resumed = Bigram::new();
     let outcome = resume(&resumed, &run, config, &never()).unwrap();
-    assert!(!outcome.interrupted);
+    assert_eq!(outcome.end, End::Finished);
     assert_eq!(resumed.weights(), straight.0, "weights, interrupted at {at}");
     assert_eq!(losses(&run), straight.1, "losses, interrupted at {at}");
 }
@@ -264,7 +275,8 @@ fn gradients_are_measured_when_they_are_complete_and_a_resumed_run_has_the_same_
     let loss = ["bpb", "bytes_seen", "loss", "lr", "step"].to_vec();
     let gradient = ["bytes_seen", "grad_norm", "grad_norm_clipped", "step"].to_vec();
     let valid = ["bpb", "bytes_seen", "loss", "step"].to_vec();
-    // Points are batches 0, 9 and 19; a step follows batches 2, 5, …, 17. The last two batches are not stepped on.
+    let last = ["bpb", "bytes_seen", "grad_norm", "grad_norm_clipped", "loss", "lr", "step"].to_vec();
+    // Points are batches 0, 9 and 19; a step follows batches 2, 5, …, 17, and one of two batches the last.
     let want = [
         (0, "train", &loss),
         (0, "valid", &valid),
@@ -273,7 +285,7 @@ fn gradients_are_measured_when_they_are_complete_and_a_resumed_run_has_the_same_
         (9, "train", &loss),
         (11, "train", &gradient),
         (12, "valid", &valid),
-        (19, "train", &loss),
+        (19, "train", &last),
         (19, "valid", &valid),
     ];
     assert_eq!(shown, want.map(|(batch, kind, tags)| (batch, kind, tags.clone())));
@@ -294,4 +306,207 @@ fn gradients_are_measured_when_they_are_complete_and_a_resumed_run_has_the_same_
     let batches: Vec<&str> = rows.lines().skip(1).map(|row| row.split(',').next().unwrap()).collect();
     assert_eq!(batches.iter().filter(|batch| **batch == "10").count(), 1, "{rows}");
     assert_eq!(batches.len(), 20 + 4, "{rows}");
+}
+
+/// A run that was stopped after batch `at`.
+fn stopped_at(model: &mut Bigram, config: &RunConfig, at: u64) -> PathBuf {
+    let stop = Arc::new(never());
+    let raised = stop.clone();
+    model.hook = Some(Box::new(move |pass| raised.store(pass + 1 == at, Ordering::Relaxed)));
+    let (run, outcome) = train(model, config, &stop).unwrap();
+    assert_eq!((outcome.end, outcome.state.batches), (End::Stopped, at));
+    run
+}
+
+/// Goes on with a changed configuration.
+fn resume_changed(run: &Path, config: &RunConfig) -> (Outcome, String) {
+    let (model, stop) = (Bigram::new(), never());
+    let changed = Session { changes: vec!["something: 1, now 2".into()], ..session(&model, config, &stop) };
+    let outcome = changed.resume(&RunFolder::open(run).unwrap()).unwrap();
+    (outcome, fs::read_to_string(run.join("train.log")).unwrap())
+}
+
+#[test]
+fn a_window_that_a_change_completes_is_stepped_on() {
+    let (_folder, mut config) = workplace();
+    let run = stopped_at(&mut Bigram::new(), &config, 8); // two batches wait, of three
+    config.train.gradient_accumulate_every = 1;
+    let (outcome, log) = resume_changed(&run, &config);
+    assert_eq!((outcome.state.batches, outcome.state.step), (20, 2 + 1 + 12));
+    assert!(log.contains("note: the configuration changes: something: 1, now 2"), "{log}");
+    config.train.gradient_accumulate_every = 7;
+    let run = stopped_at(&mut Bigram::new(), &config, 8);
+    config.train.gradient_accumulate_every = 3;
+    let (outcome, _) = resume_changed(&run, &config);
+    // One step of seven batches, then the eighth to the tenth, and so on; the last is of one batch.
+    assert_eq!((outcome.state.batches, outcome.state.step), (20, 1 + 5));
+    // A target that is reached already: what waits is still stepped on.
+    config.train.gradient_accumulate_every = 3;
+    let run = stopped_at(&mut Bigram::new(), &config, 8);
+    config.train.target_elements = 5 * 64;
+    let (outcome, _) = resume_changed(&run, &config);
+    assert_eq!((outcome.end, outcome.state.batches, outcome.state.step), (End::Finished, 8, 3));
+}
+
+#[test]
+fn accumulated_batches_are_one_large_batch_whatever_counts_in_them() {
+    let (_folder, mut config) = workplace();
+    (config.train.gradient_clipping, config.train.shuffle_train) = (None, false);
+    let trained = |batch_size: usize, accumulate: usize, average| {
+        let mut config = config.clone();
+        let train = &mut config.train;
+        (train.batch_size, train.gradient_accumulate_every, train.loss_average) = (batch_size, accumulate, average);
+        (train.target_elements, train.learning_rate) = (4 * 16, 1e-3);
+        // The pad token is a byte of the data.
+        let mut model = Bigram::new();
+        (model.pad, model.dropout) = (Some(3), 0.0);
+        let mut trainer = Trainer::new(&model, open_data(&config).unwrap(), &config, "").unwrap();
+        for _ in 0..accumulate {
+            let batch = trainer.train.read(trainer.state.next).unwrap();
+            let loss = TrainModel::loss(&&model, &batch.ids, None, Mode::train(0)).unwrap();
+            trainer.add_gradient(&loss).unwrap();
+            trainer.state.next = trainer.train.after(trainer.state.next);
+        }
+        trainer.complete_window();
+        model.params().iter().flat_map(|param| param.grad().to_vec()).collect::<Vec<f32>>()
+    };
+    let apart = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    let whole = trained(4, 1, LossAverage::Window);
+    assert!(apart(&whole, &trained(1, 4, LossAverage::Window)) < 1e-6);
+    assert!(apart(&whole, &trained(2, 2, LossAverage::Window)) < 1e-6);
+    assert!(apart(&whole, &trained(1, 4, LossAverage::Batch)) > 1e-4, "the package's means of means are others");
+    assert_eq!(whole, trained(4, 1, LossAverage::Batch));
+}
+
+#[test]
+fn a_changed_batch_size_reaches_the_target_and_counts_true_bytes() {
+    let (_folder, mut config) = workplace();
+    config.train.target_elements_strategy = TargetStrategy::Batch;
+    config.train.target_elements = 80;
+    let run = stopped_at(&mut Bigram::new(), &config, 10);
+    config.train.batch_size = 7;
+    let (outcome, log) = resume_changed(&run, &config);
+    // 40 sequences are seen; the 40 that are left are 6 batches of 7.
+    let state = outcome.state;
+    assert_eq!((state.batches, state.elements_seen, state.bytes_seen), (16, 82, 82 * 16));
+    // 12 sequences of the second epoch are seen, of which batch 1 of 7 holds the last five.
+    assert!(log.contains("data: goes on at batch 2 of epoch 1, which was batch 3 of epoch 1"), "{log}");
+    let bytes = metrics(&run).last().unwrap().2.iter().find(|(tag, _)| tag == "bytes_seen").unwrap().1;
+    assert_eq!(bytes, 82.0 * 16.0);
+    // The change is the run's: it goes on, and is resumed, without being told again.
+    assert_eq!(find(&run, Which::Newest).unwrap().sizes().unwrap().train.batch_size, 7);
+}
+
+#[test]
+fn a_longer_target_goes_on_at_the_rate_that_was_reached() {
+    let (_folder, mut config) = workplace();
+    (config.train.gradient_accumulate_every, config.io.log_train_loss_amount) = (1, 1000);
+    let rates = |run: &Path| {
+        let rows = losses(run).into_iter().filter(|row| row.kind == "train");
+        rows.map(|row| row.lr).collect::<Vec<f64>>()
+    };
+    let longest = |rates: &[f64]| rates.windows(2).map(|pair| (pair[1] - pair[0]).abs()).fold(0.0, f64::max);
+    let (run, _) = train(&Bigram::new(), &config, &never()).unwrap();
+    let before = longest(&rates(&run)[2..]);
+    config.train.target_elements *= 2;
+    let (_, log) = resume_changed(&run, &config);
+    let found = rates(&run);
+    assert_eq!((found.len(), found[20]), (40, found[19]));
+    assert!(longest(&found[2..]) <= before, "{found:?}");
+    assert!(
+        log.contains("learning rate schedule before: 7.") && log.contains("learning rate schedule now: 7."),
+        "{log}"
+    );
+    assert!(log.contains("warning: the learning rate stays below 0.1 of train.learning_rate"), "{log}");
+    // Warmed up again where that is asked for.
+    config.train.target_elements *= 2;
+    config.train.rewarm_steps_perc = Some(0.5);
+    let (_, log) = resume_changed(&run, &config);
+    let found = rates(&run);
+    assert_eq!((found.len(), found[40], found[60]), (80, found[39], config.train.learning_rate));
+    assert!(longest(&found[2..]) <= before && log.contains("rises to 1.000e-1 at step 60"), "{found:?}");
+}
+
+#[test]
+fn a_chained_run_that_is_resumed_is_bit_identical() {
+    let (_folder, mut config) = workplace();
+    let (first, _) = train(&Bigram::new(), &config, &never()).unwrap();
+    config.resume = Some(ResumeSection {
+        checkpoint_file: first,
+        next_epoch_index: 1,
+        next_batch_index: 2,
+        migrate_embeddings: false,
+        rename_modules: false,
+        resumed_from: None,
+        run: None,
+    });
+    let model = Bigram::new();
+    let (run, outcome) = train(&model, &config, &never()).unwrap();
+    assert_eq!((outcome.state.step, outcome.state.optimizer_step), (7, 14));
+    let straight = (model.weights(), losses(&run));
+    for at in [0, 4, 8] {
+        interrupt_and_resume(&config, at, false, &straight);
+    }
+}
+
+#[test]
+fn a_time_limit_validates_what_it_has_and_leaves_no_trace_in_the_run_that_goes_on() {
+    let (_folder, mut config) = workplace();
+    config.train.early_stop = Some(2);
+    let model = Bigram::new();
+    let (run, _) = train(&model, &config, &never()).unwrap();
+    let straight = (model.weights(), losses(&run), metrics(&run));
+    config.train.max_seconds = Some(1e-9);
+    let limited = Bigram::new();
+    let (run, outcome) = train(&limited, &config, &never()).unwrap();
+    assert_eq!((outcome.end, outcome.state.batches), (End::TimeLimit, 0));
+    let rows = losses(&run);
+    assert_eq!(rows.iter().map(|row| &row.kind[..]).collect::<Vec<_>>(), ["valid"]);
+    assert_eq!(outcome.state.valid_loss, Some(rows[0].loss));
+    assert_eq!(find(&run, Which::Best).unwrap().state().unwrap().valid_loss, Some(rows[0].loss));
+    assert_eq!(outcome.state.best_valid_loss, None, "the run's own course knows nothing of it");
+    config.train.max_seconds = None;
+    let resumed = Bigram::new();
+    resume(&resumed, &run, &config, &never()).unwrap();
+    assert_eq!((resumed.weights(), losses(&run), metrics(&run)), straight);
+}
+
+#[test]
+fn validation_does_not_depend_on_the_batch_size_and_needs_something_to_predict() {
+    let (folder, mut config) = workplace();
+    // A third of the sequences are padding.
+    let data: Vec<u8> = (0..1440u32).map(|i| if i / 16 % 3 == 0 { 7 } else { (i * i % 7) as u8 }).collect();
+    fs::write(folder.path().join("data.bin"), data).unwrap();
+    config.params.model = model(8);
+    let valid = |size: usize| {
+        let mut config = config.clone();
+        (config.train.batch_size, config.train.gradient_accumulate_every) = (size, 1);
+        let mut model = Bigram::new();
+        model.pad = Some(7);
+        let trainer = Trainer::new(&model, open_data(&config).unwrap(), &config, "").unwrap();
+        trainer.measure_valid_loss(&never()).unwrap().unwrap()
+    };
+    let one = valid(1);
+    for size in [2, 3, 4, 12] {
+        assert!((valid(size) - one).abs() < 1e-6, "{size}: {} and {one}", valid(size));
+    }
+    fs::write(folder.path().join("data.bin"), [0; 1440]).unwrap();
+    if let ModelConfig::Generative(model) = &mut config.params.model {
+        model.pad_token_id = 0;
+    }
+    let error = train(&Bigram::new(), &config, &never()).unwrap_err();
+    let want = "params.pad_token_id: the training data have nothing to predict";
+    assert!(error.is_configuration() && error.to_string().contains(want), "{error}");
+    assert_eq!(outputs(&config), 0);
+}
+
+#[test]
+fn precision_is_checked_where_training_starts() {
+    let (_folder, mut config) = workplace();
+    config.train.precision = mblm_core::gemm::Precision::Bf16;
+    let found = Trainer::new(&Bigram::new(), open_data(&config).unwrap(), &config, "").map(drop);
+    match config.train.precision.is_available() {
+        true => found.unwrap(),
+        false => assert!(found.unwrap_err().to_string().contains("train.precision: expected f32: this CPU")),
+    }
 }

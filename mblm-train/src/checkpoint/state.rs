@@ -1,0 +1,323 @@
+//! Where a run stands: the file `state.json` of a checkpoint.
+
+use std::path::PathBuf;
+
+use mblm_core::block::PluginOrigin;
+use serde::{Deserialize, Serialize, Serializer};
+use serde_json::{Map, Value};
+
+use crate::config::{TargetStrategy, TrainSection};
+use crate::data::batches::Cursor;
+use crate::error::{Error, Result};
+use crate::schedule::Schedule;
+
+/// Where a run stands.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TrainState {
+    /// Gradient steps taken.
+    pub step: u64,
+    /// Steps behind the optimizer's moments: those of this run, and those of the run they were taken over from.
+    pub optimizer_step: u64,
+    /// Batches seen.
+    pub batches: u64,
+    /// How many batches of the data lie before the run's first, which the logs count too.
+    #[serde(default)]
+    pub first_batch: u64,
+    /// What the run began with: another run, a checkpoint or a `.pth` file.
+    #[serde(default, serialize_with = "shown")]
+    pub resumed_from: Option<PathBuf>,
+    /// The gradients that wait for the next step.
+    #[serde(flatten)]
+    pub window: Window,
+    /// The batch that comes next.
+    pub next: Cursor,
+    /// Elements seen, as `target_elements_strategy` counts them: sequences or bytes.
+    pub elements_seen: u64,
+    /// Sequences seen.
+    pub sequences_seen: u64,
+    /// Bytes seen.
+    pub bytes_seen: u64,
+    /// The learning rates that the run follows; none before it was trained.
+    #[serde(default)]
+    pub schedule: Option<Schedule>,
+    /// The seed of order and dropout.
+    pub seed: u64,
+    /// Threads that computed: another number rounds sums otherwise. Not known of checkpoints of earlier versions.
+    #[serde(default)]
+    pub threads: Option<usize>,
+    /// The fingerprint of the data; empty where no data were read yet.
+    pub data: String,
+    /// The validation loss of these weights; none if they were saved when the run was interrupted.
+    pub valid_loss: Option<f64>,
+    /// The lowest validation loss of the run so far.
+    pub best_valid_loss: Option<f64>,
+    /// Validations since the one with the lowest loss.
+    #[serde(default)]
+    pub stale_validations: u64,
+    /// The mean gradient of the last step before and after clipping, -1 before the first step.
+    pub avg_grad: (f64, f64),
+    /// The plugins that trained it.
+    #[serde(default)]
+    pub plugins: Vec<PluginOrigin>,
+}
+
+/// A path for a reader: one that is not UTF-8 must not keep a run from being saved.
+fn shown<S: Serializer>(path: &Option<PathBuf>, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+    path.as_ref().map(|path| path.to_string_lossy()).serialize(serializer)
+}
+
+/// Gradients of batches that wait for a step. A batch of weight `w` (the number of its elements that count) is added
+/// `w / unit` times, so the gradient of the mean over all elements is `unit / weight` times the sum.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Window {
+    /// Batches in the sum.
+    #[serde(rename = "accumulated")]
+    pub batches: u64,
+    /// What they weigh together.
+    #[serde(rename = "accumulated_weight")]
+    pub weight: f64,
+    /// The weight of a batch whose gradient is added once: that of the first that counts, which is thus not rounded.
+    #[serde(rename = "accumulated_unit")]
+    pub unit: f64,
+}
+
+impl Window {
+    /// Takes a batch in; returns how many times its gradient is to be added.
+    pub fn add(&mut self, weight: f64) -> f64 {
+        self.batches += 1;
+        if weight == 0.0 {
+            return 0.0;
+        }
+        if self.weight == 0.0 {
+            self.unit = weight;
+        }
+        self.weight += weight;
+        weight / self.unit
+    }
+
+    /// What the sum of gradients is multiplied by to be that of the mean.
+    pub fn scale(&self) -> f64 {
+        self.unit / self.weight
+    }
+}
+
+impl TrainState {
+    /// The state of a run that has seen nothing.
+    pub(crate) fn new(seed: u64, plugins: Vec<PluginOrigin>) -> Self {
+        TrainState {
+            step: 0,
+            optimizer_step: 0,
+            batches: 0,
+            first_batch: 0,
+            resumed_from: None,
+            window: Window::default(),
+            next: Cursor::default(),
+            elements_seen: 0,
+            sequences_seen: 0,
+            bytes_seen: 0,
+            schedule: None,
+            seed,
+            threads: None,
+            data: String::new(),
+            valid_loss: None,
+            best_valid_loss: None,
+            stale_validations: 0,
+            avg_grad: (-1.0, -1.0),
+            plugins,
+        }
+    }
+
+    /// Reads `state.json`. What earlier versions did not write follows from `config`, the configuration in the same
+    /// checkpoint.
+    ///
+    /// # Errors
+    /// It is no state, or one that contradicts itself; names the field.
+    pub(super) fn parse(text: &[u8], config: impl FnOnce() -> Result<Sizes>) -> std::result::Result<Self, String> {
+        let not_a_state = |error: serde_json::Error| format!("not a run's state: {error}");
+        let mut fields: Map<String, Value> = serde_json::from_slice(text).map_err(not_a_state)?;
+        if ["bytes_seen", "sequences_seen", "accumulated_weight"].iter().any(|name| !fields.contains_key(*name)) {
+            let sizes = config().map_err(|error| format!("of an earlier version, and {error}"))?;
+            complete(&mut fields, &sizes);
+        }
+        if let (None, Some(step)) = (fields.get("optimizer_step"), fields.get("step").cloned()) {
+            fields.insert("optimizer_step".into(), step);
+        }
+        let state: TrainState = serde_json::from_value(Value::Object(fields)).map_err(not_a_state)?;
+        state.check().map(|()| state)
+    }
+
+    /// Refuses numbers that no run can come to.
+    fn check(&self) -> std::result::Result<(), String> {
+        let Window { batches, weight, unit } = self.window;
+        let at_most = |name: &str, found: u64, limit: &str, most: u64| match found <= most {
+            true => Ok(()),
+            false => Err(format!("{name} is {found}, more than {limit}, {most}: the state contradicts itself")),
+        };
+        // Sums of them are made, and logs hold them as signed numbers.
+        let largest = u64::MAX / 4;
+        at_most("first_batch", self.first_batch, "any run can see", largest)?;
+        at_most("bytes_seen", self.bytes_seen, "any run can see", largest)?;
+        at_most("optimizer_step", self.optimizer_step, "any run can take", largest)?;
+        at_most("step", self.step, "batches", self.batches)?;
+        at_most("step", self.step, "optimizer_step", self.optimizer_step)?;
+        at_most("accumulated", batches, "batches", self.batches)?;
+        at_most("batches", self.batches, "sequences_seen", self.sequences_seen)?;
+        at_most("sequences_seen", self.sequences_seen, "bytes_seen", self.bytes_seen)?;
+        let contradicts = |what: String| Err(format!("{what}: the state contradicts itself"));
+        if ![self.sequences_seen, self.bytes_seen].contains(&self.elements_seen) {
+            let (found, sequences, bytes) = (self.elements_seen, self.sequences_seen, self.bytes_seen);
+            return contradicts(format!(
+                "elements_seen is {found}, neither sequences_seen, {sequences}, nor bytes_seen, {bytes}"
+            ));
+        }
+        if !(weight >= 0.0 && weight.is_finite() && unit >= 0.0 && unit.is_finite()) {
+            return contradicts(format!("accumulated_weight is {weight} and accumulated_unit {unit}"));
+        }
+        if (batches == 0 && weight > 0.0) || (weight > 0.0 && unit == 0.0) {
+            return contradicts(format!("accumulated_weight is {weight}, of {batches} batches in units of {unit}"));
+        }
+        match &self.schedule {
+            Some(schedule) => {
+                schedule.check().map_err(|what| format!("schedule: {what}: the state contradicts itself"))
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// The number that the next batch has in the logs: they count the batches before a chained run's first too.
+    pub fn cum_batch(&self) -> u64 {
+        self.first_batch + self.batches
+    }
+
+    /// Counts a batch of `sequences` of `seq_len` bytes.
+    pub(crate) fn count(&mut self, sequences: u64, seq_len: u64, strategy: TargetStrategy) {
+        self.batches += 1;
+        self.sequences_seen += sequences;
+        self.bytes_seen += sequences * seq_len;
+        self.elements_seen = self.elements_seen_by(strategy);
+    }
+
+    /// Elements seen, counted by `strategy`.
+    pub(crate) fn elements_seen_by(&self, strategy: TargetStrategy) -> u64 {
+        match strategy {
+            TargetStrategy::Batch => self.sequences_seen,
+            TargetStrategy::Sequence => self.bytes_seen,
+        }
+    }
+
+    /// Compares the plugins that were found with those that trained: the same files, wherever they lie.
+    ///
+    /// # Errors
+    /// Names the first that is missing or another one.
+    pub fn check_plugins(&self, found: &[PluginOrigin]) -> Result<()> {
+        let shown = |plugin: &PluginOrigin| {
+            format!("{} {} ({}, sha256 {})", plugin.name, plugin.version, plugin.path.display(), plugin.short_sum())
+        };
+        let Some(missing) = self.plugins.iter().find(|saved| !found.iter().any(|plugin| plugin.is_file_of(saved)))
+        else {
+            return Ok(());
+        };
+        let other = found.iter().find(|plugin| plugin.name == missing.name).map_or("none".into(), &shown);
+        Err(Error::Config(format!(
+            "plugin {}: expected the file that trained, {}; found {other}: put the old one back, or accept the change \
+             with --allow-plugin-change",
+            missing.name,
+            shown(missing)
+        )))
+    }
+}
+
+/// What a configuration says of batches; the part of it that can be read without the blocks it names.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Sizes {
+    /// Section `train`.
+    pub train: TrainSection,
+    params: InputLength,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+struct InputLength {
+    input_seq_len: usize,
+}
+
+impl Sizes {
+    /// Bytes of one training sequence.
+    pub fn seq_len(&self) -> usize {
+        self.params.input_seq_len
+    }
+}
+
+/// Adds what earlier versions did not write. Their batches were all of one size, and a batch's gradient was divided by
+/// the number of batches in a window when it was added.
+fn complete(fields: &mut Map<String, Value>, sizes: &Sizes) {
+    let number = |fields: &Map<String, Value>, name: &str| fields.get(name).and_then(Value::as_u64).unwrap_or(0);
+    let (batches, accumulated) = (number(fields, "batches"), number(fields, "accumulated"));
+    let sequences = batches.saturating_mul(sizes.train.batch_size as u64);
+    let batch = (sizes.train.batch_size * sizes.seq_len()) as f64;
+    let unit = if accumulated > 0 { batch * sizes.train.gradient_accumulate_every as f64 } else { 0.0 };
+    for (name, value) in [
+        ("sequences_seen", Value::from(sequences)),
+        ("bytes_seen", Value::from(sequences.saturating_mul(sizes.seq_len() as u64))),
+        ("accumulated_weight", Value::from(batch * accumulated as f64)),
+        ("accumulated_unit", Value::from(unit)),
+    ] {
+        fields.entry(name).or_insert(value);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::state;
+    use super::*;
+
+    fn parse(change: impl FnOnce(&mut Map<String, Value>)) -> std::result::Result<TrainState, String> {
+        let Value::Object(mut fields) = serde_json::to_value(state(7, None)).unwrap() else { panic!("an object") };
+        change(&mut fields);
+        TrainState::parse(&serde_json::to_vec(&fields).unwrap(), || {
+            let config = crate::bigram::config().to_yaml().unwrap();
+            Ok(serde_yaml::from_str(&config).unwrap())
+        })
+    }
+
+    #[test]
+    fn a_state_comes_back() {
+        assert_eq!(parse(|_| {}).unwrap(), state(7, None));
+    }
+
+    #[test]
+    fn what_an_earlier_version_did_not_write_follows_from_its_configuration() {
+        let found = parse(|fields| {
+            for name in ["optimizer_step", "sequences_seen", "bytes_seen", "accumulated_weight", "accumulated_unit"] {
+                fields.remove(name).unwrap();
+            }
+            fields["elements_seen"] = (7 * 64).into();
+        });
+        let found = found.unwrap();
+        // Batches of 4 sequences of 16 bytes, three of them a window.
+        assert_eq!((found.sequences_seen, found.bytes_seen, found.optimizer_step), (28, 448, 3));
+        assert_eq!(found.window, Window { batches: 1, weight: 64.0, unit: 192.0 });
+        let mut window = found.window;
+        let added = window.add(64.0);
+        assert_eq!((added, window.add(64.0), window.scale()), (1.0 / 3.0, 1.0 / 3.0, 1.0), "as that version did");
+    }
+
+    #[test]
+    fn a_state_that_contradicts_itself_names_the_field() {
+        type Change = fn(&mut Map<String, Value>);
+        let cases: [(Change, &str); 9] = [
+            (|f| f["step"] = 8.into(), "step is 8, more than batches, 7"),
+            (|f| f["optimizer_step"] = 2.into(), "step is 3, more than optimizer_step, 2"),
+            (|f| f["accumulated"] = 9.into(), "accumulated is 9, more than batches, 7"),
+            (|f| f["elements_seen"] = 1.into(), "elements_seen is 1, neither sequences_seen, 28, nor bytes_seen, 448"),
+            (|f| f["accumulated"] = 0.into(), "accumulated_weight is 64, of 0 batches in units of 64"),
+            (|f| f["accumulated_weight"] = (-1.0).into(), "accumulated_weight is -1"),
+            (|f| f["sequences_seen"] = 6.into(), "batches is 7, more than sequences_seen, 6"),
+            (|f| f["step"] = "three".into(), "not a run's state: invalid type: string \"three\""),
+            (|f| drop(f.remove("seed")), "missing field `seed`"),
+        ];
+        for (change, want) in cases {
+            let error = parse(change).unwrap_err();
+            assert!(error.contains(want), "{error}");
+        }
+    }
+}

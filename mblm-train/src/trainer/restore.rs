@@ -1,0 +1,153 @@
+//! Going on from a checkpoint, possibly with a changed configuration: which batch comes next, how many are left, and at
+//! which learning rates.
+
+use super::Trainer;
+use crate::checkpoint::{Checkpoint, Sizes, TrainState, Window};
+use crate::config::{LossAverage, TrainSection};
+use crate::data::batches::Cursor;
+use crate::data::record::DataRecord;
+use crate::error::{Error, Result};
+use crate::plan::{Plan, elements_per_batch};
+use crate::schedule::Schedule;
+
+/// A rate below this share of the peak does not train much.
+const LOW: f64 = 0.1;
+
+/// What there is to say about a run that goes on, in lines.
+#[derive(Debug, Default)]
+pub struct Remarks {
+    /// What changes.
+    pub notes: Vec<String>,
+    /// What may not be meant.
+    pub warnings: Vec<String>,
+}
+
+impl Trainer<'_> {
+    /// Goes on from a checkpoint.
+    ///
+    /// # Errors
+    /// The checkpoint is damaged, or of another model, other data, or another seed.
+    pub fn restore(&mut self, checkpoint: &Checkpoint) -> Result<Remarks> {
+        let (saved, before) = (checkpoint.state()?, checkpoint.sizes()?);
+        self.check_same(checkpoint, &saved)?;
+        let mut remarks = Remarks::default();
+        let next = self.place(checkpoint, saved.next, &before, &mut remarks)?;
+        let plan = Plan::resumed(self.config, &saved)?;
+        let schedule = self.schedule(&saved, &before, &plan, &mut remarks);
+        let threads = self.state.threads;
+        if let (Some(before), Some(now)) = (saved.threads, threads)
+            && before != now
+        {
+            remarks.warnings.push(format!(
+                "{now} threads compute, where {before} did before: sums are rounded in another order, so the run does not \
+                 go on bit for bit; with RAYON_NUM_THREADS={before} it does"
+            ));
+        }
+        let (plugins, data) = (std::mem::take(&mut self.state.plugins), std::mem::take(&mut self.state.data));
+        let strategy = self.config.train.target_elements_strategy;
+        self.state = TrainState {
+            plugins,
+            data,
+            threads,
+            next,
+            schedule: Some(schedule),
+            elements_seen: saved.elements_seen_by(strategy),
+            window: self.window(saved.window, &before.train),
+            ..checkpoint.restore(self.model.params(), &mut self.adam)?
+        };
+        self.plan = plan;
+        self.plan.schedule = schedule;
+        Ok(remarks)
+    }
+
+    fn check_same(&self, checkpoint: &Checkpoint, saved: &TrainState) -> Result<()> {
+        let place = checkpoint.path().display();
+        if !saved.data.is_empty() && !self.data.is(&saved.data) {
+            let changes = DataRecord::changes(checkpoint.path(), &saved.data, &self.data);
+            return Err(Error::Config(format!(
+                "io.dataset_dir: the data are not those of {place}: {changes}; put them back as they were, or begin a new \
+                 run"
+            )));
+        }
+        if saved.seed != self.state.seed {
+            return Err(Error::Config(format!(
+                "train.seed: found {}, expected {}, with which {place} was trained",
+                self.state.seed, saved.seed
+            )));
+        }
+        Ok(())
+    }
+
+    /// The batch that comes next. In batches of another size it is the first that holds nothing of those before.
+    fn place(&self, checkpoint: &Checkpoint, saved: Cursor, before: &Sizes, remarks: &mut Remarks) -> Result<Cursor> {
+        let bytes = |size: usize, seq_len: usize| (size as u128) * (seq_len as u128);
+        let (old, new) =
+            (bytes(before.train.batch_size, before.seq_len()), bytes(self.train.batch_size, self.train.seq_len).max(1));
+        if old != new {
+            let batch = (u128::from(saved.batch) * old).div_ceil(new) as u64;
+            let next = match batch.checked_sub(1) {
+                Some(last) => self.train.after(Cursor { batch: last, ..saved }),
+                None => saved,
+            };
+            remarks.notes.push(format!(
+                "data: goes on at batch {} of epoch {}, which was batch {} of epoch {} in batches of the old size",
+                next.batch, next.epoch, saved.batch, saved.epoch
+            ));
+            return Ok(next);
+        }
+        let batches = self.train.num_batches(saved.epoch);
+        match saved.batch < batches {
+            true => Ok(saved),
+            false => Err(Error::Config(format!(
+                "{} goes on at batch {} of epoch {}, which has {batches}: its state contradicts its data",
+                checkpoint.path().display(),
+                saved.batch,
+                saved.epoch
+            ))),
+        }
+    }
+
+    /// The learning rates of the rest of the run. Where a changed configuration gives it another number of steps, they
+    /// begin with the rate that was reached.
+    fn schedule(&self, saved: &TrainState, before: &Sizes, plan: &Plan, remarks: &mut Remarks) -> Schedule {
+        let train = &self.config.train;
+        let old = saved.schedule.unwrap_or_else(|| {
+            let batches = before.train.target_elements.div_ceil(elements_per_batch(&before.train, before.seq_len()));
+            let steps = batches.div_ceil(before.train.gradient_accumulate_every.max(1) as u64);
+            Schedule::new(before.train.learning_rate, steps, before.train.warmup_steps_perc)
+        });
+        let course = |train: &TrainSection, seq_len| {
+            let target = (train.target_elements, train.target_elements_strategy, train.rewarm_steps_perc);
+            (target, train.batch_size, train.gradient_accumulate_every, seq_len)
+        };
+        let is_same = course(&before.train, before.seq_len()) == course(train, self.train.seq_len);
+        let (step, left) = (saved.step, plan.steps - saved.step);
+        let new = match old.with_peak(train.learning_rate) {
+            // A run without a step has no rate yet to go on from.
+            _ if step == 0 => plan.schedule,
+            same if is_same => same,
+            same => same.extended(step, left, train.rewarm_steps_perc.unwrap_or(0.0)),
+        };
+        if new != old {
+            remarks.notes.push(format!("learning rate schedule before: {}", old.describe(step)));
+            remarks.notes.push(format!("learning rate schedule now: {}", new.describe(step)));
+            if left > 0 && new.highest(step) < LOW * new.peak {
+                remarks.warnings.push(format!(
+                    "the learning rate stays below {LOW} of train.learning_rate, to which it had annealed; to \
+                     train further, have it warm up again: --set train.rewarm_steps_perc=0.1"
+                ));
+            }
+        }
+        new
+    }
+
+    /// The gradients that wait, weighed as `loss_average` has it.
+    fn window(&self, saved: Window, before: &TrainSection) -> Window {
+        let weight = match self.config.train.loss_average {
+            now if now == before.loss_average || saved.weight == 0.0 => return saved,
+            LossAverage::Batch => saved.batches as f64,
+            LossAverage::Window => (saved.batches * (self.train.batch_size * self.train.seq_len) as u64) as f64,
+        };
+        Window { weight, unit: weight * saved.unit / saved.weight, ..saved }
+    }
+}
