@@ -70,7 +70,7 @@ fn the_shipped_plugins_pass_every_check() {
         assert_eq!(ran.code, 0, "{}\n{}", ran.out, ran.err);
         let count = |word: &str| ran.out.lines().filter(|line| line.starts_with(&format!("  {word} "))).count();
         // Nothing panics on demand in C.
-        assert_eq!((count("FAILED"), count("skipped"), count("passed")), (0, skipped, 16 - skipped), "{}", ran.out);
+        assert_eq!((count("FAILED"), count("skipped"), count("passed")), (0, skipped, 17 - skipped), "{}", ran.out);
     }
 }
 
@@ -87,6 +87,9 @@ fn every_fault_is_caught_by_the_check_of_its_name() {
         ("OUTPUTS_GUARD", "outputs", "y: something was written after the buffer"),
         ("OUTPUTS_INPUT", "outputs", "x is an input, but was written to"),
         ("SIZES", "sizes", "batch 1, length 1"),
+        ("OWN_WEIGHTS", "reproducible", "built again, with the same parameters, it gives another output"),
+        ("STALE", "reproducible", "built again, with the same parameters, it gives another output"),
+        ("STATE", "reproducible", "the same input gives another output after other calls"),
         ("CAUSALITY", "causality", "a change at position 1 shows before it"),
         ("DETERMINISTIC", "deterministic", "the output has other bits"),
         ("GRADIENTS", "gradients", "the input: along a random direction"),
@@ -105,6 +108,73 @@ fn every_fault_is_caught_by_the_check_of_its_name() {
         let ran = mblm(folder.path(), &["plugin", "check", path(&library), "--only", check, "--limit", "2"]);
         let line = ran.out.lines().skip_while(|line| !line.starts_with("  FAILED")).nth(1).unwrap_or_default();
         assert!(ran.code == 1 && line.contains(want), "{fault}: {}\n{}", ran.out, ran.err);
+    }
+}
+
+/// Whatever a plugin does in whichever call, `plugin check` says so and fails.
+#[test]
+fn exits_crashes_and_hangs_are_failures_wherever_they_happen() {
+    let folder = tempfile::tempdir().unwrap();
+    let faults = [
+        ("LOAD_EXIT", "opening", "the plugin ended the process with exit code "),
+        ("LOAD_ABORT", "opening", "the plugin crashed by signal 6 (abort)"),
+        ("LOAD_HANG", "opening", "the plugin did not end within 1 s"),
+        ("INIT", "opening", "init failed: no licence"),
+        ("CHECK_EXIT", "configuration", "the plugin ended the process with exit code "),
+        ("CHECK_CRASH", "configuration", "the plugin crashed by signal 11 (segmentation fault)"),
+        ("CHECK_HANG", "configuration", "the plugin did not end within 1 s"),
+        ("CREATE_EXIT", "params", "the plugin ended the process with exit code "),
+        ("DESTROY_EXIT", "params", "the plugin ended the process with exit code "),
+        ("FORWARD_EXIT", "outputs", "the plugin ended the process with exit code "),
+    ];
+    for (fault, check, want) in faults {
+        let library = broken(folder.path(), fault);
+        let only = if ["opening", "configuration"].contains(&check) { "header" } else { check };
+        let ran = mblm(folder.path(), &["plugin", "check", path(&library), "--only", only, "--limit", "1"]);
+        let lines: Vec<&str> = ran.out.lines().skip_while(|line| !line.starts_with("  FAILED")).take(2).collect();
+        assert!(ran.code == 1 && lines.len() == 2, "{fault}: {} {}\n{}", ran.code, ran.out, ran.err);
+        assert!(lines[0].contains(check) && lines[1].trim().starts_with(want), "{fault}: {lines:?}");
+    }
+    let noisy = broken(folder.path(), "CHECK_NOISE");
+    let ran = mblm(folder.path(), &["plugin", "check", path(&noisy), "--only", "header"]);
+    assert!(ran.code == 0 && ran.out.contains("passed   header"), "{}", ran.out);
+}
+
+#[test]
+fn a_block_needs_no_fields_and_a_schema_may_be_a_circle() {
+    let folder = tempfile::tempdir().unwrap();
+    let bare = broken(folder.path(), "NO_PROPERTIES");
+    let ran = mblm(folder.path(), &["plugin", "check", path(&bare), "--only", "schema"]);
+    assert!(ran.code == 0 && ran.out.contains("passed   schema"), "{}", ran.out);
+    let schema = mblm(folder.path(), &["schema", "--plugin-dir", path(&bare)]);
+    let schema: serde_json::Value = serde_json::from_str(&schema.out).unwrap();
+    assert_eq!(schema["definitions"]["block leaky"]["properties"]["block_type"]["enum"][0], "leaky");
+
+    let circle = broken(folder.path(), "CIRCLE");
+    let ran = mblm(folder.path(), &["plugin", "check", path(&circle), "--only", "schema"]);
+    assert!(ran.code == 1 && ran.out.contains("the $ref of `a` leads to nothing or round in a circle"), "{}", ran.out);
+    let page = mblm(folder.path(), &["schema", "--markdown", "--plugin-dir", path(&circle)]).out;
+    assert!(page.contains("| `a` | anything | must be given |"), "{page}");
+}
+
+#[test]
+fn what_cannot_be_trained_or_evaluated_is_refused_before_training() {
+    let cases = [
+        ("NO_BACKWARD", "it has no backward pass, so it cannot be trained"),
+        ("OWN_WEIGHTS", "built again, with the same parameters, it gives another output"),
+        ("STATE", "the same input gives another output after other calls"),
+    ];
+    for (fault, want) in cases {
+        let folder = tempfile::tempdir().unwrap();
+        let library = broken(folder.path(), fault);
+        write_config(folder.path(), &[TRANSFORMER, "{block_type: leaky}"], 1);
+        for command in ["check", "train"] {
+            let ran = mblm(folder.path(), &[command, "run.yaml", "--plugin-dir", path(&library)]);
+            let error = ran.err.lines().find(|line| line.starts_with("error: ")).unwrap_or_default();
+            assert!(ran.code == 1 && error.contains(want), "{command} {fault}: {}", ran.err);
+            assert!(error.contains("stage 2") && error.contains("leaky"), "{error}");
+        }
+        assert!(!folder.path().join("runs").exists(), "no run folder is made");
     }
 }
 

@@ -23,6 +23,7 @@ pub mod plugin;
 mod recompute;
 pub mod registry;
 pub mod rows;
+pub mod schema;
 pub mod simd;
 pub mod testing;
 pub mod yaml;

@@ -5,10 +5,28 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor, Var};
 
-use crate::block::{Mode, StageModel};
-use crate::error::Result;
+use crate::block::{Mode, StageBlock, StageModel};
+use crate::error::{Error, Result};
 use crate::layer::{Dims, Layer, apply};
 use crate::param::{Param, ParamStore};
+
+/// What to do about a parameter without a gradient.
+pub const WITHOUT_GRADIENT: &str = "use it in `forward`, and let no operation cut the gradient (candle_nn's softmax_last_dim, \
+                                    rms_norm, layer_norm and rope do; so does `detach`), or do not create it";
+
+/// A fault of a stage model, and what to do about it.
+pub const OTHER_OUTPUT_AGAIN: &str = "the same input gives another output after other calls; look for random numbers in \
+                                      evaluation, for state that is kept between calls, and for anything that `forward` \
+                                      reads beside its parameters and its input";
+
+/// A fault of a stage model, and what to do about it.
+pub const OTHER_OUTPUT_REBUILT: &str = "built again, with the same parameters, it gives another output; look for weights of \
+                                        its own, such as a candle `VarMap`, which are not saved: create every weight as a \
+                                        parameter (`ParamScope` in Rust, `param` in C)";
+
+/// A fault of a stage model, and what to do about it.
+pub const OTHER_OUTPUT_IN_TRAINING: &str = "the same input and the same seed give another output in training; take dropout \
+                                            from `mode.dropout`, since candle's draws other elements each time";
 
 /// Reproducible noise, uniform in `[-1, 1]`.
 pub fn noise(len: usize, seed: u64) -> Vec<f32> {
@@ -193,6 +211,105 @@ pub fn is_causal(model: &dyn StageModel, dims: Dims, positions: &[usize]) -> Res
         }
         if after[t * dim..(t + 1) * dim] == before[t * dim..(t + 1) * dim] {
             return Err(format!("position {t} ignores its input"));
+        }
+    }
+    Ok(())
+}
+
+/// The model of one stage, built alone.
+///
+/// # Errors
+/// The block cannot be built at this width.
+pub fn build_alone(
+    block: &dyn StageBlock,
+    place: &str,
+    dim: usize,
+    num_layers: usize,
+    seed: u64,
+) -> Result<(ParamStore, Box<dyn StageModel>)> {
+    let mut store = ParamStore::new(seed);
+    let model = block.build(dim, num_layers, &mut store.root().sub(place))?;
+    Ok((store, model))
+}
+
+/// Outputs that should have been the same.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Variation {
+    /// What was done, what differs, and what to look for.
+    pub what: String,
+    /// Whether evaluation gives other numbers. If not, training draws other ones, or sums are rounded in another way.
+    pub changes_results: bool,
+}
+
+/// How far sums in another order may be apart, relative to the largest output.
+const ROUNDING: f32 = 1e-4;
+
+/// Whether the outputs of `model` follow from its parameters and its input alone: they are compared bit for bit after
+/// other calls, and with those of `rebuilt`, the model of the same block built anew with other initial values, which gets
+/// the values of `params`. In training, the same dropout seed must give the same outputs.
+///
+/// # Errors
+/// A forward pass fails, or `rebuilt` has other parameters.
+pub fn variation(
+    model: &dyn StageModel,
+    params: &[Arc<Param>],
+    rebuilt: (&dyn StageModel, &ParamStore),
+    dims: Dims,
+) -> Result<Option<Variation>> {
+    let forward = |model: &dyn StageModel, batch: usize, seed: u64, mode: Mode| {
+        let shape = (batch, dims.seq, dims.dim);
+        let x = Tensor::from_vec(noise(batch * dims.seq * dims.dim, seed), shape, &Device::Cpu)?;
+        Ok::<_, Error>(model.forward(&x, None, mode)?.flatten_all()?.to_vec1::<f32>()?)
+    };
+    let (rebuilt, store) = rebuilt;
+    let want = forward(model, dims.batch, 41, Mode::Eval)?;
+    let trained = forward(model, dims.batch, 41, Mode::train(1))?;
+    // Other inputs, and other values before, show what is kept.
+    forward(model, 1, 42, Mode::Eval)?;
+    store.iter().try_for_each(|param| param.update(|values| values.iter_mut().for_each(|value| *value += 0.25)))?;
+    forward(rebuilt, 1, 42, Mode::Eval)?;
+    copy_values(params, store)?;
+    let pairs = [
+        (OTHER_OUTPUT_AGAIN, forward(model, dims.batch, 41, Mode::Eval)?, &want),
+        (OTHER_OUTPUT_REBUILT, forward(rebuilt, dims.batch, 41, Mode::Eval)?, &want),
+        (OTHER_OUTPUT_IN_TRAINING, forward(model, dims.batch, 41, Mode::train(1))?, &trained),
+    ];
+    let found = pairs.into_iter().filter_map(|(what, got, want)| {
+        let first = difference(&got, want, 0.0)?;
+        let changes_results = what != OTHER_OUTPUT_IN_TRAINING && difference(&got, want, ROUNDING).is_some();
+        Some(Variation { what: format!("{what} ({first})"), changes_results })
+    });
+    // The first of the worst kind.
+    Ok(found.min_by_key(|variation| !variation.changes_results))
+}
+
+/// Gives the parameters of `store` the values of those with the same names.
+fn copy_values(from: &[Arc<Param>], store: &ParamStore) -> Result<()> {
+    let names = |param: &Arc<Param>| (param.name().to_string(), param.shape().to_vec());
+    if !from.iter().map(names).eq(store.iter().map(names)) {
+        return Err(Error::Block("built again, it has other parameters".into()));
+    }
+    from.iter().zip(store.iter()).try_for_each(|(from, to)| {
+        let values = from.values().to_vec();
+        to.update(|slot| slot.copy_from_slice(&values))
+    })
+}
+
+/// Whether each sequence of a batch has the outputs that it has alone.
+///
+/// # Errors
+/// Says where it does not, or what failed.
+pub fn is_independent(model: &dyn StageModel, dims: Dims) -> Result<(), String> {
+    let forward = |x: &[f32], batch: usize| {
+        let x = Tensor::from_slice(x, (batch, dims.seq, dims.dim), &Device::Cpu)?;
+        Ok::<_, Error>(model.forward(&x, None, Mode::Eval)?.flatten_all()?.to_vec1::<f32>()?)
+    };
+    let (x, row) = (noise(dims.len(), 51), dims.seq * dims.dim);
+    let together = forward(&x, dims.batch).map_err(words)?;
+    for (x, together) in x.chunks_exact(row).zip(together.chunks_exact(row)) {
+        let alone = forward(x, 1).map_err(words)?;
+        if let Some(difference) = difference(together, &alone, ROUNDING) {
+            return Err(format!("a sequence gives something else beside another than alone: {difference}"));
         }
     }
     Ok(())

@@ -1,20 +1,20 @@
-//! `mblm plugin check`: a plugin against the contract, each check in a process of its own.
+//! `mblm plugin check`: a plugin against the contract. Everything that runs the plugin's code runs in a child process
+//! with a time limit: opening the library, finding a configuration, and each check.
 
 use std::io::Write;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::path::PathBuf;
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::Result;
 use mblm::plugin::check::{CHECKS, Check, Outcome, PANIC_VARIABLE, Subject};
 use mblm::plugin::host::Library;
-use mblm::plugin::host::probe::{fate, wait};
+use mblm::plugin::host::child::{self, fate};
 use mblm::train::terminal::Output;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 
 use crate::Usage;
-
-/// What a check's answer begins with, amid anything that a plugin may print.
-const ANSWER: &str = "mblm-check:";
 
 /// Arguments of `mblm plugin check`.
 #[derive(clap::Args)]
@@ -33,15 +33,28 @@ pub struct Args {
     /// Seconds that a check may take
     #[arg(long, default_value_t = 60)]
     limit: u64,
-    /// Run the check in this process (for internal use)
+    /// Answer a question in this process (for internal use)
     #[arg(long, hide = true)]
     here: bool,
 }
 
-enum Verdict {
-    Passed(String),
-    Skipped(String),
-    Failed(String),
+/// What an opened library says of itself.
+#[derive(Serialize, Deserialize)]
+struct About {
+    name: String,
+    version: String,
+    blocks: Vec<String>,
+}
+
+impl About {
+    fn of(library: &Library) -> Self {
+        let blocks = library.blocks().iter().map(|block| block.block_type.to_string());
+        About {
+            name: library.origin().name.clone(),
+            version: library.origin().version.clone(),
+            blocks: blocks.collect(),
+        }
+    }
 }
 
 /// Runs `mblm plugin check`.
@@ -51,80 +64,100 @@ pub fn run(args: &Args) -> Result<()> {
         let suggestion = mblm::nearest::suggestion(unknown, &names);
         return Err(Usage(format!("--only: unknown check {unknown:?}; {suggestion}")).into());
     }
-    let mut wanted =
-        CHECKS.iter().filter(|check| args.only.is_empty() || args.only.iter().any(|only| only == check.name));
     if args.here {
-        return wanted.try_for_each(|check| answer(args, check));
+        answer(args);
+        return Ok(());
     }
-    let library = super::open(&args.file)?;
-    let origin = library.origin();
-    let mut out = Output::new();
-    writeln!(out, "plugin {} {}  {}", origin.name, origin.version, origin.path.display())?;
-    let blocks = library.blocks().iter().map(|block| block.block_type);
-    let blocks: Vec<&str> = blocks.filter(|block| args.block.as_deref().is_none_or(|only| only == *block)).collect();
+    let mut report = Report { out: Output::new(), file: super::library_file(&args.file)?, args, faults: 0 };
+    let about: About = match report.ask(&[], None)? {
+        Ok(about) => about,
+        Err(fault) => {
+            writeln!(report.out, "plugin {}", report.file.display())?;
+            report.failed("opening", "the library loads, and its tables are whole", &fault)?;
+            return report.end();
+        }
+    };
+    writeln!(report.out, "plugin {} {}  {}", about.name, about.version, report.file.display())?;
+    let is_wanted = |block: &&String| args.block.as_ref().is_none_or(|only| only == *block);
+    let blocks: Vec<&String> = about.blocks.iter().filter(is_wanted).collect();
     if let (true, Some(block)) = (blocks.is_empty(), &args.block) {
-        return Err(Usage(format!("{} has no block type {block:?}", args.file.display())).into());
+        let suggestion = mblm::nearest::suggestion(block, &about.blocks.iter().map(String::as_str).collect::<Vec<_>>());
+        return Err(Usage(format!("{} has no block type {block:?}; {suggestion}", report.file.display())).into());
     }
-    let (wanted, mut faults): (Vec<&Check>, usize) = (wanted.collect(), 0);
-    for block in blocks {
-        let subject = Subject::new(library.clone(), block, args.config.as_deref()).map_err(Usage)?;
-        writeln!(out, "\nblock {block}  {}", subject.config())?;
-        for check in &wanted {
-            match in_child(args, block, subject.config(), check)? {
-                Verdict::Passed(text) => writeln!(out, "  passed   {:<15}{text}", check.name)?,
-                Verdict::Skipped(text) => writeln!(out, "  skipped  {:<15}{text}", check.name)?,
-                Verdict::Failed(text) => {
-                    faults += 1;
-                    writeln!(out, "  FAILED   {:<15}{}", check.name, check.about)?;
-                    writeln!(out, "{:26}{text}", "")?;
-                }
+    blocks.into_iter().try_for_each(|block| report.block(block))?;
+    report.end()
+}
+
+/// What is asked of children, and what is printed.
+struct Report<'a> {
+    out: Output,
+    file: PathBuf,
+    args: &'a Args,
+    faults: usize,
+}
+
+impl Report<'_> {
+    /// Finds a configuration for a block, and runs the checks.
+    fn block(&mut self, block: &str) -> Result<()> {
+        let given = self.args.config.iter().flat_map(|config| ["--config", config]);
+        let question: Vec<&str> = ["--block", block].into_iter().chain(given).collect();
+        let config: String = match self.ask(&question, None)? {
+            Ok(config) => config,
+            Err(fault) => {
+                writeln!(self.out, "\nblock {block}")?;
+                return self.failed("configuration", "the block accepts a configuration that fits its schema", &fault);
+            }
+        };
+        writeln!(self.out, "\nblock {block}  {config}")?;
+        let is_wanted =
+            |check: &&Check| self.args.only.is_empty() || self.args.only.iter().any(|only| only == check.name);
+        for check in CHECKS.iter().filter(is_wanted) {
+            let variable = (check.name == "panic").then_some(PANIC_VARIABLE);
+            match self.ask(&["--block", block, "--config", &config, "--only", check.name], variable)? {
+                Ok(Outcome::Passed(text)) => writeln!(self.out, "  passed   {:<15}{text}", check.name)?,
+                Ok(Outcome::Skipped(text)) => writeln!(self.out, "  skipped  {:<15}{text}", check.name)?,
+                Err(fault) => self.failed(check.name, check.about, &fault)?,
             }
         }
+        Ok(())
     }
-    match faults {
-        0 => Ok(writeln!(out, "\nno fault found")?),
-        _ => Err(anyhow::anyhow!("{faults} check(s) failed")),
+
+    /// Has a child of this program answer, and makes a fault of however else it ends.
+    fn ask<T: DeserializeOwned>(&self, question: &[&str], variable: Option<&str>) -> Result<Result<T, String>> {
+        let mut command = Command::new(std::env::current_exe()?);
+        command.args(["plugin", "check", "--here"]).args(question).arg("--").arg(&self.file);
+        command.envs(variable.map(|name| (name, "1")));
+        let ended = child::ask::<Result<T, String>>(command, Duration::from_secs(self.args.limit))?;
+        let fault = match (ended.status, ended.answer) {
+            (Some(status), Some(answer)) if status.success() => return Ok(answer),
+            (Some(status), _) => format!("the plugin {} in a call", fate(status)),
+            (None, _) => format!("the plugin did not end within {} s", self.args.limit),
+        };
+        Ok(Err(ended.error.map_or(fault.clone(), |error| format!("{fault}\n{error}"))))
+    }
+
+    fn failed(&mut self, name: &str, about: &str, fault: &str) -> Result<()> {
+        self.faults += 1;
+        writeln!(self.out, "  FAILED   {name:<15}{about}")?;
+        Ok(fault.lines().try_for_each(|line| writeln!(self.out, "{:26}{line}", ""))?)
+    }
+
+    fn end(mut self) -> Result<()> {
+        match self.faults {
+            0 => Ok(writeln!(self.out, "\nno fault found")?),
+            faults => Err(anyhow::anyhow!("{faults} check(s) failed")),
+        }
     }
 }
 
-/// Runs a check in a child.
-fn in_child(args: &Args, block: &str, config: &str, check: &Check) -> Result<Verdict> {
-    let mut command = Command::new(std::env::current_exe()?);
-    command.args(["plugin", "check", "--here", "--block", block, "--config", config, "--only", check.name]);
-    command.arg(&args.file).stdin(Stdio::null()).stderr(Stdio::null());
-    if check.name == "panic" {
-        command.env(PANIC_VARIABLE, "1");
+/// The child's side: opens the library, or finds a configuration of a block, or runs a check.
+fn answer(args: &Args) {
+    child::end_with_parent();
+    let library = Library::open(&args.file);
+    let subject = |block: &str| Subject::new(library.clone()?, block, args.config.as_deref());
+    match (&args.block, CHECKS.iter().find(|check| args.only.iter().any(|only| only == check.name))) {
+        (None, _) => child::answer(&library.as_ref().map(|library| About::of(library))),
+        (Some(block), None) => child::answer(&subject(block).map(|subject| subject.config().to_string())),
+        (Some(block), Some(check)) => child::answer(&subject(block).and_then(|subject| (check.run)(&subject))),
     }
-    // A file, since a pipe that nobody reads would stop a child that prints much.
-    let output = tempfile::NamedTempFile::new()?;
-    let mut child = command.stdout(output.reopen()?).spawn()?;
-    let limit = Duration::from_secs(args.limit);
-    let Some(status) = wait(&mut child, limit) else {
-        return Ok(Verdict::Failed(format!("did not end within {} s", args.limit)));
-    };
-    let output = String::from_utf8_lossy(&std::fs::read(output.path())?).into_owned();
-    let answer = output.rsplit_once(ANSWER).map(|(_, answer)| answer.trim());
-    let verdict = answer.and_then(|answer| answer.split_once(' '));
-    Ok(match verdict {
-        _ if !status.success() => Verdict::Failed(format!("the plugin {}", fate(status))),
-        Some(("passed", text)) => Verdict::Passed(text.into()),
-        Some(("skipped", text)) => Verdict::Skipped(text.into()),
-        Some((_, text)) => Verdict::Failed(text.into()),
-        None => Verdict::Failed(format!("the plugin {} before the check did", fate(status))),
-    })
-}
-
-/// Runs a check here and prints what it found, in a line.
-fn answer(args: &Args, check: &Check) -> Result<()> {
-    let outcome = subject(&args.file, args).and_then(|subject| (check.run)(&subject));
-    let (word, text) = match outcome {
-        Ok(Outcome::Passed(text)) => ("passed", text),
-        Ok(Outcome::Skipped(text)) => ("skipped", text),
-        Err(text) => ("failed", text),
-    };
-    Ok(writeln!(Output::new(), "\n{ANSWER} {word} {}", text.replace('\n', " "))?)
-}
-
-fn subject(file: &Path, args: &Args) -> Result<Subject, String> {
-    Subject::new(Library::open(file)?, args.block.as_deref().unwrap_or_default(), args.config.as_deref())
 }

@@ -47,16 +47,22 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
     }
 }
 
+/// The file that was named.
+fn library_file(file: &Path) -> Result<PathBuf> {
+    let reason = match file.canonicalize() {
+        Ok(path) if path.is_file() => return Ok(path),
+        Ok(path) if path.is_dir() => "a folder".to_string(),
+        Ok(_) => "not a regular file".to_string(),
+        Err(error) => error.to_string(),
+    };
+    Err(Usage(format!("{}: {reason}; expected a shared library", file.display())).into())
+}
+
 /// Opens a file that was named, after a probe.
 fn open(file: &Path) -> Result<std::sync::Arc<Library>> {
-    let opened = match file.canonicalize() {
-        Ok(path) if path.is_dir() => Err("a folder; expected a shared library".into()),
-        Ok(path) => {
-            let probe = Probe::new(std::env::current_exe()?, &[PROBE]);
-            LibraryFile::read(&path).and_then(|file| probe.run(&file).and_then(|()| Library::open_file(&file)))
-        }
-        Err(error) => Err(error.to_string()),
-    };
+    let path = library_file(file)?;
+    let probe = Probe::new(std::env::current_exe()?, &[PROBE]);
+    let opened = LibraryFile::read(&path).and_then(|file| probe.run(&file).and_then(|()| Library::open_file(&file)));
     opened.map_err(|reason| Usage(format!("{}: {reason}", file.display())).into())
 }
 

@@ -25,6 +25,9 @@ static mblm_status fail(mblm_status status, const char *where, const char *messa
 
 struct mblm_instance {
     uint64_t dim, layers;
+#if defined(FAULT_OWN_WEIGHTS) || defined(FAULT_STALE)
+    float own;
+#endif
 };
 struct mblm_tape {
     float *sums; /* (batch, seq, dim): s_t = x_t + DECAY s_{t-1} */
@@ -37,10 +40,25 @@ struct mblm_state {
 static mblm_status check(const mblm_block *block, mblm_text config, uint64_t dim, uint32_t *positions) {
     (void)block, (void)dim;
     *positions = MBLM_POS_NONE;
+#ifdef FAULT_CHECK_EXIT
+    exit(0);
+#endif
+#ifdef FAULT_CHECK_CRASH
+    *(volatile int *)8 = 1;
+#endif
+#ifdef FAULT_CHECK_HANG
+    for (;;) usleep(1000);
+#endif
+#ifdef FAULT_CHECK_NOISE
+    for (int i = 0; i < 100000; i++) printf("a line of noise, number %d\n", i);
+#endif
 #ifdef FAULT_CONFIGS_CRASH
     if (config.len > 1000) abort();
 #endif
 #ifdef FAULT_CONFIGS
+    return MBLM_OK;
+#endif
+#ifdef FAULT_CIRCLE
     return MBLM_OK;
 #endif
     if (config.len == 2 && memcmp(config.data, "{}", 2) == 0) return MBLM_OK;
@@ -52,13 +70,23 @@ static mblm_status create(const mblm_block *block, mblm_text config, mblm_text p
     (void)block, (void)config, (void)place;
     mblm_instance *m = malloc(sizeof *m);
     if (!m) return fail(MBLM_FAILED, "", "out of memory");
-    *m = (mblm_instance){dim, num_layers};
+    *m = (mblm_instance){.dim = dim, .layers = num_layers};
+#ifdef FAULT_OWN_WEIGHTS
+    static int made;
+    m->own = 1.0f + 0.1f * (float)made++;
+#endif
+#ifdef FAULT_CREATE_EXIT
+    exit(0);
+#endif
     info->num_params = 2;
     *instance = m;
     return MBLM_OK;
 }
 
 static void destroy(mblm_instance *m) {
+#ifdef FAULT_DESTROY_EXIT
+    exit(0);
+#endif
 #ifdef FAULT_LEAKS
     static void *volatile lost;
     lost = malloc(4096);
@@ -103,6 +131,20 @@ static mblm_status forward(mblm_instance *m, const mblm_params *params, const mb
         sums[i] = x[i] + (t ? DECAY * sums[i - d] : 0.0f);
         y[i] = one(params, i % d, x[i], sums[i]);
     }
+#ifdef FAULT_OWN_WEIGHTS
+    for (uint64_t i = 0; i < len; i++) y[i] *= m->own;
+#endif
+#ifdef FAULT_STALE
+    if (m->own == 0.0f) m->own = params->values[0][0];
+    for (uint64_t i = 0; i < len; i++) y[i] *= m->own;
+#endif
+#ifdef FAULT_STATE
+    static int before;
+    y[0] += 0.1f * (float)before++;
+#endif
+#ifdef FAULT_FORWARD_EXIT
+    exit(0);
+#endif
 #ifdef FAULT_OUTPUTS
     y[len - 1] = 0.0f / 0.0f;
 #endif
@@ -290,7 +332,11 @@ static mblm_status step(mblm_instance *m, const mblm_params *params, mblm_state 
 
 static const mblm_block BLOCK = {
     .struct_size = sizeof(mblm_block),
+#ifdef FAULT_NO_BACKWARD
+    .flags = MBLM_STEP | MBLM_CONCURRENT | MBLM_DETERMINISTIC,
+#else
     .flags = MBLM_BACKWARD | MBLM_STEP | MBLM_CONCURRENT | MBLM_DETERMINISTIC,
+#endif
     .block_type = MBLM_TEXT(TYPE),
 #ifdef FAULT_HEADER
     .version = MBLM_TEXT(""),
@@ -300,6 +346,11 @@ static const mblm_block BLOCK = {
     .about = MBLM_TEXT("A leaky sum"),
 #ifdef FAULT_SCHEMA
     .schema = MBLM_TEXT("{\"type\": \"object\", \"properties\": {}}"),
+#elif defined(FAULT_NO_PROPERTIES)
+    .schema = MBLM_TEXT("{\"type\": \"object\", \"additionalProperties\": false}"),
+#elif defined(FAULT_CIRCLE)
+    .schema = MBLM_TEXT("{\"type\": \"object\", \"additionalProperties\": false, \"required\": [\"a\"], \"properties\": {\"a\": "
+                        "{\"$ref\": \"#/$defs/a\"}}, \"$defs\": {\"a\": {\"$ref\": \"#/$defs/a\"}}}"),
 #else
     .schema = MBLM_TEXT("{\"type\": \"object\", \"properties\": {}, \"additionalProperties\": false}"),
 #endif

@@ -3,7 +3,7 @@
 use super::rig::{Gradients, MODE, Rig, input};
 use super::{Outcome, Subject};
 use crate::layer::Dims;
-use crate::testing::{difference, noise};
+use crate::testing::{WITHOUT_GRADIENT, difference, noise};
 
 const NO_BACKWARD: &str = "it has no backward pass";
 
@@ -26,6 +26,13 @@ pub(super) fn finite(subject: &Subject) -> Result<Outcome, String> {
     let dims = rig.dims(2, 6);
     let (x, dy) = (input(dims, 7), input(dims, 8));
     let found = rig.train(dims, &x, &dy)?;
+    let is_zero = |grad: &[f32]| grad.iter().all(|value| *value == 0.0);
+    let dead = found.dparams.iter().enumerate().filter(|(_, grad)| is_zero(grad)).map(|(index, _)| rig.name(index));
+    let dead: Vec<&str> = is_zero(&found.dx).then_some("the input").into_iter().chain(dead).collect();
+    if !dead.is_empty() {
+        let get = if dead.len() == 1 { "gets" } else { "get" };
+        return Err(format!("{} {get} no gradient\n{WITHOUT_GRADIENT}", dead.join(", ")));
+    }
     let probe = Probe { rig: &rig, dims, x: &x, dy: &dy };
     probe.hold("the input", &found.dx, &x, |moved, version| probe.loss(moved, &rig.values(), version))?;
     let values = rig.values();
@@ -67,9 +74,6 @@ impl Probe<'_> {
             return Err(format!("the gradient of {what} is {} at element {i}", grad[i]));
         }
         let norm = grad.iter().map(|value| (*value as f64).powi(2)).sum::<f64>().sqrt();
-        if norm == 0.0 {
-            return Err(format!("{what} gets no gradient"));
-        }
         // Other values need another version, and no two passes may share one.
         static VERSION: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(2);
         let version = || VERSION.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
@@ -88,7 +92,8 @@ impl Probe<'_> {
             if (nearest - want).abs() > TOLERANCE * norm {
                 return Err(format!(
                     "{what}: along a random direction the loss changes by {nearest:.5}, backward says {want:.5} (the \
-                     gradient's norm is {norm:.5})"
+                     gradient's norm is {norm:.5})\nlook for a mistake in a backward pass, or for an operation that cuts a \
+                     part of the gradient (candle_nn's softmax_last_dim, rms_norm, layer_norm and rope do)"
                 ));
             }
         }

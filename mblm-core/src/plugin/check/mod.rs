@@ -9,10 +9,12 @@ mod output;
 mod rig;
 mod table;
 
+use serde::{Deserialize, Serialize};
+
 pub use rig::Subject;
 
 /// What a check found, other than a fault.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Outcome {
     /// All is as the contract says; what was looked at.
     Passed(String),
@@ -38,6 +40,7 @@ pub const CHECKS: &[Check] = &[
     Check { name: "params", about: "the list of parameters never changes", run: config::params },
     Check { name: "outputs", about: "outputs are written, all of them and nothing else", run: output::buffers },
     Check { name: "sizes", about: "batch 1, length 1, odd sizes, several layers", run: output::sizes },
+    Check { name: "reproducible", about: "outputs follow from parameters and input alone", run: output::reproducible },
     Check { name: "causality", about: "no output depends on a later input", run: output::causality },
     Check { name: "deterministic", about: "the same bits again, if it says so", run: output::deterministic },
     Check { name: "gradients", about: "finite differences, for the input and every parameter", run: gradient::finite },

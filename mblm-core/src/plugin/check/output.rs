@@ -5,7 +5,7 @@ use super::{Outcome, Subject};
 use crate::block::Mode;
 use crate::plugin::abi;
 use crate::plugin::host::{ParamValues, Pass};
-use crate::testing::difference;
+use crate::testing::{OTHER_OUTPUT_AGAIN, OTHER_OUTPUT_REBUILT, difference};
 
 /// Outputs are written whole, inputs are left alone, and nothing around the buffers changes.
 pub(super) fn buffers(subject: &Subject) -> Result<Outcome, String> {
@@ -104,6 +104,27 @@ pub(super) fn causality(subject: &Subject) -> Result<Outcome, String> {
         }
     }
     Ok(Outcome::Passed(format!("{} positions", dims.seq)))
+}
+
+/// Outputs follow from the parameters and the input alone: not from earlier calls, earlier values, or hidden weights.
+pub(super) fn reproducible(subject: &Subject) -> Result<Outcome, String> {
+    let (one, other) = (subject.rig(2)?, subject.rig(2)?);
+    let (dims, between) = (one.dims(2, 9), one.dims(1, 4));
+    let (x, values) = (input(dims, 21), one.values());
+    let (want, _) = one.forward_with(&values, 1, dims, &x, Mode::Eval)?;
+    one.forward_with(&values, 1, between, &input(between, 22), Mode::Eval)?;
+    let (again, _) = one.forward_with(&values, 1, dims, &x, Mode::Eval)?;
+    // Another instance, which has seen other values.
+    let moved: Vec<Vec<f32>> = values.iter().map(|values| values.iter().map(|value| value + 0.5).collect()).collect();
+    other.forward_with(&moved, 2, dims, &x, Mode::Eval)?;
+    let (rebuilt, _) = other.forward_with(&values, 3, dims, &x, Mode::Eval)?;
+    // Who does not promise the same bits keeps to the same numbers.
+    let tolerance = if one.instance.can(abi::DETERMINISTIC) { 0.0 } else { 1e-4 };
+    match (difference(&again, &want, tolerance), difference(&rebuilt, &want, tolerance)) {
+        (Some(difference), _) => Err(format!("{OTHER_OUTPUT_AGAIN}: {difference}")),
+        (None, Some(difference)) => Err(format!("{OTHER_OUTPUT_REBUILT}: {difference}")),
+        (None, None) => Ok(Outcome::Passed("after other calls, and in another instance".into())),
+    }
 }
 
 /// The same inputs give the same bits, in another instance too.

@@ -10,6 +10,7 @@ use crate::layer::Dims;
 use crate::param::{Param, ParamStore};
 use crate::plugin::abi::{self, Text};
 use crate::plugin::host::{Failure, Instance, Library, LibraryBlock, ParamValues, Pass, Tape, call};
+use crate::schema::Walk;
 use crate::testing::{noise, perturb};
 
 /// Widths to try, the first accepted one is taken.
@@ -68,7 +69,9 @@ impl Subject {
         let mut positions = abi::POS_NONE;
         match table.check {
             // SAFETY: as the contract says; the text need not be UTF-8 to be refused.
-            Some(check) => call("", "check", || unsafe { check(table, text, dim as u64, &mut positions) }),
+            Some(check) => call(&format!("block `{}`", self.block().block_type), "check", || unsafe {
+                check(table, text, dim as u64, &mut positions)
+            }),
             None => Ok(()),
         }
     }
@@ -90,17 +93,13 @@ impl Subject {
 
 /// The smallest configuration that a schema describes: its required fields, each with the most harmless value.
 fn from_schema(schema: &Value) -> String {
-    let empty = vec![];
-    let required = schema["required"].as_array().unwrap_or(&empty);
-    let fields = required.iter().filter_map(Value::as_str);
-    let fields = fields.map(|name| (name.to_string(), plain_value(schema, &schema["properties"][name])));
-    Value::Object(fields.collect::<Map<_, _>>()).to_string()
+    let walk = Walk::new(schema);
+    let required = schema["required"].as_array().into_iter().flatten().filter_map(Value::as_str);
+    let value = |name: &str| walk.enter(&schema["properties"][name], plain_value).unwrap_or(Value::Null);
+    Value::Object(required.map(|name| (name.to_string(), value(name))).collect::<Map<_, _>>()).to_string()
 }
 
-fn plain_value(root: &Value, schema: &Value) -> Value {
-    if let Some(target) = schema["$ref"].as_str().and_then(|target| root.pointer(target.trim_start_matches('#'))) {
-        return plain_value(root, target);
-    }
+fn plain_value(schema: &Value) -> Value {
     if let Some(default) = schema.get("default") {
         return default.clone();
     }

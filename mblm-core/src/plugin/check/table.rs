@@ -1,10 +1,11 @@
 //! The tables: what the plugin says of itself before it is asked to do anything.
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::{Outcome, Subject};
 use crate::plugin::abi::{self, Plugin};
 use crate::plugin::host::check_table;
+use crate::schema::Walk;
 
 /// The plugin's own table is accepted, and would not be if its version or size were another one.
 pub(super) fn header(subject: &Subject) -> Result<Outcome, String> {
@@ -37,19 +38,29 @@ pub(super) fn header(subject: &Subject) -> Result<Outcome, String> {
 pub(super) fn schema(subject: &Subject) -> Result<Outcome, String> {
     let schema = &subject.block().schema;
     if schema["type"] != "object" {
-        return Err(format!("its type is {}, expected \"object\"", schema["type"]));
+        let without = "a block without fields is written `struct Block {}` in Rust";
+        return Err(format!("its type is {}, expected \"object\"; {without}", schema["type"]));
     }
-    let Some(properties) = schema["properties"].as_object() else {
-        return Err("it has no properties".into());
+    // A block may have no fields.
+    let none = Map::new();
+    let properties = match schema.get("properties") {
+        Some(properties) => properties.as_object().ok_or("its properties are no object")?,
+        None => &none,
     };
     if schema["additionalProperties"] != false {
-        return Err("additionalProperties is not false, but unknown fields must be refused".into());
+        let advice = "in Rust, write #[serde(deny_unknown_fields)] above the struct";
+        return Err(format!("additionalProperties is not false, but unknown fields must be refused; {advice}"));
     }
     let config: Value = serde_json::from_str(&subject.config).map_err(|error| error.to_string())?;
     let config = config.as_object().ok_or("the configuration is no object")?;
+    for (name, property) in properties {
+        if Walk::new(schema).enter(property, |_| ()).is_none() {
+            return Err(format!("the $ref of `{name}` leads to nothing or round in a circle"));
+        }
+    }
     for (name, value) in config {
         let property = properties.get(name).ok_or_else(|| format!("it does not know the field `{name}`"))?;
-        if !accepts(schema, property, value) {
+        if !accepts(&Walk::new(schema), property, value) {
             return Err(format!("it does not accept {name}: {value}, which the block does"));
         }
     }
@@ -60,16 +71,20 @@ pub(super) fn schema(subject: &Subject) -> Result<Outcome, String> {
     }
 }
 
-/// Whether a property accepts a value, as far as types, enumerations and bounds go.
-fn accepts(root: &Value, schema: &Value, value: &Value) -> bool {
-    if let Some(target) = schema["$ref"].as_str() {
-        return root.pointer(target.trim_start_matches('#')).is_some_and(|target| accepts(root, target, value));
-    }
-    for key in ["anyOf", "oneOf"] {
-        if let Some(schemas) = schema[key].as_array() {
-            return schemas.iter().any(|schema| accepts(root, schema, value));
+/// Whether a property accepts a value, as far as types, enumerations and bounds go. What is too involved to say accepts it.
+fn accepts<'a>(walk: &Walk<'a>, schema: &'a Value, value: &Value) -> bool {
+    walk.enter(schema, |schema| {
+        let choices = ["anyOf", "oneOf"].iter().find_map(|key| schema[key].as_array());
+        match choices {
+            Some(schemas) => schemas.iter().any(|schema| accepts(walk, schema, value)),
+            None => fits(schema, value),
         }
-    }
+    })
+    .unwrap_or(true)
+}
+
+/// Whether a value has the type, is one of the values, and lies within the bounds of a schema.
+fn fits(schema: &Value, value: &Value) -> bool {
     let is = |kind: &str| match kind {
         "null" => value.is_null(),
         "boolean" => value.is_boolean(),

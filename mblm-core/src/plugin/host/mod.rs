@@ -3,6 +3,7 @@
 mod blame;
 mod block;
 mod calls;
+pub mod child;
 mod file;
 pub mod folders;
 mod instance;
