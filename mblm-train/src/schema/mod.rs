@@ -116,14 +116,14 @@ impl Definitions {
     /// Adds the fields of a block type, among which `block_type` then is.
     fn add_block(&mut self, block: &BlockInfo) {
         let mut schema = block.schema.clone();
-        // A plugin may describe its fields by anything; what is no object with properties stays as it is.
-        if let Some(Value::Object(properties)) = schema.get_mut("properties") {
-            properties.insert(TAG.into(), json!({"enum": names(block)}));
-        }
         if let Some(fields) = schema.as_object_mut() {
             fields.insert("description".into(), block.about.clone().into());
+            // A plugin may describe its fields by anything; properties that are no object stay as they are.
+            if let Value::Object(properties) = fields.entry("properties").or_insert_with(|| json!({})) {
+                properties.insert(TAG.into(), json!({"enum": names(block)}));
+            }
         }
-        self.add(&block.name, schema);
+        self.add(&definition(block), schema);
     }
 
     /// Says which data sets there are, and what each takes in `dataset_args`.
@@ -146,7 +146,7 @@ impl Definitions {
 
 /// A block of any type: `block_type` decides; without it, a type that may be inferred.
 fn block(registry: &BlockRegistry) -> Value {
-    let reference = |block: &BlockInfo| json!({"$ref": format!("#/definitions/{}", block.name)});
+    let reference = |block: &BlockInfo| json!({"$ref": format!("#/definitions/{}", definition(block))});
     let choices: Vec<Value> = registry
         .blocks()
         .flat_map(|block| names(block).into_iter().map(|name| json!({"const": name, "description": block.about})))
@@ -171,6 +171,11 @@ fn block(registry: &BlockRegistry) -> Value {
     })
 }
 
+/// The name of the definition of a block's fields, which is no other definition's whatever the block is called.
+fn definition(block: &BlockInfo) -> String {
+    format!("block {}", block.name)
+}
+
 /// The name of a block type and its aliases.
 fn names(block: &BlockInfo) -> Vec<&str> {
     std::iter::once(&block.name).chain(&block.aliases).map(String::as_str).collect()
@@ -180,11 +185,11 @@ fn names(block: &BlockInfo) -> Vec<&str> {
 fn requalify(schema: &mut Value, name: &str) {
     visit(schema, &mut |fields| {
         if let Some(Value::String(reference)) = fields.get_mut("$ref") {
-            for old in ["#/$defs/", "#/definitions/"] {
-                if let Some(inner) = reference.strip_prefix(old) {
-                    *reference = format!("#/definitions/{name}.{inner}");
-                    break;
-                }
+            let inner = ["#/$defs/", "#/definitions/"].iter().find_map(|old| reference.strip_prefix(old));
+            match (inner, reference.as_str()) {
+                (Some(inner), _) => *reference = format!("#/definitions/{name}.{inner}"),
+                (None, "#") => *reference = format!("#/definitions/{name}"),
+                (None, _) => {}
             }
         }
     });
