@@ -12,6 +12,7 @@ use mblm::train as training;
 use mblm::train::config::RunConfig;
 use mblm::train::cost::{Report, Step, bytes as shown_bytes, metric};
 use mblm::train::data::{Splits, unigram_entropy};
+use mblm::train::doctor::{Finding, glance};
 use mblm::train::evaluate::bpb;
 use mblm::train::memory::Memory;
 use mblm::train::model::{Model, TrainModel};
@@ -165,18 +166,19 @@ pub fn build(config: &RunConfig) -> training::Result<Model> {
     Ok(model)
 }
 
-/// The model to train, without memory for its parameters. Warns if a training step is likely not to fit the machine.
+/// The model to train, without memory for its parameters. Warns if a training step is likely not to fit the machine, and of
+/// stages that look wrong.
 ///
 /// # Errors
-/// It cannot fit, and is to be trained `here`.
+/// It cannot fit, and is to be trained `here`; a block cannot be trained, or its outputs are not those of its parameters.
 pub fn outline(config: &RunConfig, here: bool) -> training::Result<Model> {
     let model = Model::outline(config, config.train.seed)?;
     let step = Step { batch: config.train.batch_size, bytes: config.params.input_seq_len };
     let report = Report::new(config.params.model.hierarchy(), model.params(), &model.stage_models(), step);
-    if let Some(limit) = mblm::memory::available().filter(|_| here)
-        && report.least_bytes() > limit.bytes as f64
-    {
-        return Err(training::Error::Config(too_large(&report, &limit)));
+    match mblm::memory::available().filter(|limit| report.least_bytes() > limit.bytes as f64) {
+        Some(limit) if here => return Err(training::Error::Config(too_large(&report, &limit))),
+        Some(_) => {}
+        None => warn_of_stages(config)?,
     }
     if let (Some(peak), Some(memory)) = (report.peak_bytes(), Memory::now())
         && peak > memory.total as f64
@@ -190,6 +192,14 @@ pub fn outline(config: &RunConfig, here: bool) -> training::Result<Model> {
         ));
     }
     Ok(model)
+}
+
+/// Looks at the stages, and warns of what looks wrong.
+fn warn_of_stages(config: &RunConfig) -> training::Result<()> {
+    for Finding { place, what, advice, .. } in glance(&config.params.model)? {
+        terminal::line(format_args!("warning: {place}: {what}; {advice}"));
+    }
+    Ok(())
 }
 
 /// What needs the memory that there is not.

@@ -4,7 +4,8 @@ mod compiled;
 
 use std::fs;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use assert_cmd::Command;
 use candle_core::{Device, Tensor};
@@ -13,7 +14,7 @@ use mblm::config::MblmConfig;
 use mblm::registry::BlockRegistry;
 use mblm::testing::noise;
 use mblm::train::config::ModelConfig;
-use mblm::train::doctor::{Report, Severity, examine};
+use mblm::train::doctor::{Report, Severity, examine, glance};
 use mblm::yaml::Document;
 use mblm::{Init, Mode, Param, ParamScope, PosEmb, Result, StageBlock, StageModel, register_block};
 use mblm_blocks as _;
@@ -47,6 +48,18 @@ enum Fault {
     Nan,
     /// Cuts the gradient of its input.
     Cut,
+    /// Has weights that are drawn when it is built, beside its parameter.
+    Own,
+    /// Adds noise in evaluation.
+    Noise,
+    /// Counts its calls.
+    Count,
+    /// Keeps the values that its parameter had at the first call.
+    Stale,
+    /// Drops out by random numbers of its own.
+    Dropout,
+    /// Has no parameter.
+    Bare,
 }
 
 register_block!(Faulty, name = "faulty", about = "A block with a fault");
@@ -58,22 +71,45 @@ impl StageBlock for Faulty {
     }
 
     fn build(&self, dim: usize, _: usize, params: &mut ParamScope) -> Result<Box<dyn StageModel>> {
-        let (gain, gate) = (params.param("gain", &[dim], Init::Const(1.5))?, self.fault == Fault::Asleep);
-        let gate = if gate { Some(params.param("gate", &[dim], Init::Const(0.0))?) } else { None };
-        Ok(Box::new(FaultyModel { fault: self.fault, gain, gate }))
+        let mut param =
+            |name, start, wanted: bool| wanted.then(|| params.param(name, &[dim], Init::Const(start))).transpose();
+        Ok(Box::new(FaultyModel {
+            fault: self.fault,
+            gain: param("gain", 1.5, self.fault != Fault::Bare)?,
+            gate: param("gate", 0.0, self.fault == Fault::Asleep)?,
+            own: Tensor::randn(1f32, 0.1, dim, &Device::Cpu)?,
+            calls: AtomicU32::new(0),
+            first: OnceLock::new(),
+        }))
     }
 }
 
 struct FaultyModel {
     fault: Fault,
-    gain: Arc<Param>,
+    gain: Option<Arc<Param>>,
     gate: Option<Arc<Param>>,
+    own: Tensor,
+    calls: AtomicU32,
+    first: OnceLock<Vec<f32>>,
 }
 
 impl StageModel for FaultyModel {
     fn forward(&self, x: &Tensor, _: Option<&Tensor>, mode: Mode) -> Result<Tensor> {
-        let gain = self.gain.tensor(mode);
+        let gain = self
+            .gain
+            .as_ref()
+            .map_or_else(|| Ok(self.own.ones_like()?), |gain| Ok::<_, mblm::Error>(gain.tensor(mode)))?;
+        let calls = self.calls.fetch_add(1, Ordering::Relaxed);
         Ok(match self.fault {
+            Fault::Own => x.broadcast_mul(&(gain * &self.own)?)?,
+            Fault::Noise if mode == Mode::Eval => (x.broadcast_mul(&gain)? + x.randn_like(0.0, 0.1)?)?,
+            Fault::Count => (x.broadcast_mul(&gain)? + f64::from(calls))?,
+            Fault::Stale => {
+                let first = self.first.get_or_init(|| gain.to_vec1().unwrap()).clone();
+                x.broadcast_mul(&(gain.detach() * 0.0)?.add(&Tensor::new(first, &Device::Cpu)?)?)?
+            }
+            Fault::Dropout if mode != Mode::Eval => (x.broadcast_mul(&gain)? * x.rand_like(0.5, 1.5)?)?,
+            Fault::Noise | Fault::Dropout | Fault::Bare => x.broadcast_mul(&gain)?,
             Fault::None | Fault::Decoder => x.broadcast_mul(&gain)?,
             Fault::Leak => x.broadcast_mul(&gain)?.broadcast_add(&x.mean_keepdim(1)?)?,
             Fault::Dead => (x * 1.5)?,
@@ -118,18 +154,21 @@ impl StageModel for FaultyModel {
 
 const TRANSFORMER: &str = "{block_type: transformer, attn_head_dims: 8, attn_num_heads: 2, attn_use_rot_embs: true}";
 
-/// The report of a 2-stage model with `block` at `stage`, counted from 1, and a Transformer at the other.
-fn report(stage: usize, block: &str) -> Report {
+/// A 2-stage model with `block` at `stage`, counted from 1, and a Transformer at the other.
+fn config(stage: usize, block: &str) -> MblmConfig {
     let blocks = if stage == 1 { [block, TRANSFORMER] } else { [TRANSFORMER, block] };
     let yaml = format!(
         "{{num_tokens: 257, pad_token_id: 256, hidden_dims: [24, 16], num_layers: [2, 1], seq_lens: [9, 4], block: [{}]}}",
         blocks.join(", ")
     );
     let document = Document::parse(&yaml, "test").unwrap();
-    let config = MblmConfig::from_document(&document, "", &BlockRegistry::builtin().unwrap()).unwrap();
+    MblmConfig::from_document(&document, "", &BlockRegistry::builtin().unwrap()).unwrap()
+}
+
+fn report(stage: usize, block: &str) -> Report {
     let ids: Vec<u32> = noise(2 * 30, 5).iter().map(|noise| ((noise + 1.0) * 127.9) as u32).collect();
     let ids = Tensor::from_vec(ids, (2, 30), &Device::Cpu).unwrap();
-    examine(&ModelConfig::Generative(config), 0.0, 1, &ids).unwrap()
+    examine(&ModelConfig::Generative(config(stage, block)), 0.0, 1, &ids).unwrap()
 }
 
 /// Problems as `place: what`.
@@ -149,7 +188,7 @@ fn nothing_is_found_in_blocks_that_work() {
         for stage in [1, 2] {
             let report = report(stage, block);
             assert!(report.findings.is_empty(), "{block} at stage {stage}: {:?}", report.findings);
-            assert_eq!(report.checks.len(), 7, "2 for each stage, 3 for the whole");
+            assert_eq!(report.checks.len(), 13, "5 for each stage, 3 for the whole");
             let (groups, parameters) =
                 (&report.groups, report.groups.iter().map(|group| group.parameters).sum::<usize>());
             assert_eq!(parameters, report.parameters);
@@ -181,6 +220,11 @@ fn every_fault_is_named_with_its_stage() {
         ("large", "its output has a scale of "),
         ("nan", "its output is not finite"),
         ("cut", "the gradient shrinks to 0.0e0 of itself on its way through"),
+        ("own", "same outputs again: built again, with the same parameters, it gives another output"),
+        ("stale", "same outputs again: built again, with the same parameters, it gives another output"),
+        ("noise", "same outputs again: the same input gives another output after other calls"),
+        ("count", "same outputs again: the same input gives another output after other calls"),
+        ("batch", "independent sequences: a sequence gives something else beside another than alone"),
     ];
     for (fault, want) in cases {
         for stage in [1, 2] {
@@ -212,6 +256,33 @@ fn a_parameter_without_a_gradient_is_dead_or_asleep() {
     let asleep = report(1, "{block_type: faulty, fault: asleep}");
     let [finding] = &asleep.findings[..] else { panic!("{:?}", asleep.findings) };
     assert_eq!((finding.severity, finding.place.as_str()), (Severity::Warning, "stage_models.0.gain"));
+}
+
+#[test]
+fn what_is_about_to_be_trained_is_looked_at() {
+    let glance =
+        |fault: &str| glance(&ModelConfig::Generative(config(2, &format!("{{block_type: faulty, fault: {fault}}}"))));
+    for fault in ["own", "stale", "noise", "count"] {
+        let error = glance(fault).unwrap_err().to_string();
+        assert!(error.starts_with("stage 2 (faulty): ") && error.contains("gives another output"), "{error}");
+    }
+    let cases = [
+        ("dropout", "same bits again: the same input and the same seed give another output in training"),
+        ("bare", "it has no parameters"),
+        ("batch", "independent sequences: "),
+        ("leak", "causal: "),
+        ("decoder", "cached == full: "),
+    ];
+    for (fault, want) in cases {
+        let found = glance(fault).unwrap();
+        assert!(
+            found.iter().any(|found| found.place == "stage 2 (faulty)" && found.what.starts_with(want)),
+            "{found:#?}"
+        );
+    }
+    for works in ["none", "asleep"] {
+        assert!(glance(works).unwrap().is_empty(), "{works}");
+    }
 }
 
 /// Exit code, standard output and error of `mblm doctor` in the repository.

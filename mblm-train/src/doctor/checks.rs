@@ -1,21 +1,15 @@
-//! What a model that generates promises: no output depends on later bytes or on other sequences, and decoding gives the
-//! outputs of the forward pass. Each stage is held to it alone, so that the one at fault is named, and then the whole.
+//! What a whole model that generates promises: no output depends on later bytes or on other sequences, and decoding gives
+//! the outputs of the forward pass.
 
 use candle_core::{Device, Tensor};
 use mblm_core::Mode;
 use mblm_core::generate::Decoder;
-use mblm_core::layer::Dims;
 use mblm_core::model::Mblm;
-use mblm_core::testing::{decoder_equals_forward, difference, is_causal};
+use mblm_core::testing::difference;
 use serde::Serialize;
 
+use super::stage::{LONGEST_DECODED, TOLERANCE, spread};
 use crate::error::Result;
-
-/// How far decoded outputs may be from those of the forward pass, relative to the largest at a position.
-const TOLERANCE: f32 = 1e-3;
-/// The longest sequences that a stage, and a stage's decoder, are tried on.
-const LONGEST: usize = 2048;
-const LONGEST_DECODED: usize = 257;
 
 /// One promise and whether it is kept.
 #[derive(Clone, Debug, Serialize)]
@@ -31,42 +25,24 @@ pub struct Check {
 pub(super) const CAUSAL: &str = "causal";
 pub(super) const CACHED: &str = "cached == full";
 pub(super) const INDEPENDENT: &str = "independent sequences";
+pub(super) const SAME_OUTPUTS: &str = "same outputs again";
+pub(super) const SAME_BITS: &str = "same bits again";
 
-pub(super) fn all(model: &Mblm, ids: &Tensor) -> Result<Vec<Check>> {
+pub(super) fn whole(model: &Mblm, ids: &Tensor) -> Result<Vec<Check>> {
     let config = model.config();
-    let mut checks = vec![];
-    for (n, stage) in model.stage_models().enumerate() {
-        let patch: usize = config.seq_lens[n + 1..].iter().product();
-        let tokens = if n == 0 { ids.dim(1)?.div_ceil(patch) } else { config.seq_lens[n] };
-        let dims = |longest: usize| Dims { batch: 2, seq: (1 + tokens).min(longest), dim: config.hidden_dims[n] };
-        let causal = dims(LONGEST);
-        let mut check = |name, kept: std::result::Result<(), String>| {
-            checks.push(Check { name, stage: Some(n + 1), fault: kept.err() });
-        };
-        check(CAUSAL, is_causal(stage, causal, &spread(causal.seq, 1)));
-        check(CACHED, decoder_equals_forward(stage, dims(LONGEST_DECODED), TOLERANCE));
-    }
     let patch: usize = config.seq_lens[1..].iter().product();
     let whole = Whole { model, ids: rows(ids)?, patch, vocab: config.num_tokens };
     let logits = whole.logits(&whole.ids)?;
-    let mut check = |name, fault| checks.push(Check { name, stage: None, fault });
-    check(CAUSAL, whole.causal(&logits)?);
-    check(CACHED, whole.cached(&logits)?);
-    check(INDEPENDENT, whole.independent(&logits)?);
-    Ok(checks)
+    let check = |name, fault| Check { name, stage: None, fault };
+    Ok(vec![
+        check(CAUSAL, whole.causal(&logits)?),
+        check(CACHED, whole.cached(&logits)?),
+        check(INDEPENDENT, whole.independent(&logits)?),
+    ])
 }
 
 fn rows(ids: &Tensor) -> Result<Vec<Vec<u32>>> {
     Ok(ids.to_dtype(candle_core::DType::U32)?.to_vec2::<u32>()?)
-}
-
-/// Positions to change something at: at both ends, in the middle, and around the end of the first patch.
-fn spread(len: usize, patch: usize) -> Vec<usize> {
-    let mut positions = vec![0, 1, patch.saturating_sub(1), patch, len / 2, len.saturating_sub(2), len - 1];
-    positions.retain(|position| *position < len);
-    positions.sort_unstable();
-    positions.dedup();
-    positions
 }
 
 struct Whole<'m> {

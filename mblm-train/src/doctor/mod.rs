@@ -4,6 +4,7 @@
 
 mod checks;
 mod report;
+mod stage;
 mod watch;
 
 use std::time::Instant;
@@ -14,6 +15,7 @@ use mblm_core::testing::noise;
 use mblm_core::{Mode, ParamStore};
 
 pub use checks::Check;
+use checks::SAME_OUTPUTS;
 pub use report::{Finding, Group, Report, Severity, StageReport};
 pub use watch::{Mean, Seen};
 
@@ -77,11 +79,34 @@ pub fn examine(config: &ModelConfig, masking_proba: f64, seed: u64, ids: &Tensor
         }
     };
     let asleep: Vec<String> = still.into_iter().filter(|name| !dead.contains(name)).collect();
+    let generates = matches!(model, Model::Generative(_));
+    let tokens = bytes.div_ceil(hierarchy.seq_lens[1..].iter().product());
+    report.checks = stage::all(hierarchy, &model.stage_models(), model.params(), tokens, generates)?;
     if let Model::Generative(model) = &model {
-        report.checks = checks::all(model, ids)?;
+        report.checks.extend(checks::whole(model, ids)?);
     }
     report.findings = findings(&report, &dead, &asleep, model.params());
     Ok(report)
+}
+
+/// Looks at the stages of a model that is about to be trained: a few passes over a short sequence. Returns what looks wrong.
+///
+/// # Errors
+/// A block cannot be built or trained, or its outputs follow from something else than its parameters and its input: each
+/// load would be another model.
+pub fn glance(config: &ModelConfig) -> Result<Vec<Finding>> {
+    let (hierarchy, generates) = (config.hierarchy(), matches!(config, ModelConfig::Generative(_)));
+    let block_types: Vec<&str> = hierarchy.blocks.iter().map(|block| block_type(&**block)).collect();
+    let mut findings = vec![];
+    for (n, block_type) in block_types.iter().enumerate() {
+        let (checks, has_params) = stage::shortly(hierarchy, n, generates)?;
+        findings.extend(report::of_stage(n, block_type, has_params));
+        findings.extend(report::of_checks(&checks, &block_types));
+        if let Some(fault) = checks.into_iter().find(|check| check.name == SAME_OUTPUTS).and_then(|check| check.fault) {
+            return Err(mblm_core::Error::Block(format!("stage {} ({block_type}): {fault}", n + 1)).into());
+        }
+    }
+    Ok(findings)
 }
 
 /// One training step without an update: it leaves its gradients in the parameters.

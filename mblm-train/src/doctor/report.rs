@@ -1,9 +1,10 @@
 //! What an examination found, and what to do about it.
 
+use mblm_core::testing::WITHOUT_GRADIENT;
 use mblm_core::{Param, ParamStore};
 use serde::Serialize;
 
-use super::checks::{CACHED, CAUSAL, Check};
+use super::checks::{CACHED, CAUSAL, Check, SAME_BITS, SAME_OUTPUTS};
 use super::watch::Seen;
 use crate::optimizer::sums;
 
@@ -134,7 +135,7 @@ pub(super) fn findings(report: &Report, dead: &[String], asleep: &[String], stor
     };
     use Severity::{Problem, Warning};
     for stage in &report.stages {
-        let place = || format!("stage {} ({})", stage.stage, stage.block_type);
+        let place = || place(stage.stage, stage.block_type);
         let (output, through) =
             (stage.seen.output.rms(), stage.seen.input_gradient.rms() / stage.seen.output_gradient.rms());
         if !output.is_finite() {
@@ -168,9 +169,7 @@ pub(super) fn findings(report: &Report, dead: &[String], asleep: &[String], stor
             add(Problem, name(), format!("its gradient has the norm {norm:.3e}"), advice);
         }
         if dead.iter().any(|dead| dead == param.name()) {
-            let advice = "use it in `forward`, and let no operation cut the gradient (candle_nn's softmax_last_dim, \
-                          rms_norm, layer_norm and rope do; so does `detach`), or do not create it";
-            add(Problem, name(), "it gets no gradient: it never learns".into(), advice);
+            add(Problem, name(), "it gets no gradient: it never learns".into(), WITHOUT_GRADIENT);
         } else if asleep.iter().any(|asleep| asleep == param.name()) {
             let advice = "fine if it waits for another one that starts at zero; else start one of the two elsewhere";
             add(Warning, name(), "it gets no gradient at its initial value, and one when moved".into(), advice);
@@ -182,21 +181,50 @@ pub(super) fn findings(report: &Report, dead: &[String], asleep: &[String], stor
         let what = format!("the loss is {:.2}, where guessing costs {:.2}", report.loss, report.uniform_loss);
         add(Warning, "the model".into(), what, "scale the last stage's output down, for example by a norm at its end");
     }
-    for check in &report.checks {
-        let Some(fault) = &check.fault else { continue };
-        let place = match check.stage {
-            Some(n) => format!("stage {n} ({})", report.stages[n - 1].block_type),
-            None => "the model".into(),
-        };
+    let block_types: Vec<&str> = report.stages.iter().map(|stage| stage.block_type).collect();
+    for (n, block_type) in block_types.iter().enumerate() {
+        let prefix = format!("stage_models.{n}.");
+        found.extend(of_stage(n, block_type, store.iter().any(|param| param.name().starts_with(&prefix))));
+    }
+    found.extend(of_checks(&report.checks, &block_types));
+    found
+}
+
+/// What there is to say of stage `n` (from 0) if it has no parameters.
+pub(super) fn of_stage(n: usize, block_type: &str, has_params: bool) -> Option<Finding> {
+    (!has_params).then(|| Finding {
+        severity: Severity::Warning,
+        place: place(n + 1, block_type),
+        what: "it has no parameters, so nothing in it is learned".into(),
+        advice: "fine if that is meant; else create them in `build`, through `ParamScope`, and use them in `forward`",
+    })
+}
+
+/// What checks found, and what to do about it.
+pub(super) fn of_checks(checks: &[Check], block_types: &[&str]) -> Vec<Finding> {
+    let finding = |check: &Check| {
+        let fault = check.fault.as_ref()?;
         let advice = match check.name {
             CAUSAL => {
                 "position t may read positions up to t alone: look for a missing mask, a reversed scan or a mean over the \
                  sequence; a block that sees all on purpose says so in `is_causal`, and runs in encoders"
             }
             CACHED => "make the decoder compute what `forward` does, or remove it: without one, `forward` is repeated",
+            SAME_OUTPUTS => "a run cannot be evaluated or continued: each load is another model",
+            SAME_BITS => "a run does not resume bit for bit; look for sums whose order depends on threads",
             _ => "look for a sum or a norm over the batch",
         };
-        add(Problem, place, format!("{}: {fault}", check.name), advice);
-    }
-    found
+        Some(Finding {
+            severity: if check.name == SAME_BITS { Severity::Warning } else { Severity::Problem },
+            place: check.stage.map_or_else(|| "the model".into(), |n| place(n, block_types[n - 1])),
+            what: format!("{}: {fault}", check.name),
+            advice,
+        })
+    };
+    checks.iter().filter_map(finding).collect()
+}
+
+/// A stage, from 1, in words.
+fn place(stage: usize, block_type: &str) -> String {
+    format!("stage {stage} ({block_type})")
 }
