@@ -41,15 +41,16 @@ impl Schedule {
     }
 
     /// Goes on for `steps_left` steps from gradient step `step`, where the rate is what it was, or what the last step
-    /// had if this schedule has ended. A warm-up that is going on is finished; then, or in the first
-    /// `floor(steps_left * rewarm_steps_perc)` steps, the rate anneals to zero or rises to the peak before it does.
+    /// had if this schedule has ended. A warm-up that is going on is finished. After it, the rate anneals to zero; if
+    /// `rewarm_steps_perc` is not 0, it rises to the peak first, in that share of the steps that are left, at least one.
     pub fn extended(self, step: u64, steps_left: u64, rewarm_steps_perc: f64) -> Self {
         let warmup_left = (self.first_step + self.warmup_steps).saturating_sub(step);
         if warmup_left > 0 {
             return Schedule { cosine_steps: steps_left.saturating_sub(warmup_left), ..self };
         }
         let start = self.share(step.min(self.end().saturating_sub(1)));
-        let warmup_steps = (steps_left as f64 * rewarm_steps_perc).floor() as u64;
+        let asked = (steps_left as f64 * rewarm_steps_perc).floor() as u64;
+        let warmup_steps = asked.max(u64::from(rewarm_steps_perc > 0.0)).min(steps_left);
         let top = if warmup_steps > 0 { 1.0 } else { start };
         Schedule { first_step: step, start, warmup_steps, top, cosine_steps: steps_left - warmup_steps, ..self }
     }
@@ -179,6 +180,8 @@ mod tests {
         assert!(low.lr(101) < low.lr(100));
         assert_eq!((warm.lr(110), warm.end()), (2.0, 200));
         assert_eq!(warm.extended(150, 50, 0.0).lr(175), warm.lr(150) / 2.0);
+        let few = old.extended(100, 3, 0.1);
+        assert_eq!((few.lr(100), few.lr(101), few.end()), (old.lr(99), 2.0, 103), "one step at least");
         assert_eq!(old.with_peak(1.0).lr(50), old.lr(50) / 2.0);
         let said = warm.describe(100);
         assert!(said.ends_with("at step 100, rises to 2.000e0 at step 110, then anneals to 0 at step 200"), "{said}");

@@ -510,3 +510,18 @@ fn precision_is_checked_where_training_starts() {
         false => assert!(found.unwrap_err().to_string().contains("train.precision: expected f32: this CPU")),
     }
 }
+
+#[test]
+fn another_number_of_threads_is_said() {
+    let (folder, config) = workplace();
+    let (model, yaml) = (Bigram::new(), config.to_yaml().unwrap());
+    let trainer = || Trainer::new(&model, open_data(&config).unwrap(), &config, &yaml).unwrap();
+    let mut other = trainer();
+    let same = Shelf::new(folder.path().into()).save(other.snapshot(), 0).unwrap();
+    let remarks = trainer().restore(&Checkpoint::open(&same).unwrap()).unwrap();
+    assert!(remarks.warnings.is_empty() && remarks.notes.is_empty(), "{remarks:?}");
+    other.state.threads = Some(999);
+    let saved = Shelf::new(folder.path().into()).save(other.snapshot(), 0).unwrap();
+    let remarks = trainer().restore(&Checkpoint::open(&saved).unwrap()).unwrap();
+    assert!(remarks.warnings[0].contains("threads compute, where 999 did before"), "{remarks:?}");
+}
