@@ -216,3 +216,16 @@ fn other_data_have_another_fingerprint() {
     assert_eq!(names, want);
     assert_eq!(open(folder.path(), &args, 1000, 256).unwrap().fingerprint, before);
 }
+
+#[test]
+fn a_questions_file_that_shrinks_is_an_error_that_names_it() {
+    let folder = folder();
+    let args = json!({"target_mode": "a", "qiqa_loss_mask": [0, 0, 0, 1], "resize_to_h": 2, "resize_to_w": 2});
+    let splits = open(folder.path(), &args, 1000, 256).unwrap();
+    fs::write(folder.path().join("questions/CLEVR_train_questions.json"), "{}").unwrap();
+    let error = splits.train.sample(0, 0, &mut vec![0; 1000], &mut vec![0.0; 1000]).unwrap_err();
+    assert!(!error.is_configuration());
+    assert!(error.to_string().contains("CLEVR_train_questions.json: this data file was "), "{error}");
+    assert!(error.to_string().contains(" and is 2 bytes long now"), "{error}");
+    splits.valid.sample(0, 0, &mut vec![0; 1000], &mut vec![0.0; 1000]).unwrap();
+}

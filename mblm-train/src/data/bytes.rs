@@ -140,6 +140,8 @@ pub(crate) fn check_vocabulary(corpus: &Corpus, num_tokens: usize) -> Result<()>
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use serde_json::json;
 
     use super::*;
@@ -151,8 +153,11 @@ mod tests {
     }
 
     fn open_file(len: usize, seq_len: usize, args: Option<serde_json::Value>, num_tokens: usize) -> Result<Splits> {
-        let file = file(len);
-        let (dir, args) = (file.path(), args.as_ref());
+        open_at(file(len).path(), seq_len, args, num_tokens)
+    }
+
+    fn open_at(dir: &Path, seq_len: usize, args: Option<serde_json::Value>, num_tokens: usize) -> Result<Splits> {
+        let args = args.as_ref();
         let options = DatasetOptions { dir, output_dir: None, args, seq_len, num_tokens, pad_token_id: 0 };
         super::super::open("bytes", &options)
     }
@@ -165,7 +170,8 @@ mod tests {
 
     #[test]
     fn the_end_validates_and_epochs_shift_training() {
-        let splits = open_file(100, 4, None, 256).unwrap();
+        let file = file(100);
+        let splits = open_at(file.path(), 4, None, 256).unwrap();
         assert!(splits.about.contains("the first 90 train, the last 10 validate"), "{}", splits.about);
         let (train, valid) = (&*splits.train, &*splits.valid);
         assert_eq!([0, 1, 2, 3, 4].map(|epoch| train.num_sequences(epoch)), [22, 22, 22, 21, 22]);

@@ -85,6 +85,11 @@ impl Fingerprint {
         self.sum == saved || self.before.as_deref() == Some(saved)
     }
 
+    /// Whether `saved` is a fingerprint of contents, and not one of an earlier version or of a data set's own making.
+    pub(super) fn has_contents(saved: &str) -> bool {
+        saved.starts_with(RULE)
+    }
+
     /// Which files are not as they were in `before`, for a message.
     pub(super) fn changes(&self, before: &[FileSum]) -> String {
         let by_name = |files: &[FileSum]| -> BTreeMap<String, FileSum> {

@@ -36,7 +36,14 @@ fn open(options: &DatasetOptions) -> Result<Splits> {
     };
     let sums = [train.sums("train")?, valid.sums("validation")?].concat();
     Ok(Splits {
-        about: format!("{:?}: {} train, {} validate, {test_size} to test on", options.dir, size(&train), size(&valid)),
+        about: format!(
+            "{:?}: {} train, {} validate, {test_size} to test on{}{}",
+            options.dir,
+            size(&train),
+            size(&valid),
+            train.left_out(),
+            valid.left_out()
+        ),
         fingerprint: Fingerprint::new(sums, format!("{}-{}", train.names_and_sizes(), valid.names_and_sizes())),
         train: split(train, true),
         valid: split(valid, false),

@@ -90,6 +90,11 @@ impl DataRecord {
 
     /// Which files are not as they were when `checkpoint` was made, which keeps the fingerprint `saved`.
     pub fn changes(checkpoint: &Path, saved: &str, now: &Fingerprint) -> String {
+        if Fingerprint::has_contents(now.as_str()) && !Fingerprint::has_contents(saved) {
+            return "files were added, removed, renamed or resized since, or an earlier version of this program counted \
+                    hidden files in globs or one file twice"
+                .into();
+        }
         let run = checkpoint.ancestors().nth(2);
         match run.and_then(Self::read).filter(|record| record.fingerprint == saved && !now.files().is_empty()) {
             Some(record) => now.changes(&record.files),
