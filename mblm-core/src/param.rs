@@ -516,7 +516,8 @@ mod tests {
     #[test]
     fn what_a_parameter_is_decides_whether_it_decays_and_not_where_it_stands() {
         let mut store = ParamStore::new(0);
-        let mut scope = store.root().sub("token_embs_rev.1");
+        let mut root = store.root();
+        let mut scope = root.sub("token_embs_rev.1");
         assert!(!scope.sub("embedding").embedding(3, 2, Some(1)).unwrap().weight_decay());
         let decays = |name: &str, shape: &[usize], scope: &mut ParamScope| {
             scope.sub("_post.2").param(name, shape, Init::Normal).unwrap().weight_decay()
