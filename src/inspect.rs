@@ -40,11 +40,11 @@ pub fn run(args: &Args, plugins: &Plugins) -> anyhow::Result<()> {
     }
     let report = match &config {
         ModelConfig::Generative(config) => {
-            let model = Mblm::new(config, 0)?;
+            let model = Mblm::outline(config, 0)?;
             Report::new(config, model.params(), &model.stage_models().collect::<Vec<_>>(), step)
         }
         ModelConfig::Encoder(config) => {
-            let model = MblmEncoder::new(config, 0)?;
+            let model = MblmEncoder::outline(config, 0)?;
             Report::new(&config.mblm_config, model.params(), &model.stage_models().collect::<Vec<_>>(), step)
         }
     };
