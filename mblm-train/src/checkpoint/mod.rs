@@ -168,10 +168,11 @@ impl Checkpoint {
         })
     }
 
-    /// Checks what [`verify`](Self::verify) does, and that all weights, moments and gradients are finite. Reads one file
-    /// after another into memory.
+    /// Checks what [`verify`](Self::verify) does, that the state does not contradict itself, and that all weights, moments
+    /// and gradients are finite. Reads one file after another into memory.
     pub fn check_contents(&self) -> Result<()> {
-        [STATE, CONFIG].iter().try_for_each(|name| self.read(name).map(drop))?;
+        self.state()?;
+        self.read(CONFIG)?;
         [WEIGHTS, OPTIMIZER].iter().try_for_each(|name| self.tensors(name).map(drop))
     }
 
@@ -473,6 +474,17 @@ pub(crate) mod tests {
             assert_eq!(*other.get("a").unwrap().values(), [9.0; 4], "nothing is loaded of a bad checkpoint");
             assert_eq!(checkpoint.weights().is_err(), file == WEIGHTS);
         }
+    }
+
+    #[test]
+    fn a_state_that_contradicts_itself_is_damage() {
+        let folder = tempfile::tempdir().unwrap();
+        let (store, path) = (store(1.5), folder.path().join("c"));
+        let adam = Adam::new(&store, AdamConfig::default());
+        let state = TrainState { step: 8, ..state(7, None) };
+        Snapshot { store: &store, adam: &adam, state: &state, config_yaml: "" }.write(&path).unwrap();
+        let error = Checkpoint::open(&path).unwrap().check_contents().unwrap_err().to_string();
+        assert!(error.contains("state.json: step is 8, more than"), "{error}");
     }
 
     #[test]

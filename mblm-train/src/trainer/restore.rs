@@ -128,6 +128,13 @@ impl Trainer<'_> {
             same if is_same => same,
             same => same.extended(step, left, train.rewarm_steps_perc.unwrap_or(0.0)),
         };
+        if step > 0 && train.warmup_steps_perc != before.train.warmup_steps_perc {
+            remarks.warnings.push(
+                "train.warmup_steps_perc changes nothing after the first gradient step; train.rewarm_steps_perc warms up \
+                 again"
+                    .into(),
+            );
+        }
         if new != old {
             remarks.notes.push(format!("learning rate schedule before: {}", old.describe(step)));
             remarks.notes.push(format!("learning rate schedule now: {}", new.describe(step)));
