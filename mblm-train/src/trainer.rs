@@ -506,7 +506,8 @@ impl<'a> Trainer<'a> {
             next_batch_index: self.state.next.batch,
             migrate_embeddings: false,
             rename_modules: false,
-            resumed_from: self.state.resumed_from.clone(),
+            // For a reader: a name that is not UTF-8 must not keep the run from being saved.
+            resumed_from: self.state.resumed_from.as_ref().map(|path| path.to_string_lossy().into_owned().into()),
             run: record.folder.canonicalize().at(&record.folder)?.to_str().map(PathBuf::from),
         };
         let section = serde_yaml::to_string(&BTreeMap::from([("resume", resume)]))

@@ -270,6 +270,20 @@ mod tests {
     use super::super::tests::state;
     use super::*;
 
+    #[cfg(unix)]
+    #[test]
+    fn a_name_that_is_not_utf_8_does_not_keep_a_run_from_being_saved() {
+        let name = std::os::unix::ffi::OsStrExt::from_bytes(b"r\xff/b");
+        let mut state = state(7, None);
+        state.resumed_from = Some(std::path::Path::new::<std::ffi::OsStr>(name).into());
+        state.plugins[0].path = state.resumed_from.clone().unwrap_or_default();
+        let saved = serde_json::to_value(&state).unwrap();
+        assert_eq!(
+            (&saved["resumed_from"], &saved["plugins"][0]["path"]),
+            (&"r\u{FFFD}/b".into(), &"r\u{FFFD}/b".into())
+        );
+    }
+
     fn parse(change: impl FnOnce(&mut Map<String, Value>)) -> std::result::Result<TrainState, String> {
         let Value::Object(mut fields) = serde_json::to_value(state(7, None)).unwrap() else { panic!("an object") };
         change(&mut fields);
