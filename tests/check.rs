@@ -95,12 +95,12 @@ fn a_size_that_cannot_fit_is_an_error_before_anything_is_built() {
     let max = u64::MAX.to_string();
     let block = "params.block={block_type: mamba2, d_state: 8, d_conv: 4, expand: 2, headdim: 8}";
     let cases: &[(&[&str], &str)] = &[
-        (&["params.num_layers[0]=1000000"], "params.num_layers[0]: expected at most 65536, found 1000000"),
-        (&["params.num_layers[0]=MAX"], "params.num_layers[0]: expected at most 65536, found 18446744073709551615"),
+        (&["params.num_layers[0]=1000000"], "params.num_layers[0]: expected at most 16384, found 1000000"),
+        (&["params.num_layers[0]=MAX"], "params.num_layers[0]: expected at most 16384, found 18446744073709551615"),
         (&["params.hidden_dims[0]=4294967296"], "params.hidden_dims[0]: expected at most 16777216, found 4294967296"),
         (&["params.hidden_dims[0]=8388608"], "params: training needs at least"),
         (&["params.num_tokens=MAX"], "params.num_tokens: expected at most 16777216"),
-        (&["params.num_layers[0]=20000", "params.hidden_dims[0]=1024"], "params: training needs at least"),
+        (&["params.num_layers[0]=16384", "params.hidden_dims[0]=1024"], "params: training needs at least"),
         (&["params.block.attn_head_dims=4294967296"], "params.block.attn_head_dims: expected at most 16777216 for"),
         (&["params.block.attn_num_heads=MAX"], "attn_num_heads, found 8 x 18446744073709551615"),
         (&["params.block.ff_multiplier=MAX"], "params.block.ff_multiplier: expected at most 16777216 for"),

@@ -113,7 +113,7 @@ impl FieldError {
 /// within this limit can be added, and their products checked, without overflow.
 pub const MAX_WIDTH: usize = 1 << 24;
 /// Layers of a stage, at most.
-pub const MAX_LAYERS: usize = 1 << 16;
+pub const MAX_LAYERS: usize = 1 << 14;
 
 /// A width that a block's configuration gives: the product of `fields`, times `dim` (1 for none).
 ///

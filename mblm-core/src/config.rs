@@ -359,7 +359,7 @@ block:
                 "num_tokens: expected at most 16777216, found 18446744073709551615 (line 1)",
             ),
             ("[512, 256]", "[512, 4294967296]", "hidden_dims[1]: expected at most 16777216, found 4294967296 (line 3)"),
-            ("[6, 3]", "[1000000, 3]", "num_layers[0]: expected at most 65536, found 1000000 (line 4)"),
+            ("[6, 3]", "[1000000, 3]", "num_layers[0]: expected at most 16384, found 1000000 (line 4)"),
             ("[256, 8]", "[9e9, 9e9]", "seq_lens: the product of the lengths does not fit 64 bits (line 5)"),
             (
                 "chunks: null",

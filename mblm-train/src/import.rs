@@ -82,8 +82,8 @@ fn other_blocks(weights: &Tensors, store: &ParamStore) -> String {
     let differs = |(stage, block_type): (&usize, &&str)| {
         expected.get(stage).filter(|expected| *expected != block_type).map(|expected| {
             format!(
-                "; stage {} of the file is a {block_type}, and that of the configuration is a {expected}: write \
-                 `block_type: {block_type}` there",
+                "; stage {} of the file is {block_type}, but that of the configuration is {expected}: write \
+                 `block_type: {block_type}` for that stage",
                 stage + 1
             )
         })
@@ -167,7 +167,60 @@ fn check_finite(store: &ParamStore) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
+    use candle_core::Tensor;
+    use mblm_core::{Init, Mode};
+
     use super::*;
+
+    struct Untrained(ParamStore);
+
+    impl TrainModel for Untrained {
+        fn params(&self) -> &ParamStore {
+            &self.0
+        }
+
+        fn loss(&self, _: &Tensor, _: Option<&Tensor>, _: Mode) -> mblm_core::Result<Tensor> {
+            Err(mblm_core::Error::Input("only loaded".into()))
+        }
+    }
+
+    fn model(name: &str) -> Untrained {
+        let mut store = ParamStore::new(0);
+        store.root().param(name, &[2], Init::Const(0.0)).unwrap();
+        Untrained(store)
+    }
+
+    fn saved(name: &str) -> Saved {
+        Saved { weights: Tensors::from([(name.into(), (vec![2], vec![1.0, 2.0]))]), ..Saved::default() }
+    }
+
+    #[test]
+    fn a_tensor_that_is_needed_must_be_of_floats() {
+        let others = |name: &str| BTreeMap::from([(name.to_string(), "LongStorage".to_string())]);
+        let ignored = Saved { others: others("steps"), ..saved("w") };
+        load(&model("w"), ignored, false).unwrap();
+        let error =
+            load(&model("w"), Saved { others: others("w"), ..Saved::default() }, false).unwrap_err().to_string();
+        assert_eq!(error, "w: expected a tensor of floats, found torch's LongStorage; convert it with .float()");
+    }
+
+    #[test]
+    fn a_mamba_of_the_other_kind_is_named() {
+        let [one, two] = ["x_proj.weight", "dt_bias"].map(|name| format!("stage_models.1.layers.0.mixer.{name}"));
+        for (file, config, (found, expected)) in
+            [(&one, &two, ("mamba1", "mamba2")), (&two, &one, ("mamba2", "mamba1"))]
+        {
+            let error = load(&model(config), saved(file), false).unwrap_err().to_string();
+            let want = format!(
+                "stage 2 of the file is {found}, but that of the configuration is {expected}: write `block_type: {found}` \
+                 for that stage"
+            );
+            assert!(error.ends_with(&want), "{error}");
+            load(&model(file), saved(file), false).unwrap();
+        }
+    }
 
     #[test]
     fn missing_rows_keep_their_initial_values() {
