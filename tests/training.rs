@@ -277,3 +277,14 @@ fn more_memory_than_there_is_is_warned_of() {
     assert!(code == 2 && error.contains("warning: a training step needs about"), "{error}");
     assert!(error.contains("train.batch_size: found 400000000"), "{error}");
 }
+
+#[test]
+fn a_loss_that_is_not_finite_names_the_stage() {
+    let folder = workplace(GENERATIVE, "pg19");
+    let (code, _, error) = mblm(folder.path(), &["train", "run.yaml", "--set", "train.learning_rate=1e30"]);
+    let line = error.lines().find(|line| line.starts_with("error: ")).unwrap_or_default();
+    assert_eq!(code, 1, "{error}");
+    for part in ["training stopped at gradient step", "the output of stage 1 (mamba2) is NaN"] {
+        assert!(line.contains(part), "{error}");
+    }
+}

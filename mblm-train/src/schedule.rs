@@ -122,6 +122,7 @@ mod tests {
     #[derive(serde::Deserialize)]
     struct Golden {
         lr: Vec<GoldenLr>,
+        lr_without_warmup: Vec<GoldenLr>,
     }
 
     #[derive(serde::Deserialize)]
@@ -148,6 +149,17 @@ mod tests {
             }
         }
         assert_eq!(checked, 250);
+    }
+
+    /// `docs/differences.md`: the package never leaves the factor that its warm-up begins with.
+    #[test]
+    fn without_warm_up_the_package_stays_near_a_tenth_and_this_begins_at_the_peak() {
+        for case in golden().lr_without_warmup {
+            let schedule = Schedule::new(case.learning_rate, case.gradient_steps, case.warmup_steps_perc);
+            assert_eq!(schedule.lr(0), case.learning_rate);
+            assert!((case.lr_at_step[0] - 0.1 * case.learning_rate).abs() < 1e-12);
+            assert!(case.lr_at_step.iter().all(|&lr| lr < 0.11 * case.learning_rate));
+        }
     }
 
     #[test]

@@ -305,7 +305,7 @@ impl<'a> Trainer<'a> {
         })?;
         let value = loss.sum()?.mean();
         if let Some(value) = value.filter(|value| !value.is_finite()) {
-            return Err(self.non_finite_loss(value));
+            return Err(self.non_finite_loss(value, ids, loss_mask));
         }
         let forward = started.elapsed() - read;
         self.add_gradient(&loss)?;
@@ -414,11 +414,14 @@ impl<'a> Trainer<'a> {
 
     /// The mean loss on the validation split; none if it was stopped meanwhile.
     fn measure_valid_loss(&self, stop: &AtomicBool) -> Result<Option<f64>> {
-        let Some(found) = losses(self.model, &self.valid, self.config.train.max_eval_steps, stop)? else {
-            return Ok(None);
-        };
+        let found = losses(self.model, &self.valid, self.config.train.max_eval_steps, stop);
+        let found = found.map_err(|error| match error {
+            Error::Core(mblm_core::Error::NotFinite(what)) => self.non_finite(format!("in validation {what}")),
+            other => other,
+        })?;
+        let Some(found) = found else { return Ok(None) };
         match found.mean() {
-            Some(loss) if !loss.is_finite() => Err(self.non_finite_loss(loss)),
+            Some(loss) if !loss.is_finite() => Err(self.non_finite(format!("the validation loss is {loss}"))),
             None => Err(self.nothing_to_predict("validation")),
             loss => Ok(loss),
         }
@@ -549,12 +552,22 @@ impl<'a> Trainer<'a> {
         (self.train.batch_size * self.train.seq_len) as u64
     }
 
-    fn non_finite_loss(&self, loss: f64) -> Error {
+    /// Names the parameter that is not finite, or else the stage whose output is not.
+    fn non_finite_loss(&self, loss: f64, ids: &Tensor, loss_mask: Option<&Tensor>) -> Error {
         let finite = |param: &Param| param.values().iter().all(|value| value.is_finite());
-        let what = match first_non_finite(self.model.params(), finite) {
-            Some(name) => format!("the loss is {loss}, and so is a value of parameter {name}"),
-            None => format!("the loss is {loss}, while all parameters are finite"),
-        };
+        if let Some(name) = first_non_finite(self.model.params(), finite) {
+            return self.non_finite(format!("the loss is {loss}, and so is a value of parameter {name}"));
+        }
+        // Outside training such a loss is an error that names the stage.
+        match self.model.loss(ids, loss_mask, Mode::Eval) {
+            Err(mblm_core::Error::NotFinite(what)) => {
+                self.non_finite(format!("{what}, while all parameters are finite"))
+            }
+            _ => self.non_finite(format!("the loss is {loss}, while all parameters are finite")),
+        }
+    }
+
+    fn non_finite(&self, what: String) -> Error {
         Error::NonFinite { step: self.state.step, batch: self.state.batches, what }
     }
 
