@@ -173,7 +173,7 @@ impl TrainState {
         if !(weight >= 0.0 && weight.is_finite() && unit >= 0.0 && unit.is_finite()) {
             return contradicts(format!("accumulated_weight is {weight} and accumulated_unit {unit}"));
         }
-        if (batches == 0 && weight > 0.0) || (weight > 0.0 && unit == 0.0) {
+        if weight > 0.0 && (batches == 0 || unit == 0.0) {
             return contradicts(format!("accumulated_weight is {weight}, of {batches} batches in units of {unit}"));
         }
         match &self.schedule {
