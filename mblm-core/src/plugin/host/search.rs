@@ -172,7 +172,7 @@ pub fn load(registry: BlockRegistry, path: &SearchPath, wanted: &dyn Fn(&str) ->
     // A library that this process has opened is there, even if its file was replaced since.
     for library in Library::opened().into_iter().filter(|library| wanted(&library.origin().sha256)) {
         let path = library.origin().path.clone();
-        if !found.has(&library) {
+        if !found.has(&library) && !found.skipped.iter().any(|skipped| skipped.path == path) {
             found.add(library, path);
         }
     }
