@@ -173,6 +173,7 @@ mod tests {
     use mblm_core::{Init, Mode};
 
     use super::*;
+    use crate::model::Loss;
 
     struct Untrained(ParamStore);
 
@@ -181,7 +182,7 @@ mod tests {
             &self.0
         }
 
-        fn loss(&self, _: &Tensor, _: Option<&Tensor>, _: Mode) -> mblm_core::Result<Tensor> {
+        fn loss(&self, _: &Tensor, _: Option<&Tensor>, _: Mode) -> mblm_core::Result<Loss> {
             Err(mblm_core::Error::Input("only loaded".into()))
         }
     }
