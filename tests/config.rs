@@ -53,7 +53,8 @@ fn the_golden_models_are_read() {
             assert_eq!((config.mask_token_id, block_type(&*config.mblm_config.blocks[0])), (257, "transformerEncoder"));
         } else if !name.starts_with("lstm") {
             let config = MblmConfig::from_document(&document, "", &registry()).unwrap();
-            assert_eq!((config.num_tokens, config.num_stages()), (259, stages_in(&name)), "{name}");
+            let num_tokens = if name == "mm_m2_3d" { 257 } else { 259 };
+            assert_eq!((config.num_tokens, config.num_stages()), (num_tokens, stages_in(&name)), "{name}");
         }
     }
 }

@@ -230,7 +230,9 @@ fn without_space_the_old_checkpoint_stays() {
     let limited = |args: &str| {
         let program = Command::cargo_bin("mblm").unwrap().get_program().to_str().unwrap().to_string();
         let script = format!("trap '' XFSZ; ulimit -f 64; exec {program} {args}");
-        let output = Command::new("bash").current_dir(&folder).args(["-c", &script]).output().unwrap();
+        let mut command = Command::new("bash");
+        command.current_dir(&folder).args(["-c", &script]).env("MBLM_PLUGIN_PATH", folder.path().join("plugins"));
+        let output = command.output().unwrap();
         (output.status.code(), text(&output.stderr))
     };
     let (code, error) = limited(&format!("train --resume {}", run.display()));
@@ -335,7 +337,7 @@ fn a_refused_resume_changes_nothing() {
         (&["train.learning_rate=5", "train.seed=7"], "train.seed: found 7"),
         (&["params.num_layers=[1, 1]"], "weights"),
         (&["params.hidden_dims=[48, 16]", "params.block={block_type: lstm}"], "the model is another one"),
-        (&["train.batch_size=100000"], "train.batch_size"),
+        (&["train.batch_size=100000"], "train.target_elements: 26000 elements are 1 batch(es)"),
         (&["io.dataset_dir=nowhere.txt"], "nowhere.txt"),
         (&["io.dataset_dir=run.yaml"], "the data are not those of"),
         (&["train.learning_rat=1"], "learning_rate"),

@@ -271,11 +271,11 @@ fn runs_are_chained_by_their_configuration() {
 fn more_memory_than_there_is_is_warned_of() {
     let folder = workplace(GENERATIVE, "pg19");
     // One batch of a sequence that the data have, as wide as no machine is; it is stopped before it trains.
-    let set = ["train.batch_size=400000000", "train.target_elements=1", "train.target_elements_strategy=batch"];
+    let set = ["train.batch_size=30000000", "train.target_elements=1", "train.target_elements_strategy=batch"];
     let set: Vec<&str> = set.iter().flat_map(|assignment| ["--set", assignment]).collect();
     let (code, _, error) = mblm(folder.path(), &[&["train", "run.yaml"], &set[..]].concat());
     assert!(code == 2 && error.contains("warning: a training step needs about"), "{error}");
-    assert!(error.contains("train.batch_size: found 400000000"), "{error}");
+    assert!(error.contains("train.batch_size: found 30000000"), "{error}");
 }
 
 #[test]

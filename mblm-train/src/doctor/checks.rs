@@ -9,7 +9,7 @@ use mblm_core::testing::difference;
 use serde::Serialize;
 
 use super::stage::{LONGEST_DECODED, TOLERANCE, spread};
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// One promise and whether it is kept.
 #[derive(Clone, Debug, Serialize)]
@@ -36,9 +36,17 @@ pub(super) fn whole(model: &Mblm, ids: &Tensor) -> Result<Vec<Check>> {
     let check = |name, fault| Check { name, stage: None, fault };
     Ok(vec![
         check(CAUSAL, whole.causal(&logits)?),
-        check(CACHED, whole.cached(&logits)?),
+        check(CACHED, or_not_finite(whole.cached(&logits))?),
         check(INDEPENDENT, whole.independent(&logits)?),
     ])
+}
+
+/// Logits that are not finite are a fault of the model, which the report names beside all others.
+fn or_not_finite(fault: Result<Option<String>>) -> Result<Option<String>> {
+    match fault {
+        Err(Error::Core(mblm_core::Error::NotFinite(what))) => Ok(Some(what)),
+        fault => fault,
+    }
 }
 
 fn rows(ids: &Tensor) -> Result<Vec<Vec<u32>>> {
