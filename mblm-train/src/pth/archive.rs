@@ -31,6 +31,7 @@ impl<R: Read + Seek> Archive<R> {
     /// Opens the archive and finds the pickle's folder.
     pub(super) fn open(mut reader: R) -> Parsed<Self> {
         let mut start = Vec::new();
+        reader.rewind().map_err(|error| error.to_string())?;
         reader.by_ref().take(ZIP.len() as u64).read_to_end(&mut start).map_err(|error| error.to_string())?;
         match &start[..] {
             ZIP => {}

@@ -143,10 +143,10 @@ fn tensors(
         let elements = views.values().try_fold(0usize, |sum, view| sum.checked_add(view.elements));
         if elements.is_none_or(|elements| elements / SHARED > storage.len) {
             return Err(format!(
-                "{}: its storage of {} elements is shared by {} tensors of more than {SHARED} times as many",
+                "{}: the tensors of its storage, {} in all, have more than {SHARED} times its {} elements",
                 views.keys().next().map_or("", String::as_str),
-                storage.len,
-                views.len()
+                views.len(),
+                storage.len
             ));
         }
         let named = |fault: Fault| format!("{}: {fault}", views.keys().next().map_or("", String::as_str));
