@@ -368,7 +368,11 @@ mod tests {
             let text = report.to_text() + &markdown::text(&report, &[]) + &table::csv(&report).unwrap();
             let json = table::json(&report).unwrap();
             assert!(page.len() + text.len() + json.len() < 4 << 20, "round {round}");
-            assert!(!page.contains("NaN") && !page.contains("inf\""), "round {round}");
+            for place in [" d=\"", " x=\"", " y=\"", " cx=\"", " cy=\""] {
+                for drawn in page.split(place).skip(1).filter_map(|rest| rest.split('"').next()) {
+                    assert!(!drawn.contains("NaN") && !drawn.contains("inf"), "round {round}: {drawn}");
+                }
+            }
             assert_eq!(page.matches("<script>").count(), 1, "round {round}");
         }
     }
