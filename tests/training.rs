@@ -268,14 +268,15 @@ fn runs_are_chained_by_their_configuration() {
 }
 
 #[test]
-fn more_memory_than_there_is_is_warned_of() {
+fn more_memory_than_there_is_is_refused() {
     let folder = workplace(GENERATIVE, "pg19");
-    // One batch of a sequence that the data have, as wide as no machine is; it is stopped before it trains.
+    // One batch of a sequence that the data have, as wide as no machine is.
     let set = ["train.batch_size=30000000", "train.target_elements=1", "train.target_elements_strategy=batch"];
     let set: Vec<&str> = set.iter().flat_map(|assignment| ["--set", assignment]).collect();
     let (code, _, error) = mblm(folder.path(), &[&["train", "run.yaml"], &set[..]].concat());
-    assert!(code == 2 && error.contains("warning: a training step needs about"), "{error}");
-    assert!(error.contains("train.batch_size: found 30000000"), "{error}");
+    assert!(code == 2 && error.contains("params: training needs at least 286 GiB, and this machine has"), "{error}");
+    assert!(error.contains("train.batch_size x params.input_seq_len = 30000000 x 64 bytes"), "{error}");
+    assert!(!folder.path().join("runs").exists(), "nothing is made");
 }
 
 #[test]
