@@ -89,7 +89,8 @@ fn a_data_file_that_shrinks_is_an_error_that_names_it() {
 
 #[test]
 fn data_that_changed_are_refused_with_the_files_that_did() {
-    let cases: [(&str, fn(&Path), &str); 4] = [
+    type Change = fn(&Path);
+    let cases: [(&str, Change, &str); 4] = [
         ("renamed", |d| fs::rename(d.join("a"), d.join("z")).unwrap(), "renamed: a/x.txt (now z/x.txt)"),
         (
             "swapped",

@@ -20,6 +20,17 @@ use crate::nearest::suggestion;
 /// Bytes of a file, at most.
 const MAX_LEN: u64 = 1 << 26;
 
+/// Opening a named pipe waits for its other end, perhaps for ever. A shell's `<(…)` is a pipe too, below `/dev` or `/proc`.
+fn may_be_opened(path: &Path) -> std::io::Result<()> {
+    #[cfg(unix)]
+    if std::os::unix::fs::FileTypeExt::is_fifo(&path.metadata()?.file_type())
+        && !["/dev", "/proc"].iter().any(|folder| path.starts_with(folder))
+    {
+        return Err(std::io::Error::new(ErrorKind::InvalidInput, "this is a named pipe; expected a regular file"));
+    }
+    Ok(())
+}
+
 /// A YAML text, parsed.
 #[derive(Clone, Debug)]
 pub struct Document {
@@ -36,9 +47,8 @@ impl Document {
         let name = path.display().to_string();
         let wrong = |message: String| ConfigError { file: name.clone(), path: String::new(), place: None, message };
         let mut text = String::new();
-        // Not only of a regular file: a shell's `<(…)` is a pipe.
-        let read = File::open(path).and_then(|file| file.take(MAX_LEN + 1).read_to_string(&mut text));
-        read.map_err(|error| match error.kind() {
+        let read = |file: File| file.take(MAX_LEN + 1).read_to_string(&mut text);
+        may_be_opened(path).and_then(|()| File::open(path)).and_then(read).map_err(|error| match error.kind() {
             ErrorKind::NotFound => {
                 wrong("there is no such file; check the path, which starts at the current directory".into())
             }
@@ -290,6 +300,16 @@ io: {dir: /data, keep: 3}
         let mut document = Document::parse(TEXT, "a.yaml").unwrap();
         sets.iter().for_each(|set| document.set(set).unwrap());
         document
+    }
+
+    #[test]
+    #[cfg(unix)]
+    fn a_named_pipe_is_refused_instead_of_waited_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let pipe = folder.path().join("config.yaml");
+        assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+        let error = Document::read(&pipe).unwrap_err().to_string();
+        assert!(error.ends_with("cannot be read: this is a named pipe; expected a regular file"), "{error}");
     }
 
     #[test]

@@ -93,7 +93,7 @@ fn tiles(report: &Report) -> String {
         let is_equal = |value: f64| shown(value) == shown(best) || (value - best).abs() < slack * best.abs();
         let first: Vec<&str> = values.iter().filter(|(_, value)| is_equal(*value)).map(|(v, _)| &v.name[..]).collect();
         let (what, who) = match &first[..] {
-            [one] => (format!("{what}"), one.to_string()),
+            [one] => (what.to_string(), one.to_string()),
             many => (format!("{what}: a tie"), many.join(", ")),
         };
         let (shown, who) = (shown(best), escape(&who));

@@ -1,11 +1,11 @@
 //! Images: read from PNG, cropped, resized and binned with the numbers of Pillow and NumPy, by which the reference
 //! package does it.
 
-use std::fs::File;
 use std::io::BufReader;
 use std::path::Path;
 
 use crate::error::{Error, Result};
+use crate::files;
 
 /// The values of a channel.
 const VALUES: usize = 256;
@@ -22,13 +22,17 @@ pub(super) struct Image {
     pub pixels: Vec<[u8; 3]>,
 }
 
+/// Bytes of an image's file, at most.
+const LARGEST: u64 = 1 << 28;
+
 impl Image {
     /// Reads a PNG file of any kind; transparency is dropped.
     pub fn read(path: &Path) -> Result<Self> {
         let wrong = |error: &dyn std::fmt::Display| {
             Error::Config(format!("io.dataset_dir: cannot read image {}: {error}; expected a PNG", path.display()))
         };
-        let mut decoder = png::Decoder::new(BufReader::new(File::open(path).map_err(|error| wrong(&error))?));
+        let mut decoder =
+            png::Decoder::new(BufReader::new(files::open(path, LARGEST).map_err(|error| wrong(&error))?.into_inner()));
         decoder.set_transformations(png::Transformations::normalize_to_color8());
         let mut reader = decoder.read_info().map_err(|error| wrong(&error))?;
         let size = reader.output_buffer_size().ok_or_else(|| wrong(&"it does not fit in memory"))?;
