@@ -3,7 +3,7 @@
 //!
 //! Two rules bound the pool where lengths vary, as they do in generation and evaluation. Capacities come in steps of an
 //! eighth, so that a length that grows by one each time seldom needs a new buffer. And the pool keeps at most
-//! [`SLACK`] times the most that was in use at once: what was returned longest ago is freed first.
+//! twice the memory that was in use at once: what was returned longest ago is freed first.
 
 use std::collections::BTreeMap;
 use std::ops::{Deref, DerefMut};
