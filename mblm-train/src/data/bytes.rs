@@ -1,10 +1,10 @@
 //! Data set `bytes`: files as they are, each byte a token.
 //!
 //! `io.dataset_dir` is a file, a folder or a glob. Folders are read recursively, links are followed, each file counts once,
-//! and hidden files, run folders and `io.output_dir` are left out. The files are taken
-//! as one run of bytes, in the order of their paths below the folder, part by part in byte order. They are read by position as they are needed, so they may
-//! be larger than memory. A file that shrinks or vanishes during a run ends the run with an error. A change of contents
-//! at equal length goes unnoticed until the run is resumed: do not change data that are in use.
+//! and hidden files, run folders and `io.output_dir` are left out. The files are taken as one run of bytes, in the order of
+//! their paths below the folder, part by part in byte order. They are read by position as they are needed, so they may be
+//! larger than memory. A file that shrinks or vanishes during a run ends the run with an error. A change of contents at
+//! equal length goes unnoticed until the run is resumed: do not change data that are in use.
 //!
 //! **Split**: the last `validation_fraction` of the bytes (a tenth by default), but at least one sequence, is the
 //! validation data; what lies before is the training data. **Sequences** do not overlap: in epoch `e`, sequence `i` is
