@@ -27,6 +27,7 @@ use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use mblm::plugin::host::blame;
 use mblm::train::terminal::{self, Output};
 use mblm::{Error, train as training};
 use mblm_blocks as _;
@@ -91,6 +92,20 @@ enum Command {
 fn main() -> ExitCode {
     memory::keep();
     log::start();
+    blame::at_work(true);
+    let code = work();
+    blame::at_work(false);
+    code
+}
+
+/// The `_exit` of plugins: an exit code of 0 from inside one is not that of the program.
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+#[unsafe(no_mangle)]
+extern "C" fn _exit(code: libc::c_int) -> ! {
+    blame::end_process(code)
+}
+
+fn work() -> ExitCode {
     // On a thread of the pool, so that a parallel loop starts by handing out work, not by waking a thread and sleeping.
     let ended = match Cli::try_parse() {
         Ok(cli) => {

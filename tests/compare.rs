@@ -240,7 +240,7 @@ const BLOCKS: &str =
 fn a_plugin_that_ends_the_process_is_a_run_that_failed() {
     let cases = [
         ("LATE_EXIT", "forward called exit"),
-        ("LATE_UNDERSCORE_EXIT", "the process ended with exit code 0 before the run was finished"),
+        ("LATE_UNDERSCORE_EXIT", "forward called _exit"),
         ("LATE_SEGV", "forward crashed: SIGSEGV"),
     ];
     for (fault, want) in cases {

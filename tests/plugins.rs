@@ -343,6 +343,10 @@ fn a_plugin_whose_decoding_gives_nan_ends_generation_with_its_name() {
 fn a_plugin_that_crashes_or_exits_in_training_is_named() {
     let cases = [
         ("LATE_EXIT", "forward called exit"),
+        #[cfg(all(target_os = "linux", target_env = "gnu"))]
+        ("LATE_UNDERSCORE_EXIT", "forward called _exit"),
+        #[cfg(all(target_os = "linux", target_env = "gnu"))]
+        ("LATE_QUICK_EXIT", "forward called quick_exit"),
         ("LATE_SEGV", "forward crashed: SIGSEGV"),
         ("LATE_ABORT", "forward crashed: SIGABRT"),
         ("LATE_FPE", "forward crashed: SIGFPE"),

@@ -41,12 +41,22 @@ impl Schedule {
     }
 
     /// Goes on for `steps_left` steps from gradient step `step`, where the rate is what it was, or what the last step
-    /// had if this schedule has ended. A warm-up that is going on is finished. After it, the rate anneals to zero; if
-    /// `rewarm_steps_perc` is not 0, it rises to the peak first, in that share of the steps that are left, at least one.
+    /// had if this schedule has ended. A warm-up that is going on is finished; of a run that became shorter it keeps its
+    /// share, and is over if that share is. After it, the rate anneals to zero; if `rewarm_steps_perc` is not 0, it rises
+    /// to the peak first, in that share of the steps that are left, at least one.
     pub fn extended(self, step: u64, steps_left: u64, rewarm_steps_perc: f64) -> Self {
-        let warmup_left = (self.first_step + self.warmup_steps).saturating_sub(step);
+        let (before, now) = (self.end() - self.first_step, step + steps_left - self.first_step);
+        let share = u128::from(self.warmup_steps) * u128::from(now.min(before)) / u128::from(before.max(1));
+        let warmup_left = (self.first_step + share as u64).saturating_sub(step);
         if warmup_left > 0 {
-            return Schedule { cosine_steps: steps_left.saturating_sub(warmup_left), ..self };
+            let cosine_steps = steps_left - warmup_left;
+            return match share == u128::from(self.warmup_steps) {
+                true => Schedule { cosine_steps, ..self },
+                false => {
+                    let start = self.share(step);
+                    Schedule { first_step: step, start, warmup_steps: warmup_left, cosine_steps, ..self }
+                }
+            };
         }
         let start = self.share(step.min(self.end().saturating_sub(1)));
         let asked = (steps_left as f64 * rewarm_steps_perc).floor() as u64;
@@ -195,6 +205,11 @@ mod tests {
         let few = old.extended(100, 3, 0.1);
         assert_eq!((few.lr(100), few.lr(101), few.end()), (old.lr(99), 2.0, 103), "one step at least");
         assert_eq!(old.with_peak(1.0).lr(50), old.lr(50) / 2.0);
+        // A run that becomes shorter while it warms up: a tenth of what it is now, or no more.
+        let long = Schedule::new(2.0, 1000, 0.1);
+        let (shorter, short) = (long.extended(50, 550, 0.0), long.extended(50, 50, 0.0));
+        assert_eq!((shorter.lr(50), shorter.lr(60), shorter.end()), (long.lr(50), 2.0, 600));
+        assert_eq!((short.lr(50), short.lr(75), short.end()), (long.lr(50), long.lr(50) / 2.0, 100));
         let said = warm.describe(100);
         assert!(said.ends_with("at step 100, rises to 2.000e0 at step 110, then anneals to 0 at step 200"), "{said}");
     }

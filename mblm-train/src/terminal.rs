@@ -22,16 +22,19 @@ fn write_line(mut to: impl Write, is_terminal: bool, text: impl Display) {
     let _ = to.write_all(text.as_bytes()); // nobody is there to be told
 }
 
-/// `text` as a terminal may show it: control characters but newline and tab, and bytes that are not UTF-8, become `\x1b`.
+/// `text` as a terminal may show it: control characters but newline and tab, and bytes that are not UTF-8, become `\x1b`;
+/// characters that change the direction of the text around them, `\u{202e}`.
 pub fn visible<T: AsRef<[u8]> + ?Sized>(text: &T) -> Cow<'_, str> {
-    let is_control = |c: char| c.is_control() && !matches!(c, '\n' | '\t');
+    let turns = |c: char| matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    let is_control = |c: char| turns(c) || c.is_control() && !matches!(c, '\n' | '\t');
     match str::from_utf8(text.as_ref()) {
         Ok(text) if !text.contains(is_control) => return text.into(),
         _ => {}
     }
     let mut shown = String::new();
     let escape = |shown: &mut String, byte: u32| {
-        let _ = write!(shown, "\\x{byte:02x}"); // writing to a string cannot fail
+        // Writing to a string cannot fail.
+        let _ = if byte < 0x100 { write!(shown, "\\x{byte:02x}") } else { write!(shown, "\\u{{{byte:x}}}") };
     };
     for chunk in text.as_ref().utf8_chunks() {
         for c in chunk.valid().chars() {
@@ -97,7 +100,8 @@ mod tests {
 
     #[test]
     fn control_characters_are_shown() {
-        let cases: [(&[u8], &str); 7] = [
+        let cases: [(&[u8], &str); 8] = [
+            ("evil\u{202e}txt".as_bytes(), r"evil\u{202e}txt"),
             (b"plain\ttext\n", "plain\ttext\n"),
             ("é€😀".as_bytes(), "é€😀"),
             (b"\x1b]0;title\x07\x1b[2J", r"\x1b]0;title\x07\x1b[2J"),

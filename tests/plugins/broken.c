@@ -190,6 +190,10 @@ static mblm_status forward(mblm_instance *m, const mblm_params *params, const mb
     static int calls;
     if (pass->training && calls++ == 12) exit(0);
 #endif
+#ifdef FAULT_LATE_QUICK_EXIT
+    static int quick_calls;
+    if (pass->training && quick_calls++ == 12) quick_exit(0);
+#endif
 #ifdef FAULT_LATE_UNDERSCORE_EXIT
     static int calls;
     if (pass->training && calls++ == 12) _exit(0);

@@ -52,6 +52,9 @@ impl Document {
             ErrorKind::NotFound => {
                 wrong("there is no such file; check the path, which starts at the current directory".into())
             }
+            ErrorKind::IsADirectory => {
+                wrong("this is a folder; expected a YAML file, such as the config.yaml in the folder of a run".into())
+            }
             _ => wrong(format!("cannot be read: {error}")),
         })?;
         if text.len() as u64 > MAX_LEN {

@@ -161,6 +161,10 @@ impl Checkpoint {
 
     /// Checks the sum of every file.
     pub fn verify(&self) -> Result<()> {
+        if let Some(name) = self.manifest.keys().find(|name| !FILES.contains(&name.as_str())) {
+            let message = format!("lists {name:?}, which is no file of a checkpoint: the manifest is damaged");
+            return Err(Error::checkpoint(&self.path.join(MANIFEST), message));
+        }
         FILES.iter().try_for_each(|name| {
             let path = self.path.join(name);
             let found = FileSum::of_file(&path, self.manifest[*name].bytes).at(&path)?;

@@ -163,6 +163,8 @@ impl TrainState {
         at_most("accumulated", batches, "batches", self.batches)?;
         at_most("batches", self.batches, "sequences_seen", self.sequences_seen)?;
         at_most("sequences_seen", self.sequences_seen, "bytes_seen", self.bytes_seen)?;
+        // Every epoch has a batch.
+        at_most("next.epoch", self.next.epoch, "the batches seen", self.cum_batch())?;
         let contradicts = |what: String| Err(format!("{what}: the state contradicts itself"));
         if ![self.sequences_seen, self.bytes_seen].contains(&self.elements_seen) {
             let (found, sequences, bytes) = (self.elements_seen, self.sequences_seen, self.bytes_seen);

@@ -253,12 +253,17 @@ fn seconds_used(seconds: f64, variants: &[Variant]) -> String {
     }
 }
 
-/// A configuration without what tells runs of one variant apart.
+/// A configuration without what tells runs of one variant apart. How another run can begin with this one does; what this
+/// one began with does not.
 fn without_names(config: &Value) -> Value {
     let mut config = config.clone();
     if let Some(fields) = config.as_mapping_mut() {
-        fields.shift_remove("resume");
+        let resume = fields.shift_remove("resume");
         fields.shift_remove("summary");
+        if let Some(began_with) = resume.and_then(|resume| resume.get("resumed_from").cloned()).filter(|v| !v.is_null())
+        {
+            fields.insert("resume".into(), began_with);
+        }
     }
     for field in NO_VARIANTS {
         let (section, name) = field.split_once('.').unwrap_or((field, ""));

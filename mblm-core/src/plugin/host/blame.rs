@@ -2,13 +2,14 @@
 //!
 //! A signal cannot become an error of the run: the plugin may have left anything behind. All that can be done is to write
 //! a line before the process ends, from a handler that may do almost nothing. An exit code of 0 from inside a plugin, on
-//! the other hand, would look like success to whoever started the program, so it is replaced by 1.
+//! the other hand, would look like success to whoever started the program, so it is replaced by 1. With glibc that covers
+//! `_exit`, `quick_exit` and threads of the plugin's own; a plugin that makes the system call itself is not noticed.
 
 use std::cell::Cell;
 use std::ptr;
 #[cfg(unix)]
-use std::sync::atomic::AtomicBool;
-use std::sync::atomic::{AtomicPtr, Ordering};
+use std::sync::atomic::AtomicI32;
+use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
 
 /// A call into a plugin.
 struct Call<'a> {
@@ -25,6 +26,19 @@ thread_local! {
 
 /// The opened plugins as text, for a crash on a thread that is in no call: a plugin may have threads of its own.
 static OPENED: AtomicPtr<String> = AtomicPtr::new(ptr::null_mut());
+
+/// Whether the program is at work: then nobody but a plugin ends the process with exit code 0.
+static AT_WORK: AtomicBool = AtomicBool::new(false);
+
+/// The process that opened plugins. A child that a plugin forks ends as it likes.
+#[cfg(unix)]
+static PROCESS: AtomicI32 = AtomicI32::new(0);
+
+/// A program calls this when it begins its work and when it has done it. In between, an exit code of 0 is a fault of a
+/// plugin, also on a thread that is in no call.
+pub fn at_work(is_at_work: bool) {
+    AT_WORK.store(is_at_work, Ordering::SeqCst);
+}
 
 /// Runs a call into a plugin. If the process ends in it, the message says `whose` call it was and `what` was called.
 pub(super) fn during<R>(whose: &str, what: &str, work: impl FnOnce() -> R) -> R {
@@ -82,8 +96,8 @@ fn watch() {
             libc::sigaction(signal, &action, ptr::null_mut());
         }
     }
-    // SAFETY: a function that lives for ever. If it cannot be registered, exit codes stay as they are.
-    unsafe { libc::atexit(on_exit) };
+    PROCESS.store(std::process::id().cast_signed(), Ordering::SeqCst);
+    watch_exit();
 }
 
 /// Writes what crashed, and lets the signal do what it did before.
@@ -117,14 +131,72 @@ extern "C" fn on_signal(signal: libc::c_int, info: *mut libc::siginfo_t, _: *mut
     }
 }
 
-/// Exit code 0 from inside a plugin is no success of the program.
+/// Blames a plugin, if there is one to blame, for having called `function`, which ends the process.
 #[cfg(unix)]
-extern "C" fn on_exit() {
-    // SAFETY: a call in progress lives; see `during`.
-    if let Some(call) = unsafe { CALL.get().as_ref() } {
-        write(&["error: ", call.whose, ": ", call.what, " called exit; a plugin returns an error instead\n"]);
-        // SAFETY: ends the process.
-        unsafe { libc::_exit(1) };
+fn blames(function: &str) -> bool {
+    if PROCESS.load(Ordering::SeqCst) != std::process::id().cast_signed() {
+        return false;
+    }
+    // SAFETY: a call in progress lives; see `during`. A text of opened plugins is never freed.
+    match unsafe { (CALL.get().as_ref(), OPENED.load(Ordering::Acquire).as_ref()) } {
+        (Some(call), _) => {
+            let end = "; a plugin returns an error instead\n";
+            write(&["error: ", call.whose, ": ", call.what, " called ", function, end]);
+        }
+        (None, Some(opened)) if AT_WORK.load(Ordering::SeqCst) => {
+            let place = " was called on a thread that was in no call into a plugin; perhaps a plugin's own thread. ";
+            write(&["error: ", function, place, "Opened plugins: ", opened, "\n"]);
+        }
+        _ => return false,
+    }
+    true
+}
+
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+fn watch_exit() {
+    unsafe extern "C" {
+        fn on_exit(function: extern "C" fn(libc::c_int, *mut libc::c_void), data: *mut libc::c_void) -> libc::c_int;
+        fn at_quick_exit(function: extern "C" fn()) -> libc::c_int;
+    }
+    extern "C" fn at_exit(code: libc::c_int, _: *mut libc::c_void) {
+        if code == 0 && blames("exit") {
+            end_process(1);
+        }
+    }
+    extern "C" fn at_quick() {
+        if blames("quick_exit") {
+            end_process(1);
+        }
+    }
+    // SAFETY: functions that live for ever. If they cannot be registered, exit codes stay as they are.
+    unsafe {
+        on_exit(at_exit, ptr::null_mut());
+        at_quick_exit(at_quick);
+    }
+}
+
+#[cfg(all(unix, not(all(target_os = "linux", target_env = "gnu"))))]
+fn watch_exit() {
+    extern "C" fn at_exit() {
+        // SAFETY: a call in progress lives; see `during`. Ends the process.
+        unsafe {
+            if !CALL.get().is_null() && blames("exit") {
+                libc::_exit(1);
+            }
+        }
+    }
+    // SAFETY: a function that lives for ever. If it cannot be registered, exit codes stay as they are.
+    unsafe { libc::atexit(at_exit) };
+}
+
+/// Ends the process at once, as `_exit(code)` does; from inside a plugin, not with 0. A program that exports this function
+/// as `_exit` is the one whose `_exit` plugins call.
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+pub fn end_process(code: libc::c_int) -> ! {
+    let code = if code == 0 && blames("_exit") { 1 } else { code };
+    loop {
+        // SAFETY: the system call ends the process and touches no memory.
+        unsafe { libc::syscall(libc::SYS_exit_group, code) };
     }
 }
 

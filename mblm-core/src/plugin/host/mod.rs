@@ -1,6 +1,6 @@
 //! The program's side: finding plugins, opening them, and running their blocks like built-in ones.
 
-mod blame;
+pub mod blame;
 mod block;
 mod calls;
 pub mod child;
