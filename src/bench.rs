@@ -11,6 +11,7 @@ use mblm::generate::Decoder;
 use mblm::model::Mblm;
 use mblm::testing::noise;
 use mblm::train::config::ModelConfig;
+use mblm::train::cost::Step;
 use mblm::train::model::{Model, TrainModel};
 use mblm::train::optimizer::{Adam, AdamConfig, clip_grad_norm};
 use mblm::train::terminal::Output;
@@ -19,7 +20,7 @@ use mblm::{Mode, buffer};
 use serde::Serialize;
 
 use crate::plugins::Plugins;
-use crate::{Usage, inspect};
+use crate::{Usage, inspect, train};
 
 /// The share of bytes that an encoder restores, as in BERT.
 const MASKING_PROBA: f64 = 0.15;
@@ -101,6 +102,9 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
     let length = config.hierarchy().context_len();
     let generation = Generation::new(args, &config, length)?;
     let precision = args.precision.available()?;
+    if args.only.is_none_or(|only| only == Part::Train) {
+        train::must_fit(&config, Step { batch: args.batch as usize, bytes: length })?;
+    }
     let model = Model::of(&config, MASKING_PROBA, 0)?;
     let mut report = Report {
         config: args.config.to_string_lossy().into_owned(),

@@ -8,15 +8,14 @@ use anyhow::Result;
 use candle_core::{Device, Tensor};
 use mblm::testing::noise;
 use mblm::train::config::ModelConfig;
-use mblm::train::cost::bytes as shown_bytes;
+use mblm::train::cost::{Step, bytes as shown_bytes};
 use mblm::train::data::corpus::Corpus;
 use mblm::train::doctor::{Report, Severity, examine};
 use mblm::train::terminal::Output;
 use mblm::yaml::Document;
 
-use crate::Usage;
-use crate::inspect;
 use crate::plugins::Plugins;
+use crate::{Usage, inspect, train};
 
 /// The share of bytes that an encoder has to restore, if the configuration does not say.
 const MASKING: f64 = 0.15;
@@ -56,6 +55,7 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
         Some(place) => read(place, shape.0 * shape.1, hierarchy.num_tokens)?,
         None => random(shape.0 * shape.1, args.seed, &config),
     };
+    train::must_fit(&config, Step { batch: shape.0, bytes: shape.1 })?;
     let report = examine(&config, MASKING, args.seed, &Tensor::from_vec(ids, shape, &Device::Cpu)?)?;
     let text = if args.json { serde_json::to_string_pretty(&report)? + "\n" } else { table(&report) };
     let shown = Output::new().write_all(text.as_bytes());

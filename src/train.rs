@@ -9,7 +9,7 @@ use mblm::generate::{Format, Sampler, Sampling, TokenStream, Until, generate};
 use mblm::memory::Limit;
 use mblm::model::Mblm;
 use mblm::train as training;
-use mblm::train::config::RunConfig;
+use mblm::train::config::{ModelConfig, RunConfig};
 use mblm::train::cost::{Report, Step, bytes as shown_bytes, metric};
 use mblm::train::data::{Splits, unigram_entropy};
 use mblm::train::doctor::{Finding, glance};
@@ -200,6 +200,16 @@ fn warn_of_stages(config: &RunConfig) -> training::Result<()> {
         terminal::line(format_args!("warning: {place}: {what}; {advice}"));
     }
     Ok(())
+}
+
+/// Refuses a model of which a training step of `batch` sequences of `bytes` bytes cannot fit the memory.
+pub fn must_fit(config: &ModelConfig, step: Step) -> training::Result<()> {
+    let model = Model::outline_of(config, 0.0, 0)?;
+    let report = Report::new(config.hierarchy(), model.params(), &model.stage_models(), step);
+    match mblm::memory::available().filter(|limit| report.least_bytes() > limit.bytes as f64) {
+        Some(limit) => Err(training::Error::Config(too_large(&report, &limit))),
+        None => Ok(()),
+    }
 }
 
 /// What needs the memory that there is not.

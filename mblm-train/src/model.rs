@@ -116,8 +116,12 @@ impl Model {
     /// As [`new`](Self::new), without memory for the parameters, to count them: a model of any size. A value that is
     /// read all the same is drawn then.
     pub fn outline(config: &RunConfig, seed: u64) -> Result<Self> {
-        let masking_proba = config.train.masking_proba.unwrap_or_default();
-        Ok(match &config.params.model {
+        Self::outline_of(&config.params.model, config.train.masking_proba.unwrap_or_default(), seed)
+    }
+
+    /// As [`outline`](Self::outline), without the rest of a training configuration; `masking_proba` is for encoders.
+    pub fn outline_of(model: &ModelConfig, masking_proba: f64, seed: u64) -> Result<Self> {
+        Ok(match model {
             ModelConfig::Generative(model) => Model::Generative(Mblm::outline(model, seed)?),
             ModelConfig::Encoder(encoder) => {
                 Model::Masked(MaskedBytes { encoder: MblmEncoder::outline(encoder, seed)?, masking_proba })

@@ -110,7 +110,10 @@ impl Schedule {
     }
 
     /// Refuses numbers that no run can come to.
-    pub(crate) fn check(&self) -> Result<(), String> {
+    pub(crate) fn check(&self, step: u64) -> Result<(), String> {
+        if self.first_step > step {
+            return Err(format!("it begins at step {}, after step {step}", self.first_step));
+        }
         let is_share = |share: f64| (0.0..=1.0).contains(&share);
         if !(self.peak > 0.0 && self.peak.is_finite() && is_share(self.start) && is_share(self.top)) {
             return Err(format!(
@@ -217,9 +220,10 @@ mod tests {
     #[test]
     fn a_schedule_of_nonsense_is_refused() {
         let good = Schedule::new(2.0, 100, 0.1);
-        good.check().unwrap();
-        assert!(Schedule { peak: f64::NAN, ..good }.check().is_err());
-        assert!(Schedule { top: 2.0, ..good }.check().is_err());
-        assert!(Schedule { first_step: u64::MAX, ..good }.check().is_err());
+        good.check(0).unwrap();
+        assert!(Schedule { peak: f64::NAN, ..good }.check(0).is_err());
+        assert!(Schedule { top: 2.0, ..good }.check(0).is_err());
+        assert!(Schedule { first_step: u64::MAX, ..good }.check(u64::MAX).is_err());
+        assert!(Schedule { first_step: 4, ..good }.check(3).is_err(), "it begins later than the run has come");
     }
 }

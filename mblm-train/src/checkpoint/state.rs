@@ -180,7 +180,7 @@ impl TrainState {
         }
         match &self.schedule {
             Some(schedule) => {
-                schedule.check().map_err(|what| format!("schedule: {what}: the state contradicts itself"))
+                schedule.check(self.step).map_err(|what| format!("schedule: {what}: the state contradicts itself"))
             }
             None => Ok(()),
         }

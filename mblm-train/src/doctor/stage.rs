@@ -53,6 +53,9 @@ pub(super) fn all(
     Ok(checks)
 }
 
+/// A look before training takes no time to speak of: more parameters than this are left to `mblm doctor`.
+const MOST_PARAMETERS: usize = 1 << 25;
+
 /// Checks stage `n` (from 0) of a model that is about to be trained, with few layers and on a short sequence. Returns
 /// whether it has parameters, too.
 pub(super) fn shortly(config: &MblmConfig, n: usize, generates: bool) -> Result<(Vec<Check>, bool)> {
@@ -60,9 +63,12 @@ pub(super) fn shortly(config: &MblmConfig, n: usize, generates: bool) -> Result<
     // Few layers show what all do, unless the block wants another number of them.
     let ((store, model), num_layers) =
         build(config.num_layers[n].min(FEW_LAYERS)).or_else(|_| build(config.num_layers[n]))?;
+    let has_params = store.iter().next().is_some();
+    if store.num_elements() > MOST_PARAMETERS {
+        return Ok((vec![], has_params));
+    }
     nudge(&store)?;
     let params: Vec<_> = store.iter().cloned().collect();
-    let has_params = !params.is_empty();
     let stage = Stage { config, n, num_layers, model: &*model, params, generates };
     let seq = (1 + config.seq_lens[n]).min(SHORT);
     Ok((stage.checks(seq, seq)?, has_params))
