@@ -87,7 +87,7 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
     let shown = match outcome.end {
         _ if args.quiet => writeln!(Output::new(), "{}", run.display()).map_err(anyhow::Error::from),
         End::Stopped | End::TimeLimit => {
-            terminal::line(format_args!("go on with: mblm train --resume {}", run.display()));
+            terminal::line(format_args!("go on with: mblm train --resume {}", shell_word(&run)));
             Ok(())
         }
         End::Finished => conclude(&run, &outcome, args.allow_plugin_change, plugins),
@@ -227,6 +227,13 @@ fn too_large(report: &Report, limit: &Limit) -> String {
     )
 }
 
+/// A path as a shell takes it.
+fn shell_word(path: &Path) -> String {
+    let text = path.display().to_string();
+    let is_plain = |c: char| c.is_alphanumeric() || "/._-+=:@%,".contains(c);
+    if text.chars().all(is_plain) { text } else { format!("'{}'", text.replace('\'', r"'\''")) }
+}
+
 /// Says what was reached, shows what the model writes, and how to have it write more.
 fn conclude(run: &Path, outcome: &Outcome, allow_plugin_change: bool, plugins: &Plugins) -> Result<()> {
     let trained = model::load(&model::Args { run: run.into(), best: false, allow_plugin_change }, plugins)?;
@@ -241,10 +248,10 @@ fn conclude(run: &Path, outcome: &Outcome, allow_plugin_change: bool, plugins: &
         }
     }
     let Ok(model) = trained.generative() else {
-        return Ok(writeln!(out, "\nmore:\n  {} eval {} DATA", program(), run.display())?);
+        return Ok(writeln!(out, "\nmore:\n  {} eval {} DATA", program(), shell_word(run))?);
     };
     let mut out = sample(out, model, &prompt(&data, trained.config.params.input_seq_len)?)?;
-    Ok(writeln!(out, "\nmore:\n  {} generate {} --prompt \"//! \"", program(), run.display())?)
+    Ok(writeln!(out, "\nmore:\n  {} generate {} --prompt \"//! \"", program(), shell_word(run))?)
 }
 
 /// The beginning of the validation data.
@@ -276,4 +283,17 @@ fn sample(mut out: Output, model: &Mblm, prompt: &[u32]) -> Result<Output> {
 /// How this program was called, so that the printed command works as it is.
 fn program() -> String {
     std::env::args().next().unwrap_or_else(|| "mblm".into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_shell_reads_a_path_back() {
+        let cases = [("runs/a-1.b", "runs/a-1.b"), ("my runs/it's", r"'my runs/it'\''s'"), ("a;b", "'a;b'")];
+        for (path, want) in cases {
+            assert_eq!(shell_word(Path::new(path)), want);
+        }
+    }
 }
