@@ -8,7 +8,6 @@ use mblm_core::model::Mblm;
 use mblm_core::testing::difference;
 use serde::Serialize;
 
-use super::stage::{LONGEST_DECODED, TOLERANCE, spread};
 use crate::error::{Error, Result};
 
 /// One promise and whether it is kept.
@@ -28,6 +27,11 @@ pub(super) const INDEPENDENT: &str = "independent sequences";
 pub(super) const SAME_OUTPUTS: &str = "same outputs again";
 pub(super) const SAME_BITS: &str = "same bits again";
 
+/// How far decoded outputs may be from those of the forward pass, relative to the largest at a position.
+pub(super) const TOLERANCE: f32 = 1e-3;
+/// The longest sequences that a decoder is tried on.
+pub(super) const LONGEST_DECODED: usize = 257;
+
 pub(super) fn whole(model: &Mblm, ids: &Tensor) -> Result<Vec<Check>> {
     let config = model.config();
     let patch: usize = config.seq_lens[1..].iter().product();
@@ -39,6 +43,15 @@ pub(super) fn whole(model: &Mblm, ids: &Tensor) -> Result<Vec<Check>> {
         check(CACHED, or_not_finite(whole.cached(&logits))?),
         check(INDEPENDENT, whole.independent(&logits)?),
     ])
+}
+
+/// Positions to change something at: at both ends, in the middle, and around the end of the first patch.
+pub(super) fn spread(len: usize, patch: usize) -> Vec<usize> {
+    let mut positions = vec![0, 1, patch.saturating_sub(1), patch, len / 2, len.saturating_sub(2), len - 1];
+    positions.retain(|position| *position < len);
+    positions.sort_unstable();
+    positions.dedup();
+    positions
 }
 
 /// Logits that are not finite are a fault of the model, which the report names beside all others.

@@ -9,15 +9,12 @@ use mblm_core::layer::Dims;
 use mblm_core::testing::{build_alone, decoder_equals_forward, is_causal, is_independent, variation};
 use mblm_core::{Param, ParamStore, StageModel};
 
-use super::checks::{CACHED, CAUSAL, Check, INDEPENDENT, SAME_BITS, SAME_OUTPUTS};
+use super::checks::{CACHED, CAUSAL, Check, INDEPENDENT, LONGEST_DECODED, SAME_BITS, SAME_OUTPUTS, TOLERANCE, spread};
 use super::nudge;
 use crate::error::Result;
 
-/// How far decoded outputs may be from those of the forward pass, relative to the largest at a position.
-pub(super) const TOLERANCE: f32 = 1e-3;
-/// The longest sequences that a stage, and a stage's decoder, are tried on.
+/// The longest sequences that a stage is tried on.
 const LONGEST: usize = 2048;
-pub(super) const LONGEST_DECODED: usize = 257;
 /// The length and the layers of a stage that is looked at before every training.
 const SHORT: usize = 9;
 const FEW_LAYERS: usize = 2;
@@ -105,13 +102,4 @@ impl Stage<'_> {
             other => (other.map(|variation| variation.what), None),
         })
     }
-}
-
-/// Positions to change something at: at both ends, in the middle, and around the end of the first patch.
-pub(super) fn spread(len: usize, patch: usize) -> Vec<usize> {
-    let mut positions = vec![0, 1, patch.saturating_sub(1), patch, len / 2, len.saturating_sub(2), len - 1];
-    positions.retain(|position| *position < len);
-    positions.sort_unstable();
-    positions.dedup();
-    positions
 }
