@@ -4,8 +4,9 @@
 use std::sync::Arc;
 
 use candle_core::Tensor;
-use mblm_core::block::{Cost, FieldError, Mode, PosEmb, StageBlock, StageDecoder, StageModel, width};
+use mblm_core::block::{Cost, FieldError, PosEmb, StageBlock, StageDecoder, StageModel, width};
 use mblm_core::layer::apply;
+use mblm_core::mode::Mode;
 use mblm_core::register_block;
 use mblm_core::{Error, ParamScope, Result};
 use schemars::JsonSchema;

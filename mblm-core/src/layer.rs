@@ -7,8 +7,8 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Shape, Tensor};
 
-use crate::block::Mode;
 use crate::error::Result;
+use crate::mode::Mode;
 use crate::node::{Node, apply1};
 
 /// The shape `(batch, seq, dim)` of a layer's input and output.

@@ -13,6 +13,7 @@ pub mod gemm;
 pub mod generate;
 pub mod layer;
 pub mod memory;
+pub mod mode;
 pub mod model;
 pub mod nearest;
 pub mod node;
@@ -28,8 +29,9 @@ pub mod simd;
 pub mod testing;
 pub mod yaml;
 
-pub use block::{Mode, PosEmb, StageBlock, StageDecoder, StageModel};
+pub use block::{PosEmb, StageBlock, StageDecoder, StageModel};
 pub use error::{Error, Result};
+pub use mode::Mode;
 pub use param::{Init, Param, ParamScope, ParamStore};
 
 #[doc(hidden)]

@@ -5,7 +5,7 @@ use std::sync::Mutex;
 use candle_core::backprop::GradStore;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, Device, Layout, Shape, Storage, Tensor};
 
-use crate::block::Mode;
+use crate::mode::Mode;
 use crate::parallel;
 
 /// A differentiable function of `f32` CPU tensors. It may own parameters, whose gradients it deposits in backward.

@@ -6,9 +6,10 @@ use std::sync::Arc;
 
 use candle_core::{CpuStorage, CustomOp1, Device, Layout, Shape, Tensor, Var};
 
-use crate::block::{Mode, StageModel};
+use crate::block::StageModel;
 use crate::error::Result;
 use crate::layer::Dims;
+use crate::mode::Mode;
 use crate::node::{backward_from, floats, with_floats};
 use crate::param::{Param, fold_gradients};
 

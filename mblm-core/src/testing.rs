@@ -5,9 +5,10 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor, Var};
 
-use crate::block::{Mode, StageBlock, StageModel};
+use crate::block::{StageBlock, StageModel};
 use crate::error::{Error, Result};
 use crate::layer::{Dims, Layer, apply};
+use crate::mode::Mode;
 use crate::param::{Param, ParamStore};
 
 /// What to do about a parameter without a gradient.

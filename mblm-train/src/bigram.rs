@@ -3,8 +3,8 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use candle_core::{D, Device, Tensor};
-use mblm_core::block::stream;
 use mblm_core::config::MblmConfig;
+use mblm_core::mode::stream;
 use mblm_core::{Init, Mode, ParamStore};
 
 use crate::config::{IoSection, LossAverage, ModelConfig, Params, RunConfig, TargetStrategy, TrainSection};

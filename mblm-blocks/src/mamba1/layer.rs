@@ -3,10 +3,10 @@
 use std::sync::Arc;
 
 use candle_core::Tensor;
-use mblm_core::block::Mode;
 use mblm_core::buffer::Buffer;
 use mblm_core::gemm::{Into, Mat, MatMut, Threads, matmul};
 use mblm_core::layer::{Context, Layer, param_like};
+use mblm_core::mode::Mode;
 use mblm_core::ops::conv1d::{Conv1d, conv1d_silu_composed};
 use mblm_core::ops::linear::{self, linear_composed};
 use mblm_core::ops::rms_norm::{Eps, RmsNorm, rms_norm_composed};

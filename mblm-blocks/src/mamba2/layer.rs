@@ -3,10 +3,10 @@
 use std::sync::Arc;
 
 use candle_core::Tensor;
-use mblm_core::block::{self, Mode};
 use mblm_core::buffer::Buffer;
 use mblm_core::gemm::Into;
 use mblm_core::layer::{Context, Layer, param_like};
+use mblm_core::mode::{Mode, stream};
 use mblm_core::ops::conv1d::{Conv1d, conv1d_silu_composed};
 use mblm_core::ops::dropout::{self, dropout_composed};
 use mblm_core::ops::gated_rms_norm::{GatedRmsNorm, gated_rms_norm_composed};
@@ -53,7 +53,7 @@ impl Mamba2Layer {
     pub(super) fn new(sizes: Sizes, out_gain: f32, dropout: f32, params: &mut ParamScope) -> Result<Self> {
         let Sizes { dim, heads, d_conv, .. } = sizes;
         let (inner, conv) = (sizes.inner(), sizes.conv());
-        let dropout = (dropout, block::stream(params.prefix()));
+        let dropout = (dropout, stream(params.prefix()));
         let norm = params.sub("norm").param("weight", &[dim], Init::Const(1.0))?;
         let mut params = params.sub("mixer");
         let out_init = Init::linear(inner);

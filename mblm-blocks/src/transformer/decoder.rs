@@ -1,10 +1,11 @@
 //! Incremental decoding of the Transformer: cached keys and values, and the one position that the token shift needs.
 
 use mblm_core::Result;
-use mblm_core::block::{Mode, StageDecoder};
+use mblm_core::block::StageDecoder;
 use mblm_core::buffer::Buffer;
 use mblm_core::gemm::Into;
 use mblm_core::layer::{Context, Dims, Layer};
+use mblm_core::mode::Mode;
 use mblm_core::ops::linear;
 use mblm_core::ops::{attention, gelu};
 

@@ -5,10 +5,11 @@ use std::sync::Arc;
 
 use candle_core::Tensor;
 use mblm_core::Result;
-use mblm_core::block::{Cost, Dropout, Mode, stream};
+use mblm_core::block::Cost;
 use mblm_core::buffer::Buffer;
 use mblm_core::gemm::{Into, Mat, MatMut, Threads, matmul};
 use mblm_core::layer::{Context, Dims, Layer, param_like};
+use mblm_core::mode::{Dropout, Mode, stream};
 use mblm_core::ops::attention::{Attention, attention_composed};
 use mblm_core::ops::dropout::dropout_composed;
 use mblm_core::ops::gelu;

@@ -7,8 +7,9 @@ mod layer;
 use std::sync::Arc;
 
 use candle_core::Tensor;
-use mblm_core::block::{Cost, FieldError, Mode, PosEmb, StageBlock, StageDecoder, StageModel, width};
+use mblm_core::block::{Cost, FieldError, PosEmb, StageBlock, StageDecoder, StageModel, width};
 use mblm_core::layer::apply;
+use mblm_core::mode::Mode;
 use mblm_core::ops::rms_norm::{Eps, RmsNormLayer};
 use mblm_core::ops::rotary::Rotary;
 use mblm_core::param::{Init, ParamScope};

@@ -3,9 +3,10 @@
 
 use candle_core::{DType, Device, Tensor};
 
-use crate::block::{Mode, StageDecoder};
+use crate::block::StageDecoder;
 use crate::error::{Error, Result};
 use crate::gemm::Into;
+use crate::mode::Mode;
 use crate::model::{Hierarchy, Mblm, Positions, Stage};
 use crate::ops::linear;
 

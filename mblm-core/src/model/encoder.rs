@@ -2,9 +2,10 @@
 
 use candle_core::{Device, Tensor};
 
-use crate::block::{Mode, StageModel};
+use crate::block::StageModel;
 use crate::config::{MaskReduce, MblmEncoderConfig};
 use crate::error::{Error, Result};
+use crate::mode::Mode;
 use crate::ops::cross_entropy::Target;
 use crate::param::ParamStore;
 

@@ -5,10 +5,11 @@ use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
 
-use crate::block::{Mode, PosEmb, StageModel};
+use crate::block::{PosEmb, StageModel};
 use crate::config::MblmConfig;
 use crate::error::{Error, Result};
 use crate::layer::param_like;
+use crate::mode::Mode;
 use crate::node::apply1;
 use crate::ops::cross_entropy::{CrossEntropy, Target};
 use crate::ops::linear::linear_composed;

@@ -6,9 +6,9 @@ use std::sync::Arc;
 
 use candle_core::{CpuStorage, CustomOp1, Device, Layout, Shape, Tensor, Var};
 
-use crate::block::Mode;
 use crate::error::Result;
 use crate::layer::Dims;
+use crate::mode::Mode;
 use crate::node::{apply1, backward_from, floats, with_floats};
 use crate::ops::cross_entropy::{CrossEntropy, Target};
 use crate::param::{Param, fold_gradients};

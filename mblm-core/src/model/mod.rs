@@ -11,9 +11,10 @@ mod token_embedding;
 
 use candle_core::{DType, Device, Tensor};
 
-use crate::block::{Mode, StageModel};
+use crate::block::StageModel;
 use crate::config::MblmConfig;
 use crate::error::{Error, Result};
+use crate::mode::Mode;
 use crate::node::apply1;
 use crate::ops::cross_entropy::{CrossEntropy, Target};
 use crate::param::ParamStore;

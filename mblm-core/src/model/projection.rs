@@ -4,11 +4,11 @@ use std::sync::Arc;
 
 use candle_core::{Shape, Tensor};
 
-use crate::block::Mode;
 use crate::buffer::Buffer;
 use crate::error::{Error, Result};
 use crate::gemm::Into;
 use crate::layer::Dims;
+use crate::mode::Mode;
 use crate::node::{Node, apply1};
 use crate::ops::linear;
 use crate::param::{Init, Param, ParamScope};

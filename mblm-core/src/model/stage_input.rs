@@ -5,9 +5,10 @@ use std::sync::Arc;
 
 use candle_core::{Shape, Tensor};
 
-use crate::block::{Mode, PosEmb};
+use crate::block::PosEmb;
 use crate::error::{Error, Result};
 use crate::layer::Dims;
+use crate::mode::Mode;
 use crate::node::{Node, apply1, apply2};
 use crate::parallel::{Shared, for_rows, reduce_rows};
 use crate::param::{Param, ParamScope};

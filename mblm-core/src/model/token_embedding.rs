@@ -5,10 +5,10 @@ use std::sync::Arc;
 
 use candle_core::{Shape, Tensor};
 
-use crate::block::Mode;
 use crate::buffer::Buffer;
 use crate::error::{Error, Result};
 use crate::gemm::Into;
+use crate::mode::Mode;
 use crate::node::{Node, apply1};
 use crate::ops::layer_norm;
 use crate::ops::linear;

@@ -4,11 +4,11 @@
 
 use candle_core::{D, Tensor};
 
-use crate::block::Dropout;
 use crate::buffer::Buffer;
 use crate::error::Result;
 use crate::gemm::arithmetic::dispatch;
 use crate::gemm::{self, MatMut};
+use crate::mode::Dropout;
 use crate::parallel::{Shared, for_rows};
 use crate::simd::{self, Cache, vectorize};
 

@@ -169,8 +169,8 @@ mod tests {
     use candle_core::{DType, Device, Var};
 
     use super::*;
-    use crate::block::Mode;
     use crate::layer::param_like;
+    use crate::mode::Mode;
     use crate::node::apply1;
     use crate::param::{Init, ParamStore};
     use crate::testing::{assert_close, noise};

@@ -2,8 +2,8 @@
 
 use candle_core::Tensor;
 
-use crate::block::Dropout;
 use crate::error::Result;
+use crate::mode::Dropout;
 use crate::parallel::{Shared, for_rows};
 use crate::simd::vectorize;
 

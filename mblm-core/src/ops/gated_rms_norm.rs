@@ -107,8 +107,8 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::block::Mode;
     use crate::layer::{Context, Dims, Layer, param_like};
+    use crate::mode::Mode;
     use crate::parallel::Shared;
     use crate::param::{Init, Param, ParamStore};
     use crate::testing::{check_layer, perturb};

@@ -1,6 +1,6 @@
 //! The exact GELU, `x Φ(x)` (Hendrycks & Gimpel 2016, eq. 2), with the dropout that follows it.
 
-use crate::block::Dropout;
+use crate::mode::Dropout;
 use crate::parallel::{Shared, for_rows};
 use crate::simd::{normal_cdf_pdf, vectorize};
 

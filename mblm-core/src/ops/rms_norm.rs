@@ -199,7 +199,7 @@ impl RmsNormLayer {
 impl crate::layer::Layer for RmsNormLayer {
     type Tape = ();
 
-    fn composed(&self, x: &Tensor, _: Option<&Tensor>, mode: crate::block::Mode) -> Result<Tensor> {
+    fn composed(&self, x: &Tensor, _: Option<&Tensor>, mode: crate::mode::Mode) -> Result<Tensor> {
         rms_norm_composed(x, &crate::layer::param_like(&self.gain, x, mode)?, self.eps)
     }
 
@@ -220,8 +220,8 @@ mod tests {
     use candle_core::{DType, Device};
 
     use super::*;
-    use crate::block::Mode;
     use crate::layer::{Context, Layer, param_like};
+    use crate::mode::Mode;
     use crate::param::{Init, Param, ParamStore};
     use crate::testing::{check_layer, perturb};
 

@@ -4,10 +4,10 @@
 use std::sync::Arc;
 
 use candle_core::Tensor;
-use mblm_core::block::{Dropout, Mode, stream};
 use mblm_core::buffer::Buffer;
 use mblm_core::gemm::Into;
 use mblm_core::layer::{Context, Dims, Layer, param_like};
+use mblm_core::mode::{Dropout, Mode, stream};
 use mblm_core::ops::dropout::{self, dropout_composed};
 use mblm_core::ops::linear::{self, linear_composed};
 use mblm_core::simd;

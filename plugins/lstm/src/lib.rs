@@ -4,8 +4,9 @@
 use std::sync::Arc;
 
 use candle_core::Tensor;
-use mblm_core::block::{Cost, FieldError, Mode, PosEmb, StageBlock, StageDecoder, StageModel};
+use mblm_core::block::{Cost, FieldError, PosEmb, StageBlock, StageDecoder, StageModel};
 use mblm_core::layer::apply;
+use mblm_core::mode::Mode;
 use mblm_core::{Error, ParamScope, Result};
 use mblm_core::{export_plugin, register_block};
 use schemars::JsonSchema;

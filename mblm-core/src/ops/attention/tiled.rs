@@ -169,9 +169,9 @@ fn groups<const MR: usize>(rows: usize, start: usize, first: usize, causal: bool
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::block::Dropout;
     use crate::gemm::arithmetic::InFloats;
     use crate::gemm::{Precision, autocast};
+    use crate::mode::Dropout;
     use crate::parallel::Shared;
     use crate::simd::for_every_arch;
     use crate::testing::{assert_close, noise};

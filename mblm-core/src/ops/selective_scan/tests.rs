@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use super::*;
-use crate::block::Mode;
 use crate::layer::{Context, Dims, Layer, param_like};
+use crate::mode::Mode;
 use crate::param::{Init, Param, ParamStore};
 use crate::rows::RowsMut;
 use crate::testing::{assert_close, check_layer, noise, perturb};

@@ -2,7 +2,7 @@
 
 use super::rig::{Rig, input};
 use super::{Outcome, Subject};
-use crate::block::Mode;
+use crate::mode::Mode;
 use crate::plugin::abi;
 use crate::plugin::host::{ParamValues, State};
 use crate::testing::difference;

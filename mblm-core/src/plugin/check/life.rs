@@ -2,7 +2,7 @@
 
 use super::rig::{Gradients, input};
 use super::{Outcome, PANIC_VARIABLE, Subject};
-use crate::block::Mode;
+use crate::mode::Mode;
 use crate::plugin::abi;
 use crate::plugin::host::ParamValues;
 

@@ -2,7 +2,7 @@
 
 use super::rig::{Guarded, MODE, input};
 use super::{Outcome, Subject};
-use crate::block::Mode;
+use crate::mode::Mode;
 use crate::plugin::abi;
 use crate::plugin::host::{ParamValues, Pass};
 use crate::testing::{OTHER_OUTPUT_AGAIN, OTHER_OUTPUT_REBUILT, difference};

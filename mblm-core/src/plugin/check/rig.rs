@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use serde_json::{Map, Value, json};
 
-use crate::block::Mode;
 use crate::layer::Dims;
+use crate::mode::Mode;
 use crate::param::{Param, ParamStore};
 use crate::plugin::abi::{self, Text};
 use crate::plugin::host::{Failure, Instance, Library, LibraryBlock, ParamValues, Pass, Tape, call};

@@ -7,9 +7,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use super::blame::during;
 use super::calls::{Failure, call};
 use super::library::{Library, LibraryBlock};
-use crate::block::{Cost, Mode};
+use crate::block::Cost;
 use crate::error::{Error, Result};
 use crate::layer::Dims;
+use crate::mode::Mode;
 use crate::param::{Init, MAX_TENSORS, Start};
 use crate::plugin::abi::{self, Block, Text};
 

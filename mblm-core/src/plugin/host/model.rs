@@ -5,9 +5,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Shape, Tensor};
 
 use super::instance::{Instance, ParamValues, Pass, State, Tape};
-use crate::block::{Cost, Mode, StageDecoder, StageModel, replay};
+use crate::block::{Cost, StageDecoder, StageModel, replay};
 use crate::error::{Error, Result};
 use crate::layer::Dims;
+use crate::mode::Mode;
 use crate::node::{floats, with_floats};
 use crate::param::{Param, Values};
 use crate::plugin::abi;

@@ -8,8 +8,9 @@ use rayon::prelude::*;
 use serde_yaml::Value;
 
 use super::Failure;
-use crate::block::{Mode, StageBlock, StageDecoder, StageModel};
+use crate::block::{StageBlock, StageDecoder, StageModel};
 use crate::layer::Dims;
+use crate::mode::Mode;
 use crate::node::{backward_from, with_floats};
 use crate::param::{Param, ParamStore, fold_gradients};
 use crate::plugin::abi;

@@ -1,21 +1,14 @@
-//! Parameters: values, gradient buffers that accumulate, and reproducible initial values.
-//!
-//! Names are those of the reference package's `state_dict`, so weights travel both ways unchanged. Creating a parameter
-//! allocates nothing: its values are drawn when they are first read. So a model can be counted without its memory.
+//! All parameters of a model, and the scopes in which modules create them.
 
 use std::collections::BTreeMap;
-use std::ops::{Deref, DerefMut};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
+use std::sync::Arc;
 
+use candle_core::Tensor;
 use candle_core::backprop::GradStore;
-use candle_core::{CpuStorage, Device, InplaceOp1, Layout, Storage, StorageRef, Tensor, Var};
-use rand_chacha::ChaCha8Rng;
-use rand_chacha::rand_core::{RngCore, SeedableRng};
 use rayon::prelude::*;
-use sha2::{Digest, Sha256};
 
-use crate::block::Mode;
+use super::init::{Init, Start};
+use super::value::Param;
 use crate::error::{Error, Result};
 use crate::{memory, parallel};
 
@@ -23,255 +16,6 @@ use crate::{memory, parallel};
 pub(crate) const MAX_TENSORS: usize = 1 << 20;
 /// Learned numbers in a model, at most: the bytes of several copies fit 63 bits.
 const MAX_ELEMENTS: usize = 1 << 56;
-
-/// How a parameter starts. The random ones draw from a stream of their own, keyed by seed and parameter name.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Init {
-    /// Every element the same.
-    Const(f32),
-    /// Normal with mean 0 and standard deviation 1 (`torch.nn.Embedding`, `torch.randn`).
-    Normal,
-    /// Uniform in `[-bound, bound]`.
-    Uniform(f32),
-    /// `ln u` with `u` uniform in `[low, high]` (Mamba-2's `A_log`).
-    LogUniform(f32, f32),
-    /// `ln(1), …, ln(n)` along the last dimension (Mamba-1's `A_log`, the S4D-real initialisation).
-    LogRange,
-    /// The inverse softplus of a step size drawn log-uniformly from `[0.001, 0.1]`, at least 1e-4 (Mamba's `dt` bias).
-    InverseSoftplusDt,
-}
-
-impl Init {
-    /// PyTorch's default for the weight and the bias of `Linear` and `Conv1d`: uniform within `1 / sqrt(fan_in)`.
-    pub fn linear(fan_in: usize) -> Self {
-        Init::Uniform(1.0 / (fan_in as f32).sqrt())
-    }
-
-    fn values(self, shape: &[usize], rng: &mut ChaCha8Rng) -> Vec<f32> {
-        let last = shape.last().copied().unwrap_or(1);
-        let uniform = |rng: &mut ChaCha8Rng| (rng.next_u32() >> 8) as f64 / (1u32 << 24) as f64;
-        let draw = |i: usize, rng: &mut ChaCha8Rng| -> f64 {
-            match self {
-                Init::Const(value) => value as f64,
-                Init::Normal => {
-                    // Box & Muller 1958; 1 - u keeps the logarithm finite.
-                    let (u, v) = (1.0 - uniform(rng), uniform(rng));
-                    (-2.0 * u.ln()).sqrt() * (2.0 * std::f64::consts::PI * v).cos()
-                }
-                Init::Uniform(bound) => (2.0 * uniform(rng) - 1.0) * bound as f64,
-                Init::LogUniform(low, high) => (low as f64 + uniform(rng) * (high - low) as f64).ln(),
-                Init::LogRange => ((i % last + 1) as f64).ln(),
-                Init::InverseSoftplusDt => {
-                    let (low, high) = (0.001f64.ln(), 0.1f64.ln());
-                    let dt = (low + uniform(rng) * (high - low)).exp().max(1e-4);
-                    dt + (-(-dt).exp_m1()).ln()
-                }
-            }
-        };
-        (0..shape.iter().product()).map(|i| draw(i, rng) as f32).collect()
-    }
-}
-
-/// One learned tensor: its value, and the gradient that backward passes add to.
-pub struct Param {
-    name: String,
-    shape: Vec<usize>,
-    /// Drawn when it is first read.
-    var: OnceLock<Var>,
-    /// Of the store.
-    seed: u64,
-    grad: Mutex<Gradient>,
-    version: AtomicU64,
-    zero_row: Option<usize>,
-    weight_decay: bool,
-    start: Start,
-}
-
-/// The memory of an accumulated gradient: a parameter's own, or a host's for the length of a call.
-#[derive(Debug, Default)]
-pub struct Gradient {
-    own: Vec<f32>,
-    lent: Option<Lent>,
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Lent(*mut [f32]);
-
-// SAFETY: whoever lends has the only borrow of that memory, and gives it to whoever holds the gradient's lock.
-unsafe impl Send for Lent {}
-
-impl Deref for Gradient {
-    type Target = [f32];
-    fn deref(&self) -> &[f32] {
-        match self.lent {
-            // SAFETY: borrowed for as long as it is lent, see `Param::lend_grad`.
-            Some(Lent(memory)) => unsafe { &*memory },
-            None => &self.own,
-        }
-    }
-}
-
-impl DerefMut for Gradient {
-    fn deref_mut(&mut self) -> &mut [f32] {
-        match self.lent {
-            // SAFETY: as above; the lock makes this the only access.
-            Some(Lent(memory)) => unsafe { &mut *memory },
-            None => &mut self.own,
-        }
-    }
-}
-
-/// Ends a loan when it is dropped.
-pub(crate) struct Loan<'a>(&'a Param);
-
-impl Drop for Loan<'_> {
-    fn drop(&mut self) {
-        self.0.grad().lent = None;
-    }
-}
-
-/// How a parameter started: its distribution, times a gain.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Start {
-    /// The distribution.
-    pub init: Init,
-    /// What its draws are multiplied by.
-    pub gain: f32,
-}
-
-impl std::fmt::Debug for Param {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Param({} {:?})", self.name, self.shape())
-    }
-}
-
-/// A parameter's values, borrowed as a slice.
-pub struct Values<'a>(StorageRef<'a>);
-
-impl Deref for Values<'_> {
-    type Target = [f32];
-    fn deref(&self) -> &[f32] {
-        match &*self.0 {
-            Storage::Cpu(CpuStorage::F32(values)) => values,
-            _ => unreachable!("parameters are created as f32 on the CPU"),
-        }
-    }
-}
-
-impl Param {
-    /// The name in checkpoints, for example `stage_models.0.norm.g`.
-    pub fn name(&self) -> &str {
-        &self.name
-    }
-
-    /// The shape, outermost dimension first.
-    pub fn shape(&self) -> &[usize] {
-        &self.shape
-    }
-
-    /// The number of elements.
-    pub fn len(&self) -> usize {
-        self.shape.iter().product()
-    }
-
-    /// True for a parameter without elements.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
-    /// False for the parameters that weight decay must leave alone: biases, gains, embeddings, `A_log`, `D`.
-    pub fn weight_decay(&self) -> bool {
-        self.weight_decay
-    }
-
-    /// How the initial values were drawn.
-    pub fn start(&self) -> Start {
-        self.start
-    }
-
-    /// The row of an embedding that stays zero.
-    pub(crate) fn zero_row(&self) -> Option<usize> {
-        self.zero_row
-    }
-
-    fn var(&self) -> &Var {
-        self.var.get_or_init(|| {
-            let mut hash = Sha256::new();
-            hash.update(self.seed.to_le_bytes());
-            hash.update(self.name.as_bytes());
-            let Start { init, gain } = self.start;
-            let mut values = init.values(&self.shape, &mut ChaCha8Rng::from_seed(hash.finalize().into()));
-            values.iter_mut().for_each(|v| *v *= gain);
-            if let Some(row) = self.zero_row {
-                values[row * self.shape[1]..(row + 1) * self.shape[1]].fill(0.0);
-            }
-            match Tensor::from_vec(values, &self.shape[..], &Device::Cpu).and_then(|values| Var::from_tensor(&values)) {
-                Ok(var) => var,
-                Err(error) => unreachable!("as many values as the shape says, on the CPU: {error}"),
-            }
-        })
-    }
-
-    /// The value as a tensor: a node of the graph in training, detached otherwise.
-    pub fn tensor(&self, mode: Mode) -> Tensor {
-        match mode {
-            Mode::Train { .. } => self.var().as_tensor().clone(),
-            Mode::Eval => self.var().as_detached_tensor(),
-        }
-    }
-
-    /// The value as a slice. Do not update the parameter while the borrow lives.
-    pub fn values(&self) -> Values<'_> {
-        Values(self.var().storage_and_layout().0)
-    }
-
-    /// The accumulated gradient; empty until something was added.
-    pub fn grad(&self) -> MutexGuard<'_, Gradient> {
-        self.grad.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
-    }
-
-    /// The accumulated gradient, allocated, for a backward pass to add to.
-    pub fn grad_mut(&self) -> MutexGuard<'_, Gradient> {
-        let mut grad = self.grad();
-        if grad.is_empty() {
-            grad.own.resize(self.len(), 0.0);
-        }
-        grad
-    }
-
-    /// Until the loan is dropped, gradients are added to `memory`.
-    ///
-    /// # Safety
-    /// The loan must be dropped, not forgotten.
-    pub(crate) unsafe fn lend_grad<'a>(&'a self, memory: &'a mut [f32]) -> Loan<'a> {
-        assert_eq!(memory.len(), self.len(), "memory for the gradient of {}", self.name);
-        self.grad().lent = Some(Lent(memory));
-        Loan(self)
-    }
-
-    /// Grows with every update, so that whoever keeps a copy knows when it is stale.
-    pub fn version(&self) -> u64 {
-        self.version.load(Ordering::Acquire)
-    }
-
-    /// Changes the value in place.
-    pub fn update(&self, change: impl FnMut(&mut [f32])) -> Result<()> {
-        struct Change<F>(Mutex<F>);
-        impl<F: FnMut(&mut [f32])> InplaceOp1 for Change<F> {
-            fn name(&self) -> &'static str {
-                "param-update"
-            }
-            fn cpu_fwd(&self, storage: &mut CpuStorage, _: &Layout) -> candle_core::Result<()> {
-                let CpuStorage::F32(values) = storage else { candle_core::bail!("parameters are f32") };
-                (*self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner()))(values);
-                Ok(())
-            }
-        }
-        self.var().as_tensor().inplace_op1(&Change(Mutex::new(change)))?;
-        self.version.fetch_add(1, Ordering::AcqRel);
-        Ok(())
-    }
-}
 
 /// All parameters of a model, sorted by name.
 pub struct ParamStore {
@@ -356,7 +100,7 @@ impl ParamStore {
         let grads = loss.backward()?;
         fold_gradients(self.iter(), &grads)?;
         for param in self.iter() {
-            if let Some(row) = param.zero_row {
+            if let Some(row) = param.zero_row() {
                 let width = param.shape()[1];
                 if let Some(row) = param.grad().get_mut(row * width..(row + 1) * width) {
                     row.fill(0.0);
@@ -399,7 +143,7 @@ impl ParamStore {
 pub(crate) fn fold_gradients<'a>(params: impl Iterator<Item = &'a Arc<Param>>, grads: &GradStore) -> Result<()> {
     for param in params {
         // What was never drawn is in no graph.
-        if let Some(from_graph) = param.var.get().and_then(|var| grads.get(var.as_tensor())) {
+        if let Some(from_graph) = param.drawn().and_then(|var| grads.get(var.as_tensor())) {
             crate::node::with_floats(from_graph, |grad| crate::simd::add(grad, &mut param.grad_mut()))?;
         }
     }
@@ -455,17 +199,8 @@ impl ParamScope<'_> {
             return Err(Error::Weights(format!("parameter {name} is created twice")));
         }
         let num_elements = self.store.num_elements_with(&name, shape)?;
-        let param = Arc::new(Param {
-            weight_decay,
-            name: name.clone(),
-            shape: shape.into(),
-            var: OnceLock::new(),
-            seed: self.store.seed,
-            grad: Mutex::default(),
-            version: AtomicU64::new(0),
-            zero_row,
-            start: Start { init, gain },
-        });
+        let start = Start { init, gain };
+        let param = Arc::new(Param::new(name.clone(), shape, self.store.seed, start, zero_row, weight_decay));
         self.store.num_elements = num_elements;
         self.store.params.insert(name, param.clone());
         Ok(param)
@@ -475,6 +210,7 @@ impl ParamScope<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::mode::Mode;
 
     #[test]
     fn values_follow_seed_and_name_alone() {
@@ -486,17 +222,6 @@ mod tests {
         let alone = make(&["b"], 7);
         assert_eq!(alone, make(&["a", "b", "c"], 7), "other parameters must not change this one");
         assert_ne!(alone, make(&["b"], 8));
-    }
-
-    #[test]
-    fn normal_and_uniform_have_their_moments() {
-        let mut store = ParamStore::new(0);
-        let normal = store.root().param("n", &[100_000], Init::Normal).unwrap().values().to_vec();
-        let mean = normal.iter().sum::<f32>() / 1e5;
-        let variance = normal.iter().map(|v| v * v).sum::<f32>() / 1e5;
-        assert!(mean.abs() < 0.02 && (variance - 1.0).abs() < 0.02, "mean {mean}, variance {variance}");
-        let uniform = store.root().param("u", &[10_000], Init::linear(16)).unwrap().values().to_vec();
-        assert!(uniform.iter().all(|v| v.abs() <= 0.25) && uniform.iter().any(|v| v.abs() > 0.249));
     }
 
     #[test]
@@ -579,19 +304,10 @@ mod tests {
             if draw {
                 store.draw();
             }
-            assert_eq!(table.var.get().is_some(), draw);
+            assert_eq!(table.drawn().is_some(), draw);
             table.values().to_vec()
         };
         assert_eq!(make(true), make(false));
         assert_eq!(make(true)[6..9], [0.0; 3]);
-    }
-
-    #[test]
-    fn an_update_changes_the_version() {
-        let mut store = ParamStore::new(0);
-        let param = store.root().param("a", &[2], Init::Const(1.0)).unwrap();
-        let before = param.version();
-        param.update(|v| v[0] = 5.0).unwrap();
-        assert_eq!((&param.values()[..], param.version() > before), (&[5.0, 1.0][..], true));
     }
 }

@@ -1,0 +1,78 @@
+//! Initial values: a distribution, drawn from a random stream of its own.
+
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::RngCore;
+
+/// How a parameter starts. The random ones draw from a stream of their own, keyed by seed and parameter name.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Init {
+    /// Every element the same.
+    Const(f32),
+    /// Normal with mean 0 and standard deviation 1 (`torch.nn.Embedding`, `torch.randn`).
+    Normal,
+    /// Uniform in `[-bound, bound]`.
+    Uniform(f32),
+    /// `ln u` with `u` uniform in `[low, high]` (Mamba-2's `A_log`).
+    LogUniform(f32, f32),
+    /// `ln(1), …, ln(n)` along the last dimension (Mamba-1's `A_log`, the S4D-real initialisation).
+    LogRange,
+    /// The inverse softplus of a step size drawn log-uniformly from `[0.001, 0.1]`, at least 1e-4 (Mamba's `dt` bias).
+    InverseSoftplusDt,
+}
+
+impl Init {
+    /// PyTorch's default for the weight and the bias of `Linear` and `Conv1d`: uniform within `1 / sqrt(fan_in)`.
+    pub fn linear(fan_in: usize) -> Self {
+        Init::Uniform(1.0 / (fan_in as f32).sqrt())
+    }
+
+    pub(super) fn values(self, shape: &[usize], rng: &mut ChaCha8Rng) -> Vec<f32> {
+        let last = shape.last().copied().unwrap_or(1);
+        let uniform = |rng: &mut ChaCha8Rng| (rng.next_u32() >> 8) as f64 / (1u32 << 24) as f64;
+        let draw = |i: usize, rng: &mut ChaCha8Rng| -> f64 {
+            match self {
+                Init::Const(value) => value as f64,
+                Init::Normal => {
+                    // Box & Muller 1958; 1 - u keeps the logarithm finite.
+                    let (u, v) = (1.0 - uniform(rng), uniform(rng));
+                    (-2.0 * u.ln()).sqrt() * (2.0 * std::f64::consts::PI * v).cos()
+                }
+                Init::Uniform(bound) => (2.0 * uniform(rng) - 1.0) * bound as f64,
+                Init::LogUniform(low, high) => (low as f64 + uniform(rng) * (high - low) as f64).ln(),
+                Init::LogRange => ((i % last + 1) as f64).ln(),
+                Init::InverseSoftplusDt => {
+                    let (low, high) = (0.001f64.ln(), 0.1f64.ln());
+                    let dt = (low + uniform(rng) * (high - low)).exp().max(1e-4);
+                    dt + (-(-dt).exp_m1()).ln()
+                }
+            }
+        };
+        (0..shape.iter().product()).map(|i| draw(i, rng) as f32).collect()
+    }
+}
+
+/// How a parameter started: its distribution, times a gain.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Start {
+    /// The distribution.
+    pub init: Init,
+    /// What its draws are multiplied by.
+    pub gain: f32,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::param::ParamStore;
+
+    #[test]
+    fn normal_and_uniform_have_their_moments() {
+        let mut store = ParamStore::new(0);
+        let normal = store.root().param("n", &[100_000], Init::Normal).unwrap().values().to_vec();
+        let mean = normal.iter().sum::<f32>() / 1e5;
+        let variance = normal.iter().map(|v| v * v).sum::<f32>() / 1e5;
+        assert!(mean.abs() < 0.02 && (variance - 1.0).abs() < 0.02, "mean {mean}, variance {variance}");
+        let uniform = store.root().param("u", &[10_000], Init::linear(16)).unwrap().values().to_vec();
+        assert!(uniform.iter().all(|v| v.abs() <= 0.25) && uniform.iter().any(|v| v.abs() > 0.249));
+    }
+}

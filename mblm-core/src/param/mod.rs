@@ -1,0 +1,15 @@
+//! Parameters: values, gradient buffers that accumulate, and reproducible initial values.
+//!
+//! Names are those of the reference package's `state_dict`, so weights travel both ways unchanged. Creating a parameter
+//! allocates nothing: its values are drawn when they are first read. So a model can be counted without its memory.
+
+mod gradient;
+mod init;
+mod store;
+mod value;
+
+pub use gradient::Gradient;
+pub use init::{Init, Start};
+pub(crate) use store::{MAX_TENSORS, fold_gradients};
+pub use store::{ParamScope, ParamStore};
+pub use value::{Param, Values};
