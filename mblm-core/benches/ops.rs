@@ -8,7 +8,7 @@ use std::sync::Arc;
 use candle_core::{Device, Tensor};
 use criterion::{Criterion, criterion_group, criterion_main};
 use mblm_core::Mode;
-use mblm_core::gemm::{Into, Mat, MatMut, Precision, Threads, autocast, matmul};
+use mblm_core::gemm::{Mat, MatMut, Precision, Update, autocast, matmul};
 use mblm_core::layer::Dims;
 use mblm_core::node::apply1;
 use mblm_core::ops::attention::{Attention, attention_composed};
@@ -21,6 +21,7 @@ use mblm_core::ops::rotary::Rotary;
 use mblm_core::ops::selective_scan::{self, SelectiveScan, selective_scan_composed};
 use mblm_core::ops::ssd::{self, Ssd, ssd_composed};
 use mblm_core::ops::{gelu, linear};
+use mblm_core::parallel::Threads;
 use mblm_core::param::{Init, ParamStore};
 use mblm_core::rows::Rows;
 use mblm_core::testing::noise;
@@ -169,18 +170,18 @@ fn products(c: &mut Criterion) {
         let x = noise(rows * inputs, 2);
         let mut y = vec![0.0; rows * outputs];
         group.bench_function(format!("{rows} rows"), |b| {
-            b.iter(|| linear::forward(&x, &weight, inputs, Into::Set, &mut y));
+            b.iter(|| linear::forward(&x, &weight, inputs, Update::Set, &mut y));
         });
         group.bench_function(format!("{rows} rows, packed"), |b| {
             b.iter(|| {
                 let (x, weight) = (Mat::new(&x, rows, inputs), Mat::new(&weight, outputs, inputs));
-                matmul(MatMut::new(&mut y, rows, outputs), Into::Set, x, weight.t(), Threads::All);
+                matmul(MatMut::new(&mut y, rows, outputs), Update::Set, x, weight.t(), Threads::All);
             });
         });
         if Precision::Bf16.is_available() {
             group.bench_function(format!("{rows} rows, bf16"), |b| {
                 autocast(Precision::Bf16, || {
-                    b.iter(|| linear::forward(&x, &weight, inputs, Into::Set, &mut y));
+                    b.iter(|| linear::forward(&x, &weight, inputs, Update::Set, &mut y));
                 });
             });
         }

@@ -6,7 +6,16 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use crate::buffer::Buffer;
-use crate::gemm::{MatMut, check};
+use crate::gemm::matrix::{MatMut, check};
+
+/// Who computes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Threads {
+    /// The calling thread: for use inside a parallel loop.
+    One,
+    /// The whole pool.
+    All,
+}
 
 /// Below this many floats a kernel is faster on one thread.
 pub const MIN_PARALLEL: usize = 16 * 1024;

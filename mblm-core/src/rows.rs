@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use crate::gemm::Mat;
+use crate::gemm::matrix::Mat;
 use crate::parallel::Shared;
 
 /// The same range of columns of every row of a row-major buffer.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use mblm_core::Result;
 use mblm_core::block::StageDecoder;
 use mblm_core::buffer::Buffer;
-use mblm_core::gemm::Into;
+use mblm_core::gemm::Update;
 use mblm_core::layer::Dims;
 use mblm_core::ops::conv1d::Conv1d;
 use mblm_core::ops::linear;
@@ -85,14 +85,14 @@ impl LayerState<'_> {
         let Scratch { normed, xz, x: u, dbc, low, dt, y } = scratch;
         let dims = Dims { batch: x.len() / dim, seq: 1, dim };
         self.layer.norm(&self.layer.norm.values()).forward(x, dims, normed);
-        linear::step(normed, &self.layer.in_proj.values(), None, dim, Into::Set, xz);
+        linear::step(normed, &self.layer.in_proj.values(), None, dim, Update::Set, xz);
         self.conv.step(sizes.conv_input(xz), &mut self.window, u);
-        linear::step(u, &self.layer.x_proj.values(), None, inner, Into::Set, dbc);
+        linear::step(u, &self.layer.x_proj.values(), None, inner, Update::Set, dbc);
         for (low, dbc) in low.chunks_exact_mut(dt_rank).zip(dbc.chunks_exact(sizes.dbc())) {
             low.copy_from_slice(&dbc[..dt_rank]);
         }
-        linear::step(low, &self.layer.dt_weight.values(), None, dt_rank, Into::Set, dt);
+        linear::step(low, &self.layer.dt_weight.values(), None, dt_rank, Update::Set, dt);
         self.scan.step(&sizes.inputs(xz, u, dt, dbc), &mut self.state, y);
-        linear::step(y, &self.layer.out_proj.values(), None, inner, Into::Add, x);
+        linear::step(y, &self.layer.out_proj.values(), None, inner, Update::Add, x);
     }
 }

@@ -4,14 +4,14 @@ use std::sync::Arc;
 
 use candle_core::Tensor;
 use mblm_core::buffer::Buffer;
-use mblm_core::gemm::{Into, Mat, MatMut, Threads, matmul};
+use mblm_core::gemm::{Mat, MatMut, Update, matmul};
 use mblm_core::layer::{Context, Layer, param_like};
 use mblm_core::mode::Mode;
 use mblm_core::ops::conv1d::{Conv1d, conv1d_silu_composed};
 use mblm_core::ops::linear::{self, linear_composed};
 use mblm_core::ops::rms_norm::{Eps, RmsNorm, rms_norm_composed};
 use mblm_core::ops::selective_scan::{Grads, Inputs, ParamGrads, SelectiveScan, selective_scan_composed};
-use mblm_core::parallel::{self, Shared};
+use mblm_core::parallel::{self, Shared, Threads};
 use mblm_core::rows::{Rows, RowsMut};
 use mblm_core::{Init, Param, ParamScope, Result};
 
@@ -142,20 +142,20 @@ impl Layer for MambaLayer {
         let sizes @ Sizes { dim, inner, dt_rank, .. } = self.sizes;
         let (rows, seq) = (context.dims.rows(), context.dims.seq);
         let mut xz = Buffer::take(rows * 2 * inner);
-        linear::forward(&self.normed(x, context), &self.in_proj.values(), dim, Into::Set, &mut xz);
+        linear::forward(&self.normed(x, context), &self.in_proj.values(), dim, Update::Set, &mut xz);
         let mut u = Buffer::take(rows * inner);
         self.conv().forward(sizes.conv_input(&xz), seq, &mut u);
         let mut dbc = Buffer::take(rows * sizes.dbc());
-        linear::forward(&u, &self.x_proj.values(), inner, Into::Set, &mut dbc);
+        linear::forward(&u, &self.x_proj.values(), inner, Update::Set, &mut dbc);
         let mut dt = Buffer::take(rows * inner);
         let dt_weight = self.dt_weight.values();
         let low = Rows::columns(&dbc, sizes.dbc(), 0..dt_rank).all();
         let wide = Mat::new(&dt_weight, inner, dt_rank).t();
-        matmul(MatMut::new(&mut dt, rows, inner), Into::Set, low, wide, Threads::All);
+        matmul(MatMut::new(&mut dt, rows, inner), Update::Set, low, wide, Threads::All);
         let mut gated = Buffer::take(rows * inner);
         let states = self.scan().forward(&sizes.inputs(&xz, &u, &dt, &dbc), seq, &mut gated);
         parallel::copy(x, y);
-        linear::forward(&gated, &self.out_proj.values(), inner, Into::Add, y);
+        linear::forward(&gated, &self.out_proj.values(), inner, Update::Add, y);
         Tape { xz, x: u, dbc, dt, y: gated, states }
     }
 
@@ -163,7 +163,7 @@ impl Layer for MambaLayer {
         let Sizes { dim, inner, .. } = self.sizes;
         let (rows, seq) = (context.dims.rows(), context.dims.seq);
         let mut dgated = Buffer::take(rows * inner);
-        linear::backward_input(dy, &self.out_proj.values(), inner, Into::Set, &mut dgated);
+        linear::backward_input(dy, &self.out_proj.values(), inner, Update::Set, &mut dgated);
         linear::backward_weight(dy, &tape.y, inner, &mut self.out_proj.grad_mut());
 
         let mut dxz = Buffer::take(rows * 2 * inner);
@@ -176,7 +176,7 @@ impl Layer for MambaLayer {
         let normed = self.normed(x, context);
         linear::backward_weight(&dxz, &normed, dim, &mut self.in_proj.grad_mut());
         let mut dnormed = normed;
-        linear::backward_input(&dxz, &self.in_proj.values(), dim, Into::Set, &mut dnormed);
+        linear::backward_input(&dxz, &self.in_proj.values(), dim, Update::Set, &mut dnormed);
         parallel::copy(dy, dx);
         self.norm(&self.norm.values()).backward(x, context.dims, &dnormed, dx, &mut self.norm.grad_mut());
     }
@@ -205,13 +205,13 @@ impl MambaLayer {
         let low = Rows::columns(&tape.dbc, sizes.dbc(), 0..dt_rank).all();
         let ddt = Mat::new(&ddt, rows, inner);
         let mut dweight = self.dt_weight.grad_mut();
-        matmul(MatMut::new(&mut dweight, inner, dt_rank), Into::Add, ddt.t(), low, Threads::All);
+        matmul(MatMut::new(&mut dweight, inner, dt_rank), Update::Add, ddt.t(), low, Threads::All);
         let weight = self.dt_weight.values();
         let dlow = MatMut::strided(&mut ddbc, rows, dt_rank, sizes.dbc());
-        matmul(dlow, Into::Set, ddt, Mat::new(&weight, inner, dt_rank), Threads::All);
+        matmul(dlow, Update::Set, ddt, Mat::new(&weight, inner, dt_rank), Threads::All);
 
         linear::backward_weight(&ddbc, &tape.x, inner, &mut self.x_proj.grad_mut());
-        linear::backward_input(&ddbc, &self.x_proj.values(), inner, Into::Add, du);
+        linear::backward_input(&ddbc, &self.x_proj.values(), inner, Update::Add, du);
     }
 }
 

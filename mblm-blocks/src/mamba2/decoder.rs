@@ -5,7 +5,7 @@ use std::sync::Arc;
 use mblm_core::Result;
 use mblm_core::block::StageDecoder;
 use mblm_core::buffer::Buffer;
-use mblm_core::gemm::Into;
+use mblm_core::gemm::Update;
 use mblm_core::layer::Dims;
 use mblm_core::ops::conv1d::Conv1d;
 use mblm_core::ops::linear;
@@ -84,10 +84,10 @@ impl LayerState<'_> {
         let Scratch { x, normed, proj, xbc, y, gated } = scratch;
         let dims = Dims { batch: x.len() / sizes.dim, seq: 1, dim: sizes.dim };
         self.layer.norm(&self.layer.norm.values()).forward(x, dims, normed);
-        linear::step(normed, &self.layer.in_proj.values(), None, sizes.dim, Into::Set, proj);
+        linear::step(normed, &self.layer.in_proj.values(), None, sizes.dim, Update::Set, proj);
         self.conv.step(sizes.conv_input(proj), &mut self.window, xbc);
         self.layer.with_ssd(|ssd| ssd.step(&sizes.inputs(proj, xbc), &mut self.state, y));
         self.layer.with_gate(|gate| gate.forward(y, sizes.gate(proj), gated));
-        linear::step(gated, &self.layer.out_proj.values(), None, sizes.inner(), Into::Add, x);
+        linear::step(gated, &self.layer.out_proj.values(), None, sizes.inner(), Update::Add, x);
     }
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use candle_core::Tensor;
 use mblm_core::buffer::Buffer;
-use mblm_core::gemm::Into;
+use mblm_core::gemm::Update;
 use mblm_core::layer::{Context, Layer, param_like};
 use mblm_core::mode::{Mode, stream};
 use mblm_core::ops::conv1d::{Conv1d, conv1d_silu_composed};
@@ -164,7 +164,7 @@ impl Layer for Mamba2Layer {
         let sizes = self.sizes;
         let (rows, seq, inner) = (context.dims.rows(), context.dims.seq, sizes.inner());
         let mut proj = Buffer::take(rows * sizes.proj());
-        linear::forward(&self.normed(x, context), &self.in_proj.values(), sizes.dim, Into::Set, &mut proj);
+        linear::forward(&self.normed(x, context), &self.in_proj.values(), sizes.dim, Update::Set, &mut proj);
         let mut xbc = Buffer::take(rows * sizes.conv());
         self.conv().forward(sizes.conv_input(&proj), seq, &mut xbc);
         let mut scanned = Buffer::take(rows * inner);
@@ -172,13 +172,13 @@ impl Layer for Mamba2Layer {
         let gated = self.gated(&proj, &scanned);
         match context.mode.dropout(self.dropout.0, self.dropout.1) {
             Some(dropout) => {
-                linear::forward(&gated, &self.out_proj.values(), inner, Into::Set, y);
+                linear::forward(&gated, &self.out_proj.values(), inner, Update::Set, y);
                 dropout::apply(dropout, y);
                 simd::add(x, y);
             }
             None => {
                 parallel::copy(x, y);
-                linear::forward(&gated, &self.out_proj.values(), inner, Into::Add, y);
+                linear::forward(&gated, &self.out_proj.values(), inner, Update::Add, y);
             }
         }
         Tape { proj, xbc, y: scanned, ssd }
@@ -194,7 +194,7 @@ impl Layer for Mamba2Layer {
         let normed = self.normed(x, context);
         linear::backward_weight(&dproj, &normed, self.sizes.dim, &mut self.in_proj.grad_mut());
         let mut dnormed = normed;
-        linear::backward_input(&dproj, &self.in_proj.values(), self.sizes.dim, Into::Set, &mut dnormed);
+        linear::backward_input(&dproj, &self.in_proj.values(), self.sizes.dim, Update::Set, &mut dnormed);
         parallel::copy(dy, dx);
         self.norm(&self.norm.values()).backward(x, context.dims, &dnormed, dx, &mut self.norm.grad_mut());
     }
@@ -209,7 +209,7 @@ impl Mamba2Layer {
         let gated = self.gated(&tape.proj, &tape.y);
         linear::backward_weight(dmixed, &gated, inner, &mut self.out_proj.grad_mut());
         let mut dscanned = gated;
-        linear::backward_input(dmixed, &self.out_proj.values(), inner, Into::Set, &mut dscanned);
+        linear::backward_input(dmixed, &self.out_proj.values(), inner, Update::Set, &mut dscanned);
 
         let (mut dproj, mut dxbc) = (Buffer::take(rows * width), Buffer::take(rows * conv));
         let (dproj_shared, dxbc_shared) = (Shared::new(&mut dproj), Shared::new(&mut dxbc));

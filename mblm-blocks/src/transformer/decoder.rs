@@ -3,7 +3,7 @@
 use mblm_core::Result;
 use mblm_core::block::StageDecoder;
 use mblm_core::buffer::Buffer;
-use mblm_core::gemm::Into;
+use mblm_core::gemm::Update;
 use mblm_core::layer::{Context, Dims, Layer};
 use mblm_core::mode::Mode;
 use mblm_core::ops::linear;
@@ -88,13 +88,13 @@ impl LayerState {
         self.project(layer, position, inner);
         let Scratch { query, attended, .. } = &mut self.scratch;
         attention::step(query, &self.keys, &self.values, layer.heads, layer.head_dim, attended);
-        linear::step(attended, &layer.to_out.values(), None, inner, Into::Add, x);
+        linear::step(attended, &layer.to_out.values(), None, inner, Update::Add, x);
 
         self.norm(1, &layer.ff_gain.values(), x, dim);
         let Scratch { normed, up, wide, .. } = &mut self.scratch;
-        linear::step(normed, &layer.up.values(), Some(&layer.up_bias.values()), dim, Into::Set, up);
+        linear::step(normed, &layer.up.values(), Some(&layer.up_bias.values()), dim, Update::Set, up);
         gelu::forward(up, None, wide);
-        linear::step(wide, &layer.down.values(), Some(&layer.down_bias.values()), layer.wide(), Into::Add, x);
+        linear::step(wide, &layer.down.values(), Some(&layer.down_bias.values()), layer.wide(), Update::Add, x);
     }
 
     /// Computes the query and appends key and value to the cache.
@@ -102,8 +102,8 @@ impl LayerState {
         let batch = self.scratch.query.len() / inner;
         let Scratch { normed, qkv, query, .. } = &mut self.scratch;
         let (q, kv) = qkv.split_at_mut(batch * inner);
-        linear::step(normed, &layer.to_q.values(), None, layer.dim, Into::Set, q);
-        linear::step(normed, &layer.to_kv.values(), None, layer.dim, Into::Set, kv);
+        linear::step(normed, &layer.to_q.values(), None, layer.dim, Update::Set, q);
+        linear::step(normed, &layer.to_kv.values(), None, layer.dim, Update::Set, kv);
         if let Some(rotary) = &layer.rotary {
             rotary.rotate(q, inner, layer.heads, 1, position, false);
             rotary.rotate(kv, 2 * inner, layer.heads, 1, position, false);

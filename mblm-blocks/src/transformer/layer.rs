@@ -7,7 +7,7 @@ use candle_core::Tensor;
 use mblm_core::Result;
 use mblm_core::block::Cost;
 use mblm_core::buffer::Buffer;
-use mblm_core::gemm::{Into, Mat, MatMut, Threads, matmul};
+use mblm_core::gemm::{Mat, MatMut, Update, matmul};
 use mblm_core::layer::{Context, Dims, Layer, param_like};
 use mblm_core::mode::{Dropout, Mode, stream};
 use mblm_core::ops::attention::{Attention, attention_composed};
@@ -17,6 +17,7 @@ use mblm_core::ops::linear::{self, linear_composed};
 use mblm_core::ops::rms_norm::{RmsNorm, rms_norm_composed, token_shift_composed};
 use mblm_core::ops::rotary::Rotary;
 use mblm_core::parallel;
+use mblm_core::parallel::Threads;
 use mblm_core::param::{Init, Param, ParamScope};
 
 use super::{EPS, TransformerConfig};
@@ -151,7 +152,7 @@ impl TransformerLayer {
             let weight = weight.values();
             let out = MatMut::strided(&mut qkv[first..], rows, count, 3 * inner);
             let weight = Mat::new(&weight, count, self.dim);
-            matmul(out, Into::Set, Mat::new(h, rows, self.dim), weight.t(), Threads::All);
+            matmul(out, Update::Set, Mat::new(h, rows, self.dim), weight.t(), Threads::All);
         }
         self.rotate(qkv, dims.seq, false);
     }
@@ -168,11 +169,11 @@ impl TransformerLayer {
         for (param, first, count) in [(&self.to_q, 0, inner), (&self.to_kv, inner, 2 * inner)] {
             let grad = Mat::strided(&dqkv[first..], rows, count, 3 * inner);
             let weight = param.values();
-            let (out, into) = (MatMut::new(dh, rows, self.dim), if first > 0 { Into::Add } else { Into::Set });
-            matmul(out, into, grad, Mat::new(&weight, count, self.dim), Threads::All);
+            let (out, update) = (MatMut::new(dh, rows, self.dim), if first > 0 { Update::Add } else { Update::Set });
+            matmul(out, update, grad, Mat::new(&weight, count, self.dim), Threads::All);
             let mut dweight = param.grad_mut();
             let out = MatMut::new(&mut dweight, count, self.dim);
-            matmul(out, Into::Add, grad.t(), Mat::new(h, rows, self.dim), Threads::All);
+            matmul(out, Update::Add, grad.t(), Mat::new(h, rows, self.dim), Threads::All);
         }
     }
 
@@ -184,14 +185,14 @@ impl TransformerLayer {
         gelu::forward(&tape.up, dropout, &mut wide);
         linear::backward_weight(dy, &wide, self.wide(), &mut self.down.grad_mut());
         linear::backward_bias(dy, &mut self.down_bias.grad_mut());
-        linear::backward_input(dy, &self.down.values(), self.wide(), Into::Set, &mut wide);
+        linear::backward_input(dy, &self.down.values(), self.wide(), Update::Set, &mut wide);
         gelu::backward(&tape.up, dropout, &mut wide);
         let gain = self.ff_gain.values();
         let mut h = Buffer::take(dims.len());
         self.norm(&gain).forward(&tape.middle, dims, &mut h);
         linear::backward_weight(&wide, &h, self.dim, &mut self.up.grad_mut());
         linear::backward_bias(&wide, &mut self.up_bias.grad_mut());
-        linear::backward_input(&wide, &self.up.values(), self.dim, Into::Set, &mut h);
+        linear::backward_input(&wide, &self.up.values(), self.dim, Update::Set, &mut h);
         self.norm(&gain).backward(&tape.middle, dims, &h, d, &mut self.ff_gain.grad_mut());
     }
 
@@ -200,7 +201,7 @@ impl TransformerLayer {
         let dims = context.dims;
         let mut dattended = Buffer::take(tape.attended.len());
         linear::backward_weight(d, &tape.attended, self.inner(), &mut self.to_out.grad_mut());
-        linear::backward_input(d, &self.to_out.values(), self.inner(), Into::Set, &mut dattended);
+        linear::backward_input(d, &self.to_out.values(), self.inner(), Update::Set, &mut dattended);
         let mut dqkv = Buffer::take(tape.qkv.len());
         self.attention(context).backward(&tape.qkv, &tape.attended, &tape.lse, &dattended, &mut dqkv);
         self.rotate(&mut dqkv, dims.seq, true);
@@ -261,15 +262,15 @@ impl Layer for TransformerLayer {
         self.project_qkv(&h, dims, &mut tape.qkv);
         self.attention(context).forward(&tape.qkv, &mut tape.attended, &mut tape.lse);
         parallel::copy(x, &mut tape.middle);
-        linear::forward(&tape.attended, &self.to_out.values(), self.inner(), Into::Add, &mut tape.middle);
+        linear::forward(&tape.attended, &self.to_out.values(), self.inner(), Update::Add, &mut tape.middle);
 
         self.norm(&self.ff_gain.values()).forward(&tape.middle, dims, &mut h);
-        linear::forward(&h, &self.up.values(), self.dim, Into::Set, &mut tape.up);
+        linear::forward(&h, &self.up.values(), self.dim, Update::Set, &mut tape.up);
         linear::add_bias(&self.up_bias.values(), &mut tape.up);
         let mut wide = Buffer::take(tape.up.len());
         gelu::forward(&tape.up, self.ff_dropout(context.mode), &mut wide);
         linear::residual(&tape.middle, &self.down_bias.values(), y);
-        linear::forward(&wide, &self.down.values(), self.wide(), Into::Add, y);
+        linear::forward(&wide, &self.down.values(), self.wide(), Update::Add, y);
         tape
     }
 

@@ -8,10 +8,9 @@ use std::mem::transmute;
 use pulp::f32x16;
 use pulp::x86::V4;
 
-use super::Mat;
-use super::arithmetic::{Arithmetic, WithArithmetic};
+use super::arithmetic::{Arithmetic, WIDE, WithArithmetic};
+use super::matrix::Mat;
 use super::pack::{self, first_lanes};
-use super::tile::WIDE;
 
 /// Whether this machine has the instructions.
 pub(super) fn available() -> bool {

@@ -3,17 +3,19 @@
 
 use rayon::prelude::*;
 
-use super::arithmetic::{Arithmetic, WithArithmetic, dispatch};
-use super::tile::{Left, NARROW, Tile, WIDE};
-use super::{Into, Mat, MatMut, Precision, Threads};
+use super::arithmetic::{Arithmetic, NARROW, WIDE, WithArithmetic};
+use super::dispatch::dispatch;
+use super::matrix::{Mat, MatMut, Update};
+use super::precision::Precision;
+use super::tile::{Left, Tile};
 use crate::buffer::Buffer;
-use crate::parallel::Shared;
+use crate::parallel::{Shared, Threads};
 
 /// Words of the summed dimension in a block, at most.
 const WORDS: usize = 512;
 /// Rows of `a` packed at a time, at most.
 const BLOCK: usize = 120;
-/// Rows of `a` no further apart than this many floats fall into enough sets of the first-level cache.
+/// Rows of `a` no further apart than this many floats fall update enough sets of the first-level cache.
 const NEAR: usize = 512;
 /// Added to the length of a row of words, for the same reason.
 const GAP: usize = 16;
@@ -21,7 +23,7 @@ const GAP: usize = 16;
 const PANEL: usize = 32;
 
 /// As [`super::matmul`], in `precision`.
-pub(super) fn matmul(precision: Precision, out: MatMut, into: Into, a: Mat, b: Mat, threads: Threads) {
+pub(super) fn matmul(precision: Precision, out: MatMut, update: Update, a: Mat, b: Mat, threads: Threads) {
     let pack = if precision == Precision::Bf16 { 2 } else { 1 };
     let words = a.cols.div_ceil(pack);
     let words = words.div_ceil(words.div_ceil(WORDS));
@@ -30,14 +32,14 @@ pub(super) fn matmul(precision: Precision, out: MatMut, into: Into, a: Mat, b: M
     for first in (0..a.cols).step_by(pack * words) {
         let depth = (a.cols - first).min(pack * words);
         let (a, b) = (a.part(0, a.rows, first, depth), b.part(first, depth, 0, b.cols));
-        let into = if first > 0 { Into::Add } else { into };
+        let update = if first > 0 { Update::Add } else { update };
         pack_all(precision, b, &mut panels, depth.div_ceil(pack), threads);
         let (out, panels) = (&out, &panels[..]);
         each(a.rows.div_ceil(rows), threads, |i| {
             let (start, rows) = (i * rows, rows.min(a.rows - i * rows));
             // SAFETY: blocks are different rows of `out`.
             let out = unsafe { out.part(start, rows) };
-            dispatch(precision, Block { out, into, a: a.part(start, rows, 0, depth), panels });
+            dispatch(precision, Block { out, update, a: a.part(start, rows, 0, depth), panels });
         });
     }
 }
@@ -85,7 +87,7 @@ impl WithArithmetic for Pack<'_> {
 /// The product of some rows of `a` with all panels of `b`.
 struct Block<'a> {
     out: MatMut<'a>,
-    into: Into,
+    update: Update,
     a: Mat<'a>,
     panels: &'a [f32],
 }
@@ -123,9 +125,9 @@ impl Block<'_> {
             for row in (0..rows).step_by(MR) {
                 let out = self.out.block(row, MR.min(rows - row), col, A::WIDTH.min(cols - col));
                 if out.rows == MR && out.cols == A::WIDTH {
-                    tile.product(left(row), panel, self.into, out);
+                    tile.product(left(row), panel, self.update, out);
                 } else {
-                    tile.product_at_edge(left(row), panel, self.into, out);
+                    tile.product_at_edge(left(row), panel, self.update, out);
                 }
             }
         }
@@ -166,9 +168,9 @@ mod tests {
                     // Rows of the output lie apart; what lies between must stay.
                     let (stride, accumulate) = (n + 3, layout == 3);
                     let mut out = vec![if accumulate { 1.0 } else { f32::NAN }; m * stride];
-                    let into = if accumulate { Into::Add } else { Into::Set };
+                    let update = if accumulate { Update::Add } else { Update::Set };
                     let out_mat = MatMut::strided(&mut out, m, n, stride);
-                    matmul(precision, out_mat, into, left, right, threads);
+                    matmul(precision, out_mat, update, left, right, threads);
                     for i in 0..m {
                         for j in 0..n {
                             let sum: f64 = (0..k).map(|l| at(&left, i, l) * at(&right, l, j)).sum();

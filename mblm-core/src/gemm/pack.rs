@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::Mat;
+use super::matrix::Mat;
 
 /// Packs panels of `WIDTH` lanes of floats: a panel is, element after element, `WIDTH` floats. Missing lanes are zero.
 ///

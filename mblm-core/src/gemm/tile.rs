@@ -2,12 +2,8 @@
 
 use pulp::Simd;
 
-use super::arithmetic::{Arithmetic, Floats};
-use super::{Into, MatMut};
-
-/// The rows of a tile: what 32 registers of 16 floats hold, or 16 of 8.
-pub(crate) const WIDE: usize = 12;
-pub(crate) const NARROW: usize = 6;
+use super::arithmetic::{Arithmetic, Floats, WIDE};
+use super::matrix::{MatMut, Update};
 
 /// The left operand of a tile: word `(i, k)` at `i * row + k * step`, `k` below `depth`.
 #[derive(Clone, Copy)]
@@ -27,22 +23,22 @@ pub(crate) struct Tile<A, const MR: usize> {
 impl<A: Arithmetic, const MR: usize> Tile<A, MR> {
     /// `out (=|+=) left * panel`.
     #[inline(always)]
-    pub fn product(&self, left: Left, panel: &[f32], into: Into, out: MatMut) {
+    pub fn product(&self, left: Left, panel: &[f32], update: Update, out: MatMut) {
         assert!(out.rows == MR && out.cols == A::WIDTH, "a tile");
         // SAFETY: `out` has room for all sums.
-        unsafe { self.store(self.sums(left, panel), into, out.ptr, out.row_stride) }
+        unsafe { self.store(self.sums(left, panel), update, out.ptr, out.row_stride) }
     }
 
     /// As [`Tile::product`], for as many rows and columns as `out` has.
     #[inline(always)]
-    pub fn product_at_edge(&self, left: Left, panel: &[f32], into: Into, mut out: MatMut) {
+    pub fn product_at_edge(&self, left: Left, panel: &[f32], update: Update, mut out: MatMut) {
         let mut whole = [0.0; WIDE * 32];
         assert!(MR <= WIDE && A::WIDTH <= 32);
         // SAFETY: by the assertion.
-        unsafe { self.store(self.sums(left, panel), Into::Set, whole.as_mut_ptr(), A::WIDTH) };
+        unsafe { self.store(self.sums(left, panel), Update::Set, whole.as_mut_ptr(), A::WIDTH) };
         for (i, sums) in whole.chunks_exact(A::WIDTH).enumerate().take(out.rows) {
             for (out, sum) in out.row(i).iter_mut().zip(sums) {
-                *out = if into == Into::Add { *out + sum } else { *sum };
+                *out = if update == Update::Add { *out + sum } else { *sum };
             }
         }
     }
@@ -71,14 +67,14 @@ impl<A: Arithmetic, const MR: usize> Tile<A, MR> {
     /// # Safety
     /// `MR` rows of `WIDTH` floats, `stride` apart, must be the caller's from `out` on.
     #[inline(always)]
-    unsafe fn store(&self, sums: [[Floats<A>; 2]; MR], into: Into, out: *mut f32, stride: usize) {
+    unsafe fn store(&self, sums: [[Floats<A>; 2]; MR], update: Update, out: *mut f32, stride: usize) {
         let simd = self.arithmetic.simd();
         for (i, sums) in sums.iter().enumerate() {
             // SAFETY: by the caller.
             unsafe {
                 let out = out.add(i * stride).cast::<[Floats<A>; 2]>();
                 let mut sums = *sums;
-                if into == Into::Add {
+                if update == Update::Add {
                     let before = out.read_unaligned();
                     sums = [simd.add_f32s(before[0], sums[0]), simd.add_f32s(before[1], sums[1])];
                 }

@@ -5,8 +5,8 @@ use candle_core::{DType, Device, Tensor};
 
 use crate::block::StageDecoder;
 use crate::error::{Error, Result};
-use crate::gemm::Into;
 use crate::mode::Mode;
+use crate::gemm::Update;
 use crate::model::{Hierarchy, Mblm, Positions, Stage};
 use crate::ops::linear;
 
@@ -207,7 +207,7 @@ impl<'m> Decoder<'m> {
         let hierarchy = self.model.hierarchy();
         let hidden = &self.stages[self.stages.len() - 1].output;
         let (weight, bias) = (hierarchy.out_weight.values(), hierarchy.out_bias.values());
-        linear::step(hidden, &weight, Some(&bias), hierarchy.out_weight.shape()[1], Into::Set, &mut self.logits);
+        linear::step(hidden, &weight, Some(&bias), hierarchy.out_weight.shape()[1], Update::Set, &mut self.logits);
         match self.logits.iter().all(|logit| logit.is_finite()) {
             true => Ok(()),
             false => Err(self.not_finite()),

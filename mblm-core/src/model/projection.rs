@@ -6,7 +6,7 @@ use candle_core::{Shape, Tensor};
 
 use crate::buffer::Buffer;
 use crate::error::{Error, Result};
-use crate::gemm::Into;
+use crate::gemm::Update;
 use crate::layer::Dims;
 use crate::mode::Mode;
 use crate::node::{Node, apply1};
@@ -47,7 +47,7 @@ impl NextStage {
 
     /// Projects the rows of `x`, for decoding.
     pub(crate) fn rows(&self, x: &[f32], y: &mut [f32]) {
-        linear::step(x, &self.weight.values(), Some(&self.bias.values()), self.weight.shape()[1], Into::Set, y);
+        linear::step(x, &self.weight.values(), Some(&self.bias.values()), self.weight.shape()[1], Update::Set, y);
     }
 }
 
@@ -78,7 +78,7 @@ impl Node for Project {
     }
 
     fn forward(&self, inputs: &[&[f32]], y: &mut [f32]) {
-        linear::forward(&self.kept(inputs[0]), &self.next.weight.values(), self.dims.dim, Into::Set, y);
+        linear::forward(&self.kept(inputs[0]), &self.next.weight.values(), self.dims.dim, Update::Set, y);
         linear::add_bias(&self.next.bias.values(), y);
     }
 
@@ -87,7 +87,7 @@ impl Node for Project {
         let mut rows = self.kept(inputs[0]);
         linear::backward_weight(dy, &rows, dim, &mut self.next.weight.grad_mut());
         linear::backward_bias(dy, &mut self.next.bias.grad_mut());
-        linear::backward_input(dy, &self.next.weight.values(), dim, Into::Set, &mut rows);
+        linear::backward_input(dy, &self.next.weight.values(), dim, Update::Set, &mut rows);
         for (kept, grad) in rows.chunks_exact(self.keep * dim).zip(grads[0].chunks_exact_mut(seq * dim)) {
             grad[..self.keep * dim].copy_from_slice(kept);
         }

@@ -7,8 +7,8 @@ use candle_core::{Shape, Tensor};
 
 use crate::buffer::Buffer;
 use crate::error::{Error, Result};
-use crate::gemm::Into;
 use crate::mode::Mode;
+use crate::gemm::Update;
 use crate::node::{Node, apply1};
 use crate::ops::layer_norm;
 use crate::ops::linear;
@@ -118,7 +118,7 @@ impl TokenEmbedding {
         let inputs = p.norm_in[0].len();
         for (ids, out) in self.chunks(ids).zip(projected.chunks_mut(self.chunk_rows() * self.dim())) {
             let normed = self.normed(p, table, ids).0;
-            linear::step(&normed, &p.weight.values(), Some(&p.bias.values()), inputs, Into::Set, out);
+            linear::step(&normed, &p.weight.values(), Some(&p.bias.values()), inputs, Update::Set, out);
         }
         layer_norm::forward(projected, &p.norm_out[0].values(), &p.norm_out[1].values(), y);
     }
@@ -191,7 +191,7 @@ impl Node for Embed {
             let (normed, flat) = embedding.normed(p, inputs[0], ids);
             linear::backward_weight(d, &normed, inputs_len, &mut p.weight.grad_mut());
             let mut dflat = normed;
-            linear::backward_input(d, &p.weight.values(), inputs_len, Into::Set, &mut dflat);
+            linear::backward_input(d, &p.weight.values(), inputs_len, Update::Set, &mut dflat);
             layer_norm::backward(&flat, &values, &mut dflat, &mut weight.grad_mut(), &mut bias.grad_mut());
             self.scatter(ids, &dflat, &mut grads[0]);
         }

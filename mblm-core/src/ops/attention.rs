@@ -6,7 +6,7 @@ use candle_core::{D, Tensor};
 
 use crate::buffer::Buffer;
 use crate::error::Result;
-use crate::gemm::arithmetic::dispatch;
+use crate::gemm::dispatch::dispatch;
 use crate::gemm::{self, MatMut};
 use crate::mode::Dropout;
 use crate::parallel::{Shared, for_rows};

@@ -7,10 +7,10 @@ use candle_core::{D, Shape, Tensor};
 
 use crate::buffer::Buffer;
 use crate::error::Result;
-use crate::gemm::{Into, Mat, MatMut, Threads, matmul};
+use crate::gemm::{Mat, MatMut, Update, matmul};
 use crate::node::Node;
 use crate::ops::linear::{self, linear_composed};
-use crate::parallel::{Shared, row_ranges};
+use crate::parallel::{Shared, Threads, row_ranges};
 use crate::param::Param;
 use crate::simd::{self, vectorize};
 
@@ -132,7 +132,7 @@ impl Node for CrossEntropy {
             for (row, target) in rows.chunks_exact_mut(dim).zip(targets) {
                 row.copy_from_slice(&inputs[0][target.row as usize * dim..][..dim]);
             }
-            linear::forward(rows, &weight, dim, Into::Set, logits);
+            linear::forward(rows, &weight, dim, Update::Set, logits);
             linear::add_bias(&self.bias.values(), logits);
             loss += self.softmax(targets, logits);
             if self.training {
@@ -141,7 +141,7 @@ impl Node for CrossEntropy {
                 let out = &mut tape.hidden[i * CHUNK * dim..][..targets.len() * dim];
                 let grad = Mat::new(logits, targets.len(), vocab);
                 let out = MatMut::new(out, targets.len(), dim);
-                matmul(out, Into::Set, grad, Mat::new(&weight, vocab, dim), Threads::All);
+                matmul(out, Update::Set, grad, Mat::new(&weight, vocab, dim), Threads::All);
             }
         }
         y[0] = (loss / self.targets.len() as f64) as f32;

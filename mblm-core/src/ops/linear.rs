@@ -5,10 +5,10 @@ use pulp::{Simd, WithSimd};
 
 use crate::buffer::Buffer;
 use crate::error::Result;
-use crate::gemm::arithmetic::pack_floats;
+use crate::gemm::floats::pack_floats;
 
-use crate::gemm::{Into, Mat, MatMut, Threads, matmul};
-use crate::parallel::{MIN_PARALLEL, Shared, for_rows, reduce_rows};
+use crate::gemm::{Mat, MatMut, Update, matmul};
+use crate::parallel::{MIN_PARALLEL, Shared, Threads, for_rows, reduce_rows};
 use crate::simd::{self, Cache, vectorize};
 
 /// The definition.
@@ -33,18 +33,18 @@ pub fn linear_composed(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Re
 ///
 /// # Shapes
 /// - `x`: `(R, I)`, `weight`: `(O, I)`, `y`: `(R, O)` where `R` follows from `inputs` and `x`
-pub fn forward(x: &[f32], weight: &[f32], inputs: usize, into: Into, y: &mut [f32]) {
+pub fn forward(x: &[f32], weight: &[f32], inputs: usize, update: Update, y: &mut [f32]) {
     let (rows, outputs) = (x.len() / inputs, weight.len() / inputs);
     if rows >= GEMM_ROWS {
         let (x, w) = (Mat::new(x, rows, inputs), Mat::new(weight, outputs, inputs));
-        return matmul(MatMut::new(y, rows, outputs), into, x, w.t(), Threads::All);
+        return matmul(MatMut::new(y, rows, outputs), update, x, w.t(), Threads::All);
     }
     let y = Shared::new(y);
     // A thread is worth waking for about 64 K multiplications.
     for_rows(outputs, rows * inputs * MIN_PARALLEL / (64 * 1024), |range| {
         // SAFETY: ranges of outputs do not overlap.
         let y = unsafe { y.matrix(range.start, rows, range.len(), outputs) };
-        simd::dispatch(FewRows { x, weight: &weight[range.start * inputs..range.end * inputs], inputs, into, y });
+        simd::dispatch(FewRows { x, weight: &weight[range.start * inputs..range.end * inputs], inputs, update, y });
     });
 }
 
@@ -52,10 +52,10 @@ pub fn forward(x: &[f32], weight: &[f32], inputs: usize, into: Into, y: &mut [f3
 ///
 /// # Shapes
 /// as in [`forward`]
-pub fn backward_input(dy: &[f32], weight: &[f32], inputs: usize, into: Into, dx: &mut [f32]) {
+pub fn backward_input(dy: &[f32], weight: &[f32], inputs: usize, update: Update, dx: &mut [f32]) {
     let (rows, outputs) = (dx.len() / inputs, weight.len() / inputs);
     let (dy, w) = (Mat::new(dy, rows, outputs), Mat::new(weight, outputs, inputs));
-    matmul(MatMut::new(dx, rows, inputs), into, dy, w, Threads::All);
+    matmul(MatMut::new(dx, rows, inputs), update, dy, w, Threads::All);
 }
 
 /// The gradient of the weight: `dw += dyᵀ x`.
@@ -65,7 +65,7 @@ pub fn backward_input(dy: &[f32], weight: &[f32], inputs: usize, into: Into, dx:
 pub fn backward_weight(dy: &[f32], x: &[f32], inputs: usize, dweight: &mut [f32]) {
     let (rows, outputs) = (x.len() / inputs, dweight.len() / inputs);
     let (dy, x) = (Mat::new(dy, rows, outputs), Mat::new(x, rows, inputs));
-    matmul(MatMut::new(dweight, outputs, inputs), Into::Add, dy.t(), x, Threads::All);
+    matmul(MatMut::new(dweight, outputs, inputs), Update::Add, dy.t(), x, Threads::All);
 }
 
 /// The gradient of the bias: adds the rows of `dy` to `dbias`.
@@ -128,8 +128,8 @@ pub fn residual(x: &[f32], bias: &[f32], y: &mut [f32]) {
 ///
 /// # Shapes
 /// - `x`: `(B, I)`, `weight`: `(O, I)`, `bias`: `(O)`, `y`: `(B, O)`
-pub fn step(x: &[f32], weight: &[f32], bias: Option<&[f32]>, inputs: usize, into: Into, y: &mut [f32]) {
-    forward(x, weight, inputs, into, y);
+pub fn step(x: &[f32], weight: &[f32], bias: Option<&[f32]>, inputs: usize, update: Update, y: &mut [f32]) {
+    forward(x, weight, inputs, update, y);
     if let Some(bias) = bias {
         y.chunks_exact_mut(bias.len()).for_each(|row| simd::add(bias, row));
     }
@@ -143,7 +143,7 @@ struct FewRows<'a> {
     x: &'a [f32],
     weight: &'a [f32],
     inputs: usize,
-    into: Into,
+    update: Update,
     y: MatMut<'a>,
 }
 
@@ -255,7 +255,7 @@ impl FewRows<'_> {
     fn store<const O: usize, const B: usize>(&mut self, row: usize, output: usize, values: [[f32; O]; B]) {
         for (b, values) in values.iter().enumerate() {
             for (y, value) in self.y.row(row + b)[output..].iter_mut().zip(values) {
-                *y = if self.into == Into::Add { *y + value } else { *value };
+                *y = if self.update == Update::Add { *y + value } else { *value };
             }
         }
     }
@@ -386,12 +386,12 @@ mod tests {
             let (x, w, b) = (noise(rows * inputs, 1), noise(inputs * outputs, 2), noise(outputs, 3));
             let mut want = vec![f32::NAN; rows * outputs];
             let (x_mat, w_mat) = (Mat::new(&x, rows, inputs), Mat::new(&w, outputs, inputs));
-            matmul(MatMut::new(&mut want, rows, outputs), Into::Set, x_mat, w_mat.t(), Threads::One);
+            matmul(MatMut::new(&mut want, rows, outputs), Update::Set, x_mat, w_mat.t(), Threads::One);
             add_bias(&b, &mut want);
             let mut got = vec![f32::NAN; rows * outputs];
-            step(&x, &w, Some(&b), inputs, Into::Set, &mut got);
+            step(&x, &w, Some(&b), inputs, Update::Set, &mut got);
             assert_close("set", &got, &want, 1e-5);
-            step(&x, &w, Some(&b), inputs, Into::Add, &mut got);
+            step(&x, &w, Some(&b), inputs, Update::Add, &mut got);
             want.iter_mut().for_each(|v| *v *= 2.0);
             assert_close("added", &got, &want, 1e-5);
         }
@@ -403,14 +403,14 @@ mod tests {
         for rows in [1, 2, 5, 7, 14, 16] {
             let (x, weight) = (noise(rows * inputs, 1), noise(inputs * outputs, 2));
             let mut want = vec![f32::NAN; rows * outputs];
-            forward(&x, &weight, inputs, Into::Set, &mut want);
+            forward(&x, &weight, inputs, Update::Set, &mut want);
             let mut all = vec![f32::NAN; 3 * want.len()];
             let (parts, mut names) = (Shared::new(&mut all), vec![]);
             simd::for_every_arch(|name| {
                 // SAFETY: each instruction set has a part of its own.
                 let y = unsafe { parts.matrix(names.len() * rows * outputs, rows, outputs, outputs) };
                 names.push(name);
-                FewRows { x: &x, weight: &weight, inputs, into: Into::Set, y }
+                FewRows { x: &x, weight: &weight, inputs, update: Update::Set, y }
             });
             for (name, got) in names.iter().zip(all.chunks_exact(want.len())) {
                 assert_close(name, got, &want, 1e-5);

@@ -13,8 +13,8 @@ use super::selective_scan::softplus_composed;
 use super::tasks::{Task, Tasks};
 use crate::buffer::Buffer;
 use crate::error::Result;
-use crate::gemm::{Into, Mat, MatMut, Threads, matmul};
-use crate::parallel::{MIN_PARALLEL, Shared, for_rows};
+use crate::gemm::{Mat, MatMut, Update, matmul};
+use crate::parallel::{MIN_PARALLEL, Shared, Threads, for_rows};
 use crate::rows::{Rows, RowsMut};
 use crate::simd::{self, exp_decay, softplus, vectorize};
 
@@ -203,7 +203,7 @@ impl Ssd<'_> {
                 let cb = unsafe { shared.slice(sizes.cb(&rows)) };
                 let (q, n) = (rows.len(), sizes.d_state);
                 let (b, c) = (inputs.b.mat(rows.clone(), 0..n), inputs.c.mat(rows, 0..n));
-                matmul(MatMut::new(cb, q, q), Into::Set, c, b.t(), Threads::One);
+                matmul(MatMut::new(cb, q, q), Update::Set, c, b.t(), Threads::One);
             }
         });
         cb
@@ -318,7 +318,7 @@ impl Forward<'_> {
             let x = self.inputs.x.mat(rows.clone(), sizes.columns(&(head..head + 1)));
             let out = &mut out[(head - heads.start) * sizes.headdim..];
             let out = MatMut::strided(out, q, sizes.headdim, width);
-            matmul(out, Into::Set, Mat::new(weights, q, q), x, Threads::One);
+            matmul(out, Update::Set, Mat::new(weights, q, q), x, Threads::One);
         }
         let state = |chunk: usize| {
             // SAFETY: the state of these heads of this sequence is this task's alone, and taken once at a time.
@@ -326,7 +326,7 @@ impl Forward<'_> {
         };
         if chunk > 0 {
             let c = self.inputs.c.mat(rows.clone(), 0..n);
-            matmul(MatMut::new(wide, q, width), Into::Set, c, Mat::new(state(chunk), n, width), Threads::One);
+            matmul(MatMut::new(wide, q, width), Update::Set, c, Mat::new(state(chunk), n, width), Threads::One);
         }
         vectorize(
             #[inline(always)]
@@ -343,7 +343,7 @@ impl Forward<'_> {
                 || self.weigh_inputs(&rows, heads, next, wide),
             );
             let b = self.inputs.b.mat(rows, 0..n);
-            matmul(MatMut::new(next, n, width), Into::Add, b.t(), Mat::new(wide, q, width), Threads::One);
+            matmul(MatMut::new(next, n, width), Update::Add, b.t(), Mat::new(wide, q, width), Threads::One);
         }
     }
 

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use mblm_core::block::StageDecoder;
 use mblm_core::buffer::Buffer;
-use mblm_core::gemm::Into;
+use mblm_core::gemm::Update;
 use mblm_core::ops::linear;
 use mblm_core::simd::vectorize;
 use mblm_core::{Error, Result};
@@ -107,8 +107,8 @@ impl LayerState<'_> {
     /// Advances by one position; the output is `h`.
     fn step(&mut self, units: usize, x: &[f32], gates: &mut [f32]) {
         let LayerState { layer, bias, h, c } = self;
-        linear::step(x, &layer.weight_ih.values(), Some(bias), units, Into::Set, gates);
-        linear::step(h, &layer.weight_hh.values(), None, units, Into::Add, gates);
+        linear::step(x, &layer.weight_ih.values(), Some(bias), units, Update::Set, gates);
+        linear::step(h, &layer.weight_hh.values(), None, units, Update::Add, gates);
         let rows = gates.chunks_exact(GATES * units).zip(h.chunks_exact_mut(units)).zip(c.chunks_exact_mut(units));
         vectorize(
             #[inline(always)]
@@ -130,7 +130,7 @@ impl LayerState<'_> {
     fn prefill(&mut self, units: usize, order: Order, x: &mut [f32]) {
         let LayerState { layer, bias, h, c } = self;
         let (mut gates, mut cells) = (Buffer::take(GATES * x.len()), Buffer::take(x.len()));
-        linear::forward(x, &layer.weight_ih.values(), units, Into::Set, &mut gates);
+        linear::forward(x, &layer.weight_ih.values(), units, Update::Set, &mut gates);
         let initial = Some(State { h, c });
         Recurrence { weight: &layer.weight_hh.values(), bias, order }.forward(initial, &mut gates, &mut cells, x);
         let last = x.len() - h.len();

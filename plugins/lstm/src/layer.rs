@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use candle_core::Tensor;
 use mblm_core::buffer::Buffer;
-use mblm_core::gemm::Into;
+use mblm_core::gemm::Update;
 use mblm_core::layer::{Context, Dims, Layer, param_like};
 use mblm_core::mode::{Dropout, Mode, stream};
 use mblm_core::ops::dropout::{self, dropout_composed};
@@ -101,7 +101,7 @@ impl Layer for LstmLayer {
     fn forward(&self, x: &[f32], context: Context, y: &mut [f32]) -> Tape {
         let dims = context.dims;
         let mut tape = Tape { gates: Buffer::take(GATES * dims.len()), c: Buffer::take(dims.len()) };
-        linear::forward(x, &self.weight_ih.values(), self.units, Into::Set, &mut tape.gates);
+        linear::forward(x, &self.weight_ih.values(), self.units, Update::Set, &mut tape.gates);
         Recurrence { weight: &self.weight_hh.values(), bias: &self.bias(), order: order(dims) }.forward(
             None,
             &mut tape.gates,
@@ -130,7 +130,7 @@ impl Layer for LstmLayer {
             &mut gates,
             &mut before,
         );
-        linear::backward_input(&gates, &self.weight_ih.values(), self.units, Into::Set, dx);
+        linear::backward_input(&gates, &self.weight_ih.values(), self.units, Update::Set, dx);
         linear::backward_weight(&gates, x, self.units, &mut self.weight_ih.grad_mut());
         linear::backward_weight(&gates, &before, self.units, &mut self.weight_hh.grad_mut());
         let mut dbias = Buffer::zeros(GATES * self.units);

@@ -3,7 +3,7 @@
 use crate::buffer::Buffer;
 use crate::gemm::arithmetic::Arithmetic;
 use crate::gemm::tile::{Left, Tile};
-use crate::gemm::{Into, Mat, MatMut};
+use crate::gemm::{Mat, MatMut, Update};
 
 /// Added to the length of a row, so that rows lie in different sets of the cache.
 const GAP: usize = 16;
@@ -154,11 +154,11 @@ impl Sums {
         first: usize,
         set: bool,
     ) {
-        let into = if set { Into::Set } else { Into::Add };
+        let update = if set { Update::Set } else { Update::Add };
         for (i, panel) in right.panels().enumerate() {
             let out = &mut self.data[row * self.stride + i * right.width..];
             let out = MatMut::strided(out, MR, right.width, self.stride);
-            tile.product(left, &panel[first / right.pack * right.width..], into, out);
+            tile.product(left, &panel[first / right.pack * right.width..], update, out);
         }
     }
 

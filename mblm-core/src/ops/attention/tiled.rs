@@ -3,9 +3,9 @@
 
 use super::operands::{Panels, Rows, Sums};
 use super::{Attention, Backward, Head};
-use crate::gemm::arithmetic::{Arithmetic, WithArithmetic};
-use crate::gemm::tile::{NARROW, Tile, WIDE};
-use crate::gemm::{Into, Mat, MatMut};
+use crate::gemm::arithmetic::{Arithmetic, NARROW, WIDE, WithArithmetic};
+use crate::gemm::tile::Tile;
+use crate::gemm::{Mat, MatMut, Update};
 
 /// Query rows of a tile. `ROWS` and `KEYS` are multiples of a register tile's rows.
 const ROWS: usize = 96;
@@ -75,7 +75,7 @@ impl Forward<'_> {
             attention.copy(self.head.q, stride, start, attention.scale(), &mut q);
             for (first, panel) in keys.starts(limit) {
                 for group in groups::<MR>(rows, start, first, attention.causal) {
-                    tile.product(q.along(group, 0, dim), panel, Into::Set, scores.tile::<MR>(group, first));
+                    tile.product(q.along(group, 0, dim), panel, Update::Set, scores.tile::<MR>(group, first));
                 }
             }
             for (r, factor) in factors.iter_mut().enumerate().take(rows) {
@@ -124,9 +124,9 @@ impl Backward<'_> {
                 for ((panel_start, key_panel), (_, value_panel)) in panels {
                     for group in groups::<MR>(rows, start, panel_start, attention.causal) {
                         let column = panel_start - first;
-                        tile.product(q.along(group, 0, dim), key_panel, Into::Set, p.tile::<MR>(group, column));
+                        tile.product(q.along(group, 0, dim), key_panel, Update::Set, p.tile::<MR>(group, column));
                         let dout = dout.along(group, 0, dim);
-                        tile.product(dout, value_panel, Into::Set, dp.tile::<MR>(group, column));
+                        tile.product(dout, value_panel, Update::Set, dp.tile::<MR>(group, column));
                     }
                 }
                 for (r, delta) in deltas.iter().enumerate().take(rows) {
@@ -169,7 +169,7 @@ fn groups<const MR: usize>(rows: usize, start: usize, first: usize, causal: bool
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::gemm::arithmetic::InFloats;
+    use crate::gemm::floats::InFloats;
     use crate::gemm::{Precision, autocast};
     use crate::mode::Dropout;
     use crate::parallel::Shared;

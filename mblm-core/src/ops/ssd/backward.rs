@@ -167,8 +167,8 @@ impl Ssd<'_> {
                 }
                 let square = Mat::new(square, q, q);
                 let (b, c) = (inputs.b.mat(rows.clone(), 0..n), inputs.c.mat(rows.clone(), 0..n));
-                matmul(MatMut::strided(both, q, n, 2 * n), Into::Add, square.t(), c, Threads::One);
-                matmul(MatMut::strided(&mut both[n..], q, n, 2 * n), Into::Add, square, b, Threads::One);
+                matmul(MatMut::strided(both, q, n, 2 * n), Update::Add, square.t(), c, Threads::One);
+                matmul(MatMut::strided(&mut both[n..], q, n, 2 * n), Update::Add, square, b, Threads::One);
                 for (row, both) in rows.zip(both.chunks_exact(2 * n)) {
                     // SAFETY: every chunk has rows of its own, and the two views are of different columns.
                     let (db, dc) = unsafe { (grads.b.row(row, 0..n), grads.c.row(row, 0..n)) };
@@ -206,7 +206,7 @@ impl Backward<'_> {
             let (q, width) = (rows.len(), sizes.columns(heads).len());
             let (b, dstate) = (self.inputs.b.mat(rows.clone(), 0..sizes.d_state), &scratch.dstate);
             let wide = MatMut::new(&mut scratch.wide[..q * width], q, width);
-            matmul(wide, Into::Set, b, Mat::new(dstate, sizes.d_state, width), Threads::One);
+            matmul(wide, Update::Set, b, Mat::new(dstate, sizes.d_state, width), Threads::One);
         }
         vectorize(
             #[inline(always)]
@@ -238,9 +238,9 @@ impl Backward<'_> {
             );
             let dy = Mat::strided(&self.dy[rows.start * inner + head * p..], q, p, inner);
             let u = MatMut::strided(&mut scratch.u[(head - heads.start) * p..], q, p, width);
-            matmul(u, Into::Set, Mat::new(square, q, q).t(), dy, Threads::One);
+            matmul(u, Update::Set, Mat::new(square, q, q).t(), dy, Threads::One);
             let x = self.inputs.x.mat(rows.clone(), head * p..(head + 1) * p);
-            matmul(MatMut::new(square, q, q), Into::Set, dy, x.t(), Threads::One);
+            matmul(MatMut::new(square, q, q), Update::Set, dy, x.t(), Threads::One);
             let within = &mut scratch.steps[head - heads.start].within;
             vectorize(
                 #[inline(always)]
@@ -346,7 +346,7 @@ impl Backward<'_> {
             );
             matmul(
                 MatMut::new(narrow, q, n),
-                Into::Set,
+                Update::Set,
                 Mat::new(wide, q, width),
                 Mat::new(dstate, n, width).t(),
                 Threads::One,
@@ -368,7 +368,7 @@ impl Backward<'_> {
             let first = head * sizes.headdim;
             let dy = Mat::strided(&wide[first..], q, sizes.headdim, width);
             let state = Mat::strided(&state[first..], n, sizes.headdim, width);
-            matmul(MatMut::new(narrow, q, n), Into::Set, dy, state.t(), Threads::One);
+            matmul(MatMut::new(narrow, q, n), Update::Set, dy, state.t(), Threads::One);
             vectorize(
                 #[inline(always)]
                 || {
@@ -385,7 +385,7 @@ impl Backward<'_> {
             false => dstate.fill(0.0),
         }
         let c = self.inputs.c.mat(rows.clone(), 0..n);
-        matmul(MatMut::new(dstate, n, width), Into::Add, c.t(), Mat::new(wide, q, width), Threads::One);
+        matmul(MatMut::new(dstate, n, width), Update::Add, c.t(), Mat::new(wide, q, width), Threads::One);
     }
 
     /// Writes the columns of `heads` of `source`'s rows, times `weight(row, last row)` (both with the head), to `wide`.
