@@ -2,7 +2,7 @@
 
 use std::io::Write;
 
-use mblm::train::terminal::Output;
+use mblm::system::terminal::Output;
 
 use crate::Usage;
 use crate::plugins::Plugins;

@@ -5,12 +5,12 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use anyhow::Result;
+use mblm::system::terminal::{self, Output};
 use mblm::train::config::RunConfig;
 use mblm::train::data;
 use mblm::train::model::TrainModel;
 use mblm::train::plan::Plan;
 use mblm::train::session;
-use mblm::train::terminal::{self, Output};
 use mblm::yaml::Document;
 
 use crate::plugins::Plugins;

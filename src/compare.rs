@@ -5,9 +5,9 @@ use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 
 use anyhow::{Result, bail};
+use mblm::system::terminal::{self, Output};
 use mblm::train::report::Report;
 use mblm::train::study::{Options, Plan, Runner, Spec};
-use mblm::train::terminal::{self, Output};
 
 use crate::plugins::Plugins;
 use crate::{EXIT_CODES, signals};

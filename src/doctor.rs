@@ -6,12 +6,12 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use candle_core::{Device, Tensor};
+use mblm::system::terminal::Output;
 use mblm::testing::noise;
 use mblm::train::config::ModelConfig;
 use mblm::train::cost::{Step, bytes as shown_bytes};
 use mblm::train::data::corpus::Corpus;
 use mblm::train::doctor::{Report, Severity, examine};
-use mblm::train::terminal::Output;
 use mblm::yaml::Document;
 
 use crate::plugins::Plugins;

@@ -5,10 +5,10 @@ use std::io::{self, Write};
 use std::path::PathBuf;
 
 use anyhow::Result;
+use mblm::system::terminal::Output;
 use mblm::train::evaluate::{EvaluateOptions, Evaluation, Parts, evaluate, evaluate_parts};
 use mblm::train::model::Model;
 use mblm::train::report::csv_field;
-use mblm::train::terminal::Output;
 use serde_json::json;
 
 use crate::plugins::Plugins;

@@ -9,7 +9,7 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 use mblm::generate::{Ended, Format, Sampler, Sampling, TokenStream, Until, generate};
 use mblm::model::Mblm;
-use mblm::train::terminal::{self, Output};
+use mblm::system::terminal::{self, Output};
 use serde_json::json;
 
 use crate::plugins::Plugins;

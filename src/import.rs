@@ -4,10 +4,10 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
+use mblm::system::terminal::Output;
 use mblm::train::config::RunConfig;
 use mblm::train::import::{ImportOptions, import};
 use mblm::train::pth;
-use mblm::train::terminal::Output;
 use mblm::yaml::Document;
 
 use crate::Usage;

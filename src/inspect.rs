@@ -6,10 +6,10 @@ use std::path::PathBuf;
 use mblm_core::config::{MblmConfig, MblmEncoderConfig};
 use mblm_core::model::{Mblm, MblmEncoder};
 use mblm_core::registry::BlockRegistry;
-use mblm_core::yaml::Document;
+use mblm_system::terminal::Output;
 use mblm_train::config::{ModelConfig, RunConfig};
 use mblm_train::cost::{Report, Step};
-use mblm_train::terminal::Output;
+use mblm_yaml::Document;
 
 use crate::plugins::Plugins;
 

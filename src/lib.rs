@@ -4,4 +4,6 @@
 
 pub use mblm_blocks as blocks;
 pub use mblm_core::*;
+pub use mblm_system as system;
 pub use mblm_train as train;
+pub use mblm_yaml as yaml;

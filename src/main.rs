@@ -28,7 +28,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use mblm::plugin::host::blame;
-use mblm::train::terminal::{self, Output};
+use mblm::system::terminal::{self, Output};
 use mblm::{Error, train as training};
 use mblm_blocks as _;
 use plugins::Plugins;

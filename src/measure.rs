@@ -7,11 +7,11 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use mblm::generate::{Format, Sampler, Sampling, TokenStream, Until, generate};
 use mblm::model::Mblm;
+use mblm::system::terminal::Output;
 use mblm::train::cost::{Report, Step};
 use mblm::train::model::{Model, TrainModel};
 use mblm::train::report::{Generation, Measured};
 use mblm::train::session;
-use mblm::train::terminal::Output;
 
 use crate::plugins::Plugins;
 use crate::{model, orphan, train};

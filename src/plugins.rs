@@ -11,7 +11,7 @@ use mblm::block::PluginOrigin;
 use mblm::plugin::host::probe::Probe;
 use mblm::plugin::host::{CANNOT_LOAD, Found, SearchPath, libraries_in, load};
 use mblm::registry::BlockRegistry;
-use mblm::train::terminal;
+use mblm::system::terminal;
 
 /// The subcommand that a probe runs.
 pub const PROBE: &str = "probe-plugin";

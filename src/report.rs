@@ -6,13 +6,13 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use mblm::registry::BlockRegistry;
+use mblm::system::terminal::{self, Output};
 use mblm::train::config::RunConfig;
 use mblm::train::cost::{Report as Cost, Step};
 use mblm::train::model::{Model, TrainModel};
 use mblm::train::report::{Report, Run};
 use mblm::train::run::RunFolder;
 use mblm::train::study::PlanFile;
-use mblm::train::terminal::{self, Output};
 use mblm::yaml::Document;
 
 use crate::Usage;

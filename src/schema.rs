@@ -3,8 +3,8 @@
 use std::io::Write;
 
 use anyhow::Result;
+use mblm::system::terminal::Output;
 use mblm::train::schema::{markdown, schema};
-use mblm::train::terminal::Output;
 
 use crate::plugins::Plugins;
 

@@ -6,19 +6,19 @@ use std::time::Duration;
 
 use anyhow::Result;
 use mblm::generate::{Format, Sampler, Sampling, TokenStream, Until, generate};
-use mblm::memory::Limit;
 use mblm::model::Mblm;
+use mblm::system::memory::Limit;
+use mblm::system::terminal::{self, Output};
+use mblm::system::usage::Memory;
 use mblm::train as training;
 use mblm::train::config::{ModelConfig, RunConfig};
 use mblm::train::cost::{Report, Step, bytes as shown_bytes, metric};
 use mblm::train::data::{Splits, unigram_entropy};
 use mblm::train::doctor::{Finding, glance};
 use mblm::train::evaluate::bpb;
-use mblm::train::memory::Memory;
 use mblm::train::model::{Model, TrainModel};
 use mblm::train::run::RunFolder;
 use mblm::train::session::{self, Session};
-use mblm::train::terminal::{self, Output};
 use mblm::train::trainer::{End, Outcome};
 use mblm::yaml::Document;
 
@@ -175,7 +175,7 @@ pub fn outline(config: &RunConfig, here: bool) -> training::Result<Model> {
     let model = Model::outline(config, config.train.seed)?;
     let step = Step { batch: config.train.batch_size, bytes: config.params.input_seq_len };
     let report = Report::new(config.params.model.hierarchy(), model.params(), &model.stage_models(), step);
-    match mblm::memory::available().filter(|limit| report.least_bytes() > limit.bytes as f64) {
+    match mblm::system::memory::available().filter(|limit| report.least_bytes() > limit.bytes as f64) {
         Some(limit) if here => return Err(training::Error::Config(too_large(&report, &limit))),
         Some(_) => {}
         None => warn_of_stages(config)?,
@@ -206,7 +206,7 @@ fn warn_of_stages(config: &RunConfig) -> training::Result<()> {
 pub fn must_fit(config: &ModelConfig, step: Step) -> training::Result<()> {
     let model = Model::outline_of(config, 0.0, 0)?;
     let report = Report::new(config.hierarchy(), model.params(), &model.stage_models(), step);
-    match mblm::memory::available().filter(|limit| report.least_bytes() > limit.bytes as f64) {
+    match mblm::system::memory::available().filter(|limit| report.least_bytes() > limit.bytes as f64) {
         Some(limit) => Err(training::Error::Config(too_large(&report, &limit))),
         None => Ok(()),
     }

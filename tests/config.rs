@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use mblm_blocks as _;
 use mblm_core::config::{MblmConfig, MblmEncoderConfig};
 use mblm_core::registry::{BlockRegistry, block_type};
-use mblm_core::yaml::Document;
 use mblm_train::config::RunConfig;
+use mblm_yaml::Document;
 
 fn registry() -> BlockRegistry {
     BlockRegistry::builtin().unwrap()

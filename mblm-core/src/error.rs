@@ -1,6 +1,6 @@
 //! The library's one error type. Messages say what came, what was expected and, where that helps, what to do.
 
-use crate::yaml::ConfigError;
+use mblm_yaml::ConfigError;
 
 /// Everything that can go wrong in `mblm-core`.
 #[derive(Debug, thiserror::Error)]

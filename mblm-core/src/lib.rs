@@ -12,10 +12,8 @@ pub mod error;
 pub mod gemm;
 pub mod generate;
 pub mod layer;
-pub mod memory;
 pub mod mode;
 pub mod model;
-pub mod nearest;
 pub mod node;
 pub mod ops;
 pub mod parallel;
@@ -27,7 +25,6 @@ pub mod rows;
 pub mod schema;
 pub mod simd;
 pub mod testing;
-pub mod yaml;
 
 pub use block::{PosEmb, StageBlock, StageDecoder, StageModel};
 pub use error::{Error, Result};

@@ -9,8 +9,8 @@ use serde_yaml::{Mapping, Value};
 
 use crate::block::StageBlock;
 use crate::error::{Error, Result};
-use crate::nearest::{quoted, suggestion};
-use crate::yaml::{ConfigError, Document, ValueError, describe, from_value, join};
+use mblm_yaml::nearest::{quoted, suggestion};
+use mblm_yaml::{ConfigError, Document, ValueError, describe, from_value, join};
 
 /// The field that names a block type.
 pub const TAG: &str = "block_type";

@@ -1,7 +1,7 @@
 //! How two configurations differ, field by field.
 
 use mblm_core::registry::TAG;
-use mblm_core::yaml::{describe, join};
+use mblm_yaml::{describe, join};
 use serde_yaml::Value;
 
 /// Longer lists are not written out.

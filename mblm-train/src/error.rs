@@ -3,7 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use mblm_core::yaml::Document;
+use mblm_yaml::Document;
 
 /// Everything that can go wrong in `mblm-train`.
 #[derive(Debug, thiserror::Error)]

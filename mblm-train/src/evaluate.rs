@@ -11,7 +11,7 @@ use crate::data::bytes::check_vocabulary;
 use crate::data::corpus::Corpus;
 use crate::error::{Error, Result};
 use crate::model::{LossSum, TrainModel};
-use crate::terminal;
+use mblm_system::terminal;
 
 /// Bits per byte of a mean loss in nats.
 pub fn bpb(loss: f64) -> f64 {

@@ -5,7 +5,7 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use crate::error::{AtPath, Result};
-use crate::files;
+use mblm_system::files;
 
 /// The file, open for more lines.
 pub(crate) struct LineLog {

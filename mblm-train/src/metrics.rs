@@ -27,11 +27,11 @@ use serde::{Deserialize, Serialize, Serializer};
 
 use crate::error::{AtPath, Result};
 use crate::evaluate::bpb;
-use crate::files;
 use crate::line_log::LineLog;
-use crate::memory::Memory;
 use crate::optimizer::sums;
 use crate::tensorboard::EventFile;
+use mblm_system::files;
+use mblm_system::usage::Memory;
 
 const LINES: &str = "metrics.jsonl";
 const BOARD: &str = "tensorboard";

@@ -21,9 +21,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::{self, Shelf, Snapshot};
 use crate::error::{AtPath, Error, Result};
-use crate::files;
 use crate::line_log::LineLog;
 use crate::timestamp::Timestamp;
+use mblm_system::files;
 
 const CONFIG: &str = "config.yaml";
 const LOG: &str = "train.log";

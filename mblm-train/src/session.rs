@@ -19,9 +19,9 @@ use crate::model::{Model, TrainModel};
 use crate::plan::Plan;
 use crate::progress::{Course, Progress};
 use crate::run::{RunFolder, has_test_loss};
-use crate::terminal;
 use crate::timemem::TimeMem;
 use crate::trainer::{End, Outcome, Record, Trainer};
+use mblm_system::terminal;
 
 /// The pause before the first retry; before each further one it is twice as long, up to the longest.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);

@@ -16,7 +16,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::crc32c::crc32c;
 use crate::error::{AtPath, Result};
-use crate::files;
+use mblm_system::files;
 
 const PREFIX: &str = "events.out.tfevents.";
 const VERSION: &[u8] = b"brain.Event:2";

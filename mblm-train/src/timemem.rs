@@ -7,7 +7,7 @@ use std::path::Path;
 
 use crate::error::Result;
 use crate::line_log::LineLog;
-use crate::memory::Memory;
+use mblm_system::usage::Memory;
 
 const FILE: &str = "timemem.csv";
 const HEADER: &str = "cum_batch,num_items,kind,fw_time,bw_time,allocated,allocated_max,reserved,reserved_max,total";

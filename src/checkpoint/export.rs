@@ -5,10 +5,10 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use mblm::registry::BlockRegistry;
+use mblm::system::terminal::Output;
 use mblm::train::checkpoint::{self, Checkpoint, Which, export_pth, export_safetensors};
 use mblm::train::config::RunConfig;
 use mblm::train::model::{Model, TrainModel};
-use mblm::train::terminal::Output;
 use mblm::yaml::Document;
 
 use crate::{Usage, model};

@@ -4,9 +4,9 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use anyhow::Result;
+use mblm::system::terminal::Output;
 use mblm::train::checkpoint::{Entry, Shelf};
 use mblm::train::evaluate::bpb;
-use mblm::train::terminal::Output;
 
 /// Arguments of `mblm checkpoint list`.
 #[derive(clap::Args)]

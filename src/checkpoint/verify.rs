@@ -4,8 +4,8 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use anyhow::{Result, bail};
+use mblm::system::terminal::Output;
 use mblm::train::checkpoint::{Shelf, check, shelf_of};
-use mblm::train::terminal::Output;
 
 /// Arguments of `mblm checkpoint verify`.
 #[derive(clap::Args)]

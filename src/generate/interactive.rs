@@ -9,8 +9,8 @@ use std::time::Instant;
 use anyhow::Result;
 use mblm::generate::{Ended, Sampler, Sampling, TokenStream, Until, generate};
 use mblm::model::Mblm;
-use mblm::nearest::suggestion;
-use mblm::train::terminal;
+use mblm::system::terminal;
+use mblm::yaml::nearest::suggestion;
 use rustyline::DefaultEditor;
 use rustyline::error::ReadlineError;
 

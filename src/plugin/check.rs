@@ -10,7 +10,7 @@ use anyhow::Result;
 use mblm::plugin::check::{CHECKS, Check, Outcome, PANIC_VARIABLE, Subject};
 use mblm::plugin::host::Library;
 use mblm::plugin::host::child::{self, fate};
-use mblm::train::terminal::Output;
+use mblm::system::terminal::Output;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -61,7 +61,7 @@ impl About {
 pub fn run(args: &Args) -> Result<()> {
     let names: Vec<&str> = CHECKS.iter().map(|check| check.name).collect();
     if let Some(unknown) = args.only.iter().find(|only| !names.contains(&only.as_str())) {
-        let suggestion = mblm::nearest::suggestion(unknown, &names);
+        let suggestion = mblm::yaml::nearest::suggestion(unknown, &names);
         return Err(Usage(format!("--only: unknown check {unknown:?}; {suggestion}")).into());
     }
     if args.here {
@@ -81,7 +81,8 @@ pub fn run(args: &Args) -> Result<()> {
     let is_wanted = |block: &&String| args.block.as_ref().is_none_or(|only| only == *block);
     let blocks: Vec<&String> = about.blocks.iter().filter(is_wanted).collect();
     if let (true, Some(block)) = (blocks.is_empty(), &args.block) {
-        let suggestion = mblm::nearest::suggestion(block, &about.blocks.iter().map(String::as_str).collect::<Vec<_>>());
+        let suggestion =
+            mblm::yaml::nearest::suggestion(block, &about.blocks.iter().map(String::as_str).collect::<Vec<_>>());
         return Err(Usage(format!("{} has no block type {block:?}; {suggestion}", report.file.display())).into());
     }
     blocks.into_iter().try_for_each(|block| report.block(block))?;

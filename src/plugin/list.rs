@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use mblm::plugin::host::{CANNOT_LOAD, Skipped};
-use mblm::train::terminal::Output;
+use mblm::system::terminal::Output;
 
 use crate::Usage;
 use crate::plugins::{Plugins, folder_beside, left_alone};

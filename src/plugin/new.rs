@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use mblm::plugin::abi;
 use mblm::registry::BlockRegistry;
-use mblm::train::terminal::Output;
+use mblm::system::terminal::Output;
 
 use crate::Usage;
 

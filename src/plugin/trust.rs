@@ -4,7 +4,7 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use anyhow::Result;
-use mblm::train::terminal::Output;
+use mblm::system::terminal::Output;
 
 use crate::Usage;
 use crate::plugins::trust::{Sums, Trust};

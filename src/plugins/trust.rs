@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use mblm::plugin::host::{LibraryFile, TrustedFolder, folders, libraries_in, ownership};
-use mblm::train::{files, terminal};
+use mblm::system::{files, terminal};
 use serde::{Deserialize, Serialize};
 
 use crate::Usage;

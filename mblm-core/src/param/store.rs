@@ -10,7 +10,8 @@ use rayon::prelude::*;
 use super::init::{Init, Start};
 use super::value::Param;
 use crate::error::{Error, Result};
-use crate::{memory, parallel};
+use crate::parallel;
+use mblm_system::memory;
 
 /// Tensors in a model, at most: a mistyped number of layers ends here, before it fills the memory with names.
 pub(crate) const MAX_TENSORS: usize = 1 << 20;

@@ -6,7 +6,8 @@ use std::path::Path;
 
 use super::{Checkpoint, Tensors, WEIGHTS};
 use crate::error::{AtPath, Error, Result};
-use crate::{files, pth};
+use crate::pth;
+use mblm_system::files;
 
 /// Writes the parameters as safetensors, under the reference package's names.
 ///

@@ -36,9 +36,9 @@ pub use self::tensors::Tensors;
 use self::sum::FileSum;
 use self::tensors::Named;
 use crate::error::{AtPath, Error, Result};
-use crate::files;
-use crate::memory::Memory;
 use crate::optimizer::{Adam, Moments};
+use mblm_system::files;
+use mblm_system::usage::Memory;
 
 const WEIGHTS: &str = "weights.safetensors";
 const OPTIMIZER: &str = "optimizer.safetensors";

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use super::{Checkpoint, MANIFEST, Snapshot};
 use crate::error::{AtPath, Error, Result};
-use crate::files;
+use mblm_system::files;
 
 /// The folder of a run that holds its checkpoints.
 pub(crate) const FOLDER: &str = "checkpoints";

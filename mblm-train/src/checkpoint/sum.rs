@@ -7,7 +7,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use crate::files;
+use mblm_system::files;
 
 /// What a manifest says of a file.
 #[derive(Debug, PartialEq, Serialize, Deserialize)]

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use mblm_core::yaml::{ConfigError, Document};
+use mblm_yaml::{ConfigError, Document};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 

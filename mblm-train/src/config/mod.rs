@@ -8,7 +8,7 @@ mod train;
 
 use mblm_core::block::PluginOrigin;
 use mblm_core::registry::BlockRegistry;
-use mblm_core::yaml::{ConfigError, Document};
+use mblm_yaml::{ConfigError, Document};
 use serde::Serialize;
 use serde_yaml::Value;
 

@@ -3,7 +3,7 @@
 use mblm_core::block::PosEmb;
 use mblm_core::config::{MblmConfig, MblmEncoderConfig};
 use mblm_core::registry::BlockRegistry;
-use mblm_core::yaml::{ConfigError, Document};
+use mblm_yaml::{ConfigError, Document};
 use serde::Serialize;
 
 use super::check;

@@ -1,7 +1,7 @@
 //! Section `train`: how to train.
 
 use mblm_core::gemm::Precision;
-use mblm_core::yaml::{ConfigError, Document};
+use mblm_yaml::{ConfigError, Document};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 

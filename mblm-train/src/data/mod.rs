@@ -15,8 +15,8 @@ pub(crate) mod record;
 
 use std::path::Path;
 
-use mblm_core::nearest::nearest;
-use mblm_core::yaml::{from_value, join};
+use mblm_yaml::nearest::nearest;
+use mblm_yaml::{from_value, join};
 use serde::de::DeserializeOwned;
 
 pub use self::fingerprint::{FileSum, Fingerprint};

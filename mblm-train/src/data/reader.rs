@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::error::{Error, Result};
-use crate::files;
+use mblm_system::files;
 
 /// A data set keeps at most this many files open. A data set of many thousand files stays below every usual limit.
 const MAX_OPEN: usize = 64;

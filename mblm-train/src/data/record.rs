@@ -11,7 +11,7 @@ use super::fingerprint::{FileSum, Fingerprint};
 use super::listing::relative;
 use crate::config::RunConfig;
 use crate::error::{AtPath, Result};
-use crate::files;
+use mblm_system::files;
 
 pub(crate) const FILE: &str = "data.json";
 

@@ -10,7 +10,7 @@ use mblm_core::node::{Node, apply1};
 use mblm_core::{Mode, ParamScope, PosEmb, Result};
 use serde::Serialize;
 
-use crate::memory::Memory;
+use mblm_system::usage::Memory;
 
 /// What was seen of a stage in training passes since it was last asked for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]

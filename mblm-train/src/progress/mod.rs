@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 use indicatif::{DecimalBytes, FormattedDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::evaluate::bpb;
-use crate::terminal;
 use crate::timestamp::Timestamp;
+use mblm_system::terminal;
 use sparkline::Sparkline;
 
 /// The bar has no clock of its own: validations and checkpoints take time too.

@@ -27,7 +27,7 @@ use self::pickle::{Pickle, Value};
 use self::view::View;
 use crate::checkpoint::Tensors;
 use crate::error::{AtPath, Error, Result};
-use crate::files;
+use mblm_system::files;
 
 /// The keys of the dictionary that the package saves.
 const MODEL: &str = "MODEL";

@@ -28,13 +28,13 @@ use serde_yaml::Value;
 use crate::cost;
 use crate::difference::differences;
 use crate::error::{AtPath, Result};
-use crate::files;
 use crate::metrics::Kind;
 use crate::study::{Amount, PlanFile, failure_file, run_folder, run_name};
 use charts::Measure;
 use format::count;
 pub use format::csv_field;
 pub(crate) use format::{duration, with_unit};
+use mblm_system::files;
 use svg::{Format, Svg};
 
 pub use basis::Apart;

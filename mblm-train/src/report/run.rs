@@ -15,10 +15,10 @@ use crate::checkpoint::{Checkpoint, Shelf};
 use crate::cost;
 use crate::error::{AtPath, Error, Result};
 use crate::evaluate::bpb;
-use crate::files;
 use crate::metrics::Kind;
 use crate::run::read_losses;
 use crate::timestamp::Timestamp;
+use mblm_system::files;
 
 const METRICS: &str = "metrics.jsonl";
 const LOSSES: &str = "loss.csv";
@@ -242,7 +242,7 @@ impl RunResult {
 
 /// A configuration, of this program or of the package; none if it is no mapping.
 fn config(text: &str) -> Option<Value> {
-    let document = mblm_core::yaml::Document::parse(text, CONFIG).ok()?;
+    let document = mblm_yaml::Document::parse(text, CONFIG).ok()?;
     document.get("").filter(|value| value.is_mapping()).cloned()
 }
 

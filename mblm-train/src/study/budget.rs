@@ -1,6 +1,6 @@
 //! What is equal between the variants of a study.
 
-use mblm_core::yaml::{ConfigError, Document};
+use mblm_yaml::{ConfigError, Document};
 use serde::{Deserialize, Serialize};
 use serde_yaml::Value;
 

@@ -12,8 +12,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::error::{AtPath, Error, Result};
-use crate::files;
-use crate::memory::Memory;
+use mblm_system::files;
+use mblm_system::usage::Memory;
 
 /// How often a process is looked at.
 const GLANCE: Duration = Duration::from_millis(20);

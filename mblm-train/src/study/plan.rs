@@ -4,7 +4,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use mblm_core::registry::BlockRegistry;
-use mblm_core::yaml::Document;
+use mblm_yaml::Document;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
@@ -14,12 +14,12 @@ use super::spec::{Spec, slug};
 use crate::config::{RunConfig, TargetStrategy};
 use crate::cost::{self, STEP_PER_FORWARD, Step, bytes as binary, metric, write_table};
 use crate::error::{AtPath, Error, Result};
-use crate::files;
-use crate::memory::Memory;
 use crate::model::{Model, TrainModel};
 use crate::run::RunFolder;
 use crate::session::open_data;
 use crate::trainer::Trainer;
+use mblm_system::files;
+use mblm_system::usage::Memory;
 
 const FILE: &str = "study.json";
 /// A study with more runs than this is damaged.

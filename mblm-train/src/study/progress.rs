@@ -9,8 +9,8 @@ use std::time::Instant;
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
 use crate::report::duration;
-use crate::terminal;
 use crate::timestamp::Timestamp;
+use mblm_system::terminal;
 
 const RUN: &str = "  {prefix} {bar:24.cyan} {percent:>3}%  {msg}";
 const ALL: &str = "  {prefix} {bar:24} {percent:>3}%  {msg}";

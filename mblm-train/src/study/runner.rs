@@ -16,11 +16,11 @@ use crate::checkpoint::Shelf;
 use crate::config::RunConfig;
 use crate::cost::bytes as binary;
 use crate::error::{AtPath, Error, Result};
-use crate::files;
 use crate::metrics::Kind;
 use crate::plan::Plan as Course;
 use crate::report::{Measured, Run, RunResult, duration, with_unit};
-use crate::terminal;
+use mblm_system::files;
+use mblm_system::terminal;
 
 const LOG: &str = "study.log";
 /// How often the metrics of a running run are looked at.

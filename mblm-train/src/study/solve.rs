@@ -222,7 +222,7 @@ impl Search {
 mod tests {
     use mblm_blocks as _;
     use mblm_core::registry::BlockRegistry;
-    use mblm_core::yaml::Document;
+    use mblm_yaml::Document;
 
     use super::*;
     use crate::study::budget::Solve;

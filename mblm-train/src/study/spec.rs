@@ -20,7 +20,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use mblm_core::registry::TAG;
-use mblm_core::yaml::{ConfigError, Document, describe, join};
+use mblm_yaml::{ConfigError, Document, describe, join};
 use serde_yaml::{Mapping, Value};
 
 use super::budget::Budget;

@@ -11,11 +11,11 @@ use super::library::{Library, LibraryBlock};
 use super::model::PluginModel;
 use crate::block::{FieldError, PluginOrigin, PosEmb, StageBlock, StageModel};
 use crate::error::{Error, Result};
-use crate::nearest::suggestion;
 use crate::param::ParamScope;
 use crate::plugin::abi::{self, Text};
 use crate::registry::{BlockInfo, BlockSource};
-use crate::yaml::ValueError;
+use mblm_yaml::ValueError;
+use mblm_yaml::nearest::suggestion;
 
 /// The blocks of a plugin.
 pub struct PluginSource(pub Arc<Library>);

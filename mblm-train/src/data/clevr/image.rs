@@ -5,7 +5,7 @@ use std::io::BufReader;
 use std::path::Path;
 
 use crate::error::{Error, Result};
-use crate::files;
+use mblm_system::files;
 
 /// The values of a channel.
 const VALUES: usize = 256;

@@ -2,6 +2,8 @@
 
 use std::fs;
 
+use crate::memory::kib;
+
 /// Bytes of memory at one moment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Memory {
@@ -23,23 +25,16 @@ impl Memory {
 
     /// The most that process `pid` ever held; `None` when it has ended.
     pub fn peak_of(pid: u32) -> Option<u64> {
-        bytes(&fs::read_to_string(format!("/proc/{pid}/status")).ok()?, "VmHWM:")
+        kib(&fs::read_to_string(format!("/proc/{pid}/status")).ok()?, "VmHWM:")
     }
 
     fn parse(status: &str, machine: &str) -> Option<Self> {
         Some(Memory {
-            resident: bytes(status, "VmRSS:")?,
-            resident_max: bytes(status, "VmHWM:")?,
-            total: bytes(machine, "MemTotal:")?,
+            resident: kib(status, "VmRSS:")?,
+            resident_max: kib(status, "VmHWM:")?,
+            total: kib(machine, "MemTotal:")?,
         })
     }
-}
-
-/// The value of a line such as `VmRSS:   5432 kB`.
-fn bytes(text: &str, field: &str) -> Option<u64> {
-    let value = text.lines().find_map(|line| line.strip_prefix(field))?;
-    let kib: u64 = value.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    Some(kib * 1024)
 }
 
 #[cfg(test)]

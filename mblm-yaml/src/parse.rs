@@ -7,7 +7,8 @@ use std::collections::{BTreeMap, HashMap};
 use saphyr_parser::{Event, Parser, ScalarStyle, Tag};
 use serde_yaml::{Mapping, Value};
 
-use super::{Place, join};
+use crate::error::Place;
+use crate::path::join;
 
 /// Mappings and lists in each other, at most: deeper ones would overflow the stack of whoever walks them.
 const MAX_DEPTH: usize = 64;
@@ -21,7 +22,7 @@ const MAX_PATHS: usize = 1 << 26;
 type Mistake = (usize, String);
 
 /// Parses one document.
-pub(super) fn parse(text: &str) -> Result<(Value, BTreeMap<String, Place>), Mistake> {
+pub(crate) fn parse(text: &str) -> Result<(Value, BTreeMap<String, Place>), Mistake> {
     let text = text.strip_prefix('\u{feff}').unwrap_or(text); // a byte order mark
     check_characters(text)?;
     let mut builder = Builder::default();

@@ -83,7 +83,7 @@ fn container(groups: &str, root: &Path) -> Option<u64> {
 }
 
 /// The bytes of a line such as `VmSize:   5432 kB`.
-fn kib(text: &str, field: &str) -> Option<u64> {
+pub(crate) fn kib(text: &str, field: &str) -> Option<u64> {
     let value = text.lines().find_map(|line| line.strip_prefix(field))?;
     value.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
 }

@@ -1,9 +1,4 @@
-//! YAML configurations with errors that say where: a [`Document`] knows the line, or the `--set`, of every field.
-//!
-//! Fields are named by paths such as `params.block[1].attn_num_heads`.
-
-mod error;
-mod parse;
+//! A parsed YAML file that knows where each field was given.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -13,9 +8,10 @@ use std::path::Path;
 use serde::de::DeserializeOwned;
 use serde_yaml::Value;
 
-pub use error::{ConfigError, Place, ValueError, describe, from_value};
-
+use crate::error::{ConfigError, Place, ValueError, describe, from_value};
 use crate::nearest::suggestion;
+use crate::parse;
+use crate::path::{Segment, is_within, join, segments, split_last};
 
 /// Bytes of a file, at most.
 const MAX_LEN: u64 = 1 << 26;
@@ -223,57 +219,6 @@ fn descend<'a>(value: &'a mut Value, name: &Segment, is_last: bool) -> Result<&'
         (Segment::Field(name), _) => Err(format!("expected a mapping with a field `{name}`, found {found}")),
         (Segment::Index(index), _) => Err(format!("expected a list with an entry [{index}], found {found}")),
     }
-}
-
-enum Segment<'a> {
-    Field(&'a str),
-    Index(usize),
-}
-
-impl std::fmt::Display for Segment<'_> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Segment::Field(name) => f.write_str(name),
-            Segment::Index(index) => write!(f, "[{index}]"),
-        }
-    }
-}
-
-/// The steps of a path; `None` if it is not one.
-fn segments(path: &str) -> Option<Vec<Segment<'_>>> {
-    let mut segments = Vec::new();
-    for part in path.split('.').filter(|_| !path.is_empty()) {
-        let (name, indices) = part.split_at(part.find('[').unwrap_or(part.len()));
-        if name.is_empty() {
-            return None;
-        }
-        segments.push(Segment::Field(name));
-        for index in indices.split_terminator(']') {
-            segments.push(Segment::Index(index.strip_prefix('[')?.parse().ok()?));
-        }
-        if !indices.is_empty() && !indices.ends_with(']') {
-            return None;
-        }
-    }
-    Some(segments)
-}
-
-/// `section` and a field or `[index]` in it as one path.
-pub fn join(section: &str, field: &str) -> String {
-    let dot = if section.is_empty() || field.is_empty() || field.starts_with('[') { "" } else { "." };
-    format!("{section}{dot}{field}")
-}
-
-/// A path as its section and its last step.
-fn split_last(path: &str) -> (&str, &str) {
-    match path.rfind(['.', '[']) {
-        Some(at) => (&path[..at], path[at..].trim_start_matches('.')),
-        None => ("", path),
-    }
-}
-
-fn is_within(path: &str, section: &str) -> bool {
-    path.strip_prefix(section).is_some_and(|rest| rest.is_empty() || rest.starts_with(['.', '[']))
 }
 
 #[cfg(test)]

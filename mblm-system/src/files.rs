@@ -148,7 +148,7 @@ pub fn append(path: &Path) -> io::Result<File> {
 }
 
 /// Deletes the fresh files that a killed process left in `folder`. Only whoever alone writes there may call it.
-pub(crate) fn remove_leftovers(folder: &Path) -> io::Result<()> {
+pub fn remove_leftovers(folder: &Path) -> io::Result<()> {
     for entry in fs::read_dir(folder)? {
         let entry = entry?;
         if entry.file_name().as_encoded_bytes().starts_with(FRESH.as_bytes()) && !entry.file_type()?.is_dir() {
@@ -163,7 +163,7 @@ pub(crate) fn remove_leftovers(folder: &Path) -> io::Result<()> {
 /// # Errors
 /// Something else has this name: a file, or a symbolic link, since whoever writes and deletes in the folder would do so
 /// where that points.
-pub(crate) fn own_folder(path: &Path) -> io::Result<()> {
+pub fn own_folder(path: &Path) -> io::Result<()> {
     match fs::create_dir(path) {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
             match kind(fs::symlink_metadata(path)?.file_type()) {
@@ -178,7 +178,7 @@ pub(crate) fn own_folder(path: &Path) -> io::Result<()> {
 }
 
 /// Whether `path` still is the name of `file`.
-pub(crate) fn is_at(file: &File, path: &Path) -> bool {
+pub fn is_at(file: &File, path: &Path) -> bool {
     #[cfg(unix)]
     {
         use std::os::unix::fs::MetadataExt;
@@ -199,7 +199,7 @@ pub fn sync_folder(folder: &Path) -> io::Result<()> {
 }
 
 /// The folder that `path` is in.
-pub(crate) fn folder_of(path: &Path) -> &Path {
+pub fn folder_of(path: &Path) -> &Path {
     path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 

@@ -7,6 +7,7 @@ use serde_path_to_error::Segment;
 use serde_yaml::Value;
 
 use crate::nearest::suggestion;
+use crate::path::join;
 
 /// Where a field was given.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -89,7 +90,7 @@ pub fn from_value<T: DeserializeOwned>(value: &Value) -> Result<T, ValueError> {
         for segment in error.path() {
             match segment {
                 Segment::Seq { index } => path.push_str(&format!("[{index}]")),
-                Segment::Map { key } => path = super::join(&path, key),
+                Segment::Map { key } => path = join(&path, key),
                 Segment::Enum { .. } | Segment::Unknown => {}
             }
         }
