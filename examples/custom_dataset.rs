@@ -7,19 +7,19 @@
 use std::sync::atomic::AtomicBool;
 
 use anyhow::Result;
+use mblm::base::random::mix;
+use mblm::data::register_dataset;
+use mblm::data::{Dataset, DatasetOptions, Splits};
 use mblm::registry::BlockRegistry;
 use mblm::train::config::RunConfig;
-use mblm::train::data::order::mix;
-use mblm::train::data::{Dataset, DatasetOptions, Splits};
 use mblm::train::evaluate::bpb;
-use mblm::train::register_dataset;
 use mblm::train::session::Session;
 use mblm::yaml::Document;
 use mblm_blocks as _;
 
 register_dataset!("sums", "sums of two numbers below 1,000", open);
 
-fn open(options: &DatasetOptions) -> mblm::train::Result<Splits> {
+fn open(options: &DatasetOptions) -> mblm::data::Result<Splits> {
     let split = |seed, count| Box::new(Sums { seed, count, pad: options.pad_token_id as u32 }) as Box<dyn Dataset>;
     Ok(Splits {
         train: split(1, 100_000),
@@ -43,7 +43,7 @@ impl Dataset for Sums {
     }
 
     /// The same place gives the same sum, so that a run can be resumed anywhere.
-    fn sample(&self, epoch: u64, index: u64, ids: &mut [u32], loss_mask: &mut [f32]) -> mblm::train::Result<()> {
+    fn sample(&self, epoch: u64, index: u64, ids: &mut [u32], loss_mask: &mut [f32]) -> mblm::data::Result<()> {
         let random = mix(mix(self.seed + epoch) ^ index);
         let (a, b) = (random % 1000, random / 1000 % 1000);
         let (question, answer) = (format!("{a}+{b}="), format!("{}\n", a + b));

@@ -5,11 +5,11 @@
 use anyhow::Result;
 use candle_core::{D, Device, Tensor};
 use mblm::Mode;
+use mblm::base::random::mix;
 use mblm::blocks as _;
 use mblm::config::MblmEncoderConfig;
 use mblm::model::MblmEncoder;
 use mblm::registry::BlockRegistry;
-use mblm::train::data::order::mix;
 use mblm::train::optimizer::{Adam, AdamConfig, clip_grad_norm};
 use mblm::yaml::Document;
 

@@ -1,45 +1,29 @@
 //! The `mblm` program. Each subcommand is a file with its arguments and one function that calls the library.
 #![deny(clippy::print_stdout, clippy::print_stderr)]
 
-mod bench;
-mod blocks;
-mod check;
-mod checkpoint;
-mod compare;
-mod doctor;
-mod eval;
-mod generate;
-mod import;
-mod inspect;
+mod commands;
+mod exit;
 mod log;
-mod measure;
 mod memory;
 mod model;
 mod orphan;
-mod plugin;
 mod plugins;
-mod report;
-mod schema;
 mod signals;
-mod train;
 
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use commands::{
+    bench, blocks, check, checkpoint, compare, doctor, eval, generate, import, inspect, measure, plugin, report,
+    schema, train,
+};
+use exit::{EXIT_CODES, EXIT_USAGE, Usage, is_closed_pipe, is_usage};
+use mblm::base::terminal::{self, Output};
 use mblm::plugin::host::blame;
-use mblm::system::terminal::{self, Output};
-use mblm::{Error, train as training};
 use mblm_blocks as _;
 use plugins::Plugins;
 use signals::Interrupted;
-
-/// A mistake in a configuration or on the command line; clap uses the same code.
-const EXIT_USAGE: u8 = 2;
-
-const EXIT_CODES: &str = "\
-Exit codes: 0 finished (or train.max_seconds are over), 1 failed, 2 wrong arguments, configuration or data,
-128 + N interrupted by signal N (130: Ctrl-C, 143: SIGTERM)";
 
 /// Multiscale Byte Language Models.
 #[derive(Parser)]
@@ -176,32 +160,4 @@ fn run(Cli { plugins, command }: Cli) -> anyhow::Result<()> {
         }
     }?;
     Ok(Output::new().flush()?)
-}
-
-/// A mistake on the command line that clap cannot know of.
-#[derive(Debug)]
-struct Usage(String);
-
-impl std::fmt::Display for Usage {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-impl std::error::Error for Usage {}
-
-fn is_usage(error: &anyhow::Error) -> bool {
-    error.is::<Usage>()
-        || error.is::<mblm::yaml::ConfigError>()
-        || matches!(error.downcast_ref::<Error>(), Some(Error::Config(_) | Error::Input(_)))
-        || error.downcast_ref::<training::Error>().is_some_and(|error| error.is_configuration())
-}
-
-/// Whoever reads our output, such as `head`, has had enough.
-fn is_closed_pipe(error: &anyhow::Error) -> bool {
-    let closed = |error: &std::io::Error| error.kind() == std::io::ErrorKind::BrokenPipe;
-    match error.downcast_ref::<Error>() {
-        Some(Error::Io(error)) => closed(error),
-        _ => error.downcast_ref::<std::io::Error>().is_some_and(closed),
-    }
 }

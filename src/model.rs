@@ -9,7 +9,7 @@ use mblm::train::config::RunConfig;
 use mblm::train::model::{Model, TrainModel};
 use mblm::yaml::Document;
 
-use crate::Usage;
+use crate::exit::Usage;
 use crate::plugins::Plugins;
 
 /// Which model to load.

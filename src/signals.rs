@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, AtomicI32, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 
 use libc::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, c_int, sigset_t};
-use mblm::system::terminal;
+use mblm::base::terminal;
 
 /// Raised when the program is to end while it is [`LISTENING`].
 pub static STOP: AtomicBool = AtomicBool::new(false);

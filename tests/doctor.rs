@@ -9,10 +9,10 @@ use std::sync::{Arc, OnceLock};
 
 use assert_cmd::Command;
 use candle_core::{Device, Tensor};
+use mblm::base::random::noise;
 use mblm::block::StageDecoder;
 use mblm::config::MblmConfig;
 use mblm::registry::BlockRegistry;
-use mblm::testing::noise;
 use mblm::train::config::ModelConfig;
 use mblm::train::doctor::{Report, Severity, examine, glance};
 use mblm::yaml::Document;

@@ -3,11 +3,12 @@
 
 use candle_core::{Device, Tensor};
 use mblm::Mode;
+use mblm::base::random::noise;
 use mblm::config::MblmConfig;
 use mblm::generate::{Decoder, Ended, Sampler, Sampling, Until, generate};
 use mblm::model::Mblm;
 use mblm::registry::BlockRegistry;
-use mblm::testing::{assert_close, noise, perturb};
+use mblm::testing::{assert_close, perturb};
 use mblm::yaml::Document;
 
 /// Blocks that generate, at width 16; positions by letter: none, fixed, rope.

@@ -5,10 +5,11 @@ use std::collections::BTreeMap;
 use std::sync::Mutex;
 
 use candle_core::{DType, Device, Tensor};
+use mblm::base::random::noise;
 use mblm::config::{MblmConfig, MblmEncoderConfig};
 use mblm::model::{Mblm, MblmEncoder};
 use mblm::registry::BlockRegistry;
-use mblm::testing::{assert_close, noise, perturb};
+use mblm::testing::{assert_close, perturb};
 use mblm::yaml::Document;
 use mblm::{Init, Mode, Param, ParamScope, ParamStore, PosEmb, StageBlock, StageModel};
 

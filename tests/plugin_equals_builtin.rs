@@ -5,12 +5,12 @@ mod compiled;
 
 use candle_core::{Device, Tensor};
 use mblm::Mode;
+use mblm::base::random::noise;
 use mblm::config::MblmConfig;
 use mblm::generate::Decoder;
 use mblm::model::Mblm;
 use mblm::plugin::host::{Library, PluginSource};
 use mblm::registry::BlockRegistry;
-use mblm::testing::noise;
 use mblm::train::optimizer::{Adam, AdamConfig, clip_grad_norm};
 use mblm::yaml::Document;
 use mblm_blocks as _;

@@ -13,11 +13,12 @@ use std::sync::{Arc, Mutex};
 
 use assert_cmd::cargo::CommandCargoExt;
 use candle_core::Tensor;
+use mblm::data::Error;
+use mblm::data::register_dataset;
+use mblm::data::{Dataset, DatasetOptions, Splits};
 use mblm::registry::BlockRegistry;
 use mblm::train::config::RunConfig;
-use mblm::train::data::{Dataset, DatasetOptions, Splits};
 use mblm::train::session::Session;
-use mblm::train::{Error, register_dataset};
 use mblm::yaml::Document;
 use mblm::{Init, Mode, Param, ParamScope, PosEmb, StageBlock, StageModel};
 
@@ -153,7 +154,7 @@ fn due(fault: Fault) -> bool {
 
 register_dataset!("flaky", "bytes that cannot be read now and then", open);
 
-fn open(_: &DatasetOptions) -> mblm::train::Result<Splits> {
+fn open(_: &DatasetOptions) -> mblm::data::Result<Splits> {
     if due(Fault::Open) {
         return Err(Error::Config("io.dataset_dir: the disk is gone".into()));
     }
@@ -168,7 +169,7 @@ impl Dataset for Flaky {
         100
     }
 
-    fn sample(&self, _: u64, index: u64, ids: &mut [u32], _: &mut [f32]) -> mblm::train::Result<()> {
+    fn sample(&self, _: u64, index: u64, ids: &mut [u32], _: &mut [f32]) -> mblm::data::Result<()> {
         if due(Fault::Read) {
             return Err(Error::Io { path: "sequence".into(), error: io::Error::other("the cable came off") });
         }

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
 use criterion::{Criterion, criterion_group, criterion_main};
+use mblm_base::random::noise;
 use mblm_core::Mode;
 use mblm_core::gemm::{Mat, MatMut, Precision, Update, autocast, matmul};
 use mblm_core::layer::Dims;
@@ -24,7 +25,6 @@ use mblm_core::ops::{gelu, linear};
 use mblm_core::parallel::Threads;
 use mblm_core::param::{Init, ParamStore};
 use mblm_core::rows::Rows;
-use mblm_core::testing::noise;
 
 fn tensor(data: &[f32], shape: &[usize]) -> Tensor {
     Tensor::from_slice(data, shape, &Device::Cpu).expect("as many numbers as the shape has")

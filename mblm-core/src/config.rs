@@ -2,13 +2,13 @@
 
 use std::sync::Arc;
 
+use mblm_yaml::{ConfigError, Document, describe, join};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize, Serializer};
 use serde_yaml::Value;
 
 use crate::block::{MAX_LAYERS, MAX_WIDTH, PosEmb, StageBlock};
 use crate::registry::BlockRegistry;
-use mblm_yaml::{ConfigError, Document, describe, join};
 
 /// Stages, at most: more that hold two tokens or more would not fit a context of 64 bits.
 const MAX_STAGES: usize = 64;

@@ -30,6 +30,5 @@ pub use block::{PosEmb, StageBlock, StageDecoder, StageModel};
 pub use error::{Error, Result};
 pub use mode::Mode;
 pub use param::{Init, Param, ParamScope, ParamStore};
-
 #[doc(hidden)]
 pub use {inventory, schemars, serde_json, typetag};

@@ -5,12 +5,12 @@
 
 use std::sync::{Arc, LazyLock};
 
+use mblm_yaml::nearest::{quoted, suggestion};
+use mblm_yaml::{ConfigError, Document, ValueError, describe, from_value, join};
 use serde_yaml::{Mapping, Value};
 
 use crate::block::StageBlock;
 use crate::error::{Error, Result};
-use mblm_yaml::nearest::{quoted, suggestion};
-use mblm_yaml::{ConfigError, Document, ValueError, describe, from_value, join};
 
 /// The field that names a block type.
 pub const TAG: &str = "block_type";

@@ -4,6 +4,7 @@
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor, Var};
+pub use mblm_base::random::noise;
 
 use crate::block::{StageBlock, StageModel};
 use crate::error::{Error, Result};
@@ -28,18 +29,6 @@ pub const OTHER_OUTPUT_REBUILT: &str = "built again, with the same parameters, i
 /// A fault of a stage model, and what to do about it.
 pub const OTHER_OUTPUT_IN_TRAINING: &str = "the same input and the same seed give another output in training; take dropout \
                                             from `mode.dropout`, since candle's draws other elements each time";
-
-/// Reproducible noise, uniform in `[-1, 1]`.
-pub fn noise(len: usize, seed: u64) -> Vec<f32> {
-    let mut state = seed.wrapping_add(1).wrapping_mul(0x9E37_79B9_7F4A_7C15);
-    let mut next = || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        (state >> 40) as f32 / (1u32 << 23) as f32 - 1.0
-    };
-    (0..len).map(|_| next()).collect()
-}
 
 /// Moves every parameter away from special values such as 0 and 1, which hide errors.
 pub fn perturb(store: &ParamStore) {

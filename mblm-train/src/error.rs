@@ -74,7 +74,8 @@ impl Error {
         }
     }
 
-    pub(crate) fn checkpoint(path: &Path, message: impl Into<String>) -> Self {
+    /// A checkpoint, or a file in it, is not as it must be.
+    pub fn checkpoint(path: &Path, message: impl Into<String>) -> Self {
         Error::Checkpoint { path: path.into(), message: message.into() }
     }
 }
@@ -85,8 +86,25 @@ impl From<candle_core::Error> for Error {
     }
 }
 
+impl From<mblm_data::Error> for Error {
+    fn from(error: mblm_data::Error) -> Self {
+        match error {
+            mblm_data::Error::Config(message) => Error::Config(message),
+            mblm_data::Error::Io { path, error } => Error::Io { path, error },
+            mblm_data::Error::Tensor(error) => error.into(),
+        }
+    }
+}
+
+impl From<mblm_pth::Error> for Error {
+    fn from(error: mblm_pth::Error) -> Self {
+        Error::checkpoint(&error.path, error.fault)
+    }
+}
+
 /// Names the file in an I/O error.
-pub(crate) trait AtPath<T> {
+pub trait AtPath<T> {
+    /// The error with `path`.
     fn at(self, path: &Path) -> Result<T>;
 }
 

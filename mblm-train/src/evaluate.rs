@@ -4,14 +4,14 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use candle_core::{Device, Tensor};
+use mblm_base::terminal;
 use mblm_core::Mode;
+use mblm_data::batches::{Batches, Cursor};
+use mblm_data::bytes::check_vocabulary;
+use mblm_data::corpus::Corpus;
 
-use crate::data::batches::{Batches, Cursor};
-use crate::data::bytes::check_vocabulary;
-use crate::data::corpus::Corpus;
 use crate::error::{Error, Result};
 use crate::model::{LossSum, TrainModel};
-use mblm_system::terminal;
 
 /// Bits per byte of a mean loss in nats.
 pub fn bpb(loss: f64) -> f64 {
@@ -212,9 +212,8 @@ fn for_sequences(
 mod tests {
     use mblm_core::ParamStore;
 
-    use crate::model::Loss;
-
     use super::*;
+    use crate::model::Loss;
 
     /// The loss is the mean of the ids, so that what was read shows in the number.
     struct MeanId(ParamStore);

@@ -4,14 +4,14 @@
 use std::path::{Path, PathBuf};
 
 use mblm_core::ParamStore;
+use mblm_data::batches::Cursor;
+use mblm_pth::{self as pth, Saved};
 
 use crate::checkpoint::{Snapshot, Tensors, TrainState, Which, find};
 use crate::config::{ResumeSection, RunConfig};
-use crate::data::batches::Cursor;
 use crate::error::{Error, Result};
 use crate::model::{Model, TrainModel};
 use crate::optimizer::{Adam, AdamConfig};
-use crate::pth::{self, Saved};
 use crate::run::RunFolder;
 use crate::trainer::Trainer;
 

@@ -8,8 +8,6 @@ pub mod checkpoint;
 pub mod config;
 pub mod cost;
 mod crc32c;
-pub mod data;
-pub mod difference;
 pub mod doctor;
 pub mod error;
 pub mod evaluate;
@@ -21,21 +19,12 @@ pub mod optimizer;
 pub mod plan;
 pub mod points;
 pub mod progress;
-pub mod pth;
-pub mod report;
 pub mod run;
 pub mod schedule;
 pub mod schema;
-#[cfg(test)]
-mod scramble;
 pub mod session;
-pub mod study;
 mod tensorboard;
 pub mod timemem;
-mod timestamp;
 pub mod trainer;
 
 pub use error::{Error, Result};
-
-#[doc(hidden)]
-pub use {inventory, schemars};

@@ -4,8 +4,9 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
+use mblm_base::files;
+
 use crate::error::{AtPath, Result};
-use mblm_system::files;
 
 /// The file, open for more lines.
 pub(crate) struct LineLog {

@@ -22,6 +22,8 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use mblm_base::files;
+use mblm_base::usage::Memory;
 use mblm_core::ParamStore;
 use serde::{Deserialize, Serialize, Serializer};
 
@@ -30,8 +32,6 @@ use crate::evaluate::bpb;
 use crate::line_log::LineLog;
 use crate::optimizer::sums;
 use crate::tensorboard::EventFile;
-use mblm_system::files;
-use mblm_system::usage::Memory;
 
 const LINES: &str = "metrics.jsonl";
 const BOARD: &str = "tensorboard";

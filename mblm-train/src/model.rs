@@ -1,11 +1,11 @@
 //! What a run trains: a model that predicts the next byte, or an encoder that restores masked bytes.
 
 use candle_core::{DType, Device, Tensor};
+use mblm_base::random::mix;
 use mblm_core::model::{Mblm, MblmEncoder};
 use mblm_core::{Mode, ParamStore, StageModel};
 
 use crate::config::{ModelConfig, RunConfig};
-use crate::data::order::mix;
 use crate::error::Result;
 
 /// The loss of a batch.

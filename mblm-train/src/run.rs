@@ -17,13 +17,13 @@ use std::fs::{self, File, TryLockError};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
+use mblm_base::files;
+use mblm_base::timestamp::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::{self, Shelf, Snapshot};
 use crate::error::{AtPath, Error, Result};
 use crate::line_log::LineLog;
-use crate::timestamp::Timestamp;
-use mblm_system::files;
 
 const CONFIG: &str = "config.yaml";
 const LOG: &str = "train.log";
@@ -32,7 +32,7 @@ const LOSSES: &str = "loss.csv";
 const MAKING: &str = ".making-";
 /// The longest name of a model or a variant, in bytes: a time, a seed or a suffix is added to it, and a file's name has no
 /// more than 255.
-pub(crate) const LONGEST_NAME: usize = 200;
+pub const LONGEST_NAME: usize = 200;
 const MADE_BY: &str = "made by ";
 
 /// The folder of a run that this process alone trains in.
@@ -328,7 +328,7 @@ pub fn read_losses(path: &Path) -> Result<Vec<LossEntry>> {
 }
 
 /// Whether the run in `folder` has measured its test split.
-pub(crate) fn has_test_loss(folder: &Path) -> Result<bool> {
+pub fn has_test_loss(folder: &Path) -> Result<bool> {
     Ok(read_losses(&folder.join(LOSSES))?.iter().any(|entry| entry.kind == "test"))
 }
 

@@ -8,10 +8,12 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use mblm_base::terminal;
+use mblm_data::record::DataRecord;
+use mblm_data::{self, DatasetOptions, Splits, unigram_entropy};
+
 use crate::checkpoint::Checkpoint;
 use crate::config::RunConfig;
-use crate::data::record::DataRecord;
-use crate::data::{self, DatasetOptions, Splits, unigram_entropy};
 use crate::error::{Error, Result};
 use crate::import;
 use crate::metrics::Metrics;
@@ -21,7 +23,6 @@ use crate::progress::{Course, Progress};
 use crate::run::{RunFolder, has_test_loss};
 use crate::timemem::TimeMem;
 use crate::trainer::{End, Outcome, Record, Trainer};
-use mblm_system::terminal;
 
 /// The pause before the first retry; before each further one it is twice as long, up to the longest.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
@@ -43,7 +44,7 @@ pub fn open_data(config: &RunConfig) -> Result<Splits> {
 /// Those of the data; where they were looked for, if that is in several places.
 pub fn open_data_of(run: &Path, config: &RunConfig) -> Result<(Splits, PathBuf)> {
     let record = DataRecord::read(run);
-    let starts = DataRecord::starts(record.as_ref(), run, config);
+    let starts = DataRecord::starts(record.as_ref(), run, &config.io.dataset_dir);
     let mut opened = Vec::new();
     for start in &starts {
         let splits = open_data_in(config, start);
@@ -76,7 +77,7 @@ fn open_data_in(config: &RunConfig, start: &Path) -> Result<Splits> {
         num_tokens: config.params.model.hierarchy().num_tokens,
         pad_token_id: config.params.model.hierarchy().pad_token_id,
     };
-    data::open(&config.io.dataset_id, &options)
+    Ok(mblm_data::open(&config.io.dataset_id, &options)?)
 }
 
 /// Does what [`Session::train`] does before it makes a run's folder, but for running a sequence: what is wrong with
@@ -178,7 +179,7 @@ impl<'a> Session<'a> {
             Some(place) => RunFolder::create_at(place, trainer.snapshot())?,
             None => RunFolder::create(&self.config.io.output_dir, &self.config.io.name_model, trainer.snapshot())?,
         };
-        DataRecord::new(run.path(), self.config, Path::new(""), &fingerprint).write(run.path())?;
+        DataRecord::new(run.path(), &self.config.io.dataset_dir, Path::new(""), &fingerprint).write(run.path())?;
         let mut record = self.record(&run, &trainer)?;
         let progress = &mut record.progress;
         progress.line(&format!("run: {}", run.path().display()));
@@ -195,7 +196,7 @@ impl<'a> Session<'a> {
     fn go_on(&self, run: &RunFolder, started: &OnceCell<Instant>) -> Result<Result<Outcome>> {
         let (splits, start) = open_data_of(run.path(), self.config)?;
         let about = splits.about.clone();
-        let data = DataRecord::new(run.path(), self.config, &start, &splits.fingerprint);
+        let data = DataRecord::new(run.path(), &self.config.io.dataset_dir, &start, &splits.fingerprint);
         let model = (self.build)()?;
         let mut trainer = Trainer::new(&*model, splits, self.config, &self.config_yaml)?;
         let checkpoint = run.checkpoints().newest()?;

@@ -14,9 +14,10 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use mblm_base::files;
+
 use crate::crc32c::crc32c;
 use crate::error::{AtPath, Result};
-use mblm_system::files;
 
 const PREFIX: &str = "events.out.tfevents.";
 const VERSION: &[u8] = b"brain.Event:2";

@@ -7,15 +7,16 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use candle_core::Tensor;
+use mblm_base::random::mix;
+use mblm_base::timestamp::Timestamp;
 use mblm_core::gemm::autocast;
 use mblm_core::{Mode, Param};
+use mblm_data::batches::{Batches, Cursor};
+use mblm_data::prefetch::Prefetch;
+use mblm_data::{Fingerprint, Splits};
 
 use crate::checkpoint::{Checkpoint, Shelf, Snapshot, TrainState, Window};
 use crate::config::{LossAverage, ResumeSection, RunConfig};
-use crate::data::batches::{Batches, Cursor};
-use crate::data::order::mix;
-use crate::data::prefetch::Prefetch;
-use crate::data::{Fingerprint, Splits};
 use crate::error::{AtPath, Error, Result};
 use crate::evaluate::{anything_counts, bpb, losses};
 use crate::metrics::{Kind, Metrics, Point, Scalars, activation_norms, loss_scalars, stage_grad_norms};
@@ -25,7 +26,6 @@ use crate::plan::Plan;
 use crate::progress::Progress;
 use crate::run::{LossEntry, LossLog, replace_config};
 use crate::timemem::TimeMem;
-use crate::timestamp::Timestamp;
 
 mod restore;
 

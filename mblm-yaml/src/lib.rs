@@ -4,6 +4,7 @@
 #![warn(missing_docs)]
 #![deny(clippy::print_stdout, clippy::print_stderr)]
 
+pub mod difference;
 mod document;
 mod error;
 pub mod nearest;

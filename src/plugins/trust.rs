@@ -6,11 +6,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
+use mblm::base::{files, terminal};
 use mblm::plugin::host::{LibraryFile, TrustedFolder, folders, libraries_in, ownership};
-use mblm::system::{files, terminal};
 use serde::{Deserialize, Serialize};
 
-use crate::Usage;
+use crate::exit::Usage;
 
 /// A longer list is not one of ours.
 const MAX_BYTES: u64 = 1 << 24;

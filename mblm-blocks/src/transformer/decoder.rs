@@ -7,11 +7,11 @@ use mblm_core::gemm::Update;
 use mblm_core::layer::{Context, Dims, Layer};
 use mblm_core::mode::Mode;
 use mblm_core::ops::linear;
+use mblm_core::ops::rms_norm::RmsNorm;
 use mblm_core::ops::{attention, gelu};
 
 use super::layer::{Tape, TransformerLayer};
 use super::{EPS, TransformerModel};
-use mblm_core::ops::rms_norm::RmsNorm;
 
 pub(super) struct TransformerDecoder<'m> {
     model: &'m TransformerModel,

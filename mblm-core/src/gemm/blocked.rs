@@ -136,8 +136,9 @@ impl Block<'_> {
 
 #[cfg(test)]
 mod tests {
+    use mblm_base::random::noise;
+
     use super::*;
-    use crate::testing::noise;
 
     /// The nearest bfloat16, ties to even.
     fn rounded(x: f32) -> f64 {

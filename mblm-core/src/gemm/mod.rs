@@ -15,7 +15,6 @@ mod product;
 pub(crate) mod tile;
 
 pub use matrix::{Mat, MatMut, Update};
+pub(crate) use precision::current;
 pub use precision::{Precision, autocast};
 pub use product::matmul;
-
-pub(crate) use precision::current;

@@ -10,6 +10,10 @@ mod stage_input;
 mod token_embedding;
 
 use candle_core::{DType, Device, Tensor};
+pub use encoder::MblmEncoder;
+pub(crate) use hierarchy::{Hierarchy, Stage};
+use input::Ids;
+pub(crate) use stage_input::Positions;
 
 use crate::block::StageModel;
 use crate::config::MblmConfig;
@@ -18,12 +22,6 @@ use crate::mode::Mode;
 use crate::node::apply1;
 use crate::ops::cross_entropy::{CrossEntropy, Target};
 use crate::param::ParamStore;
-
-pub use encoder::MblmEncoder;
-pub(crate) use hierarchy::{Hierarchy, Stage};
-pub(crate) use stage_input::Positions;
-
-use input::Ids;
 
 /// Rows whose logits exist at the same time where every byte's loss is asked for.
 const LOGIT_ROWS: usize = 4096;

@@ -195,11 +195,13 @@ fn add_product(a: &[f32], x: &[f32], y: &mut [f32]) {
 mod tests {
     use std::sync::Arc;
 
+    use mblm_base::random::noise;
+
     use super::*;
     use crate::layer::{Context, Dims, Layer, param_like};
     use crate::mode::Mode;
     use crate::param::{Init, Param, ParamStore};
-    use crate::testing::{assert_close, check_layer, noise, perturb};
+    use crate::testing::{assert_close, check_layer, perturb};
 
     struct Conv {
         weight: Arc<Param>,

@@ -167,13 +167,14 @@ impl Node for CrossEntropy {
 #[cfg(test)]
 mod tests {
     use candle_core::{DType, Device, Var};
+    use mblm_base::random::noise;
 
     use super::*;
     use crate::layer::param_like;
     use crate::mode::Mode;
     use crate::node::apply1;
     use crate::param::{Init, ParamStore};
-    use crate::testing::{assert_close, noise};
+    use crate::testing::assert_close;
 
     #[test]
     fn fused_equals_composed() {

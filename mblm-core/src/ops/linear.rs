@@ -6,7 +6,6 @@ use pulp::{Simd, WithSimd};
 use crate::buffer::Buffer;
 use crate::error::Result;
 use crate::gemm::floats::pack_floats;
-
 use crate::gemm::{Mat, MatMut, Update, matmul};
 use crate::parallel::{MIN_PARALLEL, Shared, Threads, for_rows, reduce_rows};
 use crate::simd::{self, Cache, vectorize};
@@ -368,8 +367,10 @@ fn dots<S: Simd, const O: usize, const B: usize>(simd: S, weight: &[f32], x: &[f
 
 #[cfg(test)]
 mod tests {
+    use mblm_base::random::noise;
+
     use super::*;
-    use crate::testing::{assert_close, noise};
+    use crate::testing::assert_close;
 
     #[test]
     fn few_rows_and_many_are_the_same_product() {

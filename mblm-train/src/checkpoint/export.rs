@@ -4,10 +4,11 @@ use std::fs::File;
 use std::io::{self, BufWriter, Write};
 use std::path::Path;
 
+use mblm_base::files;
+use mblm_pth as pth;
+
 use super::{Checkpoint, Tensors, WEIGHTS};
 use crate::error::{AtPath, Error, Result};
-use crate::pth;
-use mblm_system::files;
 
 /// Writes the parameters as safetensors, under the reference package's names.
 ///

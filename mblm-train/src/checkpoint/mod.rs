@@ -23,22 +23,21 @@ use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
+use mblm_base::files;
+use mblm_base::usage::Memory;
 use mblm_core::ParamStore;
+pub use mblm_pth::Tensors;
 use serde::{Deserialize, Serialize};
 
 pub use self::export::{export_pth, export_safetensors};
 pub(crate) use self::shelf::FOLDER;
 pub use self::shelf::{Shelf, Which, find};
 pub use self::state::{Sizes, TrainState, Window};
-pub use self::survey::{Entry, check, shelf_of};
-pub use self::tensors::Tensors;
-
 use self::sum::FileSum;
+pub use self::survey::{Entry, check, shelf_of};
 use self::tensors::Named;
 use crate::error::{AtPath, Error, Result};
 use crate::optimizer::{Adam, Moments};
-use mblm_system::files;
-use mblm_system::usage::Memory;
 
 const WEIGHTS: &str = "weights.safetensors";
 const OPTIMIZER: &str = "optimizer.safetensors";
@@ -289,9 +288,9 @@ impl Checkpoint {
 pub(crate) mod tests {
     use mblm_core::Init;
     use mblm_core::block::PluginOrigin;
+    use mblm_data::batches::Cursor;
 
     use super::*;
-    use crate::data::batches::Cursor;
     use crate::optimizer::AdamConfig;
     use crate::schedule::Schedule;
 
@@ -405,7 +404,7 @@ pub(crate) mod tests {
 
     #[test]
     fn no_damaged_checkpoint_is_taken_for_a_whole_one() {
-        let mut scrambler = crate::scramble::Scrambler::new(12);
+        let mut scrambler = mblm_base::scramble::Scrambler::new(12);
         let (_folder, path) = written();
         for round in 0..300 {
             let name = [FILES.as_slice(), &[MANIFEST]].concat()[scrambler.below(FILES.len() + 1)];

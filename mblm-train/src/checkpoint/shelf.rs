@@ -5,9 +5,10 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use mblm_base::files;
+
 use super::{Checkpoint, MANIFEST, Snapshot};
 use crate::error::{AtPath, Error, Result};
-use mblm_system::files;
 
 /// The folder of a run that holds its checkpoints.
 pub(crate) const FOLDER: &str = "checkpoints";

@@ -3,11 +3,11 @@
 use std::path::PathBuf;
 
 use mblm_core::block::PluginOrigin;
+use mblm_data::batches::Cursor;
 use serde::{Deserialize, Serialize, Serializer};
 use serde_json::{Map, Value};
 
 use crate::config::{TargetStrategy, TrainSection};
-use crate::data::batches::Cursor;
 use crate::error::{Error, Result};
 use crate::schedule::Schedule;
 

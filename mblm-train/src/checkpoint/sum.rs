@@ -4,10 +4,9 @@ use std::fs::File;
 use std::io::{self, BufWriter, Write};
 use std::path::Path;
 
+use mblm_base::files;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
-
-use mblm_system::files;
 
 /// What a manifest says of a file.
 #[derive(Debug, PartialEq, Serialize, Deserialize)]

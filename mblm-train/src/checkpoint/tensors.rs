@@ -1,16 +1,14 @@
 //! Named f32 tensors as safetensors.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::io::{self, Write};
 use std::ops::Deref;
 use std::path::Path;
 
+use mblm_pth::Tensors;
 use safetensors::tensor::{Dtype, Metadata, SafeTensors, TensorInfo};
 
 use crate::error::{Error, Result};
-
-/// Tensors by name, each with its shape, as [`ParamStore::load`](mblm_core::ParamStore::load) takes them.
-pub type Tensors = BTreeMap<String, (Vec<usize>, Vec<f32>)>;
 
 /// Where the data begin is a multiple of this.
 const ALIGNMENT: usize = 8;

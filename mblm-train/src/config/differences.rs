@@ -1,7 +1,8 @@
 //! What two configurations do not have in common, for a run that is gone on with.
 
+use mblm_yaml::difference::differences;
+
 use super::RunConfig;
-use crate::difference::differences;
 
 impl RunConfig {
     /// What is another one in `other`, a line per field: `train.batch_size: 8, now 16`.

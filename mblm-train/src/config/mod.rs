@@ -6,15 +6,14 @@ mod params;
 mod resume;
 mod train;
 
+pub use io::IoSection;
 use mblm_core::block::PluginOrigin;
 use mblm_core::registry::BlockRegistry;
 use mblm_yaml::{ConfigError, Document};
-use serde::Serialize;
-use serde_yaml::Value;
-
-pub use io::IoSection;
 pub use params::{ModelConfig, Params};
 pub use resume::ResumeSection;
+use serde::Serialize;
+use serde_yaml::Value;
 pub use train::{LossAverage, TargetStrategy, TrainSection};
 
 /// A whole training YAML: `params`, `train`, `io`, `resume`. Serialised, it reads back as the same, without `resume`.

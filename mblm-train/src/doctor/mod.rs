@@ -10,20 +10,19 @@ mod watch;
 use std::time::Instant;
 
 use candle_core::{DType, Tensor};
-use mblm_core::registry::block_type;
-use mblm_core::testing::noise;
-use mblm_core::{Mode, ParamStore};
-
 pub use checks::Check;
 use checks::SAME_OUTPUTS;
+use mblm_base::random::noise;
+use mblm_core::registry::block_type;
+use mblm_core::{Mode, ParamStore};
 pub use report::{Finding, Group, Report, Severity, StageReport};
+use report::{findings, groups};
+use watch::Watch;
 pub use watch::{Mean, Seen};
 
 use crate::config::ModelConfig;
 use crate::error::Result;
 use crate::model::{Model, TrainModel};
-use report::{findings, groups};
-use watch::Watch;
 
 /// The dropout seed of all steps: they are one step, repeated.
 const MODE: Mode = Mode::Train { seed: 1 };

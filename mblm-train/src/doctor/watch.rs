@@ -4,13 +4,12 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
 
 use candle_core::{Shape, Tensor};
+use mblm_base::usage::Memory;
 use mblm_core::block::{Cost, FieldError, PluginOrigin, StageBlock, StageDecoder, StageModel};
 use mblm_core::config::MblmConfig;
 use mblm_core::node::{Node, apply1};
 use mblm_core::{Mode, ParamScope, PosEmb, Result};
 use serde::Serialize;
-
-use mblm_system::usage::Memory;
 
 /// What was seen of a stage in training passes since it was last asked for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]

@@ -11,11 +11,11 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use indicatif::{DecimalBytes, FormattedDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
+use mblm_base::terminal;
+use mblm_base::timestamp::Timestamp;
+use sparkline::Sparkline;
 
 use crate::evaluate::bpb;
-use crate::timestamp::Timestamp;
-use mblm_system::terminal;
-use sparkline::Sparkline;
 
 /// The bar has no clock of its own: validations and checkpoints take time too.
 const TEMPLATE: &str = "{bar:24.cyan} {percent:>3}%  {prefix}\n{wide_msg}";

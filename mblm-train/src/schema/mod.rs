@@ -8,12 +8,12 @@ pub mod markdown;
 
 use mblm_core::config::{MblmConfig, MblmEncoderConfig};
 use mblm_core::registry::{BlockInfo, BlockRegistry, TAG};
+use mblm_data::{self, DatasetKind};
 use schemars::generate::SchemaSettings;
 use schemars::{JsonSchema, SchemaGenerator};
 use serde_json::{Map, Value, json};
 
 use crate::config::{IoSection, ResumeSection, SECTIONS, SUMMARY, TrainSection};
-use crate::data::{self, DatasetKind};
 use crate::error::Result;
 
 /// The field of an encoder's `params` that holds its stages.
@@ -24,7 +24,7 @@ const HIERARCHY: &str = "mblm_config";
 /// # Errors
 /// Two data sets with one id.
 pub fn schema(registry: &BlockRegistry) -> Result<Value> {
-    let kinds = data::kinds()?;
+    let kinds = mblm_data::kinds()?;
     let mut definitions = Definitions::default();
     definitions.add("generative", params::<MblmConfig>());
     definitions.add("encoder", params::<MblmEncoderConfig>());

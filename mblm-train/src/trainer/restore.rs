@@ -1,11 +1,12 @@
 //! Going on from a checkpoint, possibly with a changed configuration: which batch comes next, how many are left, and at
 //! which learning rates.
 
+use mblm_data::batches::Cursor;
+use mblm_data::record::DataRecord;
+
 use super::Trainer;
 use crate::checkpoint::{Checkpoint, Sizes, TrainState, Window};
 use crate::config::{LossAverage, TrainSection};
-use crate::data::batches::Cursor;
-use crate::data::record::DataRecord;
 use crate::error::{Error, Result};
 use crate::plan::{Plan, elements_per_batch};
 use crate::schedule::Schedule;

@@ -3,7 +3,8 @@
 use candle_core::{DType, Device};
 use mblm_core::ParamStore;
 use mblm_core::layer::Dims;
-use mblm_core::testing::{check_causality, check_decoder, check_gradients, noise, perturb};
+use mblm_core::testing::noise;
+use mblm_core::testing::{check_causality, check_decoder, check_gradients, perturb};
 
 use super::*;
 

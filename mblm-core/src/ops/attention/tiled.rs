@@ -168,13 +168,15 @@ fn groups<const MR: usize>(rows: usize, start: usize, first: usize, causal: bool
 
 #[cfg(test)]
 mod tests {
+    use mblm_base::random::noise;
+
     use super::*;
     use crate::gemm::floats::InFloats;
     use crate::gemm::{Precision, autocast};
     use crate::mode::Dropout;
     use crate::parallel::Shared;
     use crate::simd::for_every_arch;
-    use crate::testing::{assert_close, noise};
+    use crate::testing::assert_close;
 
     /// The outputs of one kernel on every instruction set, each in a part of its own.
     const ARCHS: usize = 3;

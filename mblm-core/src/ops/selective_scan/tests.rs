@@ -2,12 +2,14 @@
 
 use std::sync::Arc;
 
+use mblm_base::random::noise;
+
 use super::*;
 use crate::layer::{Context, Dims, Layer, param_like};
 use crate::mode::Mode;
 use crate::param::{Init, Param, ParamStore};
 use crate::rows::RowsMut;
-use crate::testing::{assert_close, check_layer, noise, perturb};
+use crate::testing::{assert_close, check_layer, perturb};
 
 /// A scan whose inputs are packed into one row: x, dt, z, B, C. The output is `(y, 0)`.
 struct Packed {

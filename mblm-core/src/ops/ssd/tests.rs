@@ -2,11 +2,13 @@
 
 use std::sync::Arc;
 
+use mblm_base::random::noise;
+
 use super::*;
 use crate::layer::{Context, Dims, Layer, param_like};
 use crate::mode::Mode;
 use crate::param::{Init, Param, ParamStore};
-use crate::testing::{assert_close, check_layer, noise, perturb};
+use crate::testing::{assert_close, check_layer, perturb};
 
 /// Inputs packed into one row: x, B, C, dt. The output is `(y, 0)`.
 struct Packed {

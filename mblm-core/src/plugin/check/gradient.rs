@@ -1,9 +1,11 @@
 //! Gradients.
 
+use mblm_base::random::noise;
+
 use super::rig::{Gradients, MODE, Rig, input};
 use super::{Outcome, Subject};
 use crate::layer::Dims;
-use crate::testing::{WITHOUT_GRADIENT, difference, noise};
+use crate::testing::{WITHOUT_GRADIENT, difference};
 
 const NO_BACKWARD: &str = "it has no backward pass";
 

@@ -9,9 +9,8 @@ mod output;
 mod rig;
 mod table;
 
-use serde::{Deserialize, Serialize};
-
 pub use rig::Subject;
+use serde::{Deserialize, Serialize};
 
 /// What a check found, other than a fault.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use mblm_base::random::noise;
 use serde_json::{Map, Value, json};
 
 use crate::layer::Dims;
@@ -11,7 +12,7 @@ use crate::param::{Param, ParamStore};
 use crate::plugin::abi::{self, Text};
 use crate::plugin::host::{Failure, Instance, Library, LibraryBlock, ParamValues, Pass, Tape, call};
 use crate::schema::Walk;
-use crate::testing::{noise, perturb};
+use crate::testing::perturb;
 
 /// Widths to try, the first accepted one is taken.
 const WIDTHS: [usize; 7] = [8, 12, 16, 24, 32, 64, 128];

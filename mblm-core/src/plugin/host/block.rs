@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use mblm_yaml::ValueError;
+use mblm_yaml::nearest::suggestion;
 use serde::Serialize;
 use serde_yaml::Value;
 
@@ -14,8 +16,6 @@ use crate::error::{Error, Result};
 use crate::param::ParamScope;
 use crate::plugin::abi::{self, Text};
 use crate::registry::{BlockInfo, BlockSource};
-use mblm_yaml::ValueError;
-use mblm_yaml::nearest::suggestion;
 
 /// The blocks of a plugin.
 pub struct PluginSource(pub Arc<Library>);

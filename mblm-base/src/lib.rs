@@ -1,0 +1,13 @@
+//! What every part of MBLM stands on: files that others may have made, the terminal, memory, time stamps and
+//! pseudo-random numbers.
+#![warn(missing_docs)]
+#![deny(clippy::print_stdout, clippy::print_stderr)]
+
+pub mod files;
+pub mod memory;
+pub mod random;
+#[doc(hidden)]
+pub mod scramble;
+pub mod terminal;
+pub mod timestamp;
+pub mod usage;

@@ -1,0 +1,220 @@
+//! Data set `bytes`: files as they are, each byte a token.
+//!
+//! `io.dataset_dir` is a file, a folder or a glob. Folders are read recursively, links are followed, each file counts once,
+//! and hidden files, run folders and `io.output_dir` are left out. The files are taken as one run of bytes, in the order of
+//! their paths below the folder, part by part in byte order. They are read by position as they are needed, so they may be
+//! larger than memory. A file that shrinks or vanishes during a run ends the run with an error. A change of contents at
+//! equal length goes unnoticed until the run is resumed: do not change data that are in use.
+//!
+//! **Split**: the last `validation_fraction` of the bytes (a tenth by default), but at least one sequence, is the
+//! validation data; what lies before is the training data. **Sequences** do not overlap: in epoch `e`, sequence `i` is
+//! the `input_seq_len` bytes from `e mod input_seq_len + i * input_seq_len` on; what is left at the end is not used.
+//! Validation has no such offset.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use schemars::JsonSchema;
+use serde::Deserialize;
+
+use crate::corpus::Corpus;
+use crate::dataset::{Dataset, DatasetOptions, Splits};
+use crate::error::{Error, Result};
+use crate::fingerprint::Fingerprint;
+use crate::listing::Listing;
+
+/// Counting the bytes of more data than this would delay the start of a run.
+const COUNTED: u64 = 1 << 30;
+
+crate::register_dataset!("bytes", "a file, a folder or a glob of files, byte by byte", open, args = BytesArgs);
+
+/// `io.dataset_args` of data set `bytes`.
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct BytesArgs {
+    /// Files, folders or globs below `io.dataset_dir`; empty for all of it.
+    #[serde(default)]
+    pub files: Vec<String>,
+    /// The share of the bytes, at the end, that is validated on; above 0 and below 1.
+    #[serde(default = "default_fraction")]
+    pub validation_fraction: f64,
+}
+
+fn default_fraction() -> f64 {
+    0.1
+}
+
+/// A range of a corpus, cut into sequences.
+pub struct BytesSplit {
+    corpus: Arc<Corpus>,
+    start: u64,
+    end: u64,
+    seq_len: u64,
+    /// Whether epochs shift the borders between sequences.
+    shifts: bool,
+}
+
+impl BytesSplit {
+    /// The bytes `range` of `corpus` in sequences of `seq_len` bytes, whose borders move with the epoch if it `shifts`.
+    pub(crate) fn new(corpus: Arc<Corpus>, range: Range<u64>, seq_len: usize, shifts: bool) -> Self {
+        BytesSplit { corpus, start: range.start, end: range.end, seq_len: seq_len as u64, shifts }
+    }
+
+    fn offset(&self, epoch: u64) -> u64 {
+        if self.shifts { epoch % self.seq_len } else { 0 }
+    }
+}
+
+impl Dataset for BytesSplit {
+    fn num_sequences(&self, epoch: u64) -> u64 {
+        (self.end - self.start).saturating_sub(self.offset(epoch)) / self.seq_len
+    }
+
+    fn sample(&self, epoch: u64, index: u64, ids: &mut [u32], _: &mut [f32]) -> Result<()> {
+        self.corpus.read(self.start + self.offset(epoch) + index * self.seq_len, ids)
+    }
+
+    fn byte_counts(&self) -> Result<Option<[u64; 256]>> {
+        (self.end - self.start <= COUNTED).then(|| self.corpus.byte_counts(self.start, self.end)).transpose()
+    }
+}
+
+fn open(options: &DatasetOptions) -> Result<Splits> {
+    let args: BytesArgs = options.read_args()?;
+    let fraction = args.validation_fraction;
+    if !(fraction > 0.0 && fraction < 1.0) {
+        return Err(Error::Config(format!(
+            "io.dataset_args.validation_fraction: expected a number above 0 and below 1, found {fraction}"
+        )));
+    }
+    let corpus = Arc::new(Corpus::new(Listing::find(options.dir, &args.files, options.output_dir)?));
+    let (len, seq_len) = (corpus.len(), options.seq_len as u64);
+    if len == 0 {
+        return Err(Error::Config(format!(
+            "io.dataset_dir: {:?} holds no bytes; expected at least {} (two sequences of input_seq_len){}",
+            options.dir,
+            2 * seq_len,
+            corpus.left_out()
+        )));
+    }
+    let valid = ((len as f64 * fraction) as u64).max(seq_len);
+    if len < valid + seq_len {
+        return Err(Error::Config(format!(
+            "params.input_seq_len: sequences of {seq_len} bytes do not fit the {len} bytes of {:?}: training and \
+             validation need one each, {} bytes in all; shorten input_seq_len, change validation_fraction \
+             ({fraction}) or add data",
+            options.dir,
+            valid + seq_len
+        )));
+    }
+    check_vocabulary(&corpus, options.num_tokens)?;
+    let cut = len - valid;
+    let split = |range, shifts| Box::new(BytesSplit::new(corpus.clone(), range, options.seq_len, shifts));
+    Ok(Splits {
+        train: split(0..cut, true),
+        valid: split(cut..len, false),
+        test: None,
+        about: format!(
+            "{len} bytes in {} file(s) of {:?}: the first {cut} train, the last {valid} validate{}",
+            corpus.num_files(),
+            options.dir,
+            corpus.left_out()
+        ),
+        fingerprint: Fingerprint::new(corpus.sums("")?, corpus.names_and_sizes()),
+    })
+}
+
+/// Every byte must be a token.
+pub fn check_vocabulary(corpus: &Corpus, num_tokens: usize) -> Result<()> {
+    if num_tokens >= 256 {
+        return Ok(());
+    }
+    match corpus.first_at_least(num_tokens)? {
+        None => Ok(()),
+        Some((byte, path, place)) => Err(Error::Config(format!(
+            "params.num_tokens: found {num_tokens}, but {} holds the byte {byte} (at offset {place}); expected more than the \
+             largest byte, and 256 suffices for all",
+            path.display()
+        ))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use serde_json::json;
+
+    use super::*;
+
+    fn file(len: usize) -> tempfile::NamedTempFile {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), (0..len).map(|i| i as u8).collect::<Vec<u8>>()).unwrap();
+        file
+    }
+
+    fn open_file(len: usize, seq_len: usize, args: Option<serde_json::Value>, num_tokens: usize) -> Result<Splits> {
+        open_at(file(len).path(), seq_len, args, num_tokens)
+    }
+
+    fn open_at(dir: &Path, seq_len: usize, args: Option<serde_json::Value>, num_tokens: usize) -> Result<Splits> {
+        let args = args.as_ref();
+        let options = DatasetOptions { dir, output_dir: None, args, seq_len, num_tokens, pad_token_id: 0 };
+        crate::registry::open("bytes", &options)
+    }
+
+    fn sample(split: &dyn Dataset, epoch: u64, index: u64) -> Vec<u32> {
+        let mut ids = vec![0; 4];
+        split.sample(epoch, index, &mut ids, &mut []).unwrap();
+        ids
+    }
+
+    #[test]
+    fn the_end_validates_and_epochs_shift_training() {
+        let file = file(100);
+        let splits = open_at(file.path(), 4, None, 256).unwrap();
+        assert!(splits.about.contains("the first 90 train, the last 10 validate"), "{}", splits.about);
+        let (train, valid) = (&*splits.train, &*splits.valid);
+        assert_eq!([0, 1, 2, 3, 4].map(|epoch| train.num_sequences(epoch)), [22, 22, 22, 21, 22]);
+        assert_eq!(sample(train, 0, 21), [84, 85, 86, 87]);
+        assert_eq!(sample(train, 3, 0), [3, 4, 5, 6]);
+        assert_eq!(sample(train, 3, 20), [83, 84, 85, 86]);
+        assert_eq!(sample(train, 4, 0), [0, 1, 2, 3], "the offset is modulo the sequence length");
+        assert_eq!((valid.num_sequences(0), valid.num_sequences(1)), (2, 2));
+        assert_eq!(sample(valid, 1, 1), [94, 95, 96, 97]);
+        assert_eq!(train.byte_counts().unwrap().unwrap().iter().sum::<u64>(), 90);
+    }
+
+    #[test]
+    fn validation_is_at_least_a_sequence() {
+        let splits = open_file(8, 4, None, 256).unwrap();
+        assert_eq!((splits.train.num_sequences(0), splits.valid.num_sequences(0)), (1, 1));
+        let splits = open_file(100, 4, Some(json!({"validation_fraction": 0.5})), 256).unwrap();
+        assert_eq!((splits.train.num_sequences(0), splits.valid.num_sequences(0)), (12, 12));
+    }
+
+    #[test]
+    fn mistakes_are_named() {
+        let message = |len, seq_len, args, num_tokens| {
+            let error = open_file(len, seq_len, args, num_tokens).err().unwrap();
+            assert!(error.is_configuration());
+            error.to_string()
+        };
+        assert!(message(0, 4, None, 256).contains("holds no bytes; expected at least 8"));
+        let short = message(7, 4, None, 256);
+        assert!(short.contains("sequences of 4 bytes do not fit the 7 bytes"), "{short}");
+        let small = message(100, 4, None, 64);
+        assert!(
+            small.contains("params.num_tokens: found 64") && small.contains("the byte 64 (at offset 64)"),
+            "{small}"
+        );
+        let args = message(100, 4, Some(json!({"fraction": 0.2})), 256);
+        assert_eq!(args, "io.dataset_args.fraction: unknown field; did you mean `validation_fraction`?");
+        assert!(message(100, 4, Some(json!({"validation_fraction": 1.0})), 256).contains("found 1"));
+    }
+
+    #[test]
+    fn a_small_vocabulary_is_fine_for_small_bytes() {
+        assert!(open_file(100, 4, None, 100).is_ok());
+    }
+}

@@ -1,0 +1,30 @@
+//! A study: several variants of a model, trained under one budget on the same bytes, each with several seeds.
+//!
+//! A study's YAML is read to a [`Spec`]; with the block types it becomes a [`Plan`], in which everything is checked and
+//! every width is solved for; a [`Runner`] trains the runs of a plan, each in a process of its own. Its folder:
+//!
+//! | file or folder | holds |
+//! |---|---|
+//! | `study.json` | the plan, for the report |
+//! | `study.log` | what the terminal showed, with the time |
+//! | `configs/` | the configuration of each run |
+//! | `runs/NAME-seedN/` | an ordinary run folder, and `result.json`: what was measured when it had ended |
+//! | `logs/` | what the process of each run said |
+//! | `failed/` | why a run failed; while that file is there, the run is not tried again |
+//! | `report.html`, … | the [report](crate::report) |
+#![warn(missing_docs)]
+#![deny(clippy::print_stdout, clippy::print_stderr)]
+
+mod budget;
+mod child;
+mod plan;
+mod progress;
+pub mod report;
+mod runner;
+mod solve;
+mod spec;
+
+pub use budget::{Amount, Budget, Parameters};
+pub use plan::{AboutVariant, Plan, PlanFile, PlannedRun, PlannedVariant};
+pub use runner::{Ended, Options, Runner};
+pub use spec::Spec;

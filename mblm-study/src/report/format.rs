@@ -1,0 +1,167 @@
+//! Numbers and text as a reader likes them.
+
+use std::borrow::Cow;
+
+/// Three digits and a metric prefix, `12.3 k`; without trailing zeros that say nothing, `1 M`.
+pub(super) fn si(number: f64) -> String {
+    if number != 0.0 && number.abs() < 1.0 {
+        let decimals = (-number.abs().log10()).ceil().clamp(0.0, 9.0) as usize + 1;
+        return format!("{number:.decimals$}").trim_end_matches('0').trim_end_matches('.').into();
+    }
+    let text = mblm_train::cost::metric(number.abs());
+    let (digits, prefix) = text.split_once(' ').unwrap_or((&text, ""));
+    let digits = if digits.contains('.') { digits.trim_end_matches('0').trim_end_matches('.') } else { digits };
+    let sign = if number < 0.0 { "−" } else { "" };
+    format!("{sign}{digits} {prefix}").trim_end().into()
+}
+
+/// Three digits of a number with a unit, `41.2 kB/s`.
+pub(crate) fn with_unit(number: f64, unit: &str) -> String {
+    let text = mblm_train::cost::metric(number);
+    match text.split_once(' ') {
+        Some((digits, prefix)) => format!("{digits} {prefix}{unit}"),
+        None => format!("{text} {unit}"),
+    }
+}
+
+/// `1 h 5 min`, `2 min 3 s`, `4.2 s`.
+pub(crate) fn duration(seconds: f64) -> String {
+    let whole = seconds.round() as u64;
+    match whole {
+        0..10 => format!("{seconds:.1} s"),
+        10..60 => format!("{whole} s"),
+        60..3600 => pair(whole, 60, "min", 1, "s"),
+        3600..86_400 => pair(whole, 3600, "h", 60, "min"),
+        _ => pair(whole, 86_400, "d", 3600, "h"),
+    }
+}
+
+/// A duration in two units, the second left out if it is none.
+fn pair(seconds: u64, large: u64, large_name: &str, small: u64, small_name: &str) -> String {
+    match seconds % large / small {
+        0 => format!("{} {large_name}", seconds / large),
+        rest => format!("{} {large_name} {rest} {small_name}", seconds / large),
+    }
+}
+
+/// Text between tags or in a quoted attribute.
+pub(super) fn escape(text: &str) -> String {
+    let mut safe = String::with_capacity(text.len());
+    for c in text.chars() {
+        match c {
+            '&' => safe.push_str("&amp;"),
+            '<' => safe.push_str("&lt;"),
+            '>' => safe.push_str("&gt;"),
+            '"' => safe.push_str("&quot;"),
+            '\'' => safe.push_str("&#39;"),
+            // Not allowed in XML: a sample may hold any byte.
+            c if c.is_control() && !matches!(c, '\n' | '\t') => safe.push('\u{FFFD}'),
+            c => safe.push(c),
+        }
+    }
+    safe
+}
+
+/// Text on one line of Markdown, as text alone: no emphasis, link, code, table, heading, list or HTML begins in it.
+pub(super) fn markdown(text: &str) -> String {
+    let mut safe = String::with_capacity(text.len());
+    for c in text.trim().chars() {
+        match c {
+            '\\' | '`' | '*' | '_' | '[' | ']' | '<' | '>' | '|' | '~' | '&' => safe.extend(['\\', c]),
+            // A list, a heading or the line below one.
+            '#' | '+' | '-' | '=' if safe.is_empty() => safe.extend(['\\', c]),
+            '.' | ')' if safe.bytes().all(|byte| byte.is_ascii_digit()) => safe.extend(['\\', c]),
+            // Addresses become links by themselves.
+            ':' => safe.push_str("\\:"),
+            '\n' | '\t' => safe.push(' '),
+            c if c.is_control() => safe.push('\u{FFFD}'),
+            c => safe.push(c),
+        }
+    }
+    safe
+}
+
+/// Text of any lines in a fence of Markdown that no line of it closes.
+pub(super) fn fenced(text: &str) -> String {
+    let text: String =
+        text.chars().map(|c| if c.is_control() && !matches!(c, '\n' | '\t') { '\u{FFFD}' } else { c }).collect();
+    let longest = text.split(|c| c != '`').map(str::len).max().unwrap_or(0);
+    let fence = "`".repeat((longest + 1).max(3));
+    format!("{fence}text\n{text}\n{fence}\n\n")
+}
+
+/// A cell that a spreadsheet takes for text or a number, and never for a formula: `'` is put before what begins like one.
+pub(super) fn inert(cell: &str) -> Cow<'_, str> {
+    let begins = cell.starts_with(['=', '+', '-', '@', '\t', '\r', '＝', '＋', '－', '＠']);
+    let is_number = cell.parse::<f64>().is_ok_and(f64::is_finite);
+    if begins && !is_number { format!("'{cell}").into() } else { cell.into() }
+}
+
+/// A text as a field of CSV (RFC 4180) that no spreadsheet takes for a formula.
+pub fn csv_field(text: &str) -> String {
+    let text = inert(text);
+    let needs_quotes = text.contains([',', '"', '\n', '\r']);
+    if needs_quotes { format!("\"{}\"", text.replace('"', "\"\"")) } else { text.into_owned() }
+}
+
+/// `n thing` or `n things`.
+pub(super) fn count(n: usize, thing: &str) -> String {
+    format!("{n} {thing}{}", if n == 1 { "" } else { "s" })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_short() {
+        for (number, want) in [
+            (0.0, "0"),
+            (1e6, "1 M"),
+            (1.5e6, "1.5 M"),
+            (41_234.0, "41.2 k"),
+            (500.0, "500"),
+            (-2000.0, "−2 k"),
+            (0.05, "0.05"),
+            (3.0 * 0.1, "0.3"),
+        ] {
+            assert_eq!(si(number), want);
+        }
+        assert_eq!([with_unit(41_234.0, "B/s"), with_unit(12.0, "B")], ["41.2 kB/s", "12 B"]);
+        let durations = [0.25, 42.4, 60.0, 123.0, 3900.0, 90_000.0].map(duration);
+        assert_eq!(durations, ["0.2 s", "42 s", "1 min", "2 min 3 s", "1 h 5 min", "1 d 1 h"]);
+    }
+
+    #[test]
+    fn markdown_stays_text() {
+        let cases = [
+            ("plain (name) = 2.5!", "plain (name) = 2.5!"),
+            ("a|b\n# c", "a\\|b # c"),
+            ("![x](http://y) <b>&amp;", "!\\[x\\](http\\://y) \\<b\\>\\&amp;"),
+            ("*a* _b_ `c` ~~d~~ \\", "\\*a\\* \\_b\\_ \\`c\\` \\~\\~d\\~\\~ \\\\"),
+            ("- a", "\\- a"),
+            ("12. a", "12\\. a"),
+            ("===", "\\==="),
+            ("\u{1b}[31m", "\u{FFFD}\\[31m"),
+        ];
+        for (text, want) in cases {
+            assert_eq!(markdown(text), want);
+        }
+        assert_eq!(fenced("a\n```\nb\u{1b}"), "````text\na\n```\nb\u{FFFD}\n````\n\n");
+        assert_eq!(fenced("a"), "```text\na\n```\n\n");
+    }
+
+    #[test]
+    fn no_cell_is_a_formula() {
+        let cells = ["-1.5", "+1e-3", "a=b", "", "0", "=1+1", "@x", "-a", "+cmd|x", "\t=1", "-inf", "＝1"];
+        let want = ["-1.5", "+1e-3", "a=b", "", "0", "'=1+1", "'@x", "'-a", "'+cmd|x", "'\t=1", "'-inf", "'＝1"];
+        assert_eq!(cells.map(|cell| inert(cell).into_owned()), want);
+        assert_eq!(csv_field("=a,\"b\"\r"), "\"'=a,\"\"b\"\"\r\"");
+        assert_eq!(csv_field("a b"), "a b");
+    }
+
+    #[test]
+    fn nothing_escapes() {
+        assert_eq!(escape("<a href=\"x\">&'\u{1}\n"), "&lt;a href=&quot;x&quot;&gt;&amp;&#39;\u{FFFD}\n");
+    }
+}

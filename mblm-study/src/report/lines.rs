@@ -1,0 +1,273 @@
+//! Charts of what changes in training: learning curves and gradient norms.
+
+use mblm_train::metrics::Kind;
+
+use super::format::{duration, escape, with_unit};
+use super::scale::{Scale, Unit, ceiling};
+use super::svg::{COLOURS, Format, Margins, Svg, colour, fitting, path, spread_labels, thinned};
+use super::variant::{Axis, CurvePoint, Variant};
+
+/// Points of a curve, at most.
+const MAX_POINTS: usize = 120;
+/// Dots of a chart, at most: beyond, curves go without.
+const MAX_DOTS: usize = 600;
+/// Curves with labels beside them, at most: beyond, the best alone have one.
+const MAX_LABELS: usize = 14;
+/// Training losses are averaged over this share of a curve on either side.
+const SMOOTHING: f64 = 0.02;
+/// Curves are shown from here on; what lies before is high and says little.
+const SHOWN_FROM: f64 = 0.2;
+const LABEL_WIDTH: f64 = 212.0;
+
+impl Axis {
+    pub(super) const ALL: [Axis; 3] = [Axis::Bytes, Axis::Flops, Axis::Seconds];
+
+    /// Its part in names of files.
+    pub(super) fn id(self) -> &'static str {
+        match self {
+            Axis::Bytes => "bytes",
+            Axis::Flops => "flops",
+            Axis::Seconds => "seconds",
+        }
+    }
+
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Axis::Bytes => "training bytes",
+            Axis::Flops => "training FLOPs",
+            Axis::Seconds => "time since the start",
+        }
+    }
+
+    fn unit(self) -> Unit {
+        match self {
+            Axis::Seconds => Unit::Time,
+            _ => Unit::Metric,
+        }
+    }
+
+    fn text(self, value: f64) -> String {
+        match self {
+            Axis::Bytes => with_unit(value, "B"),
+            Axis::Flops => with_unit(value, "FLOP"),
+            Axis::Seconds => duration(value),
+        }
+    }
+}
+
+/// A curve to draw.
+struct Series<'a> {
+    rank: usize,
+    variant: &'a Variant,
+    points: Vec<CurvePoint>,
+}
+
+/// Learning curves. None if no variant has points.
+pub(super) fn curves(variants: &[Variant], kind: Kind, axis: Axis, format: Format) -> Option<Svg> {
+    let series = all_series(variants, kind == Kind::Train, |variant| variant.curve(kind, axis));
+    let what = if kind == Kind::Train { "training (smoothed)" } else { "validation" };
+    let title = format!("Bits per byte in {what} against {}", axis.name());
+    let chart = LineChart {
+        id: format!("curves-{}-{}", kind.name(), axis.id()),
+        title: &title,
+        x_name: axis.name(),
+        y_name: &format!("bits per byte in {what}"),
+        x_unit: axis.unit(),
+        is_log: false,
+        text: &|point| format!("{:.3} bits per byte after {}", point.mean, axis.text(point.x)),
+    };
+    (!series.is_empty()).then(|| chart.draw(&series, format))
+}
+
+/// Gradient norms of a stage, from 0. None if no variant has them.
+pub(super) fn gradients(variants: &[Variant], stage: usize, format: Format) -> Option<Svg> {
+    let series = all_series(variants, true, |variant| variant.gradients(stage));
+    let title = format!("Gradient norm of stage {} against training bytes", stage + 1);
+    let chart = LineChart {
+        id: format!("gradients-{stage}"),
+        title: &title,
+        x_name: Axis::Bytes.name(),
+        y_name: &format!("gradient norm of stage {} (smoothed)", stage + 1),
+        x_unit: Unit::Metric,
+        is_log: true,
+        text: &|point| format!("gradient norm {:.3} after {}", point.mean, Axis::Bytes.text(point.x)),
+    };
+    (!series.is_empty()).then(|| chart.draw(&series, format))
+}
+
+/// Worst first, so that the best lie on top.
+fn all_series(variants: &[Variant], is_smooth: bool, of: impl Fn(&Variant) -> Vec<CurvePoint>) -> Vec<Series<'_>> {
+    let series = variants.iter().enumerate().map(|(rank, variant)| {
+        let points = of(variant);
+        let kept = thinned(&(0..points.len()).collect::<Vec<_>>(), MAX_POINTS);
+        // Only what is drawn is smoothed: the work grows with the points, not with their square.
+        let point = |i| if is_smooth { smooth(&points, i) } else { points[i] };
+        Series { rank, variant, points: kept.into_iter().map(point).collect() }
+    });
+    let mut series: Vec<Series> = series.filter(|series| !series.points.is_empty()).collect();
+    series.reverse();
+    series
+}
+
+/// Point `i`, as the mean of its neighbours.
+fn smooth(points: &[CurvePoint], i: usize) -> CurvePoint {
+    let reach = (points.len() as f64 * SMOOTHING).ceil() as usize;
+    // As many on both sides, so that the ends are not drawn towards the middle.
+    let reach = reach.min(i).min(points.len() - 1 - i);
+    let near = &points[i - reach..=i + reach];
+    let of = |value: fn(&CurvePoint) -> f64| near.iter().map(value).sum::<f64>() / near.len() as f64;
+    CurvePoint { x: points[i].x, mean: of(|p| p.mean), min: of(|p| p.min), max: of(|p| p.max) }
+}
+
+/// A chart of lines over a common axis.
+struct LineChart<'a> {
+    id: String,
+    title: &'a str,
+    x_name: &'a str,
+    y_name: &'a str,
+    x_unit: Unit,
+    is_log: bool,
+    /// A point in words.
+    text: &'a dyn Fn(&CurvePoint) -> String,
+}
+
+impl LineChart<'_> {
+    fn draw(&self, series: &[Series], format: Format) -> Svg {
+        let (height, right) = match format {
+            Format::Wide => (440.0, LABEL_WIDTH),
+            Format::Narrow => (300.0, 12.0),
+        };
+        let margins = Margins { left: 52.0, right, top: 30.0, bottom: 48.0 };
+        let mut svg = Svg::new(self.title, format.width(), height, margins);
+        let last = series.iter().filter_map(|s| s.points.last()).map(|point| point.x).fold(0.0, f64::max);
+        let x = Scale::linear(0.0, last, self.x_unit);
+        let y = self.heights(series, last);
+        svg.axes((&x, self.x_name), (&y, self.y_name), format.ticks());
+        let dots: usize = series.iter().map(|series| series.points.len()).sum();
+        let has_dots = format == Format::Wide && !self.is_log && dots <= MAX_DOTS;
+        let inside: String =
+            series.iter().map(|s| self.series(&svg, s, (&x, &y), has_dots && is_labelled(series, s))).collect();
+        svg.clipped(&format!("{}-{format:?}", self.id), &inside);
+        if format == Format::Wide {
+            label_ends(&mut svg, series, (&x, &y));
+        }
+        svg
+    }
+
+    /// From the lowest value to the highest, of what comes after the first steep part; a curve that lies far above the
+    /// others leaves the frame.
+    fn heights(&self, series: &[Series], last: f64) -> Scale {
+        let shown = |series: &Series| -> Vec<f64> {
+            let late = series.points.iter().filter(|point| self.is_log || point.x >= SHOWN_FROM * last);
+            late.chain(series.points.last()).flat_map(|point| [point.min, point.max]).collect()
+        };
+        let most = ceiling(series.iter().map(|series| shown(series).into_iter().fold(f64::MIN, f64::max)));
+        let unit = if self.is_log { Unit::Metric } else { Unit::Plain };
+        let values = series.iter().flat_map(shown).filter(|value| *value <= most || self.is_log);
+        Scale::around(values, 0.06, self.is_log, unit)
+    }
+
+    fn series(&self, svg: &Svg, series: &Series, (x, y): (&Scale, &Scale), has_dots: bool) -> String {
+        let at = |px: f64, py: f64| (svg.x(x.place(px)), svg.y(y.place(py)));
+        let points = &series.points;
+        let line = path(points.iter().map(|p| at(p.x, p.mean)));
+        let name = &series.variant.name;
+        let ended = points.last().map_or(String::new(), |point| (self.text)(point));
+        let mut group = format!(
+            "<g class=\"s {}\" data-v=\"{}\"><title>{}</title>",
+            colour(series.rank),
+            series.rank,
+            escape(&format!("{name}: {ended}"))
+        );
+        if series.variant.counted().len() > 1 {
+            let around = points.iter().map(|p| at(p.x, p.max)).chain(points.iter().rev().map(|p| at(p.x, p.min)));
+            group += &format!("<path class=\"band\" d=\"{}Z\"/>", path(around));
+        }
+        group += &format!("<path class=\"curve\" d=\"{line}\"/><path class=\"hit\" d=\"{line}\"/>");
+        if has_dots {
+            for point in points {
+                let (cx, cy) = at(point.x, point.mean);
+                let title = escape(&format!("{name}: {}", (self.text)(point)));
+                group += &format!(
+                    "<circle class=\"dot\" cx=\"{cx:.1}\" cy=\"{cy:.1}\" r=\"3.5\"><title>{title}</title></circle>"
+                );
+            }
+        }
+        if let (Some(last), true) = (points.last(), series.variant.counted().is_empty()) {
+            let (cx, cy) = at(last.x, last.mean);
+            group += &format!("<path class=\"curve\" d=\"M{:.1} {:.1}l10 10m0 -10l-10 10\"/>", cx - 5.0, cy - 5.0);
+        }
+        group + "</g>\n"
+    }
+}
+
+/// Whether a curve has a label beside it.
+fn is_labelled(all: &[Series], one: &Series) -> bool {
+    all.len() <= MAX_LABELS || one.rank < COLOURS
+}
+
+/// Names beside the ends of the curves.
+fn label_ends(svg: &mut Svg, series: &[Series], (x, y): (&Scale, &Scale)) {
+    let labelled: Vec<&Series> = series.iter().filter(|one| is_labelled(series, one)).collect();
+    let ends: Vec<(f64, f64)> = labelled
+        .iter()
+        .filter_map(|series| series.points.last())
+        .map(|point| (svg.x(x.place(point.x)), svg.y(y.place(point.mean).clamp(0.0, 1.0))))
+        .collect();
+    let wanted: Vec<f64> = ends.iter().map(|end| end.1).collect();
+    let places = spread_labels(&wanted, svg.y(1.0), svg.y(0.0));
+    let at = svg.x(1.0) + 16.0;
+    for ((series, end), place) in labelled.iter().zip(ends).zip(places) {
+        svg.add(&format!("<g class=\"s {}\" data-v=\"{}\">", colour(series.rank), series.rank));
+        svg.add(&format!("<path class=\"lead\" d=\"M{:.1} {:.1}L{:.1} {place:.1}\"/>", end.0 + 5.0, end.1, at - 3.0));
+        let is_above = series.points.last().is_some_and(|point| y.place(point.mean) > 1.0);
+        let name = fitting(&series.variant.name, LABEL_WIDTH - 30.0);
+        svg.text(at, place + 4.0, "start", "label", &if is_above { format!("{name} ↑") } else { name });
+        svg.add("</g>");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::charts::tests::variants;
+    use super::*;
+
+    #[test]
+    fn every_variant_has_its_curve_and_the_best_a_colour() {
+        for (n, labels) in [(1, 1), (14, 14), (30, 8)] {
+            let text = curves(&variants(n), Kind::Valid, Axis::Bytes, Format::Wide).unwrap().inline("");
+            assert_eq!(text.matches("class=\"curve\"").count(), n);
+            assert_eq!(text.matches("class=\"label\"").count(), labels);
+            assert_eq!(text.matches("<g class=\"s c").count(), 2 * n.min(8), "a curve and a label each");
+            assert!(text.contains("v&lt;0&gt;: 2.000 bits per byte after 1.00 kB") && !text.contains("v<"), "escaped");
+        }
+        assert!(curves(&variants(3), Kind::Valid, Axis::Flops, Format::Wide).is_none(), "no cost is known");
+        assert!(curves(&variants(3), Kind::Train, Axis::Bytes, Format::Narrow).is_none());
+        assert!(gradients(&variants(3), 0, Format::Wide).is_none());
+    }
+
+    #[test]
+    fn the_steep_beginning_is_cut_off() {
+        let text = curves(&variants(2), Kind::Valid, Axis::Bytes, Format::Wide).unwrap().inline("");
+        assert!(text.contains(">2.15</text>") && !text.contains(">4</text>"), "{text}");
+        assert!(
+            curves(&variants(2), Kind::Valid, Axis::Seconds, Format::Wide).unwrap().inline("").contains("time since")
+        );
+    }
+
+    #[test]
+    fn smoothing_keeps_length_and_ends() {
+        let points: Vec<CurvePoint> =
+            (0..100).map(|i| CurvePoint { x: f64::from(i), mean: f64::from(i % 2), min: 0.0, max: 1.0 }).collect();
+        assert_eq!((smooth(&points, 0), smooth(&points, 99)), (points[0], points[99]));
+        assert!((smooth(&points, 50).mean - 0.5).abs() < 0.11, "{:?}", smooth(&points, 50));
+        let variants = [super::super::variant::tests::variant("v", vec![])];
+        let long: Vec<CurvePoint> = points.iter().copied().cycle().take(100_000).collect();
+        let asked = std::cell::Cell::new(0);
+        let series = all_series(&variants, true, |_| {
+            asked.set(asked.get() + 1);
+            long.clone()
+        });
+        assert_eq!((series[0].points.len(), asked.get()), (MAX_POINTS, 1));
+    }
+}

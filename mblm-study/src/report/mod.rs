@@ -1,0 +1,393 @@
+//! The comparison of runs: which variant is best, by how much, at what speed and memory.
+//!
+//! A [`Report`] is made from the files of run folders alone, of one study or of any runs, and written as one page
+//! (`report.html`), as text (`report.md`), as tables (`results.csv`, `results.json`) and as charts (`*.svg`).
+
+mod basis;
+mod charts;
+mod details;
+mod format;
+mod front;
+mod lines;
+mod markdown;
+mod matrix;
+mod page;
+mod run;
+mod scale;
+mod svg;
+mod table;
+mod variant;
+mod verdict;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+pub use basis::Apart;
+use charts::Measure;
+use format::count;
+pub use format::csv_field;
+pub(crate) use format::{duration, with_unit};
+use mblm_base::files;
+use mblm_train::cost;
+use mblm_train::error::{AtPath, Result};
+use mblm_train::metrics::Kind;
+use mblm_yaml::difference::differences;
+pub use run::{Generation, Measured, Point, Run, RunResult, Status};
+use serde_yaml::Value;
+use svg::{Format, Svg};
+pub use variant::{Axis, CurvePoint, Spread, Variant};
+
+use crate::budget::Amount;
+use crate::plan::{PlanFile, failure_file, run_folder, run_name};
+
+/// Fields in which runs of one variant may differ.
+const NO_VARIANTS: [&str; 3] = ["train.seed", "io.name_model", "io.output_dir"];
+
+/// A comparison.
+#[derive(Clone, Debug)]
+pub struct Report {
+    /// Its title.
+    pub title: String,
+    /// What was asked, in words.
+    pub description: Option<String>,
+    /// What all runs have in common, in a few words each.
+    pub facts: Vec<String>,
+    /// What differences are counted from.
+    pub base: String,
+    /// The best first.
+    pub variants: Vec<Variant>,
+    /// Those that were measured on something else, and are not ranked with them.
+    pub apart: Vec<Apart>,
+}
+
+impl Report {
+    /// The report of the study in `folder`, as far as it has come.
+    ///
+    /// # Errors
+    /// It is no study's folder.
+    pub fn of_study(folder: &Path) -> Result<Self> {
+        let plan = PlanFile::read(folder)?;
+        let (mut variants, mut seen) = (Vec::new(), BTreeSet::new());
+        for about in &plan.variants {
+            let runs = plan.seeds.iter().map(|&seed| study_run(folder, &about.name, seed, &mut seen)).collect();
+            variants.push(Variant {
+                name: about.name.clone(),
+                runs,
+                cost: Some(about.cost.clone()),
+                differences: about.differences.clone(),
+                solved: about.solved.clone(),
+            });
+        }
+        let facts = study_facts(&plan, &variants);
+        let PlanFile { name, description, .. } = plan;
+        Ok(Report { title: name, description, facts, base: "the study's base".into(), ..Report::ranked(variants) })
+    }
+
+    /// The report of any runs. Those that differ in their seeds alone are one variant; differences are counted from the
+    /// first. `cost` is asked where a run's files do not tell what its model costs.
+    pub fn of_runs(runs: Vec<Run>, cost: impl Fn(&Path) -> Option<cost::Report>) -> Self {
+        let mut groups: Vec<(Option<Value>, Vec<Run>)> = Vec::new();
+        for run in runs {
+            let config = run.config.as_ref().map(without_names);
+            match groups.iter_mut().find(|(other, _)| config.is_some() && *other == config) {
+                Some((_, runs)) => runs.push(run),
+                None => groups.push((config, vec![run])),
+            }
+        }
+        let names = names(&groups);
+        let base = groups.first().and_then(|(config, _)| config.clone());
+        let first = names.first().cloned().unwrap_or_default();
+        let variants: Vec<Variant> = groups
+            .into_iter()
+            .zip(names)
+            .map(|((config, runs), name)| {
+                let differences = base.as_ref().zip(config.as_ref()).map(|(base, config)| differences(base, config));
+                Variant {
+                    name,
+                    cost: known_cost(&runs).or_else(|| runs.iter().find_map(|run| cost(run.folder.as_ref()?))),
+                    runs,
+                    differences: differences.unwrap_or_default(),
+                    solved: None,
+                }
+            })
+            .collect();
+        let runs: usize = variants.iter().map(|variant| variant.runs.len()).sum();
+        let facts = vec![count(variants.len(), "variant"), count(runs, "run")];
+        Report { title: "Comparison of runs".into(), facts, base: first, ..Report::ranked(variants) }
+    }
+
+    /// A report of variants, without words.
+    fn ranked(variants: Vec<Variant>) -> Self {
+        let (mut variants, mut apart) = basis::grouped(variants);
+        variant::rank(&mut variants);
+        apart.iter_mut().for_each(|group| variant::rank(&mut group.variants));
+        Report { title: String::new(), description: None, facts: vec![], base: String::new(), variants, apart }
+    }
+
+    /// All groups of variants with the reasons why they are apart; those that the report is about come first.
+    fn groups(&self) -> impl Iterator<Item = (&[String], &[Variant])> {
+        let main: (&[String], &[Variant]) = (&[], &self.variants);
+        std::iter::once(main).chain(self.apart.iter().map(|group| (&group.why[..], &group.variants[..])))
+    }
+
+    /// All variants of all groups.
+    fn all_variants(&self) -> impl Iterator<Item = &Variant> {
+        self.groups().flat_map(|(_, variants)| variants)
+    }
+
+    /// Writes everything to `folder`.
+    pub fn write(&self, folder: &Path) -> Result<()> {
+        fs::create_dir_all(folder).at(folder)?;
+        let write = |name: &str, text: &str| {
+            let path = folder.join(name);
+            files::replace_text(&path, text).at(&path)
+        };
+        let charts = self.charts(Format::Wide);
+        for (name, svg) in &charts {
+            write(&format!("{name}.svg"), &svg.file())?;
+        }
+        let names: Vec<&str> = charts.iter().map(|(name, _)| &name[..]).collect();
+        write("report.md", &markdown::text(self, &names))?;
+        write("results.csv", &table::csv(self)?)?;
+        write("results.json", &table::json(self)?)?;
+        write("report.html", &page::html(self))
+    }
+
+    /// The ranking as text for a terminal.
+    pub fn to_text(&self) -> String {
+        table::text(self)
+    }
+
+    /// All charts there is something for, by name.
+    fn charts(&self, format: Format) -> Vec<(String, Svg)> {
+        let variants = &self.variants;
+        let mut charts = vec![("ranking".to_string(), charts::ranking(variants, format))];
+        for kind in [Kind::Valid, Kind::Train] {
+            for axis in Axis::ALL {
+                charts.push((curve_id(kind, axis), lines::curves(variants, kind, axis, format)));
+            }
+        }
+        for measure in Measure::ALL {
+            charts.push((trade_off_id(measure), charts::trade_off(variants, measure, format)));
+        }
+        for stage in 0..self.num_stages() {
+            charts.push((gradient_id(stage), lines::gradients(variants, stage, format)));
+        }
+        charts.into_iter().filter_map(|(name, svg)| Some((name, svg?))).collect()
+    }
+
+    /// The most stages that a variant has gradients of.
+    fn num_stages(&self) -> usize {
+        let runs = self.variants.iter().flat_map(|variant| &variant.runs);
+        runs.flat_map(|run| &run.points).map(|point| point.stage_grads.len()).max().unwrap_or(0)
+    }
+}
+
+/// The name of a chart of learning curves.
+fn curve_id(kind: Kind, axis: Axis) -> String {
+    format!("curves-{}-{}", kind.name(), axis.id())
+}
+
+/// The name of a chart with a Pareto front.
+fn trade_off_id(measure: Measure) -> String {
+    format!("quality-{}", measure.id())
+}
+
+/// The name of a chart of gradient norms; stages are counted from 0 here, and from 1 in its name.
+fn gradient_id(stage: usize) -> String {
+    format!("gradients-stage{}", stage + 1)
+}
+
+/// A run of a study: from its folder, or that it has none.
+fn study_run(study: &Path, variant: &str, seed: u64, seen: &mut BTreeSet<PathBuf>) -> Run {
+    let name = run_name(variant, seed);
+    if let Ok(place) = run_folder(study, &name).canonicalize()
+        && !seen.insert(place.clone())
+    {
+        let why = format!("its folder is a link to {}, which counts once", place.display());
+        return Run::absent(&name, seed, Status::Failed(why));
+    }
+    let mut run = Run::read(&run_folder(study, &name)).unwrap_or_else(|_| Run::absent(&name, seed, Status::Unfinished));
+    match files::read_text(&failure_file(study, &name), files::SMALL) {
+        Ok(why) => run.status = Status::Failed(why),
+        // The study knows better than the log: a run it has not measured is not finished.
+        Err(_) if run.result.is_none() => run.status = Status::Unfinished,
+        Err(_) => run.status = Status::Finished,
+    }
+    (run.name, run.seed) = (name, Some(seed));
+    run
+}
+
+fn study_facts(plan: &PlanFile, variants: &[Variant]) -> Vec<String> {
+    let equal = match plan.amount {
+        Amount::Bytes(bytes) => format!("{} of training each", format::with_unit(bytes as f64, "B")),
+        Amount::Flops(flops) => format!("{} of training each", format::with_unit(flops, "FLOP")),
+        Amount::Seconds(seconds) => seconds_used(seconds, variants),
+    };
+    let mut facts = vec![count(plan.variants.len(), "variant"), count(plan.seeds.len(), "seed"), equal];
+    if plan.equal_parameters {
+        facts.push("equal parameters".into());
+    }
+    let results = || variants.iter().flat_map(|variant| &variant.runs).filter_map(|run| run.result.as_ref());
+    if let Some(threads) = results().map(|result| result.threads).max() {
+        let jobs = results().map(|result| result.jobs).max().unwrap_or(1);
+        let at_once = if jobs > 1 { format!(", {jobs} runs at a time") } else { String::new() };
+        facts.push(format!("{} per run{at_once}", count(threads, "thread")));
+    }
+    let open = variants.iter().flat_map(|v| &v.runs).filter(|run| run.status == Status::Unfinished).count();
+    if open > 0 {
+        facts.push(format!("{} not finished", count(open, "run")));
+    }
+    facts
+}
+
+/// A budget in seconds is one of bytes that were measured to take so long: what the runs took may be something else.
+fn seconds_used(seconds: f64, variants: &[Variant]) -> String {
+    let budget = format!("{} of training each", format::duration(seconds));
+    let used = Spread::of(variants.iter().flat_map(|variant| &variant.runs).filter_map(Run::train_seconds));
+    match used.map(|used| (format::duration(used.min), format::duration(used.max))) {
+        None => budget,
+        Some((least, most)) if least == most => format!("{budget} ({least} were used)"),
+        Some((least, most)) => format!("{budget} ({least} to {most} were used)"),
+    }
+}
+
+/// A configuration without what tells runs of one variant apart. How another run can begin with this one does; what this
+/// one began with does not.
+fn without_names(config: &Value) -> Value {
+    let mut config = config.clone();
+    if let Some(fields) = config.as_mapping_mut() {
+        let resume = fields.shift_remove("resume");
+        fields.shift_remove("summary");
+        if let Some(began_with) = resume.and_then(|resume| resume.get("resumed_from").cloned()).filter(|v| !v.is_null())
+        {
+            fields.insert("resume".into(), began_with);
+        }
+    }
+    for field in NO_VARIANTS {
+        let (section, name) = field.split_once('.').unwrap_or((field, ""));
+        if let Some(section) = config.get_mut(section).and_then(Value::as_mapping_mut) {
+            section.shift_remove(name);
+        }
+    }
+    config
+}
+
+/// A name for each group: what its model is called, or its folder where two are called the same.
+fn names(groups: &[(Option<Value>, Vec<Run>)]) -> Vec<String> {
+    let model = |runs: &[Run]| -> Option<String> {
+        Some(runs[0].config.as_ref()?.get("io")?.get("name_model")?.as_str()?.to_string())
+    };
+    let mut times: BTreeMap<Option<String>, usize> = BTreeMap::new();
+    groups.iter().for_each(|(_, runs)| *times.entry(model(runs)).or_default() += 1);
+    let name = |(_, runs): &(_, Vec<Run>)| match model(runs) {
+        Some(name) if times[&Some(name.clone())] == 1 => name,
+        _ => runs[0].name.clone(),
+    };
+    groups.iter().map(name).collect()
+}
+
+fn known_cost(runs: &[Run]) -> Option<cost::Report> {
+    runs.iter().find_map(|run| run.result.as_ref()?.measured.cost.clone())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::run::tests::folder;
+    use super::*;
+
+    fn metrics(bpb: f64) -> String {
+        format!("{{\"batch\":0,\"bytes_seen\":64,\"seconds\":1.0,\"kind\":\"valid\",\"bpb\":{bpb}}}\n")
+    }
+
+    fn read(config: &str, bpb: f64) -> Run {
+        let log = "2024-01-01 00:00:00.0 finished: saved x\n";
+        let folder = folder(&[("config.yaml", config), ("metrics.jsonl", &metrics(bpb)), ("train.log", log)]);
+        Run::read(folder.path()).unwrap()
+    }
+
+    #[test]
+    fn runs_that_differ_in_their_seeds_are_one_variant() {
+        let config = |name: &str, seed: u64, lr: f64| {
+            format!("io: {{name_model: {name}, output_dir: x{seed}}}\ntrain: {{seed: {seed}, lr: {lr}}}\n")
+        };
+        let runs =
+            vec![read(&config("a", 1, 0.1), 3.0), read(&config("b", 1, 0.2), 2.0), read(&config("a", 2, 0.1), 4.0)];
+        let report = Report::of_runs(runs, |_| None);
+        let found: Vec<_> =
+            report.variants.iter().map(|v| (&v.name[..], v.runs.len(), v.valid_bpb().unwrap().mean)).collect();
+        assert_eq!(found, [("b", 1, 2.0), ("a", 2, 3.5)]);
+        assert_eq!(report.variants[0].differences, ["train.lr: 0.1, now 0.2"]);
+        assert_eq!(report.facts, ["2 variants", "3 runs"]);
+    }
+
+    /// Files of a run with everything that a report reads.
+    fn files() -> Vec<(&'static str, String)> {
+        let line = |i: u64, kind: &str| {
+            format!(
+                "{{\"batch\":{i},\"bytes_seen\":{},\"seconds\":{i}.5,\"kind\":\"{kind}\",\"bpb\":{},\"bytes_per_second\":50.0,\
+                 \"memory_mb\":100.0,\"stage1/grad_norm\":1.0,\"stage2/grad_norm\":0.5}}\n",
+                64 * (i + 1),
+                8.0 / (i + 1) as f64
+            )
+        };
+        let result = RunResult {
+            measured: Measured {
+                cost: Some(super::matrix::tests::cost(&["a", "b"])),
+                generation: Some(Generation { prompt: "a".into(), text: "b".into(), bytes: 1, bytes_per_second: 5.0 }),
+                missing: None,
+            },
+            peak_bytes: Some(1 << 30),
+            ..RunResult::default()
+        };
+        vec![
+            ("metrics.jsonl", (0..8).map(|i| line(i, "train") + &line(i, "valid")).collect()),
+            ("loss.csv", "gpu_rank,timestamp,elements_seen,kind,epoch,batch,cum_batch,loss,lr,avg_grad,avg_grad_clipped\n\
+                          0,2024-01-01 10:00:00.5,8,train,0,0,0,2.0,0.1,-1,-1\n0,2024-01-01 10:01:00,16,valid,0,0,1,1.5,-1,-1,-1\n".into()),
+            ("timemem.csv", "cum_batch,allocated_max\n0,0.5\n".into()),
+            ("config.yaml", "io: {name_model: a, dataset_dir: x, dataset_id: bytes}\nparams: {num_tokens: 257, input_seq_len: 64, \
+                             block: [{block_type: a}, {block_type: b}]}\ntrain: {seed: 1, batch_size: 4, max_eval_steps: 3, \
+                             target_elements_strategy: batch}\n".into()),
+            ("train.log", "2024-01-01 00:00:00.0 run: x\n2024-01-01 00:00:01.0 finished: saved x\n".into()),
+            ("result.json", serde_json::to_string(&result).unwrap()),
+        ]
+    }
+
+    #[test]
+    fn no_damaged_run_folder_ends_a_report() {
+        let mut scrambler = mblm_base::scramble::Scrambler::new(16);
+        let good = files();
+        for round in 0..150 {
+            let folder = tempfile::tempdir().unwrap();
+            let (skipped, damaged) = (scrambler.below(2 * good.len()), scrambler.below(good.len()));
+            for (i, (name, text)) in good.iter().enumerate().filter(|(i, _)| *i != skipped) {
+                let is_damaged = i == damaged || scrambler.below(3) == 0;
+                let bytes = if is_damaged { scrambler.damaged(text.as_bytes()) } else { text.clone().into() };
+                fs::write(folder.path().join(name), bytes).unwrap();
+            }
+            let Ok(run) = Run::read(folder.path()) else { continue };
+            let whole = self::folder(&good.iter().map(|(name, text)| (*name, &text[..])).collect::<Vec<_>>());
+            let report = Report::of_runs(vec![Run::read(whole.path()).unwrap(), run], |_| None);
+            let page = page::html(&report);
+            let text = report.to_text() + &markdown::text(&report, &[]) + &table::csv(&report).unwrap();
+            let json = table::json(&report).unwrap();
+            assert!(page.len() + text.len() + json.len() < 4 << 20, "round {round}");
+            for place in [" d=\"", " x=\"", " y=\"", " cx=\"", " cy=\""] {
+                for drawn in page.split(place).skip(1).filter_map(|rest| rest.split('"').next()) {
+                    assert!(!drawn.contains("NaN") && !drawn.contains("inf"), "round {round}: {drawn}");
+                }
+            }
+            assert_eq!(page.matches("<script>").count(), 1, "round {round}");
+        }
+    }
+
+    #[test]
+    fn runs_that_are_called_the_same_go_by_their_folders() {
+        let config = |lr: f64| format!("io: {{name_model: a}}\ntrain: {{lr: {lr}}}\n");
+        let runs = vec![read(&config(0.1), 3.0), read(&config(0.2), 2.0)];
+        let names = [runs[1].name.clone(), runs[0].name.clone()];
+        let report = Report::of_runs(runs, |_| None);
+        assert_eq!([&report.variants[0].name, &report.variants[1].name], [&names[0], &names[1]]);
+    }
+}

@@ -1,0 +1,365 @@
+//! Trains the runs of a plan, each in a process of its own, some at a time; what has been done before is not done again.
+
+use std::collections::VecDeque;
+use std::fs::{self, File, TryLockError};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use mblm_base::files;
+use mblm_base::terminal;
+use mblm_train::checkpoint::Shelf;
+use mblm_train::config::RunConfig;
+use mblm_train::cost::bytes as binary;
+use mblm_train::error::{AtPath, Error, Result};
+use mblm_train::metrics::Kind;
+use mblm_train::plan::Plan as Course;
+
+use crate::budget::Amount;
+use crate::child::{ChildLog, Exit};
+use crate::plan::{Plan, PlannedRun, failure_file};
+use crate::progress::{Display, RunBar};
+use crate::report::{Measured, Run, RunResult, duration, with_unit};
+
+const LOG: &str = "study.log";
+/// How often the metrics of a running run are looked at.
+const LOOK: Duration = Duration::from_millis(500);
+/// For a budget in seconds, a variant's speed is measured for this share of it, within bounds.
+const CALIBRATION_SHARE: f64 = 0.1;
+const CALIBRATION_SECONDS: (f64, f64) = (1.0, 20.0);
+/// Gradient steps that such a measurement never comes to.
+const CALIBRATION_STEPS: u64 = 100_000;
+
+/// Why a run failed whose process said that all went well.
+const UNFINISHED: &str = "the process ended with exit code 0 before the run was finished: train.max_seconds ended it, \
+                          somebody else did, or a plugin that calls exit";
+
+/// How runs are started.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The program, whose `train` and `measure-run` are called.
+    pub program: PathBuf,
+    /// Try runs again that failed.
+    pub retry_failed: bool,
+}
+
+/// How a study ended.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Ended {
+    /// Runs that are finished.
+    pub finished: usize,
+    /// Runs that failed, with the reason.
+    pub failed: Vec<(String, String)>,
+    /// Whether runs are left to do.
+    pub interrupted: bool,
+}
+
+/// How one run ended.
+enum Fate {
+    Finished,
+    Failed(String),
+    Stopped,
+}
+
+/// Runs a plan. While it lives, no other process can run the same study.
+pub struct Runner<'a> {
+    plan: &'a mut Plan,
+    options: Options,
+    log: File,
+}
+
+impl<'a> Runner<'a> {
+    /// Opens the study's folder.
+    ///
+    /// # Errors
+    /// Another process runs this study.
+    pub fn new(plan: &'a mut Plan, options: Options) -> Result<Self> {
+        let folder = plan.folder();
+        for name in ["configs", "runs", "logs", "failed"] {
+            let place = folder.join(name);
+            fs::create_dir_all(&place).map_err(|error| {
+                Error::Config(format!("output_dir: cannot make {}: {error}; choose a writable folder", place.display()))
+            })?;
+        }
+        let path = folder.join(LOG);
+        let log = files::append(&path).at(&path)?;
+        match log.try_lock() {
+            Err(TryLockError::WouldBlock) => {
+                return Err(Error::Config(format!("{}: another process runs this study", path.display())));
+            }
+            Err(TryLockError::Error(error)) if error.kind() != std::io::ErrorKind::Unsupported => {
+                return Err(Error::Io { path, error });
+            }
+            _ => {}
+        }
+        for folder in [folder.to_path_buf(), folder.join("configs"), folder.join("failed")] {
+            files::remove_leftovers(&folder).at(&folder)?;
+        }
+        plan.write()?;
+        Ok(Runner { plan, options, log })
+    }
+
+    /// What is run.
+    pub fn plan(&self) -> &Plan {
+        self.plan
+    }
+
+    /// For a budget in seconds: measures how many bytes each variant trains in that time, where that is not known yet.
+    /// False if it was stopped.
+    pub fn calibrate(&mut self, stop: &AtomicBool) -> Result<bool> {
+        let Amount::Seconds(seconds) = self.plan.spec.budget.amount else { return Ok(true) };
+        for i in 0..self.plan.variants.len() {
+            if self.plan.variants[i].about.bytes.is_some() {
+                continue;
+            }
+            let name = &self.plan.variants[i].about.name;
+            terminal::line(format_args!("measuring the speed of {name}"));
+            match self.speed(i, seconds, stop)? {
+                Some(rate) => self.plan.variants[i].about.bytes = Some(self.whole_steps(i, rate * seconds)),
+                None => return Ok(false),
+            }
+            self.plan.write()?;
+        }
+        Ok(true)
+    }
+
+    /// Training bytes per second of a variant, in a short training whose folder is removed. A variant that fails in it
+    /// gets the least bytes: its runs will say why.
+    fn speed(&self, variant: usize, seconds: f64, stop: &AtomicBool) -> Result<Option<f64>> {
+        let place = self.plan.folder().join("runs").join(".calibration");
+        let clear = || if place.exists() { fs::remove_dir_all(&place).at(&place) } else { Ok(()) };
+        clear()?;
+        let mut config = self.plan.variants[variant].config.clone();
+        let (least, most) = CALIBRATION_SECONDS;
+        config.train.max_seconds = Some((seconds * CALIBRATION_SHARE).clamp(least, most));
+        config.train.target_elements = CALIBRATION_STEPS * self.step_bytes(variant);
+        config.train.validate_every = Some(u64::MAX);
+        config.train.max_eval_steps = Some(1);
+        config.io.log_train_loss_amount = usize::MAX;
+        let log = ChildLog::open(&self.plan.folder().join("logs/calibration.log"), || ())?;
+        let exit = log.run(self.train(&config, &place, "calibration")?, stop, || ())?;
+        let rate = Run::read(&place).ok().and_then(|run| run.train_rate());
+        clear()?;
+        match stop.load(Ordering::Relaxed) {
+            true => Ok(None),
+            false => Ok(Some(rate.filter(|_| exit.failure().is_none()).unwrap_or(0.0))),
+        }
+    }
+
+    /// `bytes` in whole gradient steps, at least one.
+    fn whole_steps(&self, variant: usize, bytes: f64) -> u64 {
+        let step = self.step_bytes(variant);
+        ((bytes / step as f64).round() as u64).max(1) * step
+    }
+
+    /// Bytes of a gradient step.
+    fn step_bytes(&self, variant: usize) -> u64 {
+        let config = &self.plan.variants[variant].config;
+        (config.train.batch_size * config.params.input_seq_len * config.train.gradient_accumulate_every) as u64
+    }
+
+    /// Runs what is left to do, until all runs have ended or `stop` is raised; `after` is called after each run, one
+    /// call at a time.
+    pub fn run(&self, stop: &AtomicBool, after: &(dyn Fn() + Sync)) -> Result<Ended> {
+        let plan: &Plan = self.plan;
+        let runs = plan.runs();
+        let work: f64 = runs.iter().filter(|run| !self.has_ended(run)).map(|run| self.work(run)).sum();
+        let width = runs.iter().map(|run| run.name.chars().count()).max().unwrap_or(0);
+        let log = self.log.try_clone().at(&plan.folder().join(LOG))?;
+        let display = Display::new(log, runs.len(), work, width);
+        let queue: Mutex<VecDeque<&PlannedRun>> = Mutex::new(runs.iter().collect());
+        let ended: Mutex<Result<Ended>> = Mutex::new(Ok(Ended::default()));
+        let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
+        let worker = || {
+            while let Some(run) = next() {
+                let fate = self.run_one(run, &display, stop);
+                let mut ended = ended.lock().unwrap_or_else(PoisonError::into_inner);
+                match (&mut *ended, fate) {
+                    (Ok(ended), Ok(Fate::Finished)) => ended.finished += 1,
+                    (Ok(ended), Ok(Fate::Failed(why))) => ended.failed.push((run.name.clone(), why)),
+                    (Ok(ended), Ok(Fate::Stopped)) => ended.interrupted = true,
+                    // The study itself is in trouble, its folder for example: nothing more is begun.
+                    (all, Err(error)) => {
+                        *all = Err(error);
+                        stop.store(true, Ordering::SeqCst);
+                    }
+                    (Err(_), _) => {}
+                }
+                after();
+            }
+        };
+        std::thread::scope(|scope| (0..plan.spec.jobs).for_each(|_| drop(scope.spawn(worker))));
+        ended.into_inner().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What a run costs, in units that are the same for all.
+    fn work(&self, run: &PlannedRun) -> f64 {
+        let about = &self.plan.variants[run.variant].about;
+        match self.plan.spec.budget.amount {
+            Amount::Seconds(seconds) => seconds,
+            _ => about.bytes.unwrap_or(1) as f64 * about.cost.total.flops_per_byte.unwrap_or(1.0),
+        }
+    }
+
+    fn failure_file(&self, run: &PlannedRun) -> PathBuf {
+        failure_file(self.plan.folder(), &run.name)
+    }
+
+    fn has_ended(&self, run: &PlannedRun) -> bool {
+        let failed = self.failure_file(run).exists() && !self.options.retry_failed;
+        failed || RunResult::read(&self.plan.run_folder(run)).is_some()
+    }
+
+    /// Takes one run to its end, from wherever it stands.
+    fn run_one(&self, run: &PlannedRun, display: &Display, stop: &AtomicBool) -> Result<Fate> {
+        let (folder, failure) = (self.plan.run_folder(run), self.failure_file(run));
+        if RunResult::read(&folder).is_some() {
+            display.ended(&run.name, &format!("{}  (done before)", summary(&folder)));
+            return Ok(Fate::Finished);
+        }
+        if failure.exists() && !self.options.retry_failed {
+            let why = files::read_text(&failure, files::SMALL).at(&failure)?;
+            display.ended(&run.name, &format!("failed before: {}; try again with --retry-failed", first_line(&why)));
+            return Ok(Fate::Failed(why));
+        }
+        if stop.load(Ordering::Relaxed) {
+            return Ok(Fate::Stopped);
+        }
+        let fate = self.train_and_measure(run, display, stop)?;
+        match &fate {
+            Fate::Finished => {
+                if failure.exists() {
+                    fs::remove_file(&failure).at(&failure)?;
+                }
+                display.ended(&run.name, &summary(&folder));
+            }
+            Fate::Failed(why) => {
+                files::replace_text(&failure, why).at(&failure)?;
+                display.ended(&run.name, &format!("failed: {}", first_line(why)));
+            }
+            Fate::Stopped => display.line(&format!("{} is stopped", run.name)),
+        }
+        Ok(fate)
+    }
+
+    fn train_and_measure(&self, run: &PlannedRun, display: &Display, stop: &AtomicBool) -> Result<Fate> {
+        let folder = self.plan.run_folder(run);
+        let mut bar = display.begin(&run.name, self.work(run));
+        let wait = || display.line(&format!("{}: waiting for the process of an earlier start to end", run.name));
+        let log = ChildLog::open(&self.plan.folder().join("logs").join(format!("{}.log", run.name)), wait)?;
+        let bytes = self.plan.variants[run.variant].about.bytes.unwrap_or(1);
+        let config = self.plan.config(run, bytes);
+        let mut peak = None;
+        if !is_trained(&folder, &config) {
+            let command = match folder.exists() {
+                true => self.resume(&config, &folder),
+                false => self.train(&config, &folder, &run.name)?,
+            };
+            let mut looked = Instant::now();
+            let exit = log.run(command, stop, || {
+                if looked.elapsed() >= LOOK {
+                    looked = Instant::now();
+                    look(&folder, bytes, &mut bar);
+                }
+            })?;
+            if exit.was_interrupted() {
+                return Ok(Fate::Stopped);
+            }
+            if let Some(why) = exit.failure() {
+                return Ok(Fate::Failed(why));
+            }
+            // Its checkpoints say whether a run is finished: code inside of a block may end the process with any exit code.
+            if !is_trained(&folder, &config) {
+                return Ok(Fate::Failed(UNFINISHED.into()));
+            }
+            peak = exit.peak;
+        }
+        bar.at(1.0, "measuring".into());
+        self.measure(&folder, &config, peak, &log)?;
+        Ok(Fate::Finished)
+    }
+
+    /// Measures a trained model, in a process of its own too, and writes the run's result.
+    fn measure(&self, folder: &Path, config: &RunConfig, peak_bytes: Option<u64>, log: &ChildLog) -> Result<()> {
+        let mut command = self.command(config);
+        command.arg("measure-run").arg(folder);
+        if let Some(prompt) = &self.plan.spec.prompt {
+            command.arg("--prompt").arg(prompt);
+        }
+        let missing = |why| Measured { missing: Some(why), ..Measured::default() };
+        let (exit, printed): (Exit, Vec<u8>) = log.ask(command)?;
+        let measured = match exit.failure() {
+            Some(why) => missing(why),
+            None => {
+                serde_json::from_slice(&printed).unwrap_or_else(|error| missing(format!("not understood: {error}")))
+            }
+        };
+        let result = RunResult { threads: self.threads(), jobs: self.plan.spec.jobs, peak_bytes, measured };
+        result.write(folder)
+    }
+
+    /// Threads of each run: the cores, shared.
+    fn threads(&self) -> usize {
+        let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
+        let cores = std::env::var("RAYON_NUM_THREADS").ok().and_then(|n| n.parse().ok()).unwrap_or(cores);
+        (cores / self.plan.spec.jobs).max(1)
+    }
+
+    fn command(&self, config: &RunConfig) -> Command {
+        let mut command = Command::new(&self.options.program);
+        command.env("RAYON_NUM_THREADS", self.threads().to_string());
+        for plugin in config.plugins() {
+            command.arg("--plugin-dir").arg(plugin.path);
+        }
+        command
+    }
+
+    fn train(&self, config: &RunConfig, folder: &Path, name: &str) -> Result<Command> {
+        let path = self.plan.folder().join("configs").join(format!("{name}.yaml"));
+        files::replace_text(&path, &config.to_yaml()?).at(&path)?;
+        let mut command = self.command(config);
+        command.arg("train").arg(path).arg("--until-eof").arg("--out").arg(folder);
+        Ok(command)
+    }
+
+    fn resume(&self, config: &RunConfig, folder: &Path) -> Command {
+        let mut command = self.command(config);
+        command.arg("train").arg("--until-eof").arg("--resume").arg(folder);
+        command
+    }
+}
+
+/// Whether the run in `folder` has come to the end of what `config` says.
+fn is_trained(folder: &Path, config: &RunConfig) -> bool {
+    let newest = Shelf::of_run(folder).and_then(|shelf| shelf.newest()).and_then(|checkpoint| checkpoint.state());
+    let (Ok(state), Ok(course)) = (newest, Course::new(config)) else { return false };
+    let is_stale = config.train.early_stop.is_some_and(|most| state.stale_validations >= most);
+    (state.batches >= course.batches || is_stale) && state.valid_loss.is_some()
+}
+
+/// Shows where a running run is.
+fn look(folder: &Path, bytes: u64, bar: &mut RunBar<'_>) {
+    let Ok(run) = Run::read(folder) else { return };
+    let last =
+        |kind| run.of_kind(kind).last().and_then(|point| point.bpb).map_or("-".into(), |bpb| format!("{bpb:.3}"));
+    let rate = run.points.iter().rev().find_map(|point| point.rate).unwrap_or_default();
+    let share = run.bytes().unwrap_or_default() / bytes.max(1) as f64;
+    let rate = with_unit(rate, "B/s");
+    bar.at(share, format!("bpb {} train, {} valid  {rate}", last(Kind::Train), last(Kind::Valid)));
+}
+
+/// What a finished run reached, in a line.
+fn summary(folder: &Path) -> String {
+    let Ok(run) = Run::read(folder) else { return "finished".into() };
+    let bpb = run.valid_bpb().map_or("no validation".into(), |bpb| format!("{bpb:.4} bpb"));
+    let rate = run.train_rate().map_or(String::new(), |rate| format!("  {:>9}", with_unit(rate, "B/s")));
+    let peak = run.peak_bytes().map_or(String::new(), |peak| format!("  {:>8}", binary(peak)));
+    let time = run.seconds().map_or(String::new(), |s| format!("  {}", duration(s)));
+    format!("{bpb}{rate}{peak}{time}")
+}
+
+fn first_line(text: &str) -> &str {
+    text.lines().next().unwrap_or_default()
+}

@@ -1,0 +1,82 @@
+//! `mblm compare`: train the variants of a study and report which is best.
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::sync::atomic::Ordering;
+
+use anyhow::{Result, bail};
+use mblm::base::terminal::{self, Output};
+use mblm::study::report::Report;
+use mblm::study::{Options, Plan, Runner, Spec};
+
+use crate::exit::EXIT_CODES;
+use crate::plugins::Plugins;
+use crate::signals;
+
+/// Arguments of `mblm compare`.
+#[derive(clap::Args)]
+#[command(after_help = EXIT_CODES)]
+pub struct Args {
+    /// The study
+    study: PathBuf,
+    /// Show what would run, and nothing more
+    #[arg(long)]
+    dry_run: bool,
+    /// Runs at a time, which share the cores
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    jobs: Option<u32>,
+    /// The study's folder [default: its `output_dir`, or runs/NAME]
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+    /// Try runs again that failed
+    #[arg(long)]
+    retry_failed: bool,
+    /// Override a field of the study (`budget.bytes=1e6`), or one of every variant (`io.dataset_dir=DIR`)
+    #[arg(long, value_name = "FIELD=VALUE")]
+    set: Vec<String>,
+}
+
+/// Runs `mblm compare`.
+pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
+    let mut spec = Spec::read(&args.study, &args.set)?;
+    spec.jobs = args.jobs.map_or(spec.jobs, |jobs| jobs as usize);
+    spec.output_dir = args.out.clone().unwrap_or(spec.output_dir);
+    let registry = plugins.registry(Some(&args.study))?;
+    let mut plan = Plan::new(spec, &registry)?;
+    plan.check_earlier_runs(&registry)?;
+    let mut out = Output::new();
+    let shown = writeln!(out, "{plan}");
+    if let Some(warning) = plan.memory_warning() {
+        terminal::line(warning);
+    }
+    if args.dry_run {
+        return Ok(shown?);
+    }
+    signals::LISTENING.store(true, Ordering::SeqCst);
+    let folder = plan.folder().to_path_buf();
+    let has_unmeasured = plan.variants.iter().any(|variant| variant.about.bytes.is_none());
+    let mut runner =
+        Runner::new(&mut plan, Options { program: std::env::current_exe()?, retry_failed: args.retry_failed })?;
+    if runner.calibrate(&signals::STOP)? && has_unmeasured {
+        let _ = writeln!(out, "{}", runner.plan()); // an error comes again at the end
+    }
+    // On the way a report that cannot be written is no reason to stop.
+    let ended =
+        runner.run(&signals::STOP, &|| drop(Report::of_study(&folder).and_then(|report| report.write(&folder))))?;
+    signals::LISTENING.store(false, Ordering::SeqCst);
+    let report = Report::of_study(&folder)?;
+    report.write(&folder)?;
+    let shown = writeln!(out, "\n{}\nreport: {}", report.to_text(), folder.join("report.html").display());
+    if ended.interrupted {
+        terminal::line("go on with the same command; what is finished stays");
+        signals::check()?;
+        bail!("runs were interrupted");
+    }
+    match ended.failed.len() {
+        0 => Ok(shown?),
+        n => bail!(
+            "{n} of {} runs failed; the report says why, --retry-failed tries again",
+            ended.failed.len() + ended.finished
+        ),
+    }
+}

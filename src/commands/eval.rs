@@ -1,0 +1,135 @@
+//! `mblm eval`: the bits per byte of a model on data.
+
+use std::fs;
+use std::io::{self, Write};
+use std::path::PathBuf;
+
+use anyhow::Result;
+use mblm::base::terminal::Output;
+use mblm::study::report::csv_field;
+use mblm::train::evaluate::{EvaluateOptions, Evaluation, Parts, evaluate, evaluate_parts};
+use mblm::train::model::Model;
+use serde_json::json;
+
+use crate::exit::Usage;
+use crate::model;
+use crate::plugins::Plugins;
+
+/// Bars of the positions within a patch: the worst is this wide.
+const BAR: f64 = 40.0;
+
+/// Arguments of `mblm eval`.
+#[derive(clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    model: model::Args,
+    /// A file, a folder or a glob
+    data: String,
+    /// Sequences per batch [default: as in training]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    batch: Option<u32>,
+    /// Read no more than this many bytes
+    #[arg(long)]
+    max_bytes: Option<u64>,
+    /// Show the bits per byte of every file
+    #[arg(long)]
+    files: bool,
+    /// Show the bits per byte of every position of the local stage: the byte within its patch
+    #[arg(long)]
+    positions: bool,
+    /// Write the losses of every file, and of every position of every stage, to this file
+    #[arg(long, value_name = "FILE")]
+    csv: Option<PathBuf>,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs `mblm eval`.
+pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
+    let trained = model::load(&args.model, plugins)?;
+    let hierarchy = trained.config.params.model.hierarchy();
+    let options = EvaluateOptions {
+        num_tokens: hierarchy.num_tokens,
+        seq_len: trained.config.params.input_seq_len,
+        batch_size: args.batch.map_or(trained.config.train.batch_size, |batch| batch as usize),
+        max_bytes: args.max_bytes,
+    };
+    let wants_parts = args.files || args.positions || args.csv.is_some();
+    if wants_parts && matches!(trained.model, Model::Masked(_)) {
+        return Err(
+            Usage("--files, --positions and --csv are for models that predict bytes, not for encoders".into()).into()
+        );
+    }
+    let parts = match wants_parts {
+        true => Some(evaluate_parts(&trained.model, &hierarchy.seq_lens, &args.data, &options)?),
+        false => None,
+    };
+    let found = match &parts {
+        Some(parts) => parts.all,
+        None => evaluate(&trained.model, &args.data, &options)?,
+    };
+    if let (Some(path), Some(parts)) = (&args.csv, &parts) {
+        let written = fs::write(path, csv(parts));
+        written
+            .map_err(|error| Usage(format!("--csv {}: {error}; choose a file that can be written", path.display())))?;
+    }
+    let mut out = Output::new();
+    if args.json {
+        let mut json = json!({
+            "checkpoint": trained.checkpoint.to_string_lossy(), "data": args.data, "bytes": found.bytes, "loss": found.loss, "bpb": found.bpb()
+        });
+        if let Some(parts) = &parts {
+            let of = |found: &Evaluation| json!({"bytes": found.bytes, "loss": found.loss, "bpb": found.bpb()});
+            json["files"] = parts
+                .files
+                .iter()
+                .map(
+                    |(path, found)| json!({"path": path.to_string_lossy(), "bytes": found.bytes, "loss": found.loss, "bpb": found.bpb()}),
+                )
+                .collect();
+            json["stages"] = parts.stages.iter().map(|stage| stage.iter().map(of).collect::<Vec<_>>()).collect();
+        }
+        return Ok(writeln!(out, "{json}")?);
+    }
+    let (bpb, loss, bytes) = (found.bpb(), found.loss, found.bytes);
+    writeln!(out, "{bpb:.4} bpb  (loss {loss:.4} nats) on {bytes} bytes of {}", args.data)?;
+    Ok(parts.map_or(Ok(()), |parts| print(&mut out, &parts, args))?)
+}
+
+fn print(out: &mut Output, parts: &Parts, args: &Args) -> io::Result<()> {
+    if args.files {
+        writeln!(out, "\n{:>8} {:>12}  file", "bpb", "bytes")?;
+        for (path, found) in &parts.files {
+            writeln!(out, "{:>8.4} {:>12}  {}", found.bpb(), found.bytes, path.display())?;
+        }
+    }
+    if let (true, Some(local)) = (args.positions, parts.stages.last()) {
+        let what = if parts.stages.len() > 1 { "patch" } else { "sequence" };
+        writeln!(out, "\n{:>8} {:>12}  byte within its {what}", "bpb", "bytes")?;
+        let worst = local.iter().map(Evaluation::bpb).fold(f64::MIN_POSITIVE, f64::max);
+        for (position, found) in local.iter().enumerate() {
+            let bar = "▇".repeat((found.bpb() / worst * BAR) as usize);
+            // A position may hold nothing but padding.
+            let bpb = if found.bytes > 0 { format!("{:.4}", found.bpb()) } else { "-".into() };
+            writeln!(out, "{bpb:>8} {:>12}  {:>5} {bar}", found.bytes, position + 1)?;
+        }
+    }
+    Ok(())
+}
+
+/// One row for everything, one per file, and one per position of each stage; stages and positions are counted from 1.
+fn csv(parts: &Parts) -> String {
+    let row = |part: &str, name: &str, position: &str, found: &Evaluation| {
+        let number = |number: f64| if found.bytes > 0 { number.to_string() } else { String::new() };
+        format!("{part},{name},{position},{},{},{}\n", found.bytes, number(found.loss), number(found.bpb()))
+    };
+    let mut text = String::from("part,name,position,bytes,loss,bpb\n") + &row("all", "", "", &parts.all);
+    parts.files.iter().for_each(|(path, found)| text += &row("file", &csv_field(&path.to_string_lossy()), "", found));
+    for (n, stage) in parts.stages.iter().enumerate() {
+        for (at, found) in stage.iter().enumerate() {
+            text += &row("stage", &(n + 1).to_string(), &(at + 1).to_string(), found);
+        }
+    }
+    text
+}

@@ -1,0 +1,46 @@
+//! `mblm import`: a checkpoint of the Python package as a run.
+
+use std::io::Write;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use mblm::base::terminal::Output;
+use mblm::pth;
+use mblm::train::config::RunConfig;
+use mblm::train::import::{ImportOptions, import};
+use mblm::yaml::Document;
+
+use crate::exit::Usage;
+use crate::plugins::Plugins;
+
+/// Arguments of `mblm import`.
+#[derive(clap::Args)]
+pub struct Args {
+    /// A .pth file that the Python package saved
+    file: PathBuf,
+    /// The training configuration whose model it is; the data that it names need not exist
+    #[arg(long)]
+    config: PathBuf,
+    /// The run folder to make [default: as training does, in io.output_dir]
+    #[arg(long, value_name = "RUN")]
+    out: Option<PathBuf>,
+    /// Take embeddings of fewer tokens than the model has; the other tokens start anew
+    #[arg(long)]
+    migrate_embeddings: bool,
+}
+
+/// Runs `mblm import`.
+pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
+    if !args.file.is_file() {
+        return Err(Usage(format!("{}: there is no such file; expected a .pth checkpoint", args.file.display())).into());
+    }
+    let document = Document::read(&args.config)?;
+    let config = RunConfig::from_document(&document, &plugins.registry(Some(&args.config))?)?;
+    let saved = pth::read(&args.file)?;
+    let source = args.file.display().to_string();
+    let (tensors, loss) = (saved.weights.len(), saved.loss);
+    let options =
+        ImportOptions { place: args.out.as_deref(), migrate_embeddings: args.migrate_embeddings, source: &source };
+    let checkpoint = import(&config, &config.to_yaml()?, saved, &options).with_context(|| source.clone())?;
+    Ok(writeln!(Output::new(), "{source}: {tensors} tensors, loss {loss:.4}\n{}", checkpoint.display())?)
+}

@@ -1,0 +1,300 @@
+//! `mblm train`: start a run, or go on with one.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::Result;
+use mblm::base::memory::Limit;
+use mblm::base::terminal::{self, Output};
+use mblm::base::usage::Memory;
+use mblm::data::{Splits, unigram_entropy};
+use mblm::generate::{Format, Sampler, Sampling, TokenStream, Until, generate};
+use mblm::model::Mblm;
+use mblm::train as training;
+use mblm::train::config::{ModelConfig, RunConfig};
+use mblm::train::cost::{Report, Step, bytes as shown_bytes, metric};
+use mblm::train::doctor::{Finding, glance};
+use mblm::train::evaluate::bpb;
+use mblm::train::model::{Model, TrainModel};
+use mblm::train::run::RunFolder;
+use mblm::train::session::{self, Session};
+use mblm::train::trainer::{End, Outcome};
+use mblm::yaml::Document;
+
+use crate::exit::{EXIT_CODES, Usage, is_closed_pipe};
+use crate::plugins::Plugins;
+use crate::{model, orphan, signals};
+
+/// Bytes of validation data that the sample at a run's end continues, and bytes that it makes.
+const PROMPT: usize = 100;
+const SAMPLE: usize = 200;
+
+/// How long a run of a study may go on after the study was killed: for the batch in progress and a checkpoint.
+const ORPHAN_GRACE: Duration = Duration::from_secs(6);
+
+/// Arguments of `mblm train`.
+#[derive(clap::Args)]
+#[command(after_help = EXIT_CODES)]
+pub struct Args {
+    /// The training configuration
+    #[arg(required_unless_present = "resume")]
+    config: Option<PathBuf>,
+    /// Go on with this run from its newest checkpoint
+    #[arg(long, value_name = "RUN", conflicts_with = "config")]
+    resume: Option<PathBuf>,
+    /// Make this run folder [default: `io.output_dir`/`io.name_model`-TIME]
+    #[arg(long, value_name = "RUN", conflicts_with = "resume")]
+    out: Option<PathBuf>,
+    /// Override a field of the configuration, as in `--set train.learning_rate=3e-4`
+    #[arg(long, value_name = "FIELD=VALUE")]
+    set: Vec<String>,
+    /// Go on with a configuration that is not that of the checkpoint
+    #[arg(long, requires = "resume", conflicts_with = "config")]
+    force: bool,
+    /// Go on although a plugin's file is not the one that the run was trained with
+    #[arg(long, requires = "resume", conflicts_with = "config")]
+    allow_plugin_change: bool,
+    /// After a failure (of the disk, the data, a block) go on from the newest checkpoint, at most N times
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    retries: u32,
+    /// Show warnings and errors alone; print the run's folder at the end
+    #[arg(short, long)]
+    quiet: bool,
+    /// End as at SIGTERM when standard input does: a run that a study started ends with that study
+    #[arg(long, hide = true)]
+    until_eof: bool,
+}
+
+/// Runs `mblm train`.
+pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
+    if args.until_eof {
+        signals::catch_end_of_input();
+        orphan::end_with_parent(ORPHAN_GRACE);
+    }
+    let (run, outcome) = match (&args.resume, &args.config) {
+        (Some(run), _) => (run.clone(), resume(run, args, plugins)?),
+        (None, Some(path)) => {
+            let mut document = Document::read(path)?;
+            args.set.iter().try_for_each(|assignment| document.set(assignment))?;
+            let mut config = RunConfig::from_document(&document, &plugins.registry(Some(path))?)?;
+            find_checkpoint(&mut config, path, &args.set);
+            // Errors of the data and of the plan begin with the field that is at fault; here its line is known.
+            let located = |error: training::Error| error.located(&document);
+            session(&config, args)?.train().map_err(located)?
+        }
+        (None, None) => return Err(Usage("expected a configuration, or --resume RUN".into()).into()),
+    };
+    let shown = match outcome.end {
+        _ if args.quiet => writeln!(Output::new(), "{}", run.display()).map_err(anyhow::Error::from),
+        End::Stopped | End::TimeLimit => {
+            terminal::line(format_args!("go on with: mblm train --resume {}", shell_word(&run)));
+            Ok(())
+        }
+        End::Finished => conclude(&run, &outcome, args.allow_plugin_change, plugins),
+    };
+    // The run is complete, whether or not this can be shown.
+    match shown {
+        Err(error) if !is_closed_pipe(&error) => terminal::line(format_args!("warning: {error:#}")),
+        _ => {}
+    }
+    match outcome.end {
+        End::Stopped => Ok(signals::check()?),
+        End::TimeLimit | End::Finished => Ok(()),
+    }
+}
+
+/// Goes on with a run. Its configuration is that of its newest checkpoint, unless `--force` lets it be another one.
+fn resume(path: &Path, args: &Args, plugins: &Plugins) -> Result<Outcome> {
+    let run = RunFolder::open(path)?;
+    let checkpoint = run.checkpoints().newest()?;
+    let state = checkpoint.state()?;
+    let registry = plugins.registry_of_run(path, &state.plugins, args.allow_plugin_change)?;
+    let read = |text: &str, name: &Path, set: &[String]| -> Result<RunConfig> {
+        let mut document = Document::parse(text, &name.display().to_string())?;
+        set.iter().try_for_each(|assignment| document.set(assignment))?;
+        Ok(RunConfig::from_document(&document, &registry)?)
+    };
+    let config = read(&RunFolder::config_yaml(path)?, &path.join("config.yaml"), &args.set)?;
+    if !args.allow_plugin_change {
+        state.check_plugins(&config.plugins())?;
+    }
+    let before = read(&checkpoint.config_yaml()?, &checkpoint.path().join("config.yaml"), &[])?;
+    let changes = before.differences(&config)?;
+    if !changes.is_empty() {
+        let list = changes.iter().map(|change| format!("\n  {change}")).collect::<String>();
+        if !args.force {
+            let (run, saved) = (path.display(), checkpoint.path().display());
+            return Err(Usage(format!(
+                "{run}: the configuration is not that of {saved}:{list}\nchange it back, or accept it with --force"
+            ))
+            .into());
+        }
+    }
+    Ok(Session { changes, ..session(&config, args)? }.resume(&run)?)
+}
+
+/// Finds the checkpoint that the configuration at `path` begins with. A path on the command line is one from here.
+pub fn find_checkpoint(config: &mut RunConfig, path: &Path, set: &[String]) {
+    let is_set = |assignment: &String| {
+        let field = assignment.split('=').next().unwrap_or_default().trim();
+        ["resume", "resume.checkpoint_file"].contains(&field)
+    };
+    if let (Some(resume), false) = (&mut config.resume, set.iter().any(is_set)) {
+        resume.resolve(path.parent().unwrap_or(Path::new("")));
+    }
+}
+
+fn session<'a>(config: &'a RunConfig, args: &Args) -> Result<Session<'a>> {
+    let build = || Ok(Box::new(build(config)?) as Box<dyn TrainModel>);
+    Ok(Session {
+        build: Box::new(build),
+        place: args.out.clone(),
+        retries: args.retries,
+        quiet: args.quiet,
+        listening: Some(&signals::LISTENING),
+        ..Session::new(config, &signals::STOP)?
+    })
+}
+
+/// Builds the model to train.
+///
+/// # Errors
+/// As of [`outline`].
+pub fn build(config: &RunConfig) -> training::Result<Model> {
+    let model = outline(config, true)?;
+    model.params().draw();
+    Ok(model)
+}
+
+/// The model to train, without memory for its parameters. Warns if a training step is likely not to fit the machine, and of
+/// stages that look wrong.
+///
+/// # Errors
+/// It cannot fit, and is to be trained `here`; a block cannot be trained, or its outputs are not those of its parameters.
+pub fn outline(config: &RunConfig, here: bool) -> training::Result<Model> {
+    let model = Model::outline(config, config.train.seed)?;
+    let step = Step { batch: config.train.batch_size, bytes: config.params.input_seq_len };
+    let report = Report::new(config.params.model.hierarchy(), model.params(), &model.stage_models(), step);
+    match mblm::base::memory::available().filter(|limit| report.least_bytes() > limit.bytes as f64) {
+        Some(limit) if here => return Err(training::Error::Config(too_large(&report, &limit))),
+        Some(_) => {}
+        None => warn_of_stages(config)?,
+    }
+    if let (Some(peak), Some(memory)) = (report.peak_bytes(), Memory::now())
+        && peak > memory.total as f64
+    {
+        terminal::line(format_args!(
+            "warning: a training step needs about {}, and this machine has {} of memory; lower train.batch_size or \
+             params.input_seq_len, or recompute stages in chunks (params.train_checkpoint_chunks); `mblm inspect` shows \
+             what needs how much",
+            shown_bytes(peak),
+            shown_bytes(memory.total as f64)
+        ));
+    }
+    Ok(model)
+}
+
+/// Looks at the stages, and warns of what looks wrong.
+fn warn_of_stages(config: &RunConfig) -> training::Result<()> {
+    for Finding { place, what, advice, .. } in glance(&config.params.model)? {
+        terminal::line(format_args!("warning: {place}: {what}; {advice}"));
+    }
+    Ok(())
+}
+
+/// Refuses a model of which a training step of `batch` sequences of `bytes` bytes cannot fit the memory.
+pub fn must_fit(config: &ModelConfig, step: Step) -> training::Result<()> {
+    let model = Model::outline_of(config, 0.0, 0)?;
+    let report = Report::new(config.hierarchy(), model.params(), &model.stage_models(), step);
+    match mblm::base::memory::available().filter(|limit| report.least_bytes() > limit.bytes as f64) {
+        Some(limit) => Err(training::Error::Config(too_large(&report, &limit))),
+        None => Ok(()),
+    }
+}
+
+/// What needs the memory that there is not.
+fn too_large(report: &Report, limit: &Limit) -> String {
+    let parameters = metric(report.total.parameters as f64);
+    let stages = report.stages.iter().map(|stage| metric(stage.part.parameters as f64).trim_end().to_string());
+    format!(
+        "params: training needs at least {}, and {limit}; the model has {} parameters ({} in its stages), and a batch is \
+         train.batch_size x params.input_seq_len = {} x {} bytes; make one of them smaller",
+        shown_bytes(report.least_bytes()),
+        parameters.trim_end(),
+        stages.collect::<Vec<_>>().join(" + "),
+        report.step().batch,
+        report.step().bytes
+    )
+}
+
+/// A path as a shell takes it.
+fn shell_word(path: &Path) -> String {
+    let text = path.display().to_string();
+    let is_plain = |c: char| c.is_alphanumeric() || "/._-+=:@%,".contains(c);
+    if text.chars().all(is_plain) { text } else { format!("'{}'", text.replace('\'', r"'\''")) }
+}
+
+/// Says what was reached, shows what the model writes, and how to have it write more.
+fn conclude(run: &Path, outcome: &Outcome, allow_plugin_change: bool, plugins: &Plugins) -> Result<()> {
+    let trained = model::load(&model::Args { run: run.into(), best: false, allow_plugin_change }, plugins)?;
+    let (data, _) = session::open_data_of(run, &trained.config)?;
+    let mut out = Output::new();
+    writeln!(out)?;
+    if let Some(loss) = outcome.state.valid_loss {
+        write!(out, "validation: {:.3} bpb", bpb(loss))?;
+        match data.train.byte_counts()? {
+            Some(counts) => writeln!(out, "; the entropy of single bytes is {:.3} bits", unigram_entropy(&counts))?,
+            None => writeln!(out)?,
+        }
+    }
+    let Ok(model) = trained.generative() else {
+        return Ok(writeln!(out, "\nmore:\n  {} eval {} DATA", program(), shell_word(run))?);
+    };
+    let mut out = sample(out, model, &prompt(&data, trained.config.params.input_seq_len)?)?;
+    Ok(writeln!(out, "\nmore:\n  {} generate {} --prompt \"//! \"", program(), shell_word(run))?)
+}
+
+/// The beginning of the validation data.
+pub fn prompt(data: &Splits, seq_len: usize) -> Result<Vec<u32>> {
+    let mut ids = vec![0; seq_len];
+    let mut mask = vec![0.0; if data.valid.has_loss_mask() { seq_len } else { 0 }];
+    data.valid.sample(0, 0, &mut ids, &mut mask)?;
+    ids.truncate(PROMPT.min(seq_len / 2));
+    Ok(ids)
+}
+
+fn sample(mut out: Output, model: &Mblm, prompt: &[u32]) -> Result<Output> {
+    let rule = "─".repeat(78);
+    let length = prompt.len();
+    writeln!(out, "\na sample: {length} bytes of the validation data, then what the model makes of them\n{rule}")?;
+    let mut stream = TokenStream::new(out, Format::Utf8);
+    prompt.iter().try_for_each(|token| stream.write(*token))?;
+    let mut samplers = [Sampler::new(Sampling { temperature: 0.7, ..Sampling::default() })?];
+    let until = Until { max_tokens: Some(SAMPLE), stop_token: None };
+    generate(model, &[prompt.to_vec()], &mut samplers, &until, |_, token| {
+        stream.write(token)?;
+        Ok(true)
+    })?;
+    let mut out = stream.finish()?;
+    writeln!(out, "\n{rule}")?;
+    Ok(out)
+}
+
+/// How this program was called, so that the printed command works as it is.
+fn program() -> String {
+    std::env::args().next().unwrap_or_else(|| "mblm".into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_shell_reads_a_path_back() {
+        let cases = [("runs/a-1.b", "runs/a-1.b"), ("my runs/it's", r"'my runs/it'\''s'"), ("a;b", "'a;b'")];
+        for (path, want) in cases {
+            assert_eq!(shell_word(Path::new(path)), want);
+        }
+    }
+}
