@@ -5,8 +5,8 @@ use candle_core::{DType, Device, Tensor};
 
 use crate::block::StageDecoder;
 use crate::error::{Error, Result};
-use crate::mode::Mode;
 use crate::gemm::Update;
+use crate::mode::Mode;
 use crate::model::{Hierarchy, Mblm, Positions, Stage};
 use crate::ops::linear;
 

@@ -7,8 +7,8 @@ use candle_core::{Shape, Tensor};
 
 use crate::buffer::Buffer;
 use crate::error::{Error, Result};
-use crate::mode::Mode;
 use crate::gemm::Update;
+use crate::mode::Mode;
 use crate::node::{Node, apply1};
 use crate::ops::layer_norm;
 use crate::ops::linear;

@@ -11,7 +11,7 @@ use super::init::{Init, Start};
 use super::value::Param;
 use crate::error::{Error, Result};
 use crate::parallel;
-use mblm_system::memory;
+use mblm_base::memory;
 
 /// Tensors in a model, at most: a mistyped number of layers ends here, before it fills the memory with names.
 pub(crate) const MAX_TENSORS: usize = 1 << 20;
