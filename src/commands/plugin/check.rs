@@ -8,9 +8,9 @@ use std::time::Duration;
 
 use anyhow::Result;
 use mblm::base::terminal::Output;
-use mblm::plugin::check::{CHECKS, Check, Outcome, PANIC_VARIABLE, Subject};
+use mblm::plugin::check::{CHECKS, Check, Outcome, PANIC_VARIABLE, Subject, TRIALS};
 use mblm::plugin::host::Library;
-use mblm::plugin::host::child::{self, fate};
+use mblm::plugin::host::child::{self, Ended, fate};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -59,14 +59,14 @@ impl About {
 
 /// Runs `mblm plugin check`.
 pub fn run(args: &Args) -> Result<()> {
+    if args.here {
+        answer(args);
+        return Ok(());
+    }
     let names: Vec<&str> = CHECKS.iter().map(|check| check.name).collect();
     if let Some(unknown) = args.only.iter().find(|only| !names.contains(&only.as_str())) {
         let suggestion = mblm::yaml::nearest::suggestion(unknown, &names);
         return Err(Usage(format!("--only: unknown check {unknown:?}; {suggestion}")).into());
-    }
-    if args.here {
-        answer(args);
-        return Ok(());
     }
     let mut report = Report { out: Output::new(), file: super::library_file(&args.file)?, args, faults: 0 };
     let about: About = match report.ask(&[], None)? {
@@ -112,7 +112,16 @@ impl Report<'_> {
         writeln!(self.out, "\nblock {block}  {config}")?;
         let is_wanted =
             |check: &&Check| self.args.only.is_empty() || self.args.only.iter().any(|only| only == check.name);
-        for check in CHECKS.iter().filter(is_wanted) {
+        let checks: Vec<&Check> = CHECKS.iter().filter(is_wanted).collect();
+        let mut hanging = None;
+        if checks.iter().any(|check| check.builds) {
+            hanging = self.hanging(block, &config)?;
+        }
+        for check in checks {
+            if let Some(call) = hanging.filter(|_| check.builds) {
+                writeln!(self.out, "  skipped  {:<15}not tried: {call} hangs", check.name)?;
+                continue;
+            }
             let variable = (check.name == "panic").then_some(PANIC_VARIABLE);
             match self.ask(&["--block", block, "--config", &config, "--only", check.name], variable)? {
                 Ok(Outcome::Passed(text)) => writeln!(self.out, "  passed   {:<15}{text}", check.name)?,
@@ -123,18 +132,37 @@ impl Report<'_> {
         Ok(())
     }
 
+    /// The first function of the block that does not return, which is a fault.
+    fn hanging(&mut self, block: &str, config: &str) -> Result<Option<&'static str>> {
+        for trial in TRIALS {
+            let question = ["--block", block, "--config", config, "--only", trial.name];
+            let ended: Ended<Result<(), String>> = self.child(&question, None)?;
+            if ended.status.is_none() {
+                let fault = format!("the plugin did not end within {} s", self.args.limit);
+                self.failed(trial.name, "the call returns", &fault)?;
+                return Ok(Some(trial.name));
+            }
+        }
+        Ok(None)
+    }
+
     /// Has a child of this program answer, and makes a fault of however else it ends.
     fn ask<T: DeserializeOwned>(&self, question: &[&str], variable: Option<&str>) -> Result<Result<T, String>> {
-        let mut command = Command::new(std::env::current_exe()?);
-        command.args(["plugin", "check", "--here"]).args(question).arg("--").arg(&self.file);
-        command.envs(variable.map(|name| (name, "1")));
-        let ended = child::ask::<Result<T, String>>(command, Duration::from_secs(self.args.limit))?;
+        let ended = self.child(question, variable)?;
         let fault = match (ended.status, ended.answer) {
             (Some(status), Some(answer)) if status.success() => return Ok(answer),
             (Some(status), _) => format!("the plugin {} in a call", fate(status)),
             (None, _) => format!("the plugin did not end within {} s", self.args.limit),
         };
         Ok(Err(ended.error.map_or(fault.clone(), |error| format!("{fault}\n{error}"))))
+    }
+
+    /// Asks a child of this program.
+    fn child<T: DeserializeOwned>(&self, question: &[&str], variable: Option<&str>) -> Result<Ended<T>> {
+        let mut command = Command::new(std::env::current_exe()?);
+        command.args(["plugin", "check", "--here"]).args(question).arg("--").arg(&self.file);
+        command.envs(variable.map(|name| (name, "1")));
+        Ok(child::ask(command, Duration::from_secs(self.args.limit))?)
     }
 
     fn failed(&mut self, name: &str, about: &str, fault: &str) -> Result<()> {
@@ -151,12 +179,17 @@ impl Report<'_> {
     }
 }
 
-/// The child's side: opens the library, or finds a configuration of a block, or runs a check.
+/// The child's side: opens the library, or finds a configuration of a block, or runs a trial or a check.
 fn answer(args: &Args) {
     child::end_with_parent();
     let library = Library::open(&args.file);
     let subject = |block: &str| Subject::new(library.clone()?, block, args.config.as_deref());
-    match (&args.block, CHECKS.iter().find(|check| args.only.iter().any(|only| only == check.name))) {
+    let is_asked = |name: &str| args.only.iter().any(|only| only == name);
+    let trial = TRIALS.iter().find(|trial| is_asked(trial.name));
+    if let (Some(block), Some(trial)) = (&args.block, trial) {
+        return child::answer(&subject(block).and_then(|subject| (trial.run)(&subject)));
+    }
+    match (&args.block, CHECKS.iter().find(|check| is_asked(check.name))) {
         (None, _) => child::answer(&library.as_ref().map(|library| About::of(library))),
         (Some(block), None) => child::answer(&subject(block).map(|subject| subject.config().to_string())),
         (Some(block), Some(check)) => child::answer(&subject(block).and_then(|subject| (check.run)(&subject))),

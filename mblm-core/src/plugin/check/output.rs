@@ -7,6 +7,13 @@ use crate::plugin::abi;
 use crate::plugin::host::{ParamValues, Pass};
 use crate::testing::{OTHER_OUTPUT_AGAIN, OTHER_OUTPUT_REBUILT, difference};
 
+/// One forward pass.
+pub(super) fn forward(subject: &Subject) -> Result<(), String> {
+    let rig = subject.rig(1)?;
+    let dims = rig.dims(1, 4);
+    rig.forward(dims, &input(dims, 1), Mode::Eval).map(drop)
+}
+
 /// Outputs are written whole, inputs are left alone, and nothing around the buffers changes.
 pub(super) fn buffers(subject: &Subject) -> Result<Outcome, String> {
     let rig = subject.rig(2)?;

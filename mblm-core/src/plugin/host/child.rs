@@ -1,11 +1,13 @@
-//! Plugin code in a process of its own. It may crash there, exit, hang, fork or print without end: the process and its
-//! group end within a time limit, and only an answer counts.
+//! Plugin code in a process of its own. It may crash there, exit, hang, fork or print without end: the process and all that
+//! it started end within a time limit, and only an answer counts.
 //!
 //! The child answers through its standard input, which is a pipe that it writes to. Whatever the plugin prints on standard
 //! output goes nowhere, so that it cannot be taken for an answer. Of standard error the end is kept, for the reason.
 
 use std::io::{self, PipeReader, Read, Write};
 use std::process::{Child, Command, ExitStatus, Stdio};
+#[cfg(target_os = "linux")]
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -19,6 +21,13 @@ const KEPT: usize = 1 << 18;
 /// group holds it.
 const GRACE: Duration = Duration::from_millis(500);
 
+/// An environment variable that a child and whatever it starts have in common, by which they are found when it has ended.
+#[cfg(target_os = "linux")]
+const MARK: &str = "MBLM_CHILD";
+/// How often what a child left behind is looked for: more may be started while some are killed.
+#[cfg(target_os = "linux")]
+const ROUNDS: usize = 100;
+
 /// How a child ended.
 #[derive(Debug)]
 pub struct Ended<T> {
@@ -30,7 +39,8 @@ pub struct Ended<T> {
     pub error: Option<String>,
 }
 
-/// Runs a program that calls [`answer`], for at most `limit`. When it ends, so does its process group.
+/// Runs a program that calls [`answer`], for at most `limit`. When it ends, so does its process group and, on Linux, every
+/// other process that it left behind.
 ///
 /// # Errors
 /// The program cannot be started.
@@ -39,10 +49,14 @@ pub fn ask<T: DeserializeOwned>(mut command: Command, limit: Duration) -> io::Re
     command.stdin(answers).stdout(Stdio::null()).stderr(said);
     #[cfg(unix)]
     std::os::unix::process::CommandExt::process_group(&mut command, 0);
+    #[cfg(target_os = "linux")]
+    let mark = mark(&mut command);
     let mut child = command.spawn()?;
     drop(command); // and with it this process's copies of the child's ends
     let (answer, errors) = (read(answer), read(errors));
     let status = wait(&mut child, limit);
+    #[cfg(target_os = "linux")]
+    kill_all(&mark);
     let (answer, errors) = (answer.end(), errors.end());
     let errors = String::from_utf8_lossy(&errors);
     let error = errors.lines().rev().find_map(|line| line.strip_prefix("error: ")).map(String::from);
@@ -126,6 +140,40 @@ fn wait(child: &mut Child, limit: Duration) -> Option<ExitStatus> {
     if is_late { None } else { status }
 }
 
+/// Gives a command an environment variable like no other one's, and returns it.
+#[cfg(target_os = "linux")]
+fn mark(command: &mut Command) -> String {
+    static ASKED: AtomicU64 = AtomicU64::new(0);
+    let value = format!("{}-{}", std::process::id(), ASKED.fetch_add(1, Ordering::Relaxed));
+    command.env(MARK, &value);
+    format!("{MARK}={value}")
+}
+
+/// Kills all processes that were started with this environment variable, also those that left the group with `setsid`.
+#[cfg(target_os = "linux")]
+fn kill_all(mark: &str) {
+    for _ in 0..ROUNDS {
+        let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+        let mut all_gone = true;
+        for process in processes {
+            let Some(id) = process.file_name().to_str().and_then(|name| name.parse::<libc::pid_t>().ok()) else {
+                continue;
+            };
+            // That of a process that has ended is empty, and that of another user cannot be read.
+            let environment = std::fs::read(process.path().join("environ")).unwrap_or_default();
+            if environment.split(|byte| *byte == 0).any(|variable| variable == mark.as_bytes()) {
+                all_gone = false;
+                // SAFETY: sends a signal.
+                unsafe { libc::kill(id, libc::SIGKILL) };
+            }
+        }
+        if all_gone {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
 /// Whether a child has ended; it can still be waited for.
 #[cfg(unix)]
 fn has_ended(child: &mut Child) -> bool {
@@ -202,17 +250,18 @@ mod tests {
     #[cfg(target_os = "linux")]
     #[test]
     fn what_a_child_leaves_behind_is_killed() {
-        let ended = shell("sleep 1000 & printf '\"%s\"' $! >&0");
-        let stat = format!("/proc/{}/stat", ended.answer.unwrap());
-        // Gone, or a zombie until somebody asks for its status.
-        let lives = || std::fs::read_to_string(&stat).is_ok_and(|stat| !stat.contains(") Z "));
-        for _ in 0..1000 {
-            if !lives() {
-                return;
-            }
-            std::thread::sleep(Duration::from_millis(5));
+        // In the child's group, and in a session of its own.
+        for start in ["sleep 1000 &", "setsid sleep 1000 &"] {
+            let ended = shell(&format!("{start} printf '\"%s\"' $! >&0; sleep 0.1"));
+            let stat = format!("/proc/{}/stat", ended.answer.unwrap());
+            // Gone, or a zombie until somebody asks for its status.
+            let lives = || std::fs::read_to_string(&stat).is_ok_and(|stat| !stat.contains(") Z "));
+            let is_gone = (0..1000).any(|_| {
+                std::thread::sleep(Duration::from_millis(5));
+                !lives()
+            });
+            assert!(is_gone, "{stat} of `{start}` is still there");
         }
-        panic!("{stat} is still there");
     }
 
     #[test]
