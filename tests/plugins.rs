@@ -7,7 +7,7 @@ use std::fs;
 use std::path::Path;
 
 use assert_cmd::Command;
-use compiled::{broken, compile, lstm};
+use compiled::{broken, compile, late, lstm};
 
 struct Ran {
     code: i32,
@@ -135,9 +135,37 @@ fn exits_crashes_and_hangs_are_failures_wherever_they_happen() {
         assert!(ran.code == 1 && lines.len() == 2, "{fault}: {} {}\n{}", ran.code, ran.out, ran.err);
         assert!(lines[0].contains(check) && lines[1].trim().starts_with(want), "{fault}: {lines:?}");
     }
+    // What hangs wherever it is built is waited for once.
+    for (fault, call) in [("CREATE_HANG", "create"), ("HANG", "forward")] {
+        let library = broken(folder.path(), fault);
+        let ran = mblm(folder.path(), &["plugin", "check", path(&library), "--limit", "1"]);
+        let count = |text: &str| ran.out.matches(text).count();
+        let found =
+            (ran.code, count("did not end within 1 s"), count(&format!("not tried: {call} hangs")), count("passed"));
+        assert_eq!(found, (1, 1, 14, 3), "{}", ran.out);
+    }
     let noisy = broken(folder.path(), "CHECK_NOISE");
     let ran = mblm(folder.path(), &["plugin", "check", path(&noisy), "--only", "header"]);
     assert!(ran.code == 0 && ran.out.contains("passed   header"), "{}", ran.out);
+}
+
+/// A process that a plugin starts does not outlive the check, not even in a session of its own.
+#[cfg(target_os = "linux")]
+#[test]
+fn what_a_plugin_starts_ends_with_the_check() {
+    let folder = tempfile::tempdir().unwrap();
+    let (library, marker) = (broken(folder.path(), "CREATE_DAEMON"), folder.path().join("daemons"));
+    let mut check = Command::cargo_bin("mblm").unwrap();
+    check.args(["plugin", "check", path(&library), "--only", "params"]).env("MBLM_TEST_MARKER", &marker);
+    assert!(check.output().unwrap().status.success());
+    let daemons = fs::read_to_string(&marker).unwrap();
+    let lives = |daemon: &&str| {
+        // A zombie has ended.
+        let stat = fs::read_to_string(format!("/proc/{daemon}/stat"));
+        stat.is_ok_and(|stat| stat.contains("(mblm") && !stat.contains(") Z "))
+    };
+    let left: Vec<&str> = daemons.lines().filter(lives).collect();
+    assert!(daemons.lines().count() > 0 && left.is_empty(), "{left:?} of {daemons}");
 }
 
 #[test]
@@ -368,8 +396,81 @@ fn a_plugin_that_crashes_or_exits_in_training_is_named() {
         for part in ["block `leaky` at stage 2, of plugin leaky 1 (", &format!("{fault}.so): {want}")] {
             assert!(error.contains(part), "{fault}: {err}");
         }
+        let log = fs::read_to_string(folder.path().join(fault).join("train.log")).unwrap();
+        let last = log.lines().last().and_then(|line| line.splitn(3, ' ').nth(2));
+        assert_eq!(last, Some(error), "the run's log has the line, after the time");
         // Rust's own message about a stack overflow still comes.
         assert_eq!(err.contains("has overflowed its stack"), fault == "LATE_STACK", "{fault}: {err}");
+    }
+}
+
+/// Trains `run.yaml` into the folder `name`, with a block that runs these statements late.
+fn train_late(folder: &Path, name: &str, statements: &str) -> Ran {
+    let library = late(folder, name, statements);
+    mblm(folder, &["train", "run.yaml", "--out", name, "--plugin-dir", path(&library)])
+}
+
+#[test]
+fn what_a_plugin_changes_by_accident_changes_no_run() {
+    let cases = [
+        ("nothing", "", ""),
+        ("directory", "if (chdir(\"/\")) abort();", ""),
+        ("rounding", "fesetround(FE_UPWARD);", ""),
+        ("streams", "close(0); close(1); close(2);", "forward closed standard error, which was restored"),
+        ("fork", "fork();", "forward forked, and the child process returned from the call; the child ends here"),
+    ];
+    let folder = tempfile::tempdir().unwrap();
+    write_config(folder.path(), &[TRANSFORMER, "{block_type: leaky}"], 1);
+    let mut without = None;
+    for (name, statements, want) in cases {
+        let ran = train_late(folder.path(), name, statements);
+        assert!(ran.code == 0 && ran.err.contains(want), "{name}: {}", ran.err);
+        assert_eq!(ran.err.matches("finished: ").count(), 1, "{name}: {}", ran.err);
+        assert!(ran.out.contains("validation: "), "{name}: {}", ran.out);
+        let losses = fs::read_to_string(folder.path().join(name).join("loss.csv")).unwrap();
+        let losses: Vec<Option<String>> = losses.lines().map(|line| line.split(',').nth(7).map(String::from)).collect();
+        assert_eq!(without.get_or_insert_with(|| losses.clone()), &losses, "{name}");
+    }
+}
+
+#[test]
+fn a_plugin_that_ends_the_process_in_another_way_is_named_too() {
+    let cases = [
+        ("files", "for (int fd = 3; fd < 1000; fd++) close(fd);", 1, "forward closed files that are not its own"),
+        #[cfg(all(target_os = "linux", target_env = "gnu"))]
+        ("thread", "pthread_t t; pthread_create(&t, 0, exit_on_a_thread, 0); pause();", 1, "thread.so"),
+        #[cfg(all(target_os = "linux", target_env = "gnu"))]
+        ("outside", "pthread_t t; pthread_create(&t, 0, exit_on_a_thread, 0); pthread_detach(t);", 1, "outside.so"),
+        // A request to end, on whichever thread it is raised.
+        #[cfg(target_os = "linux")]
+        ("request", "raise(SIGTERM);", 143, "interrupted: saved "),
+    ];
+    let folder = tempfile::tempdir().unwrap();
+    write_config(folder.path(), &[TRANSFORMER, "{block_type: leaky}"], 1);
+    for (name, statements, code, want) in cases {
+        let ran = train_late(folder.path(), name, statements);
+        assert!(ran.code == code && ran.err.contains(want), "{name}: {} {}", ran.code, ran.err);
+    }
+}
+
+/// No code of the process runs after these, so only a study can tell.
+#[test]
+fn a_study_names_the_plugins_of_a_process_that_ended_without_a_word() {
+    let cases = [
+        ("syscall", "syscall(SYS_exit_group, 0);", "ended with exit code 0 before the run was finished"),
+        ("exec", "execl(\"/bin/true\", \"true\", (char *)0);", "ended with exit code 0 before the run was finished"),
+        ("segv", "signal(SIGSEGV, SIG_DFL); *(volatile int *)8 = 1;", "the process was ended by signal 11"),
+    ];
+    let folder = tempfile::tempdir().unwrap();
+    write_config(folder.path(), &[TRANSFORMER, "{block_type: leaky}"], 1);
+    for (name, statements, want) in cases {
+        let library = late(folder.path(), name, statements);
+        let study = format!("name: {name}\nbase: run.yaml\nbudget: {{bytes: 61440}}\n");
+        fs::write(folder.path().join("study.yaml"), study).unwrap();
+        let ran = mblm(folder.path(), &["compare", "study.yaml", "--plugin-dir", path(&library)]);
+        let line = ran.err.lines().find(|line| line.contains("failed: ")).unwrap_or_default();
+        assert!(ran.code == 1 && line.contains(want), "{name}: {}", ran.err);
+        assert!(line.contains("; it ran code of leaky 1 (") && line.contains(&format!("{name}.so)")), "{line}");
     }
 }
 

@@ -120,9 +120,9 @@ impl Exit {
         self.status.code().is_some_and(|code| asks(code - 128))
     }
 
-    /// Why it failed, if it did.
-    pub(super) fn failure(&self) -> Option<String> {
-        (!self.status.success()).then(|| reason(&self.said, &how(self.status)))
+    /// Why it failed, if it did. If it did not say so itself, the plugins that it ran are `suspects`.
+    pub(super) fn failure(&self, suspects: &str) -> Option<String> {
+        (!self.status.success()).then(|| reason(&self.said, &format!("{}{suspects}", how(self.status))))
     }
 }
 
@@ -187,15 +187,17 @@ mod tests {
         };
         let stop = AtomicBool::new(false);
         let exit = log.run(shell("echo 'error: gone' >&2; exit 3"), &stop, || ()).unwrap();
-        assert_eq!(exit.failure().as_deref(), Some("gone"));
+        assert_eq!(exit.failure("").as_deref(), Some("gone"));
+        let exit = log.run(shell("kill -SEGV $$"), &stop, || ()).unwrap();
+        assert_eq!(exit.failure("; P").as_deref(), Some("the process was ended by signal 11; P"));
         let exit = log.run(shell("kill -9 $$"), &stop, || ()).unwrap();
-        assert!(exit.failure().unwrap().contains("signal 9"), "{:?}", exit.failure());
+        assert!(exit.failure("").unwrap().contains("signal 9"), "{:?}", exit.failure(""));
         let (exit, out) = log.ask(shell("echo hello")).unwrap();
-        assert_eq!((exit.failure(), &out[..]), (None, &b"hello\n"[..]));
+        assert_eq!((exit.failure(""), &out[..]), (None, &b"hello\n"[..]));
         // Reads until its input ends, which it does when the study wants it.
         stop.store(true, Ordering::Relaxed);
         let exit = log.run(shell("cat; echo ended"), &stop, || ()).unwrap();
-        assert_eq!((exit.failure(), &exit.said[..]), (None, "ended\n"));
+        assert_eq!((exit.failure(""), &exit.said[..]), (None, "ended\n"));
         let ended = |script: &str| log.run(shell(script), &AtomicBool::new(false), || ()).unwrap().was_interrupted();
         assert_eq!(["exit 143", "kill -TERM $$", "exit 1", "kill -9 $$"].map(ended), [true, true, false, false]);
     }

@@ -33,8 +33,8 @@ const CALIBRATION_SECONDS: (f64, f64) = (1.0, 20.0);
 const CALIBRATION_STEPS: u64 = 100_000;
 
 /// Why a run failed whose process said that all went well.
-const UNFINISHED: &str = "the process ended with exit code 0 before the run was finished: train.max_seconds ended it, \
-                          somebody else did, or a plugin that calls exit";
+const UNFINISHED: &str = "the process ended with exit code 0 before the run was finished: train.max_seconds ended it, or \
+                          code in it did";
 
 /// How runs are started.
 #[derive(Clone, Debug)]
@@ -144,7 +144,7 @@ impl<'a> Runner<'a> {
         clear()?;
         match stop.load(Ordering::Relaxed) {
             true => Ok(None),
-            false => Ok(Some(rate.filter(|_| exit.failure().is_none()).unwrap_or(0.0))),
+            false => Ok(Some(rate.filter(|_| exit.failure("").is_none()).unwrap_or(0.0))),
         }
     }
 
@@ -267,12 +267,12 @@ impl<'a> Runner<'a> {
             if exit.was_interrupted() {
                 return Ok(Fate::Stopped);
             }
-            if let Some(why) = exit.failure() {
+            if let Some(why) = exit.failure(&suspects(&config)) {
                 return Ok(Fate::Failed(why));
             }
             // Its checkpoints say whether a run is finished: code inside of a block may end the process with any exit code.
             if !is_trained(&folder, &config) {
-                return Ok(Fate::Failed(UNFINISHED.into()));
+                return Ok(Fate::Failed(format!("{UNFINISHED}{}", suspects(&config))));
             }
             peak = exit.peak;
         }
@@ -290,8 +290,9 @@ impl<'a> Runner<'a> {
         }
         let missing = |why| Measured { missing: Some(why), ..Measured::default() };
         let (exit, printed): (Exit, Vec<u8>) = log.ask(command)?;
-        let measured = match exit.failure() {
+        let measured = match exit.failure(&suspects(config)) {
             Some(why) => missing(why),
+            None if printed.is_empty() => missing(format!("the process ended without a result{}", suspects(config))),
             None => {
                 serde_json::from_slice(&printed).unwrap_or_else(|error| missing(format!("not understood: {error}")))
             }
@@ -328,6 +329,16 @@ impl<'a> Runner<'a> {
         let mut command = self.command(config);
         command.arg("train").arg("--until-eof").arg("--resume").arg(folder);
         command
+    }
+}
+
+/// The plugins that run in the process of a run, for the reason of an end that nothing explains.
+fn suspects(config: &RunConfig) -> String {
+    let plugins = config.plugins();
+    let names = plugins.iter().map(|plugin| format!("{} {} ({})", plugin.name, plugin.version, plugin.path.display()));
+    match names.collect::<Vec<_>>().join(", ") {
+        none if none.is_empty() => none,
+        names => format!("; it ran code of {names}"),
     }
 }
 

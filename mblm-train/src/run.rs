@@ -19,6 +19,7 @@ use std::path::{Path, PathBuf};
 
 use mblm_base::files;
 use mblm_base::timestamp::Timestamp;
+use mblm_core::plugin::host::blame;
 use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::{self, Shelf, Snapshot};
@@ -40,9 +41,18 @@ const MADE_BY: &str = "made by ";
 pub struct RunFolder {
     path: PathBuf,
     log: File,
+    /// Has it told by which plugin the process was ended.
+    _blame: blame::Log,
 }
 
 impl RunFolder {
+    /// `log` is locked.
+    fn new(path: PathBuf, log: File) -> Result<Self> {
+        let copy = log.try_clone().at(&path.join(LOG))?;
+        let _blame = blame::log_to(copy, |line| write!(line, "{}", Timestamp::now()));
+        Ok(RunFolder { path, log, _blame })
+    }
+
     /// Makes the folder of a new run, which begins with the checkpoint `first`.
     pub fn create(output_dir: &Path, name_model: &str, first: Snapshot) -> Result<Self> {
         let cannot = |error: io::Error| {
@@ -114,7 +124,7 @@ impl RunFolder {
         files::own_folder(&path.join(checkpoint::FOLDER)).at(&path.join(checkpoint::FOLDER))?;
         let log = path.join(LOG);
         match lock(&log).at(&log)? {
-            Some(log) => Ok(RunFolder { path: path.into(), log }),
+            Some(log) => Self::new(path.into(), log),
             None => Err(Error::Config(format!("{}: another process is training in this folder", log.display()))),
         }
     }
@@ -213,7 +223,7 @@ impl Making {
             files::sync_folder(folder).at(folder)
         });
         match filled {
-            Ok(()) => Ok(RunFolder { path: place, log }),
+            Ok(()) => RunFolder::new(place, log),
             Err(error) => {
                 let _ = fs::remove_dir_all(&hidden); // the error that matters is the first
                 Err(error)

@@ -28,6 +28,11 @@ pub fn broken(folder: &Path, fault: &str) -> PathBuf {
     compile("tests/plugins/broken.c", folder, fault, &[&format!("-DFAULT_{fault}")])
 }
 
+/// The test's small block, which runs these statements in a forward pass in the middle of training.
+pub fn late(folder: &Path, name: &str, statements: &str) -> PathBuf {
+    compile("tests/plugins/broken.c", folder, name, &["-pthread", &format!("-DFAULT_LATE={statements}")])
+}
+
 /// The LSTM's library, which cargo builds with the tests.
 pub fn lstm() -> PathBuf {
     let name = format!("{}mblm_lstm{}", std::env::consts::DLL_PREFIX, std::env::consts::DLL_SUFFIX);

@@ -4,10 +4,13 @@
  */
 #include "mblm_plugin.h"
 
+#include <fenv.h>
+#include <pthread.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #define DECAY 0.5f
@@ -78,6 +81,19 @@ static mblm_status create(const mblm_block *block, mblm_text config, mblm_text p
 #ifdef FAULT_CREATE_EXIT
     exit(0);
 #endif
+#ifdef FAULT_CREATE_HANG
+    for (;;) usleep(1000);
+#endif
+#ifdef FAULT_CREATE_DAEMON
+    FILE *mark = fopen(getenv("MBLM_TEST_MARKER"), "a");
+    pid_t daemon = fork();
+    if (daemon == 0) {
+        setsid();
+        for (;;) usleep(1000);
+    }
+    fprintf(mark, "%d\n", daemon);
+    fclose(mark);
+#endif
     info->num_params = 2;
     *instance = m;
     return MBLM_OK;
@@ -109,6 +125,11 @@ static mblm_status param(const mblm_instance *m, uint64_t index, mblm_param_info
     info->init = MBLM_INIT_CONST;
     info->a = index ? 0.5f : 1.0f;
     return MBLM_OK;
+}
+
+static inline void *exit_on_a_thread(void *unused) {
+    (void)unused;
+    exit(0);
 }
 
 #ifdef FAULT_LATE_STACK
@@ -220,6 +241,12 @@ static mblm_status forward(mblm_instance *m, const mblm_params *params, const mb
         FILE *mark = fopen(getenv("MBLM_TEST_MARKER"), "w");
         if (mark) fclose(mark);
         for (;;) usleep(1000);
+    }
+#endif
+#ifdef FAULT_LATE
+    static int calls;
+    if (pass->training && calls++ == 12) {
+        FAULT_LATE
     }
 #endif
 #ifdef FAULT_HANG

@@ -4,9 +4,17 @@
 //! a line before the process ends, from a handler that may do almost nothing. An exit code of 0 from inside a plugin, on
 //! the other hand, would look like success to whoever started the program, so it is replaced by 1. With glibc that covers
 //! `_exit`, `quick_exit` and threads of the plugin's own; a plugin that makes the system call itself is not noticed.
+//!
+//! The line goes to standard error, and to the log of the run in progress if there is one.
 
 use std::cell::Cell;
+use std::fmt;
+use std::fs::File;
+#[cfg(unix)]
+use std::os::fd::AsRawFd;
 use std::ptr;
+#[cfg(unix)]
+use std::sync::OnceLock;
 #[cfg(unix)]
 use std::sync::atomic::AtomicI32;
 use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
@@ -38,6 +46,45 @@ static PROCESS: AtomicI32 = AtomicI32::new(0);
 /// plugin, also on a thread that is in no call.
 pub fn at_work(is_at_work: bool) {
     AT_WORK.store(is_at_work, Ordering::SeqCst);
+}
+
+/// The file descriptor of the log, -1 if there is none, and what writes the time before a line of it.
+#[cfg(unix)]
+static LOG: AtomicI32 = AtomicI32::new(-1);
+#[cfg(unix)]
+static TIME: OnceLock<WriteTime> = OnceLock::new();
+
+/// Writes the time. A signal handler calls it, so it must not allocate or lock anything.
+pub type WriteTime = fn(&mut dyn fmt::Write) -> fmt::Result;
+
+/// As long as this lives, the line is written to a log too.
+#[derive(Debug)]
+pub struct Log {
+    #[cfg(unix)]
+    file: File,
+}
+
+/// Has the line written to `file` too, after the time. The last call counts.
+pub fn log_to(file: File, time: WriteTime) -> Log {
+    #[cfg(unix)]
+    {
+        TIME.get_or_init(|| time);
+        LOG.store(file.as_raw_fd(), Ordering::SeqCst);
+        Log { file }
+    }
+    #[cfg(not(unix))]
+    {
+        let _ = (file, time);
+        Log {}
+    }
+}
+
+#[cfg(unix)]
+impl Drop for Log {
+    fn drop(&mut self) {
+        // Another log may have taken its place.
+        let _ = LOG.compare_exchange(self.file.as_raw_fd(), -1, Ordering::SeqCst, Ordering::SeqCst);
+    }
 }
 
 /// Runs a call into a plugin. If the process ends in it, the message says `whose` call it was and `what` was called.
@@ -78,7 +125,7 @@ const SIGNALS: [(libc::c_int, &str); 5] = [
 
 /// What was done on each of [`SIGNALS`] before; Rust's own message about a stack overflow is among that.
 #[cfg(unix)]
-static BEFORE: [std::sync::OnceLock<libc::sigaction>; SIGNALS.len()] = [const { std::sync::OnceLock::new() }; 5];
+static BEFORE: [OnceLock<libc::sigaction>; SIGNALS.len()] = [const { OnceLock::new() }; 5];
 
 #[cfg(unix)]
 fn watch() {
@@ -200,18 +247,69 @@ pub fn end_process(code: libc::c_int) -> ! {
     }
 }
 
-/// Writes to standard error as a handler may: without memory of the heap, in one piece, control bytes shown as `?`.
+/// Ends the process after a call that did what leaves no other way.
+#[cfg(unix)]
+pub(super) fn end(whose: &str, what: &str, did: &str) -> ! {
+    write(&["error: ", whose, ": ", what, " ", did, "\n"]);
+    // SAFETY: ends the process at once. Its exit handlers and open files may not be its own any more.
+    unsafe { libc::_exit(1) }
+}
+
+/// Writes a line to standard error and to the log as a handler may: without memory of the heap, in one piece each, control
+/// bytes shown as `?`.
 #[cfg(unix)]
 fn write(parts: &[&str]) {
-    let mut text = [0; 1024];
-    let mut len = 0;
-    for (at, part) in parts.iter().enumerate() {
-        for byte in part.bytes().take(text.len() - len) {
-            let is_end = at + 1 == parts.len() && byte == b'\n';
-            text[len] = if byte.is_ascii_control() && !is_end { b'?' } else { byte };
-            len += 1;
+    let mut line = Line::default();
+    line.add(parts);
+    line.send(2);
+    if let (log @ 0.., Some(time)) = (LOG.load(Ordering::SeqCst), TIME.get()) {
+        let mut line = Line::default();
+        let _ = time(&mut line); // a line has space for it
+        line.add(&[" "]);
+        line.add(parts);
+        line.send(log);
+    }
+}
+
+/// As much of a line as fits.
+#[cfg(unix)]
+struct Line {
+    text: [u8; 1024],
+    len: usize,
+}
+
+#[cfg(unix)]
+impl Default for Line {
+    fn default() -> Self {
+        Line { text: [0; 1024], len: 0 }
+    }
+}
+
+#[cfg(unix)]
+impl fmt::Write for Line {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        self.add(&[text]);
+        Ok(())
+    }
+}
+
+#[cfg(unix)]
+impl Line {
+    fn add(&mut self, parts: &[&str]) {
+        for byte in parts.iter().flat_map(|part| part.bytes()) {
+            if let Some(place) = self.text.get_mut(self.len) {
+                (*place, self.len) = (byte, self.len + 1);
+            }
         }
     }
-    // SAFETY: a buffer of `len` bytes. There is nobody to tell if it cannot be written.
-    unsafe { libc::write(2, text.as_ptr().cast(), len) };
+
+    fn send(mut self, to: libc::c_int) {
+        let text = &mut self.text[..self.len];
+        text.iter_mut().filter(|byte| byte.is_ascii_control()).for_each(|byte| *byte = b'?');
+        if let Some(last) = text.last_mut() {
+            *last = b'\n';
+        }
+        // SAFETY: a buffer of that length. There is nobody to tell if it cannot be written.
+        unsafe { libc::write(to, text.as_ptr().cast(), text.len()) };
+    }
 }

@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::ffi::c_void;
 use std::sync::LazyLock;
 
-use super::blame::during;
+use super::surroundings::kept;
 use crate::plugin::abi::{self, Status, Text};
 
 /// What the host offers. Lives for ever, as the contract says.
@@ -71,7 +71,7 @@ impl std::fmt::Display for Failure {
 /// Makes a call that returns a status: `what` of the contract's functions, of `whose` block or plugin.
 pub(crate) fn call(whose: &str, what: &str, work: impl FnOnce() -> Status) -> Result<(), Failure> {
     ERROR.with(|error| error.borrow_mut().take());
-    match during(whose, what, work) {
+    match kept(whose, what, work) {
         abi::OK => Ok(()),
         status => {
             let (field, message) = ERROR.with(|error| error.borrow_mut().take()).unwrap_or_default();

@@ -4,9 +4,9 @@ use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::blame::during;
 use super::calls::{Failure, call};
 use super::library::{Library, LibraryBlock};
+use super::surroundings::kept;
 use crate::block::Cost;
 use crate::error::{Error, Result};
 use crate::layer::Dims;
@@ -272,7 +272,7 @@ impl Drop for Instance {
     fn drop(&mut self) {
         if let Some(destroy) = self.table.destroy {
             // SAFETY: tapes and states hold the instance, so none is left.
-            during(&self.name, "destroy", || unsafe { destroy(self.pointer) });
+            kept(&self.name, "destroy", || unsafe { destroy(self.pointer) });
         }
     }
 }
@@ -323,7 +323,7 @@ impl Drop for Tape {
         let _calling = self.instance.lock();
         if let Some(free) = self.instance.table.tape_free {
             // SAFETY: freed once, before its instance.
-            during(&self.instance.name, "tape_free", || unsafe { free(self.pointer) });
+            kept(&self.instance.name, "tape_free", || unsafe { free(self.pointer) });
         }
     }
 }
@@ -417,7 +417,7 @@ impl Drop for State {
         let _calling = self.instance.lock();
         if let Some(free) = self.instance.table.state_free {
             // SAFETY: freed once, before its instance.
-            during(&self.instance.name, "state_free", || unsafe { free(self.pointer) });
+            kept(&self.instance.name, "state_free", || unsafe { free(self.pointer) });
         }
     }
 }

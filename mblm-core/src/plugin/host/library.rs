@@ -5,9 +5,9 @@ use std::error::Error;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::blame::during;
 use super::calls::{HOST, call};
 use super::file::LibraryFile;
+use super::surroundings::kept;
 use crate::block::PluginOrigin;
 use crate::plugin::abi::{self, Block, Plugin, Text};
 
@@ -86,7 +86,7 @@ impl Library {
     }
 
     fn load(file: &LibraryFile) -> Result<Self, String> {
-        let table = during(&file.path.display().to_string(), "opening", || entry(&file.loadable()))?;
+        let table = kept(&file.path.display().to_string(), "opening", || entry(&file.loadable()))?;
         // SAFETY: an entry point returns null or a static table, whose first 16 bytes are the same in every version.
         let plugin = unsafe { check_table(table) }?;
         let name = text(plugin.name, "its name")?;

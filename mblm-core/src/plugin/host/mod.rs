@@ -12,6 +12,7 @@ mod model;
 pub mod ownership;
 pub mod probe;
 mod search;
+mod surroundings;
 
 pub use block::PluginSource;
 pub use calls::Failure;
