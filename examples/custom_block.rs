@@ -94,7 +94,7 @@ block:
   - {attn_head_dims: 16, attn_num_heads: 4, attn_use_rot_embs: true, pos_emb_type: fixed}
 ";
 
-fn main() -> Result<()> {
+fn main() -> anyhow::Result<()> {
     let document = Document::parse(CONFIG, "custom_block.rs")?;
     let model = Mblm::new(&MblmConfig::from_document(&document, "", &BlockRegistry::builtin()?)?, 0)?;
     let text: Vec<u32> = include_bytes!("custom_block.rs").iter().map(|b| *b as u32).collect();

@@ -26,7 +26,7 @@ impl std::error::Error for Usage {}
 pub fn is_usage(error: &anyhow::Error) -> bool {
     error.is::<Usage>()
         || error.is::<mblm::yaml::ConfigError>()
-        || matches!(error.downcast_ref::<Error>(), Some(Error::Config(_) | Error::Input(_)))
+        || matches!(error.downcast_ref::<Error>(), Some(Error::Input(_)))
         || error.downcast_ref::<mblm::data::Error>().is_some_and(|error| error.is_configuration())
         || error.downcast_ref::<mblm::train::Error>().is_some_and(|error| error.is_configuration())
 }

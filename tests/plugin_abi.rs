@@ -4,7 +4,7 @@ use std::fmt::Write;
 use std::mem::offset_of;
 use std::process::Command;
 
-use mblm::plugin::abi;
+use mblm::abi;
 
 macro_rules! layout {
     ($c:literal, $rust:ty, [$($field:ident),* $(,)?]) => {
@@ -108,7 +108,7 @@ fn sizes_offsets_and_constants_are_the_headers() {
     let folder = tempfile::tempdir().unwrap();
     let (source, binary) = (folder.path().join("layout.c"), folder.path().join("layout"));
     std::fs::write(&source, program).unwrap();
-    let include = concat!("-I", env!("CARGO_MANIFEST_DIR"), "/mblm-core/include");
+    let include = concat!("-I", env!("CARGO_MANIFEST_DIR"), "/mblm-sdk/include");
     let mut cc = Command::new("cc");
     cc.args(["-std=c11", "-pedantic", "-Wall", "-Werror", include, "-o"]).arg(&binary).arg(&source);
     let built = cc.output().expect("a C compiler called cc");

@@ -5,9 +5,11 @@
 
 pub mod files;
 pub mod memory;
+pub mod nearest;
 pub mod random;
 #[doc(hidden)]
 pub mod scramble;
 pub mod terminal;
 pub mod timestamp;
 pub mod usage;
+pub mod value;

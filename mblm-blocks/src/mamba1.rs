@@ -4,11 +4,11 @@
 use std::sync::Arc;
 
 use candle_core::Tensor;
-use mblm_core::block::{Cost, FieldError, PosEmb, StageBlock, StageDecoder, StageModel, width};
-use mblm_core::layer::apply;
-use mblm_core::mode::Mode;
-use mblm_core::register_block;
-use mblm_core::{Error, ParamScope, Result};
+use mblm_sdk::block::{Cost, FieldError, PosEmb, StageBlock, StageDecoder, StageModel, width};
+use mblm_sdk::layer::apply;
+use mblm_sdk::mode::Mode;
+use mblm_sdk::register_block;
+use mblm_sdk::{Error, ParamScope, Result};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -108,7 +108,7 @@ impl StageModel for Mamba1 {
         let matrices = 3 * dim * inner + inner * self.sizes.dbc() + dt_rank * inner;
         // Per state: a product and an exponential, decay, input and output.
         let scan = inner * (7 * d_state + 2 * d_conv + 10);
-        let kept = 5 * inner + self.sizes.dbc() + inner * d_state / mblm_core::ops::selective_scan::CHUNK;
+        let kept = 5 * inner + self.sizes.dbc() + inner * d_state / mblm_sdk::ops::selective_scan::CHUNK;
         let layers = self.layers.len() as f64;
         Some(Cost { flops: layers * (2 * matrices + scan) as f64, activations: layers * (dim + kept) as f64 })
     }
@@ -116,9 +116,9 @@ impl StageModel for Mamba1 {
 
 #[cfg(test)]
 mod tests {
-    use mblm_core::ParamStore;
-    use mblm_core::layer::Dims;
-    use mblm_core::testing::{check_causality, check_decoder, check_gradients, perturb};
+    use mblm_sdk::ParamStore;
+    use mblm_sdk::layer::Dims;
+    use mblm_sdk::testing::{check_causality, check_decoder, check_gradients, perturb};
 
     use super::*;
 

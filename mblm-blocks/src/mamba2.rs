@@ -4,13 +4,13 @@
 use std::sync::Arc;
 
 use candle_core::Tensor;
-use mblm_core::block::{Cost, FieldError, PosEmb, StageBlock, StageDecoder, StageModel, width};
-use mblm_core::layer::apply;
-use mblm_core::mode::Mode;
-use mblm_core::ops::rms_norm::RmsNormLayer;
-use mblm_core::ops::ssd;
-use mblm_core::register_block;
-use mblm_core::{Error, Init, ParamScope, Result};
+use mblm_sdk::block::{Cost, FieldError, PosEmb, StageBlock, StageDecoder, StageModel, width};
+use mblm_sdk::layer::apply;
+use mblm_sdk::mode::Mode;
+use mblm_sdk::ops::rms_norm::RmsNormLayer;
+use mblm_sdk::ops::ssd;
+use mblm_sdk::register_block;
+use mblm_sdk::{Error, Init, ParamScope, Result};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -165,9 +165,9 @@ impl StageModel for Mamba2 {
 
 #[cfg(test)]
 mod tests {
-    use mblm_core::ParamStore;
-    use mblm_core::layer::Dims;
-    use mblm_core::testing::{check_causality, check_decoder, check_gradients, perturb};
+    use mblm_sdk::ParamStore;
+    use mblm_sdk::layer::Dims;
+    use mblm_sdk::testing::{check_causality, check_decoder, check_gradients, perturb};
 
     use super::*;
 

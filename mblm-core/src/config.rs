@@ -7,8 +7,8 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize, Serializer};
 use serde_yaml::Value;
 
-use crate::block::{MAX_LAYERS, MAX_WIDTH, PosEmb, StageBlock};
 use crate::registry::BlockRegistry;
+use mblm_sdk::block::{MAX_LAYERS, MAX_WIDTH, PosEmb, StageBlock};
 
 /// Stages, at most: more that hold two tokens or more would not fit a context of 64 bits.
 const MAX_STAGES: usize = 64;

@@ -5,76 +5,14 @@
 
 use std::sync::{Arc, LazyLock};
 
-use mblm_yaml::nearest::{quoted, suggestion};
-use mblm_yaml::{ConfigError, Document, ValueError, describe, from_value, join};
-use serde_yaml::{Mapping, Value};
+use mblm_base::nearest::{quoted, suggestion};
+use mblm_yaml::{ConfigError, Document, ValueError, describe, join};
+use serde_yaml::Value;
 
-use crate::block::StageBlock;
-use crate::error::{Error, Result};
-
-/// The field that names a block type.
-pub const TAG: &str = "block_type";
-
-/// A block type that is linked into this binary. Made by [`register_block!`](crate::register_block).
-#[doc(hidden)]
-pub struct Registration {
-    pub name: &'static str,
-    pub about: &'static str,
-    pub aliases: &'static [&'static str],
-    pub infers: bool,
-    pub schema: fn() -> schemars::Schema,
-    pub file: &'static str,
-    pub line: u32,
-}
-
-inventory::collect!(Registration);
-
-impl Registration {
-    /// The JSON Schema of the fields, and a line that says what it is: `about`, or else the first line of the docs.
-    pub(crate) fn describe(&self) -> (serde_json::Value, String) {
-        let schema = (self.schema)().to_value();
-        let docs = schema["description"].as_str().and_then(|text| text.lines().next()).unwrap_or_default();
-        let about = if self.about.is_empty() { docs } else { self.about }.to_string();
-        (schema, about)
-    }
-
-    /// Makes a block from its fields, a mapping without `block_type`.
-    pub(crate) fn parse(&self, fields: &Value) -> std::result::Result<Box<dyn StageBlock>, ValueError> {
-        // The tag goes first: typetag then reads the other fields straight from the mapping, and errors keep their path.
-        let mut tagged = Mapping::from_iter([(Value::from(TAG), Value::from(self.name))]);
-        tagged.extend(fields.as_mapping().into_iter().flatten().map(|(name, value)| (name.clone(), value.clone())));
-        from_value(&Value::Mapping(tagged))
-    }
-}
-
-/// Registers a block type under the name that its `#[typetag::serde(name = …)]` gives it.
-///
-/// ```ignore
-/// register_block!(Lstm, name = "lstm", about = "A stack of LSTM layers", infer = true);
-/// ```
-///
-/// After `name`, in this order: `about`, a line for `mblm blocks`, by default the first line of the struct's docs;
-/// `infer = true`, which lets YAML leave out `block_type` where only this type accepts the fields; `aliases = ["…"]`,
-/// other names that YAML may use.
-#[macro_export]
-macro_rules! register_block {
-    (
-        $block:ty, name = $name:literal
-        $(, about = $about:literal)? $(, infer = $infer:literal)? $(, aliases = [$($alias:literal),* $(,)?])? $(,)?
-    ) => {
-        $crate::inventory::submit! {
-            $crate::registry::Registration {
-                name: $name,
-                about: concat!($($about)?),
-                aliases: &[$($($alias),*)?],
-                infers: false $(|| $infer)?,
-                schema: || $crate::schemars::schema_for!($block),
-                file: file!(),
-                line: line!(),
-            }
-        }
-    };
-}
+use mblm_sdk::block::StageBlock;
+use mblm_sdk::error::{Error, Result};
+use mblm_sdk::registration::Registration;
+pub use mblm_sdk::registration::{TAG, block_type};
 
 /// A block type.
 #[derive(Clone, Debug, PartialEq)]
@@ -124,7 +62,7 @@ impl BlockSource for Builtin {
     fn parse(&self, block_type: &str, fields: &Value) -> std::result::Result<Arc<dyn StageBlock>, ValueError> {
         let known = inventory::iter::<Registration>.into_iter().find(|block| block.name == block_type);
         let block = known.ok_or_else(|| ValueError { path: TAG.into(), message: "is not linked in".into() })?;
-        block.parse(fields).map(Arc::from)
+        block.parse(fields.as_mapping().cloned().unwrap_or_default()).map(Arc::from)
     }
 }
 
@@ -290,11 +228,6 @@ impl BlockRegistry {
     }
 }
 
-/// The `block_type` of a block.
-pub fn block_type(block: &dyn StageBlock) -> &'static str {
-    block.typetag_name()
-}
-
 #[cfg(test)]
 pub(crate) mod tests {
     use schemars::JsonSchema;
@@ -302,8 +235,8 @@ pub(crate) mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::block::{FieldError, PosEmb, StageModel};
-    use crate::param::ParamScope;
+    use mblm_sdk::block::{FieldError, PosEmb, StageModel};
+    use mblm_sdk::param::ParamScope;
 
     /// Transformer layers.
     ///

@@ -1,7 +1,7 @@
 //! The kinds of data sets. One is registered under its id by one line beside it,
 //! [`register_dataset!`](crate::register_dataset), and found by `io.dataset_id`.
 
-use mblm_yaml::nearest::nearest;
+use mblm_base::nearest::nearest;
 
 use crate::dataset::{DatasetOptions, Splits};
 use crate::error::{Error, Result};

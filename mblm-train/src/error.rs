@@ -43,6 +43,9 @@ pub enum Error {
     /// A part of the program panicked while it trained, a block for example.
     #[error("training panicked: {0}")]
     Panic(String),
+    /// A configuration is wrong; says file, path, line, found and expected.
+    #[error(transparent)]
+    Yaml(#[from] mblm_yaml::ConfigError),
     /// The model failed.
     #[error(transparent)]
     Core(#[from] mblm_core::Error),
@@ -55,7 +58,7 @@ impl Error {
     /// Whether the user must change the configuration, the data or the command line; the program then exits with 2.
     pub fn is_configuration(&self) -> bool {
         use mblm_core::Error as Core;
-        matches!(self, Error::Config(_) | Error::Core(Core::Config(_) | Core::Input(_)))
+        matches!(self, Error::Config(_) | Error::Yaml(_) | Error::Core(Core::Input(_)))
     }
 
     /// Whether a loss, a gradient or logits were not finite. That comes again bit for bit, so a retry is of no use.

@@ -3,7 +3,7 @@
 use serde_yaml::Value;
 
 use crate::error::describe;
-use crate::path::join;
+use mblm_base::value::join;
 
 /// The field that names the type of a block.
 const TAG: &str = "block_type";

@@ -9,9 +9,10 @@ use serde::de::DeserializeOwned;
 use serde_yaml::Value;
 
 use crate::error::{ConfigError, Place, ValueError, describe, from_value};
-use crate::nearest::suggestion;
 use crate::parse;
-use crate::path::{Segment, is_within, join, segments, split_last};
+use crate::path::{Segment, is_within, segments, split_last};
+use mblm_base::nearest::suggestion;
+use mblm_base::value::join;
 
 /// Bytes of a file, at most.
 const MAX_LEN: u64 = 1 << 26;

@@ -7,10 +7,9 @@
 pub mod difference;
 mod document;
 mod error;
-pub mod nearest;
 mod parse;
 mod path;
 
 pub use document::Document;
 pub use error::{ConfigError, Place, ValueError, describe, from_value};
-pub use path::join;
+pub use mblm_base::value::join;

@@ -8,7 +8,7 @@ use saphyr_parser::{Event, Parser, ScalarStyle, Tag};
 use serde_yaml::{Mapping, Value};
 
 use crate::error::Place;
-use crate::path::join;
+use mblm_base::value::join;
 
 /// Mappings and lists in each other, at most: deeper ones would overflow the stack of whoever walks them.
 const MAX_DEPTH: usize = 64;

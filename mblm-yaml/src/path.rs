@@ -34,12 +34,6 @@ pub(crate) fn segments(path: &str) -> Option<Vec<Segment<'_>>> {
     Some(segments)
 }
 
-/// `section` and a field or `[index]` in it as one path.
-pub fn join(section: &str, field: &str) -> String {
-    let dot = if section.is_empty() || field.is_empty() || field.starts_with('[') { "" } else { "." };
-    format!("{section}{dot}{field}")
-}
-
 /// A path as its section and its last step.
 pub(crate) fn split_last(path: &str) -> (&str, &str) {
     match path.rfind(['.', '[']) {

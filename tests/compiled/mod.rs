@@ -10,7 +10,7 @@ const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 /// Compiles a C file of this repository to a library in `folder`, with arguments for the compiler.
 pub fn compile(source: &str, folder: &Path, name: &str, args: &[&str]) -> PathBuf {
     let library = folder.join(format!("{name}.so"));
-    let include = format!("-I{ROOT}/mblm-core/include");
+    let include = format!("-I{ROOT}/mblm-sdk/include");
     let output = Command::new("cc")
         .args(["-std=gnu11", "-O1", "-fPIC", "-shared", &include, "-o"])
         .arg(&library)

@@ -3,17 +3,17 @@
 use std::sync::Arc;
 
 use candle_core::Tensor;
-use mblm_core::buffer::Buffer;
-use mblm_core::gemm::{Mat, MatMut, Update, matmul};
-use mblm_core::layer::{Context, Layer, param_like};
-use mblm_core::mode::Mode;
-use mblm_core::ops::conv1d::{Conv1d, conv1d_silu_composed};
-use mblm_core::ops::linear::{self, linear_composed};
-use mblm_core::ops::rms_norm::{Eps, RmsNorm, rms_norm_composed};
-use mblm_core::ops::selective_scan::{Grads, Inputs, ParamGrads, SelectiveScan, selective_scan_composed};
-use mblm_core::parallel::{self, Shared, Threads};
-use mblm_core::rows::{Rows, RowsMut};
-use mblm_core::{Init, Param, ParamScope, Result};
+use mblm_sdk::buffer::Buffer;
+use mblm_sdk::gemm::{Mat, MatMut, Update, matmul};
+use mblm_sdk::layer::{Context, Layer, param_like};
+use mblm_sdk::mode::Mode;
+use mblm_sdk::ops::conv1d::{Conv1d, conv1d_silu_composed};
+use mblm_sdk::ops::linear::{self, linear_composed};
+use mblm_sdk::ops::rms_norm::{Eps, RmsNorm, rms_norm_composed};
+use mblm_sdk::ops::selective_scan::{Grads, Inputs, ParamGrads, SelectiveScan, selective_scan_composed};
+use mblm_sdk::parallel::{self, Shared, Threads};
+use mblm_sdk::rows::{Rows, RowsMut};
+use mblm_sdk::{Init, Param, ParamScope, Result};
 
 use super::Sizes;
 
@@ -217,9 +217,9 @@ impl MambaLayer {
 
 #[cfg(test)]
 mod tests {
-    use mblm_core::ParamStore;
-    use mblm_core::layer::Dims;
-    use mblm_core::testing::{check_layer, perturb};
+    use mblm_sdk::ParamStore;
+    use mblm_sdk::layer::Dims;
+    use mblm_sdk::testing::{check_layer, perturb};
 
     use super::*;
 

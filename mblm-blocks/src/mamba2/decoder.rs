@@ -2,14 +2,14 @@
 
 use std::sync::Arc;
 
-use mblm_core::Result;
-use mblm_core::block::StageDecoder;
-use mblm_core::buffer::Buffer;
-use mblm_core::gemm::Update;
-use mblm_core::layer::Dims;
-use mblm_core::ops::conv1d::Conv1d;
-use mblm_core::ops::linear;
-use mblm_core::ops::rms_norm::RmsNormLayer;
+use mblm_sdk::Result;
+use mblm_sdk::block::StageDecoder;
+use mblm_sdk::buffer::Buffer;
+use mblm_sdk::gemm::Update;
+use mblm_sdk::layer::Dims;
+use mblm_sdk::ops::conv1d::Conv1d;
+use mblm_sdk::ops::linear;
+use mblm_sdk::ops::rms_norm::RmsNormLayer;
 
 use super::Sizes;
 use super::layer::Mamba2Layer;

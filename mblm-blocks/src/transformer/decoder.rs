@@ -1,14 +1,14 @@
 //! Incremental decoding of the Transformer: cached keys and values, and the one position that the token shift needs.
 
-use mblm_core::Result;
-use mblm_core::block::StageDecoder;
-use mblm_core::buffer::Buffer;
-use mblm_core::gemm::Update;
-use mblm_core::layer::{Context, Dims, Layer};
-use mblm_core::mode::Mode;
-use mblm_core::ops::linear;
-use mblm_core::ops::rms_norm::RmsNorm;
-use mblm_core::ops::{attention, gelu};
+use mblm_sdk::Result;
+use mblm_sdk::block::StageDecoder;
+use mblm_sdk::buffer::Buffer;
+use mblm_sdk::gemm::Update;
+use mblm_sdk::layer::{Context, Dims, Layer};
+use mblm_sdk::mode::Mode;
+use mblm_sdk::ops::linear;
+use mblm_sdk::ops::rms_norm::RmsNorm;
+use mblm_sdk::ops::{attention, gelu};
 
 use super::layer::{Tape, TransformerLayer};
 use super::{EPS, TransformerModel};

@@ -4,21 +4,21 @@
 use std::sync::Arc;
 
 use candle_core::Tensor;
-use mblm_core::Result;
-use mblm_core::block::Cost;
-use mblm_core::buffer::Buffer;
-use mblm_core::gemm::{Mat, MatMut, Update, matmul};
-use mblm_core::layer::{Context, Dims, Layer, param_like};
-use mblm_core::mode::{Dropout, Mode, stream};
-use mblm_core::ops::attention::{Attention, attention_composed};
-use mblm_core::ops::dropout::dropout_composed;
-use mblm_core::ops::gelu;
-use mblm_core::ops::linear::{self, linear_composed};
-use mblm_core::ops::rms_norm::{RmsNorm, rms_norm_composed, token_shift_composed};
-use mblm_core::ops::rotary::Rotary;
-use mblm_core::parallel;
-use mblm_core::parallel::Threads;
-use mblm_core::param::{Init, Param, ParamScope};
+use mblm_sdk::Result;
+use mblm_sdk::block::Cost;
+use mblm_sdk::buffer::Buffer;
+use mblm_sdk::gemm::{Mat, MatMut, Update, matmul};
+use mblm_sdk::layer::{Context, Dims, Layer, param_like};
+use mblm_sdk::mode::{Dropout, Mode, stream};
+use mblm_sdk::ops::attention::{Attention, attention_composed};
+use mblm_sdk::ops::dropout::dropout_composed;
+use mblm_sdk::ops::gelu;
+use mblm_sdk::ops::linear::{self, linear_composed};
+use mblm_sdk::ops::rms_norm::{RmsNorm, rms_norm_composed, token_shift_composed};
+use mblm_sdk::ops::rotary::Rotary;
+use mblm_sdk::parallel;
+use mblm_sdk::parallel::Threads;
+use mblm_sdk::param::{Init, Param, ParamScope};
 
 use super::{EPS, TransformerConfig};
 

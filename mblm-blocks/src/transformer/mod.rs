@@ -7,13 +7,13 @@ mod layer;
 use std::sync::Arc;
 
 use candle_core::Tensor;
-use mblm_core::block::{Cost, FieldError, PosEmb, StageBlock, StageDecoder, StageModel, width};
-use mblm_core::layer::apply;
-use mblm_core::mode::Mode;
-use mblm_core::ops::rms_norm::{Eps, RmsNormLayer};
-use mblm_core::ops::rotary::Rotary;
-use mblm_core::param::{Init, ParamScope};
-use mblm_core::{Error, Result, register_block};
+use mblm_sdk::block::{Cost, FieldError, PosEmb, StageBlock, StageDecoder, StageModel, width};
+use mblm_sdk::layer::apply;
+use mblm_sdk::mode::Mode;
+use mblm_sdk::ops::rms_norm::{Eps, RmsNormLayer};
+use mblm_sdk::ops::rotary::Rotary;
+use mblm_sdk::param::{Init, ParamScope};
+use mblm_sdk::{Error, Result, register_block};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 

@@ -1,9 +1,9 @@
 //! Fused equals composed, decoder equals forward, causality and live gradients of both Transformer blocks.
 
 use candle_core::Device;
-use mblm_core::layer::Dims;
-use mblm_core::param::ParamStore;
-use mblm_core::testing::{check_causality, check_decoder, check_gradients, check_layer, perturb};
+use mblm_sdk::layer::Dims;
+use mblm_sdk::param::ParamStore;
+use mblm_sdk::testing::{check_causality, check_decoder, check_gradients, check_layer, perturb};
 
 use super::*;
 

@@ -3,12 +3,12 @@
 
 use candle_core::{DType, Device, Tensor};
 
-use crate::block::StageDecoder;
-use crate::error::{Error, Result};
-use crate::gemm::Update;
-use crate::mode::Mode;
 use crate::model::{Hierarchy, Mblm, Positions, Stage};
-use crate::ops::linear;
+use mblm_sdk::block::StageDecoder;
+use mblm_sdk::error::{Error, Result};
+use mblm_sdk::gemm::Update;
+use mblm_sdk::mode::Mode;
+use mblm_sdk::ops::linear;
 
 /// The state of a batch of sequences of equal length that grow together.
 pub struct Decoder<'m> {
@@ -193,7 +193,7 @@ impl<'m> Decoder<'m> {
             stage.input.positions.enter(position, row);
             if !state.above.is_empty() {
                 let at = (b * stage.seq_len + position) * dim;
-                crate::simd::add(&state.above[at..at + dim], row);
+                mblm_sdk::simd::add(&state.above[at..at + dim], row);
             }
         }
         let mut outputs = vec![0.0; tokens.len()];

@@ -8,8 +8,8 @@ pub use decoder::Decoder;
 pub use sampling::{Sampler, Sampling};
 pub use stream::{Format, TokenStream};
 
-use crate::error::Result;
 use crate::model::Mblm;
+use mblm_sdk::error::Result;
 
 /// When generation ends.
 #[derive(Clone, Debug, PartialEq)]
@@ -48,7 +48,7 @@ pub fn generate(
     let len = prompts.first().map_or(0, |p| p.len());
     if prompts.iter().any(|p| p.len() != len) || samplers.len() != prompts.len() {
         let lens: Vec<usize> = prompts.iter().map(|p| p.len()).collect();
-        return Err(crate::Error::Input(format!(
+        return Err(mblm_sdk::Error::Input(format!(
             "sequences of a batch grow together: expected prompts of one length and a sampler each, found lengths \
              {lens:?} and {} samplers",
             samplers.len()

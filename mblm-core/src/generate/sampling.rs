@@ -3,7 +3,7 @@
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 
-use crate::error::{Error, Result};
+use mblm_sdk::error::{Error, Result};
 
 /// How the next byte is chosen. The filters apply one after another, in the order of the fields.
 #[derive(Clone, Debug, PartialEq)]

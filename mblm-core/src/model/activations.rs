@@ -6,9 +6,9 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use candle_core::Tensor;
 use rayon::prelude::*;
 
-use crate::error::Result;
-use crate::node::with_floats;
-use crate::parallel::MIN_PARALLEL;
+use mblm_sdk::error::Result;
+use mblm_sdk::node::with_floats;
+use mblm_sdk::parallel::MIN_PARALLEL;
 
 /// What was summed up of one stage; nothing while nobody measures.
 #[derive(Default)]

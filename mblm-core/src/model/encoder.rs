@@ -2,12 +2,12 @@
 
 use candle_core::{Device, Tensor};
 
-use crate::block::StageModel;
 use crate::config::{MaskReduce, MblmEncoderConfig};
-use crate::error::{Error, Result};
-use crate::mode::Mode;
-use crate::ops::cross_entropy::Target;
-use crate::param::ParamStore;
+use mblm_sdk::block::StageModel;
+use mblm_sdk::error::{Error, Result};
+use mblm_sdk::mode::Mode;
+use mblm_sdk::ops::cross_entropy::Target;
+use mblm_sdk::param::ParamStore;
 
 use super::hierarchy::Hierarchy;
 use super::input::{Ids, to_u32};

@@ -5,16 +5,16 @@ use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
 
-use crate::block::{PosEmb, StageModel};
 use crate::config::MblmConfig;
-use crate::error::{Error, Result};
-use crate::layer::param_like;
-use crate::mode::Mode;
-use crate::node::apply1;
-use crate::ops::cross_entropy::{CrossEntropy, Target};
-use crate::ops::linear::linear_composed;
-use crate::param::{Init, Param, ParamStore};
-use crate::recompute::recompute;
+use crate::model::recompute::recompute;
+use mblm_sdk::block::{PosEmb, StageModel};
+use mblm_sdk::error::{Error, Result};
+use mblm_sdk::layer::param_like;
+use mblm_sdk::mode::Mode;
+use mblm_sdk::node::apply1;
+use mblm_sdk::ops::cross_entropy::{CrossEntropy, Target};
+use mblm_sdk::ops::linear::linear_composed;
+use mblm_sdk::param::{Init, Param, ParamStore};
 
 use super::activations::{Activations, NotFinite};
 use super::input::Ids;

@@ -3,7 +3,7 @@
 use candle_core::{DType, Tensor};
 
 use crate::config::MblmConfig;
-use crate::error::{Error, Result};
+use mblm_sdk::error::{Error, Result};
 
 /// Ids padded to whole patches.
 pub(crate) struct Ids {

@@ -6,13 +6,13 @@ use std::sync::Arc;
 
 use candle_core::{CpuStorage, CustomOp1, Device, Layout, Shape, Tensor, Var};
 
-use crate::error::Result;
-use crate::layer::Dims;
-use crate::mode::Mode;
-use crate::node::{apply1, backward_from, floats, with_floats};
-use crate::ops::cross_entropy::{CrossEntropy, Target};
-use crate::param::{Param, fold_gradients};
-use crate::recompute::chunk_mode;
+use crate::model::recompute::chunk_mode;
+use mblm_sdk::error::Result;
+use mblm_sdk::layer::Dims;
+use mblm_sdk::mode::Mode;
+use mblm_sdk::node::{apply1, backward_from, floats, with_floats};
+use mblm_sdk::ops::cross_entropy::{CrossEntropy, Target};
+use mblm_sdk::param::{Param, fold_gradients};
 
 use super::hierarchy::Stage;
 

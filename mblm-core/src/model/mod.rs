@@ -6,6 +6,7 @@ mod hierarchy;
 mod input;
 mod local_loss;
 mod projection;
+mod recompute;
 mod stage_input;
 mod token_embedding;
 
@@ -15,13 +16,13 @@ pub(crate) use hierarchy::{Hierarchy, Stage};
 use input::Ids;
 pub(crate) use stage_input::Positions;
 
-use crate::block::StageModel;
 use crate::config::MblmConfig;
-use crate::error::{Error, Result};
-use crate::mode::Mode;
-use crate::node::apply1;
-use crate::ops::cross_entropy::{CrossEntropy, Target};
-use crate::param::ParamStore;
+use mblm_sdk::block::StageModel;
+use mblm_sdk::error::{Error, Result};
+use mblm_sdk::mode::Mode;
+use mblm_sdk::node::apply1;
+use mblm_sdk::ops::cross_entropy::{CrossEntropy, Target};
+use mblm_sdk::param::ParamStore;
 
 /// Rows whose logits exist at the same time where every byte's loss is asked for.
 const LOGIT_ROWS: usize = 4096;

@@ -4,14 +4,14 @@ use std::sync::Arc;
 
 use candle_core::{Shape, Tensor};
 
-use crate::buffer::Buffer;
-use crate::error::{Error, Result};
-use crate::gemm::Update;
-use crate::layer::Dims;
-use crate::mode::Mode;
-use crate::node::{Node, apply1};
-use crate::ops::linear;
-use crate::param::{Init, Param, ParamScope};
+use mblm_sdk::buffer::Buffer;
+use mblm_sdk::error::{Error, Result};
+use mblm_sdk::gemm::Update;
+use mblm_sdk::layer::Dims;
+use mblm_sdk::mode::Mode;
+use mblm_sdk::node::{Node, apply1};
+use mblm_sdk::ops::linear;
+use mblm_sdk::param::{Init, Param, ParamScope};
 
 /// `D_n -> P_{n+1} · D_{n+1}`.
 #[derive(Clone)]

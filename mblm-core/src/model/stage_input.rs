@@ -5,14 +5,14 @@ use std::sync::Arc;
 
 use candle_core::{Shape, Tensor};
 
-use crate::block::PosEmb;
-use crate::error::{Error, Result};
-use crate::layer::Dims;
-use crate::mode::Mode;
-use crate::node::{Node, apply1, apply2};
-use crate::parallel::{Shared, for_rows, reduce_rows};
-use crate::param::{Param, ParamScope};
-use crate::simd::{self, vectorize};
+use mblm_sdk::block::PosEmb;
+use mblm_sdk::error::{Error, Result};
+use mblm_sdk::layer::Dims;
+use mblm_sdk::mode::Mode;
+use mblm_sdk::node::{Node, apply1, apply2};
+use mblm_sdk::parallel::{Shared, for_rows, reduce_rows};
+use mblm_sdk::param::{Param, ParamScope};
+use mblm_sdk::simd::{self, vectorize};
 
 /// How positions enter.
 #[derive(Clone)]

@@ -5,16 +5,16 @@ use std::sync::Arc;
 
 use candle_core::{Shape, Tensor};
 
-use crate::buffer::Buffer;
-use crate::error::{Error, Result};
-use crate::gemm::Update;
-use crate::mode::Mode;
-use crate::node::{Node, apply1};
-use crate::ops::layer_norm;
-use crate::ops::linear;
-use crate::parallel::{self, Shared, for_rows, reduce_rows};
-use crate::param::{Init, Param, ParamScope};
-use crate::simd;
+use mblm_sdk::buffer::Buffer;
+use mblm_sdk::error::{Error, Result};
+use mblm_sdk::gemm::Update;
+use mblm_sdk::mode::Mode;
+use mblm_sdk::node::{Node, apply1};
+use mblm_sdk::ops::layer_norm;
+use mblm_sdk::ops::linear;
+use mblm_sdk::parallel::{self, Shared, for_rows, reduce_rows};
+use mblm_sdk::param::{Init, Param, ParamScope};
+use mblm_sdk::simd;
 
 /// Floats of looked-up bytes that a projection works on at a time: enough rows for a fast product, and no more memory
 /// than a long sequence can afford.

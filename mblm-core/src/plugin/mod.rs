@@ -3,7 +3,5 @@
 //!
 //! A plugin is trusted code: it runs with the rights of whoever runs the program.
 
-pub mod abi;
 pub mod check;
 pub mod host;
-pub mod sdk;

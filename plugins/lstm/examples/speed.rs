@@ -6,9 +6,9 @@
 use std::time::Instant;
 
 use candle_core::{Device, Var};
-use mblm_core::testing::noise;
-use mblm_core::{Mode, ParamStore, Result, StageBlock};
 use mblm_lstm::Lstm;
+use mblm_sdk::testing::noise;
+use mblm_sdk::{Mode, ParamStore, Result, StageBlock};
 
 const WARM_UP: usize = 3;
 const RUNS: usize = 15;

@@ -4,14 +4,14 @@
 use std::sync::Arc;
 
 use candle_core::Tensor;
-use mblm_core::buffer::Buffer;
-use mblm_core::gemm::Update;
-use mblm_core::layer::{Context, Dims, Layer, param_like};
-use mblm_core::mode::{Dropout, Mode, stream};
-use mblm_core::ops::dropout::{self, dropout_composed};
-use mblm_core::ops::linear::{self, linear_composed};
-use mblm_core::simd;
-use mblm_core::{Init, Param, ParamScope, Result};
+use mblm_sdk::buffer::Buffer;
+use mblm_sdk::gemm::Update;
+use mblm_sdk::layer::{Context, Dims, Layer, param_like};
+use mblm_sdk::mode::{Dropout, Mode, stream};
+use mblm_sdk::ops::dropout::{self, dropout_composed};
+use mblm_sdk::ops::linear::{self, linear_composed};
+use mblm_sdk::simd;
+use mblm_sdk::{Init, Param, ParamScope, Result};
 
 use crate::recurrence::{GATES, Recurrence};
 use crate::table::Order;
@@ -142,8 +142,8 @@ impl Layer for LstmLayer {
 
 #[cfg(test)]
 mod tests {
-    use mblm_core::ParamStore;
-    use mblm_core::testing::{check_layer, perturb};
+    use mblm_sdk::ParamStore;
+    use mblm_sdk::testing::{check_layer, perturb};
 
     use super::*;
 

@@ -4,11 +4,11 @@
 use std::sync::Arc;
 
 use candle_core::Tensor;
-use mblm_core::block::{Cost, FieldError, PosEmb, StageBlock, StageDecoder, StageModel};
-use mblm_core::layer::apply;
-use mblm_core::mode::Mode;
-use mblm_core::{Error, ParamScope, Result};
-use mblm_core::{export_plugin, register_block};
+use mblm_sdk::block::{Cost, FieldError, PosEmb, StageBlock, StageDecoder, StageModel};
+use mblm_sdk::layer::apply;
+use mblm_sdk::mode::Mode;
+use mblm_sdk::{Error, ParamScope, Result};
+use mblm_sdk::{export_plugin, register_block};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 

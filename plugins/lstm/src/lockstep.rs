@@ -3,7 +3,7 @@
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use mblm_core::parallel::{MIN_PARALLEL, for_rows};
+use mblm_sdk::parallel::{MIN_PARALLEL, for_rows};
 
 /// How often a thread looks again before it offers its core to others: a few microseconds.
 const SPINS: usize = 500;

@@ -1,9 +1,9 @@
 //! A weight matrix rearranged for the small products of a recurrence: in panels of a few SIMD registers' columns, each
 //! read from end to end, once for four rows of the other factor.
 
-use mblm_core::buffer::Buffer;
-use mblm_core::parallel::{Shared, for_rows};
-use mblm_core::simd::{has_wide_registers, vectorize};
+use mblm_sdk::buffer::Buffer;
+use mblm_sdk::parallel::{Shared, for_rows};
+use mblm_sdk::simd::{has_wide_registers, vectorize};
 
 /// Columns of a register: one of AVX-512, two of AVX2.
 pub(crate) const LANES: usize = 16;
@@ -155,8 +155,8 @@ pub(crate) fn store(lanes: &Lanes, row: &mut [f32]) {
 
 #[cfg(test)]
 mod tests {
-    use mblm_core::buffer::poison_buffers;
-    use mblm_core::testing::noise;
+    use mblm_sdk::buffer::poison_buffers;
+    use mblm_sdk::testing::noise;
 
     use super::*;
 

@@ -7,9 +7,9 @@
 
 use std::ops::Range;
 
-use mblm_core::buffer::Buffer;
-use mblm_core::parallel::{MIN_PARALLEL, for_rows, row_ranges};
-use mblm_core::simd::{exp, sigmoid, vectorize};
+use mblm_sdk::buffer::Buffer;
+use mblm_sdk::parallel::{MIN_PARALLEL, for_rows, row_ranges};
+use mblm_sdk::simd::{exp, sigmoid, vectorize};
 
 use crate::lockstep::lockstep;
 use crate::panels::{LANES, Lanes, Panels, TILE, load, store};

@@ -1,10 +1,10 @@
 //! The block as a whole: decoder, causality, gradients, names, and what it refuses.
 
 use candle_core::{DType, Device};
-use mblm_core::ParamStore;
-use mblm_core::layer::Dims;
-use mblm_core::testing::noise;
-use mblm_core::testing::{check_causality, check_decoder, check_gradients, perturb};
+use mblm_sdk::ParamStore;
+use mblm_sdk::layer::Dims;
+use mblm_sdk::testing::noise;
+use mblm_sdk::testing::{check_causality, check_decoder, check_gradients, perturb};
 
 use super::*;
 
@@ -38,7 +38,7 @@ fn a_prefill_goes_on_from_the_state_that_steps_left() {
     let mut decoder = model.decoder(batch).unwrap();
     decoder.step(&x[..row], &mut got[..row]).unwrap();
     decoder.prefill(&x[row..], &mut got[row..], seq - 1).unwrap();
-    mblm_core::testing::assert_close("prefill after a step", &got, &want, 2e-5);
+    mblm_sdk::testing::assert_close("prefill after a step", &got, &want, 2e-5);
 }
 
 #[test]

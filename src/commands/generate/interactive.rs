@@ -7,10 +7,10 @@ use std::sync::atomic::Ordering::SeqCst;
 use std::time::Instant;
 
 use anyhow::Result;
+use mblm::base::nearest::suggestion;
 use mblm::base::terminal;
 use mblm::generate::{Ended, Sampler, Sampling, TokenStream, Until, generate};
 use mblm::model::Mblm;
-use mblm::yaml::nearest::suggestion;
 use rustyline::DefaultEditor;
 use rustyline::error::ReadlineError;
 

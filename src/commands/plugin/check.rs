@@ -65,7 +65,7 @@ pub fn run(args: &Args) -> Result<()> {
     }
     let names: Vec<&str> = CHECKS.iter().map(|check| check.name).collect();
     if let Some(unknown) = args.only.iter().find(|only| !names.contains(&only.as_str())) {
-        let suggestion = mblm::yaml::nearest::suggestion(unknown, &names);
+        let suggestion = mblm::base::nearest::suggestion(unknown, &names);
         return Err(Usage(format!("--only: unknown check {unknown:?}; {suggestion}")).into());
     }
     let mut report = Report { out: Output::new(), file: super::library_file(&args.file)?, args, faults: 0 };
@@ -82,7 +82,7 @@ pub fn run(args: &Args) -> Result<()> {
     let blocks: Vec<&String> = about.blocks.iter().filter(is_wanted).collect();
     if let (true, Some(block)) = (blocks.is_empty(), &args.block) {
         let suggestion =
-            mblm::yaml::nearest::suggestion(block, &about.blocks.iter().map(String::as_str).collect::<Vec<_>>());
+            mblm::base::nearest::suggestion(block, &about.blocks.iter().map(String::as_str).collect::<Vec<_>>());
         return Err(Usage(format!("{} has no block type {block:?}; {suggestion}", report.file.display())).into());
     }
     blocks.into_iter().try_for_each(|block| report.block(block))?;

@@ -4,8 +4,8 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use mblm::abi;
 use mblm::base::terminal::Output;
-use mblm::plugin::abi;
 use mblm::registry::BlockRegistry;
 
 use crate::exit::Usage;
@@ -128,7 +128,7 @@ pub fn run(args: &Args) -> Result<()> {
         let makefile = MAKEFILE.replace("libmingru", &format!("lib{snake}")).replace("mingru.c", "block.c");
         files.push(("block.c", source));
         files.push(("mblm_plugin.h", abi::HEADER.into()));
-        files.push(("Makefile", makefile.replace("../../mblm-core/include", ".")));
+        files.push(("Makefile", makefile.replace("../../mblm-sdk/include", ".")));
     } else {
         files.push(("Cargo.toml", CARGO.replace("NAME", name).replace("\"CORE\"", &core(args)?)));
         files.push(("src/lib.rs", LIB.replace("TYPE", name)));

@@ -23,7 +23,7 @@ pub fn run(args: &Args) -> Result<()> {
     let library = super::open(&args.file)?;
     let Some(block) = library.block(&args.block_type) else {
         let known: Vec<&str> = library.blocks().iter().map(|block| block.block_type).collect();
-        let suggestion = mblm::yaml::nearest::suggestion(&args.block_type, &known);
+        let suggestion = mblm::base::nearest::suggestion(&args.block_type, &known);
         let message = format!("{} has no block type {:?}; {suggestion}", args.file.display(), args.block_type);
         return Err(Usage(message).into());
     };

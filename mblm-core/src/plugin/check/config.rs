@@ -4,7 +4,7 @@ use mblm_base::random::noise;
 use serde_json::{Value, json};
 
 use super::{Outcome, Subject};
-use crate::plugin::abi;
+use mblm_sdk::abi;
 
 /// The configuration is accepted; unknown fields and what is no configuration are refused; nothing crashes.
 pub(super) fn hostile(subject: &Subject) -> Result<Outcome, String> {

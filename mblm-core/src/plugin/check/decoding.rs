@@ -2,14 +2,14 @@
 
 use super::rig::{Rig, input};
 use super::{Outcome, Subject};
-use crate::mode::Mode;
-use crate::plugin::abi;
 use crate::plugin::host::{ParamValues, State};
-use crate::testing::difference;
+use mblm_sdk::abi;
+use mblm_sdk::mode::Mode;
+use mblm_sdk::testing::difference;
 
 const TOLERANCE: f32 = 1e-4;
 
-fn text(error: crate::Error) -> String {
+fn text(error: mblm_sdk::Error) -> String {
     error.to_string()
 }
 

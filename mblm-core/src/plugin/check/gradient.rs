@@ -4,8 +4,8 @@ use mblm_base::random::noise;
 
 use super::rig::{Gradients, MODE, Rig, input};
 use super::{Outcome, Subject};
-use crate::layer::Dims;
-use crate::testing::{WITHOUT_GRADIENT, difference};
+use mblm_sdk::layer::Dims;
+use mblm_sdk::testing::{WITHOUT_GRADIENT, difference};
 
 const NO_BACKWARD: &str = "it has no backward pass";
 

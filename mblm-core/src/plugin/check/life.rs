@@ -1,10 +1,11 @@
 //! Threads, memory and panics.
 
+use super::PANIC_VARIABLE;
 use super::rig::{Gradients, input};
-use super::{Outcome, PANIC_VARIABLE, Subject};
-use crate::mode::Mode;
-use crate::plugin::abi;
+use super::{Outcome, Subject};
 use crate::plugin::host::ParamValues;
+use mblm_sdk::abi;
+use mblm_sdk::mode::Mode;
 
 /// Threads that call at once.
 const THREADS: usize = 4;
@@ -27,7 +28,7 @@ pub(super) fn threads(subject: &Subject) -> Result<Outcome, String> {
             let got = run(rig)?;
             let pairs = [(&got.y, &want.y), (&got.dx, &want.dx)];
             let pairs = pairs.into_iter().chain(got.dparams.iter().zip(&want.dparams));
-            match pairs.into_iter().find_map(|(got, want)| crate::testing::difference(got, want, 1e-5)) {
+            match pairs.into_iter().find_map(|(got, want)| mblm_sdk::testing::difference(got, want, 1e-5)) {
                 Some(difference) => Err(format!("called from several threads at once: {difference}")),
                 None => Ok(()),
             }

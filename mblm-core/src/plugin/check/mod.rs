@@ -9,6 +9,7 @@ mod output;
 mod rig;
 mod table;
 
+pub use mblm_sdk::plugin::PANIC_VARIABLE;
 pub use rig::Subject;
 use serde::{Deserialize, Serialize};
 
@@ -97,6 +98,3 @@ pub const TRIALS: &[Trial] = &[
     Trial { name: "create", run: |subject| subject.rig(1).map(drop) },
     Trial { name: "forward", run: output::forward },
 ];
-
-/// The environment variable that makes a plugin of the Rust SDK panic in `forward`.
-pub const PANIC_VARIABLE: &str = "MBLM_PLUGIN_PANIC";

@@ -2,10 +2,10 @@
 
 use super::rig::{Guarded, MODE, input};
 use super::{Outcome, Subject};
-use crate::mode::Mode;
-use crate::plugin::abi;
 use crate::plugin::host::{ParamValues, Pass};
-use crate::testing::{OTHER_OUTPUT_AGAIN, OTHER_OUTPUT_REBUILT, difference};
+use mblm_sdk::abi;
+use mblm_sdk::mode::Mode;
+use mblm_sdk::testing::{OTHER_OUTPUT_AGAIN, OTHER_OUTPUT_REBUILT, difference};
 
 /// One forward pass.
 pub(super) fn forward(subject: &Subject) -> Result<(), String> {
@@ -29,7 +29,7 @@ pub(super) fn buffers(subject: &Subject) -> Result<Outcome, String> {
     {
         let slices: Vec<&[f32]> = guarded.iter_mut().map(|value| &*value.inner()).collect();
         let params = ParamValues { values: &slices, version: 1 };
-        let text = |error: crate::Error| error.to_string();
+        let text = |error: mblm_sdk::Error| error.to_string();
         let tape = rig.instance.forward(params, &pass, xs.inner(), ys.inner(), mode != Mode::Eval).map_err(text)?;
         if let Some(mut tape) = tape {
             let mut dparams: Vec<&mut [f32]> = grads.iter_mut().map(|grad| grad.inner()).collect();

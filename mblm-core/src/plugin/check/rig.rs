@@ -6,13 +6,13 @@ use std::sync::Arc;
 use mblm_base::random::noise;
 use serde_json::{Map, Value, json};
 
-use crate::layer::Dims;
-use crate::mode::Mode;
-use crate::param::{Param, ParamStore};
-use crate::plugin::abi::{self, Text};
 use crate::plugin::host::{Failure, Instance, Library, LibraryBlock, ParamValues, Pass, Tape, call};
 use crate::schema::Walk;
-use crate::testing::perturb;
+use mblm_sdk::abi::{self, Text};
+use mblm_sdk::layer::Dims;
+use mblm_sdk::mode::Mode;
+use mblm_sdk::param::{Param, ParamStore};
+use mblm_sdk::testing::perturb;
 
 /// Widths to try, the first accepted one is taken.
 const WIDTHS: [usize; 7] = [8, 12, 16, 24, 32, 64, 128];
@@ -141,7 +141,7 @@ impl Rig {
             store.root().scaled_param(&spec.name, &spec.shape, spec.start.init, spec.start.gain)
         };
         let params: Vec<_> =
-            instance.params().iter().map(create).collect::<crate::Result<_>>().map_err(|error| error.to_string())?;
+            instance.params().iter().map(create).collect::<mblm_sdk::Result<_>>().map_err(|error| error.to_string())?;
         perturb(&store);
         Ok(Rig { instance, params, dim })
     }

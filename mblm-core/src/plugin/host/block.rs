@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
+use mblm_base::nearest::suggestion;
 use mblm_yaml::ValueError;
-use mblm_yaml::nearest::suggestion;
 use serde::Serialize;
 use serde_yaml::Value;
 
@@ -11,11 +11,11 @@ use super::calls::{Failure, call};
 use super::instance::Instance;
 use super::library::{Library, LibraryBlock};
 use super::model::PluginModel;
-use crate::block::{FieldError, PluginOrigin, PosEmb, StageBlock, StageModel};
-use crate::error::{Error, Result};
-use crate::param::ParamScope;
-use crate::plugin::abi::{self, Text};
 use crate::registry::{BlockInfo, BlockSource};
+use mblm_sdk::abi::{self, Text};
+use mblm_sdk::block::{FieldError, PluginOrigin, PosEmb, StageBlock, StageModel};
+use mblm_sdk::error::{Error, Result};
+use mblm_sdk::param::ParamScope;
 
 /// The blocks of a plugin.
 pub struct PluginSource(pub Arc<Library>);

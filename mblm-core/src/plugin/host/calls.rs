@@ -5,7 +5,7 @@ use std::ffi::c_void;
 use std::sync::LazyLock;
 
 use super::surroundings::kept;
-use crate::plugin::abi::{self, Status, Text};
+use mblm_sdk::abi::{self, Status, Text};
 
 /// What the host offers. Lives for ever, as the contract says.
 pub(super) static HOST: LazyLock<abi::Host> = LazyLock::new(|| abi::Host {

@@ -5,14 +5,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Shape, Tensor};
 
 use super::instance::{Instance, ParamValues, Pass, State, Tape};
-use crate::block::{Cost, StageDecoder, StageModel, replay};
-use crate::error::{Error, Result};
-use crate::layer::Dims;
-use crate::mode::Mode;
-use crate::node::{floats, with_floats};
-use crate::param::{Param, Values};
-use crate::plugin::abi;
-use crate::simd::vectorize;
+use mblm_sdk::abi;
+use mblm_sdk::block::{Cost, StageDecoder, StageModel, replay};
+use mblm_sdk::error::{Error, Result};
+use mblm_sdk::layer::Dims;
+use mblm_sdk::mode::Mode;
+use mblm_sdk::node::{floats, with_floats};
+use mblm_sdk::param::{Param, Values};
+use mblm_sdk::simd::vectorize;
 
 /// The model of a stage that a plugin runs. Its parameters are the host's.
 pub(super) struct PluginModel {

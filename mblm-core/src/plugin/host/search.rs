@@ -11,8 +11,8 @@ use super::file::LibraryFile;
 use super::library::Library;
 use super::probe::Probe;
 use super::{blame, folders, ownership};
-use crate::error::Error;
 use crate::registry::BlockRegistry;
+use mblm_sdk::error::Error;
 
 /// The environment variable that lists folders, separated as in `PATH`.
 pub const PATH_VARIABLE: &str = "MBLM_PLUGIN_PATH";
@@ -39,7 +39,7 @@ struct Place {
 
 impl SearchPath {
     /// The whole search path. What is `given` must exist.
-    pub fn new(given: &[PathBuf], trusted: Vec<TrustedFolder>) -> crate::Result<Self> {
+    pub fn new(given: &[PathBuf], trusted: Vec<TrustedFolder>) -> mblm_sdk::Result<Self> {
         if let Some(missing) = given.iter().find(|path| !path.exists()) {
             return Err(Error::Input(format!(
                 "--plugin-dir {}: there is no such folder or file; the path starts at the current directory",

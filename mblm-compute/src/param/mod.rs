@@ -10,6 +10,6 @@ mod value;
 
 pub use gradient::Gradient;
 pub use init::{Init, Start};
-pub(crate) use store::{MAX_TENSORS, fold_gradients};
+pub use store::{MAX_TENSORS, fold_gradients};
 pub use store::{ParamScope, ParamStore};
-pub use value::{Param, Values};
+pub use value::{Loan, Param, Values};

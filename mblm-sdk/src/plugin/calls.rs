@@ -7,11 +7,11 @@ use std::sync::atomic::AtomicBool;
 
 use super::instance::{Instance, Pass, State, Tape, parse};
 use super::{Failure, guard, panics_on_demand, registration, user};
+use crate::abi::{self, Block, InstanceInfo, ParamInfo, Params, Status, Text};
 use crate::block::PosEmb;
-use crate::layer::Dims;
-use crate::param::Init;
-use crate::plugin::abi::{self, Block, InstanceInfo, ParamInfo, Params, Status, Text};
-use crate::registry::Registration;
+use crate::registration::Registration;
+use mblm_compute::layer::Dims;
+use mblm_compute::param::Init;
 
 /// The table of one block.
 pub(super) fn block(

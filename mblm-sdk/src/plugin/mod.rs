@@ -13,9 +13,9 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
-use super::abi::{self, Status, Text};
-use crate::error::Error;
-use crate::registry::Registration;
+use crate::abi::{self, Status, Text};
+use crate::registration::Registration;
+use mblm_compute::error::Error;
 
 /// Makes a `cdylib` a plugin: offers every block that [`register_block!`](crate::register_block) registers in it.
 ///
@@ -28,11 +28,14 @@ macro_rules! export_plugin {
     (deterministic = $deterministic:literal) => {
         /// The one symbol of a plugin.
         #[unsafe(no_mangle)]
-        pub extern "C" fn mblm_plugin_entry() -> *const $crate::plugin::abi::Plugin {
-            $crate::plugin::sdk::entry(env!("CARGO_PKG_NAME"), env!("CARGO_PKG_VERSION"), $deterministic)
+        pub extern "C" fn mblm_plugin_entry() -> *const $crate::abi::Plugin {
+            $crate::plugin::entry(env!("CARGO_PKG_NAME"), env!("CARGO_PKG_VERSION"), $deterministic)
         }
     };
 }
+
+/// Set where the check of panics runs: `forward` panics then.
+pub const PANIC_VARIABLE: &str = "MBLM_PLUGIN_PANIC";
 
 /// What the host offers, from `init` on.
 static HOST: OnceLock<abi::Host> = OnceLock::new();
@@ -91,7 +94,7 @@ unsafe extern "C" fn init(host: *const abi::Host) -> Status {
 /// Whether `forward` panics, for the check of what becomes of a panic. Asked once.
 fn panics_on_demand() -> bool {
     static DEMANDED: OnceLock<bool> = OnceLock::new();
-    *DEMANDED.get_or_init(|| std::env::var_os(super::check::PANIC_VARIABLE).is_some())
+    *DEMANDED.get_or_init(|| std::env::var_os(PANIC_VARIABLE).is_some())
 }
 
 /// Writes a line to the host's log; `level` is one of `abi::LOG_…`.

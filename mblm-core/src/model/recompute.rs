@@ -6,12 +6,12 @@ use std::sync::Arc;
 
 use candle_core::{CpuStorage, CustomOp1, Device, Layout, Shape, Tensor, Var};
 
-use crate::block::StageModel;
-use crate::error::Result;
-use crate::layer::Dims;
-use crate::mode::Mode;
-use crate::node::{backward_from, floats, with_floats};
-use crate::param::{Param, fold_gradients};
+use mblm_sdk::block::StageModel;
+use mblm_sdk::error::Result;
+use mblm_sdk::layer::Dims;
+use mblm_sdk::mode::Mode;
+use mblm_sdk::node::{backward_from, floats, with_floats};
+use mblm_sdk::param::{Param, fold_gradients};
 
 /// Runs `model` on `x` in `chunks` chunks of sequences. Gradients are those of one pass over all; with dropout, each
 /// chunk draws a mask of its own.

@@ -12,7 +12,7 @@ pub const ENTRY: &str = "mblm_plugin_entry";
 pub const MAX_DIMS: usize = 4;
 
 /// The header, for programs that write plugins.
-pub const HEADER: &str = include_str!("../../include/mblm_plugin.h");
+pub const HEADER: &str = include_str!("../include/mblm_plugin.h");
 
 pub type Status = i32;
 pub const OK: Status = 0;

@@ -9,9 +9,9 @@ use candle_core::{Device, Tensor};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::error::{Error, Result};
-use crate::mode::Mode;
-use crate::param::ParamScope;
+use mblm_compute::error::{Error, Result};
+use mblm_compute::mode::Mode;
+use mblm_compute::param::ParamScope;
 
 /// How positions enter a stage, before its start token is put in front.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -201,7 +201,7 @@ pub trait StageDecoder: Send {
 }
 
 /// The decoder of a block that has none of its own.
-pub(crate) fn replay<M: StageModel + ?Sized>(model: &M, batch: usize) -> Box<dyn StageDecoder + '_> {
+pub fn replay<M: StageModel + ?Sized>(model: &M, batch: usize) -> Box<dyn StageDecoder + '_> {
     Box::new(ReplayDecoder { forward: move |x: &Tensor| model.forward(x, None, Mode::Eval), batch, inputs: vec![] })
 }
 

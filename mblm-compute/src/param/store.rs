@@ -14,7 +14,7 @@ use crate::parallel;
 use mblm_base::memory;
 
 /// Tensors in a model, at most: a mistyped number of layers ends here, before it fills the memory with names.
-pub(crate) const MAX_TENSORS: usize = 1 << 20;
+pub const MAX_TENSORS: usize = 1 << 20;
 /// Learned numbers in a model, at most: the bytes of several copies fit 63 bits.
 const MAX_ELEMENTS: usize = 1 << 56;
 
@@ -141,7 +141,7 @@ impl ParamStore {
 }
 
 /// Adds the gradients that candle's graph holds to the buffers of their parameters.
-pub(crate) fn fold_gradients<'a>(params: impl Iterator<Item = &'a Arc<Param>>, grads: &GradStore) -> Result<()> {
+pub fn fold_gradients<'a>(params: impl Iterator<Item = &'a Arc<Param>>, grads: &GradStore) -> Result<()> {
     for param in params {
         // What was never drawn is in no graph.
         if let Some(from_graph) = param.drawn().and_then(|var| grads.get(var.as_tensor())) {

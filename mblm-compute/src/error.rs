@@ -1,16 +1,11 @@
 //! The library's one error type. Messages say what came, what was expected and, where that helps, what to do.
 
-use mblm_yaml::ConfigError;
-
-/// Everything that can go wrong in `mblm-core`.
+/// Everything that can go wrong in a model.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A tensor operation failed inside candle.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),
-    /// A configuration is wrong; says file, path, line, found and expected.
-    #[error(transparent)]
-    Config(#[from] ConfigError),
     /// Inputs do not fit the model: shapes, lengths or ids.
     #[error("{0}")]
     Input(String),

@@ -42,7 +42,7 @@ pub fn apply2<N: Node>(node: N, x: &Tensor, z: &Tensor, mode: Mode) -> candle_co
 }
 
 /// Backward from `y` when the gradient of the loss with respect to it is `dy`.
-pub(crate) fn backward_from(y: &Tensor, dy: Tensor) -> candle_core::Result<GradStore> {
+pub fn backward_from(y: &Tensor, dy: Tensor) -> candle_core::Result<GradStore> {
     y.apply_op1(Seed(dy))?.backward()
 }
 
@@ -140,14 +140,14 @@ fn on_cpu<'a>(storage: &'a Storage, layout: &Layout) -> candle_core::Result<&'a 
 }
 
 /// Lends the elements of an `f32` CPU tensor.
-pub(crate) fn with_floats<R>(x: &Tensor, work: impl FnOnce(&[f32]) -> R) -> candle_core::Result<R> {
+pub fn with_floats<R>(x: &Tensor, work: impl FnOnce(&[f32]) -> R) -> candle_core::Result<R> {
     let x = x.contiguous()?;
     let (storage, layout) = x.storage_and_layout();
     Ok(work(on_cpu(&storage, layout)?))
 }
 
 /// The contiguous `f32` elements of a tensor's CPU storage.
-pub(crate) fn floats<'a>(storage: &'a CpuStorage, layout: &Layout) -> candle_core::Result<&'a [f32]> {
+pub fn floats<'a>(storage: &'a CpuStorage, layout: &Layout) -> candle_core::Result<&'a [f32]> {
     match layout.contiguous_offsets() {
         Some((start, end)) => Ok(&storage.as_slice::<f32>()?[start..end]),
         None => candle_core::bail!("expected a contiguous tensor"),

@@ -8,23 +8,23 @@ use std::sync::Arc;
 use candle_core::{Device, Tensor};
 use criterion::{Criterion, criterion_group, criterion_main};
 use mblm_base::random::noise;
-use mblm_core::Mode;
-use mblm_core::gemm::{Mat, MatMut, Precision, Update, autocast, matmul};
-use mblm_core::layer::Dims;
-use mblm_core::node::apply1;
-use mblm_core::ops::attention::{Attention, attention_composed};
-use mblm_core::ops::conv1d::{Conv1d, conv1d_silu_composed};
-use mblm_core::ops::cross_entropy::{CrossEntropy, Target, cross_entropy_composed};
-use mblm_core::ops::gated_rms_norm::{GatedRmsNorm, gated_rms_norm_composed};
-use mblm_core::ops::layer_norm::{self, layer_norm_composed};
-use mblm_core::ops::rms_norm::{Eps, RmsNorm, rms_norm_composed, token_shift_composed};
-use mblm_core::ops::rotary::Rotary;
-use mblm_core::ops::selective_scan::{self, SelectiveScan, selective_scan_composed};
-use mblm_core::ops::ssd::{self, Ssd, ssd_composed};
-use mblm_core::ops::{gelu, linear};
-use mblm_core::parallel::Threads;
-use mblm_core::param::{Init, ParamStore};
-use mblm_core::rows::Rows;
+use mblm_compute::gemm::{Mat, MatMut, Precision, Update, autocast, matmul};
+use mblm_compute::layer::Dims;
+use mblm_compute::mode::Mode;
+use mblm_compute::node::apply1;
+use mblm_compute::ops::attention::{Attention, attention_composed};
+use mblm_compute::ops::conv1d::{Conv1d, conv1d_silu_composed};
+use mblm_compute::ops::cross_entropy::{CrossEntropy, Target, cross_entropy_composed};
+use mblm_compute::ops::gated_rms_norm::{GatedRmsNorm, gated_rms_norm_composed};
+use mblm_compute::ops::layer_norm::{self, layer_norm_composed};
+use mblm_compute::ops::rms_norm::{Eps, RmsNorm, rms_norm_composed, token_shift_composed};
+use mblm_compute::ops::rotary::Rotary;
+use mblm_compute::ops::selective_scan::{self, SelectiveScan, selective_scan_composed};
+use mblm_compute::ops::ssd::{self, Ssd, ssd_composed};
+use mblm_compute::ops::{gelu, linear};
+use mblm_compute::parallel::Threads;
+use mblm_compute::param::{Init, ParamStore};
+use mblm_compute::rows::Rows;
 
 fn tensor(data: &[f32], shape: &[usize]) -> Tensor {
     Tensor::from_slice(data, shape, &Device::Cpu).expect("as many numbers as the shape has")
@@ -35,7 +35,7 @@ fn pair<R, S>(
     c: &mut Criterion,
     op: &str,
     mut fused: impl FnMut() -> R,
-    mut composed: impl FnMut() -> mblm_core::Result<S>,
+    mut composed: impl FnMut() -> mblm_compute::Result<S>,
 ) {
     let mut group = c.benchmark_group(op);
     group.sample_size(10);

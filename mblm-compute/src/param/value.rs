@@ -30,7 +30,7 @@ pub struct Param {
 }
 
 /// Ends a loan when it is dropped.
-pub(crate) struct Loan<'a>(&'a Param);
+pub struct Loan<'a>(&'a Param);
 
 impl Drop for Loan<'_> {
     fn drop(&mut self) {
@@ -111,7 +111,7 @@ impl Param {
     }
 
     /// The row of an embedding that stays zero.
-    pub(crate) fn zero_row(&self) -> Option<usize> {
+    pub fn zero_row(&self) -> Option<usize> {
         self.zero_row
     }
 
@@ -167,7 +167,7 @@ impl Param {
     ///
     /// # Safety
     /// The loan must be dropped, not forgotten.
-    pub(crate) unsafe fn lend_grad<'a>(&'a self, memory: &'a mut [f32]) -> Loan<'a> {
+    pub unsafe fn lend_grad<'a>(&'a self, memory: &'a mut [f32]) -> Loan<'a> {
         assert_eq!(memory.len(), self.len(), "memory for the gradient of {}", self.name);
         // SAFETY: the loan borrows `memory` mutably and ends the use of it when it is dropped.
         unsafe { self.grad().lend(memory) };

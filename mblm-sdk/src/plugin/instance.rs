@@ -5,16 +5,16 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{Device, Tensor, Var};
 use rayon::prelude::*;
-use serde_yaml::Value;
+use serde_json::Value;
 
 use super::Failure;
+use crate::abi;
 use crate::block::{StageBlock, StageDecoder, StageModel};
-use crate::layer::Dims;
-use crate::mode::Mode;
-use crate::node::{backward_from, with_floats};
-use crate::param::{Param, ParamStore, fold_gradients};
-use crate::plugin::abi;
-use crate::registry::Registration;
+use crate::registration::Registration;
+use mblm_compute::layer::Dims;
+use mblm_compute::mode::Mode;
+use mblm_compute::node::{backward_from, with_floats};
+use mblm_compute::param::{Param, ParamStore, fold_gradients};
 
 /// Floats that one thread copies.
 const COPIED_AT_ONCE: usize = 1 << 16;
@@ -25,11 +25,11 @@ const SAVED: [u8; 8] = *b"MBLMSTAT";
 /// Reads and checks a block's configuration.
 pub(super) fn parse(block: &Registration, config: &[u8], dim: usize) -> Result<Box<dyn StageBlock>, Failure> {
     let invalid = |field: &str, message: &dyn std::fmt::Display| Failure::new(abi::INVALID, field, message.to_string());
-    let fields: Value = serde_json::from_slice(config).map_err(|error| invalid("", &error))?;
-    if !fields.is_mapping() {
+    let Value::Object(fields) = serde_json::from_slice(config).map_err(|error| invalid("", &error))? else {
         return Err(invalid("", &"expected an object"));
-    }
-    let parsed = block.parse(&fields).map_err(|error| invalid(&error.path, &error.message))?;
+    };
+    let fields = fields.into_iter().map(|(name, value)| (Value::String(name), value));
+    let parsed = block.parse(fields).map_err(|error| invalid(&error.path, &error.message))?;
     if dim > 0 {
         parsed.validate(dim).map_err(|error| invalid(&error.field, &error.message))?;
     }
@@ -182,7 +182,7 @@ impl State {
     // Mutable, since a decoder need not be fit for being looked at from two threads.
     pub(super) fn save(&mut self) -> Result<Vec<u8>, Failure> {
         let mut numbers = Vec::new();
-        let unsupported = |error: crate::Error| Failure::new(abi::UNSUPPORTED, "", error.to_string());
+        let unsupported = |error: mblm_compute::Error| Failure::new(abi::UNSUPPORTED, "", error.to_string());
         self.decoder.save(&mut numbers).map_err(unsupported)?;
         let mut bytes = SAVED.to_vec();
         bytes.extend((self.batch as u64).to_le_bytes());

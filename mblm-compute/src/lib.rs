@@ -1,0 +1,21 @@
+//! What MBLM computes with: parameters and their gradients, fused layers as nodes of candle's graph, matrix products,
+//! SIMD and threads.
+//!
+//! Shape letters: `B` batch, `S` positions, `D` width, `E` inner width, `N` state, `H` heads, `V` vocabulary.
+#![warn(missing_docs)]
+#![deny(clippy::print_stdout, clippy::print_stderr)]
+
+pub mod buffer;
+pub mod error;
+pub mod gemm;
+pub mod layer;
+pub mod mode;
+pub mod node;
+pub mod ops;
+pub mod parallel;
+pub mod param;
+pub mod rows;
+pub mod simd;
+pub mod testing;
+
+pub use error::{Error, Result};

@@ -1,0 +1,19 @@
+//! What a stage block is made with: its contracts, parameters, layers and fused ops, and what turns a `cdylib` of blocks
+//! into a plugin.
+#![warn(missing_docs)]
+#![deny(clippy::print_stdout, clippy::print_stderr)]
+
+pub mod abi;
+pub mod block;
+pub mod plugin;
+pub mod registration;
+pub mod testing;
+
+pub use block::{PosEmb, StageBlock, StageDecoder, StageModel};
+pub use mblm_compute::error::{Error, Result};
+pub use mblm_compute::mode::Mode;
+pub use mblm_compute::param::{Init, Param, ParamScope, ParamStore};
+pub use mblm_compute::{buffer, error, gemm, layer, mode, node, ops, parallel, param, rows, simd};
+
+#[doc(hidden)]
+pub use {inventory, schemars, serde_json, typetag};
