@@ -280,9 +280,9 @@ pub(crate) mod tests {
     #[serde(transparent)]
     struct Mamba1(Mamba);
 
-    register_block!(Transformer, name = "transformer", infer = true);
-    register_block!(Mamba, name = "mamba2", about = "State space layers", infer = true, aliases = ["mamba"]);
-    register_block!(Mamba1, name = "mamba1", about = "Older layers");
+    mblm_sdk::register_block!(Transformer, name = "transformer", infer = true);
+    mblm_sdk::register_block!(Mamba, name = "mamba2", about = "State space layers", infer = true, aliases = ["mamba"]);
+    mblm_sdk::register_block!(Mamba1, name = "mamba1", about = "Older layers");
 
     fn build() -> Result<Box<dyn StageModel>> {
         Err(Error::Block("blocks of tests build nothing".into()))
