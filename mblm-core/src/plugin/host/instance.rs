@@ -7,12 +7,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use super::calls::{Failure, call};
 use super::library::{Library, LibraryBlock};
 use super::surroundings::kept;
+use mblm_sdk::abi::{self, Block, Text};
 use mblm_sdk::block::Cost;
 use mblm_sdk::error::{Error, Result};
 use mblm_sdk::layer::Dims;
 use mblm_sdk::mode::Mode;
 use mblm_sdk::param::{Init, MAX_TENSORS, Start};
-use mblm_sdk::abi::{self, Block, Text};
 
 /// A parameter that an instance asks for.
 #[derive(Clone, Debug, PartialEq)]

@@ -8,8 +8,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use super::calls::{HOST, call};
 use super::file::LibraryFile;
 use super::surroundings::kept;
-use mblm_sdk::block::PluginOrigin;
 use mblm_sdk::abi::{self, Block, Plugin, Text};
+use mblm_sdk::block::PluginOrigin;
 
 /// Why this build cannot load any plugin.
 pub const CANNOT_LOAD: Option<&str> = if cfg!(all(target_os = "linux", target_feature = "crt-static")) {
