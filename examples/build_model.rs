@@ -11,7 +11,7 @@ use mblm::blocks::transformer::{Transformer, TransformerConfig};
 use mblm::config::MblmConfig;
 use mblm::model::Mblm;
 use mblm::train::evaluate::bpb;
-use mblm::train::optimizer::{Adam, AdamConfig, clip_grad_norm};
+use mblm::train::trainer::optimizer::{Adam, AdamConfig, clip_grad_norm};
 use mblm::{Mode, PosEmb};
 
 fn main() -> Result<()> {

@@ -14,7 +14,7 @@ use mblm::generate::{Sampler, Sampling, Until, generate};
 use mblm::model::Mblm;
 use mblm::registry::BlockRegistry;
 use mblm::train::evaluate::bpb;
-use mblm::train::optimizer::{Adam, AdamConfig, clip_grad_norm};
+use mblm::train::trainer::optimizer::{Adam, AdamConfig, clip_grad_norm};
 use mblm::yaml::Document;
 use mblm::{Init, Mode, Param, ParamScope, PosEmb, Result, StageBlock, StageModel, register_block};
 use schemars::JsonSchema;

@@ -13,7 +13,7 @@ use mblm::blocks as _;
 use mblm::config::MblmConfig;
 use mblm::model::Mblm;
 use mblm::registry::BlockRegistry;
-use mblm::train::optimizer::{Adam, AdamConfig, clip_grad_norm};
+use mblm::train::trainer::optimizer::{Adam, AdamConfig, clip_grad_norm};
 use mblm::yaml::Document;
 
 const CONFIG: &str = "

@@ -10,7 +10,7 @@ use mblm::blocks as _;
 use mblm::config::MblmEncoderConfig;
 use mblm::model::MblmEncoder;
 use mblm::registry::BlockRegistry;
-use mblm::train::optimizer::{Adam, AdamConfig, clip_grad_norm};
+use mblm::train::trainer::optimizer::{Adam, AdamConfig, clip_grad_norm};
 use mblm::yaml::Document;
 
 const MASK: u32 = 257;

@@ -11,7 +11,7 @@ use mblm::config::MblmConfig;
 use mblm::generate::{Decoder, Format, Sampler, Sampling, TokenStream, Until, generate};
 use mblm::model::Mblm;
 use mblm::registry::BlockRegistry;
-use mblm::train::optimizer::{Adam, AdamConfig, clip_grad_norm};
+use mblm::train::trainer::optimizer::{Adam, AdamConfig, clip_grad_norm};
 use mblm::yaml::Document;
 
 const CONFIG: &str = "

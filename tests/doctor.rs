@@ -14,7 +14,7 @@ use mblm::block::StageDecoder;
 use mblm::config::MblmConfig;
 use mblm::registry::BlockRegistry;
 use mblm::train::config::ModelConfig;
-use mblm::train::doctor::{Report, Severity, examine, glance};
+use mblm::train::doctor::{Examination, Severity, examine, glance};
 use mblm::yaml::Document;
 use mblm::{Init, Mode, Param, ParamScope, PosEmb, Result, StageBlock, StageModel, register_block};
 use mblm_blocks as _;
@@ -165,14 +165,14 @@ fn config(stage: usize, block: &str) -> MblmConfig {
     MblmConfig::from_document(&document, "", &BlockRegistry::builtin().unwrap()).unwrap()
 }
 
-fn report(stage: usize, block: &str) -> Report {
+fn report(stage: usize, block: &str) -> Examination {
     let ids: Vec<u32> = noise(2 * 30, 5).iter().map(|noise| ((noise + 1.0) * 127.9) as u32).collect();
     let ids = Tensor::from_vec(ids, (2, 30), &Device::Cpu).unwrap();
     examine(&ModelConfig::Generative(config(stage, block)), 0.0, 1, &ids).unwrap()
 }
 
 /// Problems as `place: what`.
-fn problems(report: &Report) -> Vec<String> {
+fn problems(report: &Examination) -> Vec<String> {
     let problems = report.findings.iter().filter(|finding| finding.severity == Severity::Problem);
     problems.map(|finding| format!("{}: {}", finding.place, finding.what)).collect()
 }

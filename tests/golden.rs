@@ -14,7 +14,7 @@ use mblm::generate::{Sampler, Sampling, Until, generate};
 use mblm::model::{Mblm, MblmEncoder};
 use mblm::plugin::host::{Library, PluginSource};
 use mblm::registry::BlockRegistry;
-use mblm::train::optimizer::{Adam, AdamConfig, clip_grad_norm};
+use mblm::train::trainer::optimizer::{Adam, AdamConfig, clip_grad_norm};
 use mblm::yaml::Document;
 use mblm::{Mode, ParamStore};
 

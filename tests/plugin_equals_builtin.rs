@@ -11,7 +11,7 @@ use mblm::generate::Decoder;
 use mblm::model::Mblm;
 use mblm::plugin::host::{Library, PluginSource};
 use mblm::registry::BlockRegistry;
-use mblm::train::optimizer::{Adam, AdamConfig, clip_grad_norm};
+use mblm::train::trainer::optimizer::{Adam, AdamConfig, clip_grad_norm};
 use mblm::yaml::Document;
 use mblm_blocks as _;
 use mblm_lstm as _;

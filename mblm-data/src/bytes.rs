@@ -17,11 +17,11 @@ use std::sync::Arc;
 use schemars::JsonSchema;
 use serde::Deserialize;
 
-use crate::corpus::Corpus;
 use crate::dataset::{Dataset, DatasetOptions, Splits};
 use crate::error::{Error, Result};
-use crate::fingerprint::Fingerprint;
-use crate::listing::Listing;
+use crate::files::corpus::Corpus;
+use crate::files::fingerprint::Fingerprint;
+use crate::files::listing::Listing;
 
 /// Counting the bytes of more data than this would delay the start of a run.
 const COUNTED: u64 = 1 << 30;

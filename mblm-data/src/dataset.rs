@@ -6,7 +6,7 @@ use mblm_yaml::{from_value, join};
 use serde::de::DeserializeOwned;
 
 use crate::error::{Error, Result};
-use crate::fingerprint::Fingerprint;
+use crate::files::fingerprint::Fingerprint;
 
 /// One split of a data set: sequences of a fixed length, in a fixed order.
 ///

@@ -5,21 +5,17 @@
 pub mod batches;
 pub mod bytes;
 pub mod clevr;
-pub mod corpus;
 mod dataset;
 mod error;
-pub mod fingerprint;
-pub mod listing;
+pub mod files;
 pub mod order;
 pub mod pg19;
 pub mod prefetch;
-mod reader;
-pub mod record;
 pub mod registry;
 
 pub use dataset::{Dataset, DatasetOptions, NoArgs, Splits, unigram_entropy};
 pub use error::{Error, Result};
-pub use fingerprint::{FileSum, Fingerprint};
+pub use files::fingerprint::{FileSum, Fingerprint};
 pub use registry::{DatasetKind, kind, kinds, open};
 #[doc(hidden)]
 pub use {inventory, schemars};

@@ -9,11 +9,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::bytes::{BytesSplit, check_vocabulary};
-use crate::corpus::Corpus;
 use crate::dataset::{Dataset, DatasetOptions, NoArgs, Splits};
 use crate::error::{Error, Result};
-use crate::fingerprint::Fingerprint;
-use crate::listing::Listing;
+use crate::files::corpus::Corpus;
+use crate::files::fingerprint::Fingerprint;
+use crate::files::listing::Listing;
 
 crate::register_dataset!(
     "pg19",

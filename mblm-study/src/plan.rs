@@ -9,8 +9,8 @@ use mblm_core::registry::BlockRegistry;
 use mblm_train::config::{RunConfig, TargetStrategy};
 use mblm_train::cost::{self, STEP_PER_FORWARD, Step, bytes as binary, metric, write_table};
 use mblm_train::error::{AtPath, Error, Result};
+use mblm_train::journal::folder::RunFolder;
 use mblm_train::model::{Model, TrainModel};
-use mblm_train::run::RunFolder;
 use mblm_train::session::open_data;
 use mblm_train::trainer::Trainer;
 use mblm_yaml::Document;
@@ -59,7 +59,7 @@ pub struct AboutVariant {
     /// How its configuration differs from the base's.
     pub differences: Vec<String>,
     /// What it costs.
-    pub cost: cost::Report,
+    pub cost: cost::ModelCost,
 }
 
 /// What `study.json` holds.
@@ -288,7 +288,7 @@ impl Planner<'_> {
         config.train.seed = self.spec.seeds[0];
         let model = Model::new(&config, 0)?;
         let step = Step { batch: config.train.batch_size, bytes: config.params.input_seq_len };
-        let cost = cost::Report::new(config.params.model.hierarchy(), model.params(), &model.stage_models(), step);
+        let cost = cost::ModelCost::new(config.params.model.hierarchy(), model.params(), &model.stage_models(), step);
         let wanted = self.bytes(name, &cost)?;
         let smallest = (step.batch * step.bytes * config.train.gradient_accumulate_every) as u64;
         config.train.target_elements = wanted.unwrap_or(smallest);
@@ -320,7 +320,7 @@ impl Planner<'_> {
     }
 
     /// How many bytes a run trains on; none if that must be measured first.
-    fn bytes(&self, name: &str, cost: &cost::Report) -> Result<Option<u64>> {
+    fn bytes(&self, name: &str, cost: &cost::ModelCost) -> Result<Option<u64>> {
         match self.spec.budget.amount {
             Amount::Bytes(bytes) => Ok(Some(bytes)),
             Amount::Flops(flops) => match cost.total.flops_per_byte {

@@ -14,8 +14,8 @@ use mblm_train::checkpoint::Shelf;
 use mblm_train::config::RunConfig;
 use mblm_train::cost::bytes as binary;
 use mblm_train::error::{AtPath, Error, Result};
-use mblm_train::metrics::Kind;
-use mblm_train::plan::Plan as Course;
+use mblm_train::journal::metrics::Kind;
+use mblm_train::trainer::plan::RunPlan;
 
 use crate::budget::Amount;
 use crate::child::{ChildLog, Exit};
@@ -345,7 +345,7 @@ fn suspects(config: &RunConfig) -> String {
 /// Whether the run in `folder` has come to the end of what `config` says.
 fn is_trained(folder: &Path, config: &RunConfig) -> bool {
     let newest = Shelf::of_run(folder).and_then(|shelf| shelf.newest()).and_then(|checkpoint| checkpoint.state());
-    let (Ok(state), Ok(course)) = (newest, Course::new(config)) else { return false };
+    let (Ok(state), Ok(course)) = (newest, RunPlan::new(config)) else { return false };
     let is_stale = config.train.early_stop.is_some_and(|most| state.stale_validations >= most);
     (state.batches >= course.batches || is_stale) && state.valid_loss.is_some()
 }

@@ -20,7 +20,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use mblm_core::registry::TAG;
-use mblm_train::run::LONGEST_NAME;
+use mblm_train::journal::folder::LONGEST_NAME;
 use mblm_yaml::difference::shown;
 use mblm_yaml::{ConfigError, Document, describe, join};
 use serde_yaml::{Mapping, Value};

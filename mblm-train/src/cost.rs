@@ -54,7 +54,7 @@ pub struct Stage {
 
 /// A model's costs.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Report {
+pub struct ModelCost {
     step: Step,
     context_len: usize,
     num_tokens: usize,
@@ -75,7 +75,7 @@ pub struct Report {
     least_bytes: f64,
 }
 
-impl Report {
+impl ModelCost {
     /// The costs of a model that was built from `config`.
     pub fn new(config: &MblmConfig, params: &ParamStore, models: &[&dyn StageModel], step: Step) -> Self {
         let counts = Counts { config, params, step };
@@ -101,7 +101,18 @@ impl Report {
         let working = (0..stages.len()).map(|n| counts.working_bytes(n, models.get(n).copied())).fold(0.0, f64::max);
         let peak_bytes = total.activation_bytes.map(|kept| PROCESS_BYTES + weights + kept + working);
         let least_bytes = weights + counts.output_bytes();
-        Report { step, context_len, num_tokens, stages, embeddings, projections, head, total, peak_bytes, least_bytes }
+        ModelCost {
+            step,
+            context_len,
+            num_tokens,
+            stages,
+            embeddings,
+            projections,
+            head,
+            total,
+            peak_bytes,
+            least_bytes,
+        }
     }
 
     /// The training step that is counted.
@@ -251,7 +262,7 @@ fn sum(numbers: impl Iterator<Item = f64>) -> f64 {
     numbers.fold(0.0, |sum, number| sum + number)
 }
 
-impl fmt::Display for Report {
+impl fmt::Display for ModelCost {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let header = ["stage", "block", "sequence", "width", "layers", "parameters", "FLOP/byte", "activations"];
         let mut rows = vec![header.map(String::from)];
@@ -379,7 +390,7 @@ mod tests {
     }
 
     /// Three stages of 4, 3 and 2, with the parameters that the hierarchy creates.
-    fn report(chunks: Option<Vec<usize>>, costs: [Option<f64>; 3], step: Step) -> Report {
+    fn report(chunks: Option<Vec<usize>>, costs: [Option<f64>; 3], step: Step) -> ModelCost {
         let config = MblmConfig {
             num_tokens: 10,
             pad_token_id: 0,
@@ -412,7 +423,7 @@ mod tests {
             Box::new(ToyModel(cost)) as Box<dyn StageModel>
         };
         let models = costs.map(model);
-        Report::new(&config, &params, &models.each_ref().map(|model| &**model), step)
+        ModelCost::new(&config, &params, &models.each_ref().map(|model| &**model), step)
     }
 
     const STEP: Step = Step { batch: 2, bytes: 24 };
@@ -453,7 +464,7 @@ mod tests {
             train_checkpoint_chunks: None,
             blocks: vec![Arc::new(Toy {})],
         };
-        let table = Report::new(&config, &ParamStore::new(0), &[], Step { batch: 1, bytes: 4 }).to_string();
+        let table = ModelCost::new(&config, &ParamStore::new(0), &[], Step { batch: 1, bytes: 4 }).to_string();
         let row = table.lines().find(|line| line.starts_with("projections")).unwrap();
         assert_eq!(row.split_whitespace().collect::<Vec<_>>(), ["projections", "0", "0", "0", "B"]);
     }

@@ -8,7 +8,7 @@ use mblm_base::terminal;
 use mblm_core::Mode;
 use mblm_data::batches::{Batches, Cursor};
 use mblm_data::bytes::check_vocabulary;
-use mblm_data::corpus::Corpus;
+use mblm_data::files::corpus::Corpus;
 
 use crate::error::{Error, Result};
 use crate::model::{LossSum, TrainModel};

@@ -10,10 +10,10 @@ use mblm_pth::{self as pth, Saved};
 use crate::checkpoint::{Snapshot, Tensors, TrainState, Which, find};
 use crate::config::{ResumeSection, RunConfig};
 use crate::error::{Error, Result};
+use crate::journal::folder::RunFolder;
 use crate::model::{Model, TrainModel};
-use crate::optimizer::{Adam, AdamConfig};
-use crate::run::RunFolder;
 use crate::trainer::Trainer;
+use crate::trainer::optimizer::{Adam, AdamConfig};
 
 /// A buffer of the file may differ by this much, in relation, from the one that the configuration gives: files may be
 /// of bfloat16, which is good for 1/256.

@@ -9,19 +9,19 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use mblm_base::terminal;
-use mblm_data::record::DataRecord;
+use mblm_data::files::record::DataRecord;
 use mblm_data::{self, DatasetOptions, Splits, unigram_entropy};
 
 use crate::checkpoint::Checkpoint;
 use crate::config::RunConfig;
 use crate::error::{Error, Result};
 use crate::import;
-use crate::metrics::Metrics;
+use crate::journal::folder::{RunFolder, has_test_loss};
+use crate::journal::metrics::Metrics;
+use crate::journal::timemem::TimeMem;
 use crate::model::{Model, TrainModel};
-use crate::plan::Plan;
 use crate::progress::{Course, Progress};
-use crate::run::{RunFolder, has_test_loss};
-use crate::timemem::TimeMem;
+use crate::trainer::plan::RunPlan;
 use crate::trainer::{End, Outcome, Record, Trainer};
 
 /// The pause before the first retry; before each further one it is twice as long, up to the longest.
@@ -85,7 +85,7 @@ fn open_data_in(config: &RunConfig, start: &Path) -> Result<Splits> {
 ///
 /// # Errors
 /// Mistakes in `config` or its data, or in the checkpoint that it begins with.
-pub fn check(model: &dyn TrainModel, splits: Splits, config: &RunConfig) -> Result<Plan> {
+pub fn check(model: &dyn TrainModel, splits: Splits, config: &RunConfig) -> Result<RunPlan> {
     let mut trainer = Trainer::new(model, splits, config, "")?;
     if let Some(resume) = &config.resume {
         import::begin(&mut trainer, model, resume)?;

@@ -14,7 +14,7 @@ use mblm::model::Mblm;
 use mblm::train::config::ModelConfig;
 use mblm::train::cost::Step;
 use mblm::train::model::{Model, TrainModel};
-use mblm::train::optimizer::{Adam, AdamConfig, clip_grad_norm};
+use mblm::train::trainer::optimizer::{Adam, AdamConfig, clip_grad_norm};
 use mblm::yaml::Document;
 use mblm::{Mode, buffer};
 use serde::Serialize;
@@ -77,7 +77,7 @@ enum Precision {
 }
 
 #[derive(Serialize)]
-struct Report {
+struct Measurements {
     config: String,
     threads: usize,
     batch: usize,
@@ -107,7 +107,7 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
         train::must_fit(&config, Step { batch: args.batch as usize, bytes: length })?;
     }
     let model = Model::of(&config, MASKING_PROBA, 0)?;
-    let mut report = Report {
+    let mut report = Measurements {
         config: args.config.to_string_lossy().into_owned(),
         threads: rayon::current_num_threads(),
         batch: args.batch as usize,
@@ -131,7 +131,7 @@ fn measure(
     model: &Model,
     precision: gemm::Precision,
     generation: Option<Generation>,
-    report: &mut Report,
+    report: &mut Measurements,
 ) -> Result<()> {
     let wanted = |part| args.only.is_none_or(|only| only == part);
     let (shape, num_tokens) = ((report.batch, report.length), num_tokens(model));
@@ -265,7 +265,7 @@ fn peak_rss_mb() -> Option<u64> {
     Some(line.split_whitespace().nth(1)?.parse::<u64>().ok()? / 1024)
 }
 
-fn print(report: &Report, json: bool) -> Result<()> {
+fn print(report: &Measurements, json: bool) -> Result<()> {
     let mut out = Output::new();
     if json {
         return Ok(writeln!(out, "{}", serde_json::to_string(report)?)?);

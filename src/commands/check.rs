@@ -9,8 +9,8 @@ use mblm::base::terminal::{self, Output};
 use mblm::data;
 use mblm::train::config::RunConfig;
 use mblm::train::model::TrainModel;
-use mblm::train::plan::Plan;
 use mblm::train::session;
+use mblm::train::trainer::plan::RunPlan;
 use mblm::yaml::Document;
 
 use crate::commands::train::{find_checkpoint, outline};
@@ -48,7 +48,7 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
     let model = outline(&config, !args.no_data).map_err(located)?;
     let plan = match data {
         Some(data) => session::check(&model, data, &config),
-        None => Plan::new(&config),
+        None => RunPlan::new(&config),
     };
     let plan = plan.map_err(located)?;
     Output::new().write_all(resolved(&config)?.as_bytes())?;

@@ -8,10 +8,10 @@ use anyhow::Result;
 use candle_core::{Device, Tensor};
 use mblm::base::random::noise;
 use mblm::base::terminal::Output;
-use mblm::data::corpus::Corpus;
+use mblm::data::files::corpus::Corpus;
 use mblm::train::config::ModelConfig;
 use mblm::train::cost::{Step, bytes as shown_bytes};
-use mblm::train::doctor::{Report, Severity, examine};
+use mblm::train::doctor::{Examination, Severity, examine};
 use mblm::yaml::Document;
 
 use crate::commands::{inspect, train};
@@ -93,7 +93,7 @@ fn read(place: &str, count: usize, num_tokens: usize) -> Result<Vec<u32>> {
     Ok(ids)
 }
 
-fn table(report: &Report) -> String {
+fn table(report: &Examination) -> String {
     let mut text = String::new();
     let ms = |seconds: f64| format!("{:.1} ms", 1e3 * seconds);
     // Writing to a string cannot fail.
@@ -101,7 +101,7 @@ fn table(report: &Report) -> String {
     text
 }
 
-fn write_tables(text: &mut String, report: &Report, ms: impl Fn(f64) -> String) -> std::fmt::Result {
+fn write_tables(text: &mut String, report: &Examination, ms: impl Fn(f64) -> String) -> std::fmt::Result {
     writeln!(
         text,
         "one step of {} x {} bytes, {} parameters: loss {:.4} nats (guessing costs {:.4})\n",

@@ -8,7 +8,7 @@ use mblm_core::config::{MblmConfig, MblmEncoderConfig};
 use mblm_core::model::{Mblm, MblmEncoder};
 use mblm_core::registry::BlockRegistry;
 use mblm_train::config::{ModelConfig, RunConfig};
-use mblm_train::cost::{Report, Step};
+use mblm_train::cost::{ModelCost, Step};
 use mblm_yaml::Document;
 
 use crate::plugins::Plugins;
@@ -41,11 +41,11 @@ pub fn run(args: &Args, plugins: &Plugins) -> anyhow::Result<()> {
     let report = match &config {
         ModelConfig::Generative(config) => {
             let model = Mblm::outline(config, 0)?;
-            Report::new(config, model.params(), &model.stage_models().collect::<Vec<_>>(), step)
+            ModelCost::new(config, model.params(), &model.stage_models().collect::<Vec<_>>(), step)
         }
         ModelConfig::Encoder(config) => {
             let model = MblmEncoder::outline(config, 0)?;
-            Report::new(&config.mblm_config, model.params(), &model.stage_models().collect::<Vec<_>>(), step)
+            ModelCost::new(&config.mblm_config, model.params(), &model.stage_models().collect::<Vec<_>>(), step)
         }
     };
     let text = if args.json { serde_json::to_string_pretty(&report)? + "\n" } else { report.to_string() };

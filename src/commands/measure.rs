@@ -9,7 +9,7 @@ use mblm::base::terminal::Output;
 use mblm::generate::{Format, Sampler, Sampling, TokenStream, Until, generate};
 use mblm::model::Mblm;
 use mblm::study::report::{Generation, Measured};
-use mblm::train::cost::{Report, Step};
+use mblm::train::cost::{ModelCost, Step};
 use mblm::train::model::{Model, TrainModel};
 use mblm::train::session;
 
@@ -39,7 +39,7 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
     let config = &trained.config;
     let step = Step { batch: config.train.batch_size, bytes: config.params.input_seq_len };
     let (hierarchy, stages) = (config.params.model.hierarchy(), trained.model.stage_models());
-    let cost = Report::new(hierarchy, trained.model.params(), &stages, step);
+    let cost = ModelCost::new(hierarchy, trained.model.params(), &stages, step);
     let generation = match &trained.model {
         Model::Masked(_) => None,
         Model::Generative(model) => {

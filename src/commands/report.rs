@@ -10,9 +10,9 @@ use mblm::registry::BlockRegistry;
 use mblm::study::PlanFile;
 use mblm::study::report::{Report, Run};
 use mblm::train::config::RunConfig;
-use mblm::train::cost::{Report as Cost, Step};
+use mblm::train::cost::{ModelCost as Cost, Step};
+use mblm::train::journal::folder::RunFolder;
 use mblm::train::model::{Model, TrainModel};
-use mblm::train::run::RunFolder;
 use mblm::yaml::Document;
 
 use crate::exit::Usage;

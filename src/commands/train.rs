@@ -13,11 +13,11 @@ use mblm::generate::{Format, Sampler, Sampling, TokenStream, Until, generate};
 use mblm::model::Mblm;
 use mblm::train as training;
 use mblm::train::config::{ModelConfig, RunConfig};
-use mblm::train::cost::{Report, Step, bytes as shown_bytes, metric};
+use mblm::train::cost::{ModelCost, Step, bytes as shown_bytes, metric};
 use mblm::train::doctor::{Finding, glance};
 use mblm::train::evaluate::bpb;
+use mblm::train::journal::folder::RunFolder;
 use mblm::train::model::{Model, TrainModel};
-use mblm::train::run::RunFolder;
 use mblm::train::session::{self, Session};
 use mblm::train::trainer::{End, Outcome};
 use mblm::yaml::Document;
@@ -175,7 +175,7 @@ pub fn build(config: &RunConfig) -> training::Result<Model> {
 pub fn outline(config: &RunConfig, here: bool) -> training::Result<Model> {
     let model = Model::outline(config, config.train.seed)?;
     let step = Step { batch: config.train.batch_size, bytes: config.params.input_seq_len };
-    let report = Report::new(config.params.model.hierarchy(), model.params(), &model.stage_models(), step);
+    let report = ModelCost::new(config.params.model.hierarchy(), model.params(), &model.stage_models(), step);
     match mblm::base::memory::available().filter(|limit| report.least_bytes() > limit.bytes as f64) {
         Some(limit) if here => return Err(training::Error::Config(too_large(&report, &limit))),
         Some(_) => {}
@@ -206,7 +206,7 @@ fn warn_of_stages(config: &RunConfig) -> training::Result<()> {
 /// Refuses a model of which a training step of `batch` sequences of `bytes` bytes cannot fit the memory.
 pub fn must_fit(config: &ModelConfig, step: Step) -> training::Result<()> {
     let model = Model::outline_of(config, 0.0, 0)?;
-    let report = Report::new(config.hierarchy(), model.params(), &model.stage_models(), step);
+    let report = ModelCost::new(config.hierarchy(), model.params(), &model.stage_models(), step);
     match mblm::base::memory::available().filter(|limit| report.least_bytes() > limit.bytes as f64) {
         Some(limit) => Err(training::Error::Config(too_large(&report, &limit))),
         None => Ok(()),
@@ -214,7 +214,7 @@ pub fn must_fit(config: &ModelConfig, step: Step) -> training::Result<()> {
 }
 
 /// What needs the memory that there is not.
-fn too_large(report: &Report, limit: &Limit) -> String {
+fn too_large(report: &ModelCost, limit: &Limit) -> String {
     let parameters = metric(report.total.parameters as f64);
     let stages = report.stages.iter().map(|stage| metric(stage.part.parameters as f64).trim_end().to_string());
     format!(

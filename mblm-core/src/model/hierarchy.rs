@@ -6,8 +6,6 @@ use std::sync::Arc;
 use candle_core::{DType, Tensor};
 
 use crate::config::MblmConfig;
-use crate::model::recompute::recompute;
-use mblm_sdk::block::{PosEmb, StageModel};
 use mblm_sdk::error::{Error, Result};
 use mblm_sdk::layer::param_like;
 use mblm_sdk::mode::Mode;
@@ -16,29 +14,11 @@ use mblm_sdk::ops::cross_entropy::{CrossEntropy, Target};
 use mblm_sdk::ops::linear::linear_composed;
 use mblm_sdk::param::{Init, Param, ParamStore};
 
-use super::activations::{Activations, NotFinite};
+use super::activations::NotFinite;
 use super::input::Ids;
 use super::local_loss::LocalLoss;
-use super::projection::NextStage;
-use super::stage_input::{Positions, StageInput};
-use super::token_embedding::{EmbeddingSizes, TokenEmbedding};
-
-/// One level of the hierarchy.
-#[derive(Clone)]
-pub(crate) struct Stage {
-    pub(crate) embedding: TokenEmbedding,
-    pub(crate) input: StageInput,
-    pub(crate) model: Arc<dyn StageModel>,
-    /// The model's parameters.
-    pub(crate) params: Vec<Arc<Param>>,
-    /// Into how many chunks the sequences are cut, if the model is to be recomputed in backward.
-    chunks: Option<usize>,
-    /// To the stage below; none at the local stage.
-    pub(crate) next: Option<NextStage>,
-    pub(crate) seq_len: usize,
-    pub(crate) dim: usize,
-    pub(crate) activations: Arc<Activations>,
-}
+use super::stage::Stage;
+use super::stage_input::Positions;
 
 /// The stages and the output layer.
 pub(crate) struct Hierarchy {
@@ -221,55 +201,4 @@ fn at_stage<T>(n: usize, built: Result<T>) -> Result<T> {
         Error::Input(message) => Error::Input(format!("stage {}: {message}", n + 1)),
         other => other,
     })
-}
-
-impl Stage {
-    fn new(config: &MblmConfig, n: usize, starts: bool, params: &mut ParamStore) -> Result<Self> {
-        let last = config.num_stages() - 1;
-        let (dim, seq_len, block) = (config.hidden_dims[n], config.seq_lens[n], &config.blocks[n]);
-        let sizes = EmbeddingSizes {
-            vocab: config.num_tokens,
-            pad: config.pad_token_id,
-            local_dim: config.hidden_dims[last],
-            patch: config.seq_lens[n + 1..].iter().product(),
-            dim,
-            is_local: n == last,
-        };
-        let mut root = params.root();
-        let start = match starts {
-            true => Some(root.sub("start_tokens").param(&n.to_string(), &[dim], Init::Normal)?),
-            false => None,
-        };
-        let kind: Option<PosEmb> = block.pos_emb_type();
-        let positions = Positions::new(kind, seq_len, dim, &mut root.sub("pos_embs").sub(n))?;
-        let embedding = TokenEmbedding::new(&sizes, &mut root.sub("token_embs_rev").sub(last - n))?;
-        let model = block.build(dim, config.num_layers[n], &mut root.sub("stage_models").sub(n))?;
-        let next = match n == last {
-            true => None,
-            false => {
-                let (seq, width) = (config.seq_lens[n + 1], config.hidden_dims[n + 1]);
-                Some(NextStage::new(dim, seq, width, &mut root.sub("to_next_stage_proj").sub(n).sub(1))?)
-            }
-        };
-        let prefix = format!("stage_models.{n}.");
-        let chunks = config.train_checkpoint_chunks.as_ref().filter(|_| n > 0).map(|chunks| chunks[n - 1]);
-        Ok(Stage {
-            embedding,
-            input: StageInput { positions, start },
-            model: Arc::from(model),
-            params: params.iter().filter(|p| p.name().starts_with(&prefix)).cloned().collect(),
-            chunks,
-            next,
-            seq_len,
-            dim,
-            activations: Arc::default(),
-        })
-    }
-
-    fn run(&self, input: &Tensor, mask: Option<&Tensor>, mode: Mode) -> Result<Tensor> {
-        match self.chunks {
-            Some(chunks) => recompute(&self.model, &self.params, input, mask, chunks, mode),
-            None => self.model.forward(input, mask, mode),
-        }
-    }
 }

@@ -14,7 +14,7 @@ use mblm_sdk::node::{apply1, backward_from, floats, with_floats};
 use mblm_sdk::ops::cross_entropy::{CrossEntropy, Target};
 use mblm_sdk::param::{Param, fold_gradients};
 
-use super::hierarchy::Stage;
+use super::stage::Stage;
 
 /// The mean loss as a function of what the stage above says.
 pub(crate) struct LocalLoss {

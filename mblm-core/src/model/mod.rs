@@ -7,13 +7,15 @@ mod input;
 mod local_loss;
 mod projection;
 mod recompute;
+mod stage;
 mod stage_input;
 mod token_embedding;
 
 use candle_core::{DType, Device, Tensor};
 pub use encoder::MblmEncoder;
-pub(crate) use hierarchy::{Hierarchy, Stage};
+pub(crate) use hierarchy::Hierarchy;
 use input::Ids;
+pub(crate) use stage::Stage;
 pub(crate) use stage_input::Positions;
 
 use crate::config::MblmConfig;

@@ -34,9 +34,9 @@ use self::image::Image;
 use self::questions::{Question, Questions};
 use crate::dataset::{Dataset, DatasetOptions, Splits};
 use crate::error::{Error, Result};
-use crate::fingerprint::hex;
-use crate::fingerprint::{FileSum, Fingerprint};
-use crate::reader::DataFile;
+use crate::files::fingerprint::hex;
+use crate::files::fingerprint::{FileSum, Fingerprint};
+use crate::files::reader::DataFile;
 
 crate::register_dataset!("clevr", "questions about images, with their answers", open, args = args::ClevrArgs);
 

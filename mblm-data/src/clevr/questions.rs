@@ -11,7 +11,7 @@ use serde::Deserialize;
 
 use super::places::{Place, places};
 use crate::error::{Error, Result};
-use crate::reader::DataFile;
+use crate::files::reader::DataFile;
 
 /// The answers, in the order of the characters that stand for them: `0` to `9`, then `A` to `R`.
 const ANSWERS: [&str; 28] = [

@@ -1,9 +1,9 @@
 //! What the page shows of each variant: its stages, what it changes, what its seeds reached and what it writes.
 
 use super::Report;
+use super::charts::svg::colour;
 use super::format::{count, duration, escape, si, with_unit};
 use super::run::Status;
-use super::svg::colour;
 use super::table::{bpb, status};
 use super::variant::Variant;
 

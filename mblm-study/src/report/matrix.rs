@@ -1,6 +1,6 @@
 //! Global or local? For models of two stages: bits per byte by the block of stage 1 and the block of stage 2.
 
-use super::scale::ceiling;
+use super::charts::scale::ceiling;
 use super::variant::Variant;
 
 /// Bits per byte, rows by the block of stage 1 and columns by that of stage 2.
@@ -73,7 +73,7 @@ pub(super) mod tests {
     use super::*;
 
     /// What a model with these blocks costs, in invented numbers.
-    pub(crate) fn cost(blocks: &[&str]) -> cost::Report {
+    pub(crate) fn cost(blocks: &[&str]) -> cost::ModelCost {
         let part = serde_json::json!({"parameters": 1000, "flops_per_byte": 100.0, "activation_bytes": 10.0});
         let stage = |name: &&str| {
             serde_json::json!({"block_type": name, "seq_len": 4, "hidden_dim": 8, "num_layers": 1, "parameters": 400,

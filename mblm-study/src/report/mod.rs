@@ -8,13 +8,10 @@ mod charts;
 mod details;
 mod format;
 mod front;
-mod lines;
 mod markdown;
 mod matrix;
 mod page;
 mod run;
-mod scale;
-mod svg;
 mod table;
 mod variant;
 mod verdict;
@@ -25,17 +22,17 @@ use std::path::{Path, PathBuf};
 
 pub use basis::Apart;
 use charts::Measure;
+use charts::svg::{Format, Svg};
 use format::count;
 pub use format::csv_field;
 pub(crate) use format::{duration, with_unit};
 use mblm_base::files;
 use mblm_train::cost;
 use mblm_train::error::{AtPath, Result};
-use mblm_train::metrics::Kind;
+use mblm_train::journal::metrics::Kind;
 use mblm_yaml::difference::differences;
 pub use run::{Generation, Measured, Point, Run, RunResult, Status};
 use serde_yaml::Value;
-use svg::{Format, Svg};
 pub use variant::{Axis, CurvePoint, Spread, Variant};
 
 use crate::budget::Amount;
@@ -86,7 +83,7 @@ impl Report {
 
     /// The report of any runs. Those that differ in their seeds alone are one variant; differences are counted from the
     /// first. `cost` is asked where a run's files do not tell what its model costs.
-    pub fn of_runs(runs: Vec<Run>, cost: impl Fn(&Path) -> Option<cost::Report>) -> Self {
+    pub fn of_runs(runs: Vec<Run>, cost: impl Fn(&Path) -> Option<cost::ModelCost>) -> Self {
         let mut groups: Vec<(Option<Value>, Vec<Run>)> = Vec::new();
         for run in runs {
             let config = run.config.as_ref().map(without_names);
@@ -165,14 +162,14 @@ impl Report {
         let mut charts = vec![("ranking".to_string(), charts::ranking(variants, format))];
         for kind in [Kind::Valid, Kind::Train] {
             for axis in Axis::ALL {
-                charts.push((curve_id(kind, axis), lines::curves(variants, kind, axis, format)));
+                charts.push((curve_id(kind, axis), charts::lines::curves(variants, kind, axis, format)));
             }
         }
         for measure in Measure::ALL {
             charts.push((trade_off_id(measure), charts::trade_off(variants, measure, format)));
         }
         for stage in 0..self.num_stages() {
-            charts.push((gradient_id(stage), lines::gradients(variants, stage, format)));
+            charts.push((gradient_id(stage), charts::lines::gradients(variants, stage, format)));
         }
         charts.into_iter().filter_map(|(name, svg)| Some((name, svg?))).collect()
     }
@@ -288,7 +285,7 @@ fn names(groups: &[(Option<Value>, Vec<Run>)]) -> Vec<String> {
     groups.iter().map(name).collect()
 }
 
-fn known_cost(runs: &[Run]) -> Option<cost::Report> {
+fn known_cost(runs: &[Run]) -> Option<cost::ModelCost> {
     runs.iter().find_map(|run| run.result.as_ref()?.measured.cost.clone())
 }
 

@@ -2,10 +2,10 @@
 
 use mblm_train::cost::bytes as binary;
 
+use super::charts::svg::{Format, STYLE, colour};
 use super::format::{count, escape, si, with_unit};
 use super::matrix::Matrix;
 use super::run::Run;
-use super::svg::{Format, STYLE, colour};
 use super::table::{Column, bpb, columns, places};
 use super::variant::Variant;
 use super::verdict::verdict;

@@ -12,13 +12,13 @@ use mblm_train::checkpoint::{Checkpoint, Shelf};
 use mblm_train::cost;
 use mblm_train::error::{AtPath, Error, Result};
 use mblm_train::evaluate::bpb;
-use mblm_train::metrics::Kind;
-use mblm_train::run::read_losses;
+use mblm_train::journal::folder::read_losses;
+use mblm_train::journal::metrics::Kind;
 use serde::{Deserialize, Serialize};
 use serde_json::Value as Json;
 use serde_yaml::Value;
 
-use super::scale::LARGEST;
+use super::charts::scale::LARGEST;
 
 const METRICS: &str = "metrics.jsonl";
 const LOSSES: &str = "loss.csv";
@@ -97,7 +97,7 @@ pub struct RunResult {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Measured {
     /// What the model costs.
-    pub cost: Option<cost::Report>,
+    pub cost: Option<cost::ModelCost>,
     /// What it wrote; none for an encoder.
     pub generation: Option<Generation>,
     /// What could not be measured, and why.

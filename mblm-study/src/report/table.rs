@@ -2,7 +2,7 @@
 
 use mblm_train::cost::bytes as binary;
 use mblm_train::error::{AtPath, Result};
-use mblm_train::metrics::Kind;
+use mblm_train::journal::metrics::Kind;
 use serde::Serialize;
 
 use super::Report;

@@ -1,7 +1,7 @@
 //! A variant: what its runs, which differ in their seeds alone, have in common.
 
 use mblm_train::cost::{self, STEP_PER_FORWARD};
-use mblm_train::metrics::Kind;
+use mblm_train::journal::metrics::Kind;
 
 use super::run::{Generation, Run, Status};
 
@@ -13,7 +13,7 @@ pub struct Variant {
     /// One per seed.
     pub runs: Vec<Run>,
     /// What its model costs, if that is known.
-    pub cost: Option<cost::Report>,
+    pub cost: Option<cost::ModelCost>,
     /// How its configuration differs from the base's.
     pub differences: Vec<String>,
     /// What was solved for, to have as many parameters as others.

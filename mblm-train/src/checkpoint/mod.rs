@@ -37,7 +37,7 @@ use self::sum::FileSum;
 pub use self::survey::{Entry, check, shelf_of};
 use self::tensors::Named;
 use crate::error::{AtPath, Error, Result};
-use crate::optimizer::{Adam, Moments};
+use crate::trainer::optimizer::{Adam, Moments};
 
 const WEIGHTS: &str = "weights.safetensors";
 const OPTIMIZER: &str = "optimizer.safetensors";
@@ -291,8 +291,8 @@ pub(crate) mod tests {
     use mblm_data::batches::Cursor;
 
     use super::*;
-    use crate::optimizer::AdamConfig;
-    use crate::schedule::Schedule;
+    use crate::trainer::optimizer::AdamConfig;
+    use crate::trainer::schedule::Schedule;
 
     pub(crate) fn state(batches: u64, valid_loss: Option<f64>) -> TrainState {
         TrainState {

@@ -200,7 +200,7 @@ mod tests {
     use super::super::tests::{state, store};
     use super::super::{CONFIG, WEIGHTS};
     use super::*;
-    use crate::optimizer::{Adam, AdamConfig};
+    use crate::trainer::optimizer::{Adam, AdamConfig};
 
     fn shelf() -> (tempfile::TempDir, Shelf) {
         let run = tempfile::tempdir().unwrap();

@@ -9,7 +9,7 @@ use serde_json::{Map, Value};
 
 use crate::config::{TargetStrategy, TrainSection};
 use crate::error::{Error, Result};
-use crate::schedule::Schedule;
+use crate::trainer::schedule::Schedule;
 
 /// Where a run stands.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -7,7 +7,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::check;
-use crate::run::LONGEST_NAME;
+use crate::journal::folder::LONGEST_NAME;
 
 /// Section `io`.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]

@@ -15,7 +15,7 @@ use checks::SAME_OUTPUTS;
 use mblm_base::random::noise;
 use mblm_core::registry::block_type;
 use mblm_core::{Mode, ParamStore};
-pub use report::{Finding, Group, Report, Severity, StageReport};
+pub use report::{Examination, Finding, Group, Severity, StageReport};
 use report::{findings, groups};
 use watch::Watch;
 pub use watch::{Mean, Seen};
@@ -34,7 +34,7 @@ const MODE: Mode = Mode::Train { seed: 1 };
 ///
 /// # Errors
 /// The model cannot be built, or a pass fails; what is merely wrong is in the report.
-pub fn examine(config: &ModelConfig, masking_proba: f64, seed: u64, ids: &Tensor) -> Result<Report> {
+pub fn examine(config: &ModelConfig, masking_proba: f64, seed: u64, ids: &Tensor) -> Result<Examination> {
     let mut config = config.clone();
     let hierarchy = match &mut config {
         ModelConfig::Generative(model) => model,
@@ -55,7 +55,7 @@ pub fn examine(config: &ModelConfig, masking_proba: f64, seed: u64, ids: &Tensor
         seen: Seen { memory: first.seen[n].memory, ..*seen },
     };
     let (batch, bytes) = ids.dims2()?;
-    let mut report = Report {
+    let mut report = Examination {
         batch,
         bytes,
         parameters: model.params().num_elements(),

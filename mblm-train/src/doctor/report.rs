@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use super::checks::{CACHED, CAUSAL, Check, SAME_BITS, SAME_OUTPUTS};
 use super::watch::Seen;
-use crate::optimizer::sums;
+use crate::trainer::optimizer::sums;
 
 /// Norms of gradients, and activations, above this are not those of a model that trains.
 const EXPLODED: f64 = 1e3;
@@ -15,7 +15,7 @@ const VANISHED: f64 = 1e-5;
 
 /// What an examination found.
 #[derive(Debug, Serialize)]
-pub struct Report {
+pub struct Examination {
     /// Sequences of the step.
     pub batch: usize,
     /// Bytes of each.
@@ -128,7 +128,7 @@ pub(super) fn groups(store: &ParamStore, stages: usize) -> Vec<Group> {
 
 /// What the numbers of a report mean. `dead`: parameters that never had a gradient; `asleep`: those that had none at
 /// their initial values.
-pub(super) fn findings(report: &Report, dead: &[String], asleep: &[String], store: &ParamStore) -> Vec<Finding> {
+pub(super) fn findings(report: &Examination, dead: &[String], asleep: &[String], store: &ParamStore) -> Vec<Finding> {
     let mut found = vec![];
     let mut add = |severity, place: String, what: String, advice| {
         found.push(Finding { severity, place, what, advice });

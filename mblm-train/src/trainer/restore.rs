@@ -2,14 +2,14 @@
 //! which learning rates.
 
 use mblm_data::batches::Cursor;
-use mblm_data::record::DataRecord;
+use mblm_data::files::record::DataRecord;
 
 use super::Trainer;
 use crate::checkpoint::{Checkpoint, Sizes, TrainState, Window};
 use crate::config::{LossAverage, TrainSection};
 use crate::error::{Error, Result};
-use crate::plan::{Plan, elements_per_batch};
-use crate::schedule::Schedule;
+use crate::trainer::plan::{RunPlan, elements_per_batch};
+use crate::trainer::schedule::Schedule;
 
 /// A rate below this share of the peak does not train much.
 const LOW: f64 = 0.1;
@@ -33,7 +33,7 @@ impl Trainer<'_> {
         self.check_same(checkpoint, &saved)?;
         let mut remarks = Remarks::default();
         let next = self.place(checkpoint, saved.next, &before, &mut remarks)?;
-        let plan = Plan::resumed(self.config, &saved)?;
+        let plan = RunPlan::resumed(self.config, &saved)?;
         let schedule = self.schedule(&saved, &before, &plan, &mut remarks);
         let threads = self.state.threads;
         if let (Some(before), Some(now)) = (saved.threads, threads)
@@ -110,7 +110,7 @@ impl Trainer<'_> {
 
     /// The learning rates of the rest of the run. Where a changed configuration gives it another number of steps, they
     /// begin with the rate that was reached.
-    fn schedule(&self, saved: &TrainState, before: &Sizes, plan: &Plan, remarks: &mut Remarks) -> Schedule {
+    fn schedule(&self, saved: &TrainState, before: &Sizes, plan: &RunPlan, remarks: &mut Remarks) -> Schedule {
         let train = &self.config.train;
         let old = saved.schedule.unwrap_or_else(|| {
             let batches = before.train.target_elements.div_ceil(elements_per_batch(&before.train, before.seq_len()));

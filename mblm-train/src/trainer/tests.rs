@@ -8,7 +8,7 @@ use super::*;
 use crate::bigram::{Bigram, VOCABULARY, config, model};
 use crate::checkpoint::{Which, find};
 use crate::config::{ModelConfig, TargetStrategy};
-use crate::run::{RunFolder, read_losses};
+use crate::journal::folder::{RunFolder, read_losses};
 use crate::session::{Session, open_data};
 
 /// A folder with data, in which each byte follows from the one before in three of four cases, and an `output` folder.

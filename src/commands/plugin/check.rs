@@ -68,7 +68,7 @@ pub fn run(args: &Args) -> Result<()> {
         let suggestion = mblm::base::nearest::suggestion(unknown, &names);
         return Err(Usage(format!("--only: unknown check {unknown:?}; {suggestion}")).into());
     }
-    let mut report = Report { out: Output::new(), file: super::library_file(&args.file)?, args, faults: 0 };
+    let mut report = Findings { out: Output::new(), file: super::library_file(&args.file)?, args, faults: 0 };
     let about: About = match report.ask(&[], None)? {
         Ok(about) => about,
         Err(fault) => {
@@ -90,14 +90,14 @@ pub fn run(args: &Args) -> Result<()> {
 }
 
 /// What is asked of children, and what is printed.
-struct Report<'a> {
+struct Findings<'a> {
     out: Output,
     file: PathBuf,
     args: &'a Args,
     faults: usize,
 }
 
-impl Report<'_> {
+impl Findings<'_> {
     /// Finds a configuration for a block, and runs the checks.
     fn block(&mut self, block: &str) -> Result<()> {
         let given = self.args.config.iter().flat_map(|config| ["--config", config]);

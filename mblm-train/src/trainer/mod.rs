@@ -19,15 +19,19 @@ use crate::checkpoint::{Checkpoint, Shelf, Snapshot, TrainState, Window};
 use crate::config::{LossAverage, ResumeSection, RunConfig};
 use crate::error::{AtPath, Error, Result};
 use crate::evaluate::{anything_counts, bpb, losses};
-use crate::metrics::{Kind, Metrics, Point, Scalars, activation_norms, loss_scalars, stage_grad_norms};
+use crate::journal::folder::{LossEntry, LossLog, replace_config};
+use crate::journal::metrics::{Kind, Metrics, Point, Scalars, activation_norms, loss_scalars, stage_grad_norms};
+use crate::journal::timemem::TimeMem;
 use crate::model::{Loss, TrainModel};
-use crate::optimizer::{Adam, AdamConfig, GradNorm, clip_grad_norm, first_non_finite, scale_grads};
-use crate::plan::Plan;
 use crate::progress::Progress;
-use crate::run::{LossEntry, LossLog, replace_config};
-use crate::timemem::TimeMem;
+use crate::trainer::optimizer::{Adam, AdamConfig, GradNorm, clip_grad_norm, first_non_finite, scale_grads};
+use crate::trainer::plan::RunPlan;
 
+pub mod optimizer;
+pub mod plan;
+pub mod points;
 mod restore;
+pub mod schedule;
 
 pub use restore::Remarks;
 
@@ -78,7 +82,7 @@ pub struct Trainer<'a> {
     ahead: Prefetch,
     valid: Batches,
     test: Option<Batches>,
-    plan: Plan,
+    plan: RunPlan,
     adam: Adam,
     data: Fingerprint,
     state: TrainState,
@@ -90,7 +94,7 @@ impl<'a> Trainer<'a> {
     /// # Errors
     /// The configuration does not fit the data or this machine.
     pub fn new(model: &'a dyn TrainModel, splits: Splits, config: &'a RunConfig, config_yaml: &'a str) -> Result<Self> {
-        let plan = Plan::new(config)?;
+        let plan = RunPlan::new(config)?;
         let section = &config.train;
         if !section.precision.is_available() {
             return Err(Error::Config(
@@ -158,7 +162,7 @@ impl<'a> Trainer<'a> {
     }
 
     /// What the run will do.
-    pub fn plan(&self) -> &Plan {
+    pub fn plan(&self) -> &RunPlan {
         &self.plan
     }
 

@@ -16,7 +16,7 @@ use std::path::{Component, Path, PathBuf};
 use glob::{MatchOptions, Pattern, PatternError};
 
 use crate::error::{AtPath, Error, Result};
-use crate::reader::DataFile;
+use crate::files::reader::DataFile;
 
 /// The folder of checkpoints in a run's folder.
 const CHECKPOINTS: &str = "checkpoints";

@@ -8,7 +8,7 @@ use std::path::Path;
 use mblm_base::usage::Memory;
 
 use crate::error::Result;
-use crate::line_log::LineLog;
+use crate::journal::line_log::LineLog;
 
 const FILE: &str = "timemem.csv";
 const HEADER: &str = "cum_batch,num_items,kind,fw_time,bw_time,allocated,allocated_max,reserved,reserved_max,total";

@@ -6,8 +6,8 @@
 //! | `data.json` | the data files with sizes and sums, and where relative paths start |
 //! | `train.log` | what the terminal showed, with the time |
 //! | `loss.csv` | the losses, in the reference package's columns |
-//! | `metrics.jsonl`, `tensorboard/` | the [metrics](crate::metrics) |
-//! | `timemem.csv` | [what the first batches cost](crate::timemem) |
+//! | `metrics.jsonl`, `tensorboard/` | the [metrics](crate::journal::metrics) |
+//! | `timemem.csv` | [what the first batches cost](crate::journal::timemem) |
 //! | `checkpoints/` | [checkpoints](crate::checkpoint) |
 //!
 //! It appears under its name only when it is complete, with a first checkpoint, so that a run can always be resumed.
@@ -24,7 +24,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::{self, Shelf, Snapshot};
 use crate::error::{AtPath, Error, Result};
-use crate::line_log::LineLog;
+use crate::journal::line_log::LineLog;
 
 const CONFIG: &str = "config.yaml";
 const LOG: &str = "train.log";
@@ -346,7 +346,7 @@ pub fn has_test_loss(folder: &Path) -> Result<bool> {
 mod tests {
     use super::*;
     use crate::checkpoint::tests::{state, store};
-    use crate::optimizer::{Adam, AdamConfig};
+    use crate::trainer::optimizer::{Adam, AdamConfig};
 
     fn create(output_dir: &Path) -> Result<RunFolder> {
         let store = store(1.0);

@@ -29,9 +29,9 @@ use serde::{Deserialize, Serialize, Serializer};
 
 use crate::error::{AtPath, Result};
 use crate::evaluate::bpb;
-use crate::line_log::LineLog;
-use crate::optimizer::sums;
-use crate::tensorboard::EventFile;
+use crate::journal::line_log::LineLog;
+use crate::journal::tensorboard::EventFile;
+use crate::trainer::optimizer::sums;
 
 const LINES: &str = "metrics.jsonl";
 const BOARD: &str = "tensorboard";

@@ -5,13 +5,13 @@
 
 use std::fmt::Write;
 
-use super::format::escape;
 use super::scale::Scale;
+use crate::report::format::escape;
 
 /// The style of charts.
-pub(super) const STYLE: &str = include_str!("chart.css");
+pub(crate) const STYLE: &str = include_str!("chart.css");
 /// Variants that have a colour of their own.
-pub(super) const COLOURS: usize = 8;
+pub(crate) const COLOURS: usize = 8;
 /// The height of a line of text.
 const LINE: f64 = 15.0;
 /// The width of a letter, about.
@@ -19,7 +19,7 @@ const LETTER: f64 = 7.2;
 
 /// Where a chart is read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Format {
+pub(crate) enum Format {
     /// On a page that is wide: curves have labels beside them.
     Wide,
     /// On a phone.
@@ -27,7 +27,7 @@ pub(super) enum Format {
 }
 
 impl Format {
-    pub(super) fn width(self) -> f64 {
+    pub(crate) fn width(self) -> f64 {
         match self {
             Format::Wide => 960.0,
             Format::Narrow => 360.0,
@@ -35,7 +35,7 @@ impl Format {
     }
 
     /// Marks that fit on the axis along.
-    pub(super) fn ticks(self) -> usize {
+    pub(crate) fn ticks(self) -> usize {
         match self {
             Format::Wide => 6,
             Format::Narrow => 3,
@@ -45,57 +45,57 @@ impl Format {
 
 /// Room around the part of a chart where values are drawn.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Margins {
-    pub(super) left: f64,
-    pub(super) right: f64,
-    pub(super) top: f64,
-    pub(super) bottom: f64,
+pub(crate) struct Margins {
+    pub(crate) left: f64,
+    pub(crate) right: f64,
+    pub(crate) top: f64,
+    pub(crate) bottom: f64,
 }
 
 /// A chart.
-pub(super) struct Svg {
+pub(crate) struct Svg {
     body: String,
-    pub(super) width: f64,
-    pub(super) height: f64,
-    pub(super) margins: Margins,
+    pub(crate) width: f64,
+    pub(crate) height: f64,
+    pub(crate) margins: Margins,
     title: String,
 }
 
 /// The class of a variant's colour, by its rank.
-pub(super) fn colour(rank: usize) -> String {
+pub(crate) fn colour(rank: usize) -> String {
     if rank < COLOURS { format!("c{rank}") } else { "rest".into() }
 }
 
 impl Svg {
     /// An empty chart. `title` says what it shows, for those who cannot see it.
-    pub(super) fn new(title: &str, width: f64, height: f64, margins: Margins) -> Self {
+    pub(crate) fn new(title: &str, width: f64, height: f64, margins: Margins) -> Self {
         Svg { body: String::new(), width, height, margins, title: title.into() }
     }
 
     /// The place along of `share`, from 0 to 1.
-    pub(super) fn x(&self, share: f64) -> f64 {
+    pub(crate) fn x(&self, share: f64) -> f64 {
         self.margins.left + share * (self.width - self.margins.left - self.margins.right)
     }
 
     /// The place down of `share`, from 0 at the bottom to 1.
-    pub(super) fn y(&self, share: f64) -> f64 {
+    pub(crate) fn y(&self, share: f64) -> f64 {
         self.height - self.margins.bottom - share * (self.height - self.margins.top - self.margins.bottom)
     }
 
     /// Adds elements as they are.
-    pub(super) fn add(&mut self, elements: &str) {
+    pub(crate) fn add(&mut self, elements: &str) {
         self.body.push_str(elements);
         self.body.push('\n');
     }
 
     /// A text; `anchor` is `start`, `middle` or `end`.
-    pub(super) fn text(&mut self, x: f64, y: f64, anchor: &str, class: &str, text: &str) {
+    pub(crate) fn text(&mut self, x: f64, y: f64, anchor: &str, class: &str, text: &str) {
         let text = escape(text);
         self.add(&format!("<text x=\"{x:.1}\" y=\"{y:.1}\" text-anchor=\"{anchor}\" class=\"{class}\">{text}</text>"));
     }
 
     /// Both axes with their marks and names.
-    pub(super) fn axes(&mut self, (x, x_name): (&Scale, &str), (y, y_name): (&Scale, &str), x_ticks: usize) {
+    pub(crate) fn axes(&mut self, (x, x_name): (&Scale, &str), (y, y_name): (&Scale, &str), x_ticks: usize) {
         let (left, right, bottom) = (self.x(0.0), self.x(1.0), self.y(0.0));
         for (value, text) in y.ticks(5) {
             let at = self.y(y.place(value));
@@ -113,7 +113,7 @@ impl Svg {
     }
 
     /// An area in which everything drawn by `inside` is cut off at the frame.
-    pub(super) fn clipped(&mut self, id: &str, inside: &str) {
+    pub(crate) fn clipped(&mut self, id: &str, inside: &str) {
         let (x, y) = (self.x(0.0), self.y(1.0));
         let (width, height) = (self.x(1.0) - x, self.y(0.0) - y);
         self.add(&format!(
@@ -123,7 +123,7 @@ impl Svg {
     }
 
     /// For a page, which has the style.
-    pub(super) fn inline(&self, class: &str) -> String {
+    pub(crate) fn inline(&self, class: &str) -> String {
         let Svg { body, width, height, title, .. } = self;
         let title = escape(title);
         format!(
@@ -132,7 +132,7 @@ impl Svg {
     }
 
     /// For a file.
-    pub(super) fn file(&self) -> String {
+    pub(crate) fn file(&self) -> String {
         let Svg { body, width, height, title, .. } = self;
         let title = escape(title);
         format!(
@@ -144,7 +144,7 @@ impl Svg {
 }
 
 /// A path through points.
-pub(super) fn path(points: impl Iterator<Item = (f64, f64)>) -> String {
+pub(crate) fn path(points: impl Iterator<Item = (f64, f64)>) -> String {
     let mut d = String::new();
     for (i, (x, y)) in points.enumerate() {
         // Writing to a string cannot fail.
@@ -154,7 +154,7 @@ pub(super) fn path(points: impl Iterator<Item = (f64, f64)>) -> String {
 }
 
 /// Every so many of `points` that at most `most` are left, the first and the last among them.
-pub(super) fn thinned<T: Copy>(points: &[T], most: usize) -> Vec<T> {
+pub(crate) fn thinned<T: Copy>(points: &[T], most: usize) -> Vec<T> {
     if points.len() <= most {
         return points.to_vec();
     }
@@ -163,7 +163,7 @@ pub(super) fn thinned<T: Copy>(points: &[T], most: usize) -> Vec<T> {
 
 /// Moves the labels at `wanted` heights apart, so that none overlaps another and all lie within `low..high`; each stays
 /// as near to its place as that allows. Heights grow downwards.
-pub(super) fn spread_labels(wanted: &[f64], low: f64, high: f64) -> Vec<f64> {
+pub(crate) fn spread_labels(wanted: &[f64], low: f64, high: f64) -> Vec<f64> {
     let mut order: Vec<usize> = (0..wanted.len()).collect();
     order.sort_by(|&a, &b| wanted[a].total_cmp(&wanted[b]));
     let mut places = wanted.to_vec();
@@ -193,7 +193,7 @@ pub(super) fn spread_labels(wanted: &[f64], low: f64, high: f64) -> Vec<f64> {
 }
 
 /// Rectangles that are taken, and where a label beside a dot still fits.
-pub(super) struct Places {
+pub(crate) struct Places {
     taken: Vec<(f64, f64, f64, f64)>,
     /// The least and the greatest place along.
     along: (f64, f64),
@@ -201,22 +201,22 @@ pub(super) struct Places {
 
 impl Places {
     /// Labels may lie between these places along.
-    pub(super) fn new(along: (f64, f64)) -> Self {
+    pub(crate) fn new(along: (f64, f64)) -> Self {
         Places { taken: vec![], along }
     }
 
     /// A dot, which no label may cover.
-    pub(super) fn take_dot(&mut self, x: f64, y: f64) {
+    pub(crate) fn take_dot(&mut self, x: f64, y: f64) {
         self.taken.push((x - 6.0, y - 6.0, x + 6.0, y + 6.0));
     }
 
     /// The name of the axis up, in the corner.
-    pub(super) fn take_name(&mut self) {
+    pub(crate) fn take_name(&mut self) {
         self.taken.push((0.0, 0.0, 340.0, 20.0));
     }
 
     /// A place for a label beside the dot at `(x, y)`: where it starts, and its anchor.
-    pub(super) fn label(&mut self, x: f64, y: f64, text: &str) -> Option<(f64, f64, &'static str)> {
+    pub(crate) fn label(&mut self, x: f64, y: f64, text: &str) -> Option<(f64, f64, &'static str)> {
         let width = text.chars().count() as f64 * LETTER;
         let right = (x + 10.0, y + 4.0, "start");
         let left = (x - 10.0, y + 4.0, "end");
@@ -241,7 +241,7 @@ impl Places {
 }
 
 /// A name that fits in `width`, cut short if it must.
-pub(super) fn fitting(name: &str, width: f64) -> String {
+pub(crate) fn fitting(name: &str, width: f64) -> String {
     let most = (width / LETTER) as usize;
     match name.chars().count() <= most {
         true => name.into(),

@@ -147,7 +147,7 @@ mod tests {
     }
 
     fn golden() -> Golden {
-        serde_json::from_str(include_str!("../../tests/golden/schedule.json")).unwrap()
+        serde_json::from_str(include_str!("../../../tests/golden/schedule.json")).unwrap()
     }
 
     #[test]

@@ -1,11 +1,11 @@
 //! Charts of what changes in training: learning curves and gradient norms.
 
-use mblm_train::metrics::Kind;
+use mblm_train::journal::metrics::Kind;
 
-use super::format::{duration, escape, with_unit};
 use super::scale::{Scale, Unit, ceiling};
 use super::svg::{COLOURS, Format, Margins, Svg, colour, fitting, path, spread_labels, thinned};
-use super::variant::{Axis, CurvePoint, Variant};
+use crate::report::format::{duration, escape, with_unit};
+use crate::report::variant::{Axis, CurvePoint, Variant};
 
 /// Points of a curve, at most.
 const MAX_POINTS: usize = 120;
@@ -20,10 +20,10 @@ const SHOWN_FROM: f64 = 0.2;
 const LABEL_WIDTH: f64 = 212.0;
 
 impl Axis {
-    pub(super) const ALL: [Axis; 3] = [Axis::Bytes, Axis::Flops, Axis::Seconds];
+    pub(crate) const ALL: [Axis; 3] = [Axis::Bytes, Axis::Flops, Axis::Seconds];
 
     /// Its part in names of files.
-    pub(super) fn id(self) -> &'static str {
+    pub(crate) fn id(self) -> &'static str {
         match self {
             Axis::Bytes => "bytes",
             Axis::Flops => "flops",
@@ -31,7 +31,7 @@ impl Axis {
         }
     }
 
-    pub(super) fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Axis::Bytes => "training bytes",
             Axis::Flops => "training FLOPs",
@@ -63,7 +63,7 @@ struct Series<'a> {
 }
 
 /// Learning curves. None if no variant has points.
-pub(super) fn curves(variants: &[Variant], kind: Kind, axis: Axis, format: Format) -> Option<Svg> {
+pub(crate) fn curves(variants: &[Variant], kind: Kind, axis: Axis, format: Format) -> Option<Svg> {
     let series = all_series(variants, kind == Kind::Train, |variant| variant.curve(kind, axis));
     let what = if kind == Kind::Train { "training (smoothed)" } else { "validation" };
     let title = format!("Bits per byte in {what} against {}", axis.name());
@@ -80,7 +80,7 @@ pub(super) fn curves(variants: &[Variant], kind: Kind, axis: Axis, format: Forma
 }
 
 /// Gradient norms of a stage, from 0. None if no variant has them.
-pub(super) fn gradients(variants: &[Variant], stage: usize, format: Format) -> Option<Svg> {
+pub(crate) fn gradients(variants: &[Variant], stage: usize, format: Format) -> Option<Svg> {
     let series = all_series(variants, true, |variant| variant.gradients(stage));
     let title = format!("Gradient norm of stage {} against training bytes", stage + 1);
     let chart = LineChart {
@@ -229,8 +229,8 @@ fn label_ends(svg: &mut Svg, series: &[Series], (x, y): (&Scale, &Scale)) {
 
 #[cfg(test)]
 mod tests {
-    use super::super::charts::tests::variants;
     use super::*;
+    use crate::report::charts::tests::variants;
 
     #[test]
     fn every_variant_has_its_curve_and_the_best_a_colour() {
@@ -261,7 +261,7 @@ mod tests {
             (0..100).map(|i| CurvePoint { x: f64::from(i), mean: f64::from(i % 2), min: 0.0, max: 1.0 }).collect();
         assert_eq!((smooth(&points, 0), smooth(&points, 99)), (points[0], points[99]));
         assert!((smooth(&points, 50).mean - 0.5).abs() < 0.11, "{:?}", smooth(&points, 50));
-        let variants = [super::super::variant::tests::variant("v", vec![])];
+        let variants = [crate::report::variant::tests::variant("v", vec![])];
         let long: Vec<CurvePoint> = points.iter().copied().cycle().take(100_000).collect();
         let asked = std::cell::Cell::new(0);
         let series = all_series(&variants, true, |_| {

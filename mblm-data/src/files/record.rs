@@ -9,8 +9,8 @@ use mblm_base::files;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{AtPath, Result};
-use crate::fingerprint::{FileSum, Fingerprint};
-use crate::listing::relative;
+use crate::files::fingerprint::{FileSum, Fingerprint};
+use crate::files::listing::relative;
 
 pub(crate) const FILE: &str = "data.json";
 

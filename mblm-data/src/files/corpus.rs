@@ -6,9 +6,9 @@ use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
 use crate::error::Result;
-use crate::fingerprint::{FileSum, hex};
-use crate::listing::{LeftOut, Listing};
-use crate::reader::{DataFile, OpenFiles};
+use crate::files::fingerprint::{FileSum, hex};
+use crate::files::listing::{LeftOut, Listing};
+use crate::files::reader::{DataFile, OpenFiles};
 
 /// The bytes that a thread reads at a time when all of the data are scanned.
 const CHUNK: u64 = 1 << 20;

@@ -1,10 +1,10 @@
 //! Axes: from values to places, and round numbers to mark.
 
-use super::format::{duration, si};
+use crate::report::format::{duration, si};
 
 /// The largest number that an axis has a place for, and the smallest that is not 0: what a run's files say beyond that
 /// is no measurement, and sums, squares and ratios of what lies within are finite.
-pub(super) const LARGEST: f64 = 1e30;
+pub(crate) const LARGEST: f64 = 1e30;
 /// The least distance of an axis' ends, as a share of the larger one: marks between them have different digits.
 const LEAST_SPAN: f64 = 1e-9;
 /// Places end so far outside of the frame, in frames.
@@ -12,7 +12,7 @@ const FAR_OUTSIDE: f64 = 100.0;
 
 /// How values become places.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) struct Scale {
+pub(crate) struct Scale {
     low: f64,
     high: f64,
     is_log: bool,
@@ -21,7 +21,7 @@ pub(super) struct Scale {
 
 /// What is measured, for the marks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Unit {
+pub(crate) enum Unit {
     /// Decimals as the distance of the marks needs.
     Plain,
     /// Metric prefixes.
@@ -32,7 +32,7 @@ pub(super) enum Unit {
 
 impl Scale {
     /// Equal distances for equal differences.
-    pub(super) fn linear(low: f64, high: f64, unit: Unit) -> Self {
+    pub(crate) fn linear(low: f64, high: f64, unit: Unit) -> Self {
         let (low, high) = (bounded(low), bounded(high));
         let size = low.abs().max(high.abs()).max(1e-3);
         let half = (size * 0.05).max(0.5);
@@ -41,14 +41,14 @@ impl Scale {
     }
 
     /// Equal distances for equal ratios; both ends above 0.
-    pub(super) fn log(low: f64, high: f64, unit: Unit) -> Self {
+    pub(crate) fn log(low: f64, high: f64, unit: Unit) -> Self {
         let (low, high) = (bounded(low).max(1.0 / LARGEST), bounded(high));
         let (low, high) = if high > low * 1.0001 { (low, high) } else { (low / 1.5, low * 1.5) };
         Scale { low, high, is_log: true, unit }
     }
 
     /// A scale that holds all values, with a margin on both sides as a share of the whole.
-    pub(super) fn around(values: impl Iterator<Item = f64>, margin: f64, is_log: bool, unit: Unit) -> Self {
+    pub(crate) fn around(values: impl Iterator<Item = f64>, margin: f64, is_log: bool, unit: Unit) -> Self {
         let (low, high) = values.filter(|v| v.is_finite()).fold((f64::MAX, f64::MIN), |(l, h), v| (l.min(v), h.max(v)));
         if low > high {
             return if is_log { Scale::log(0.1, 10.0, unit) } else { Scale::linear(0.0, 1.0, unit) };
@@ -67,7 +67,7 @@ impl Scale {
     }
 
     /// The place of a value: 0 at the low end, 1 at the high one.
-    pub(super) fn place(&self, value: f64) -> f64 {
+    pub(crate) fn place(&self, value: f64) -> f64 {
         let value = bounded(value);
         let place = match self.is_log {
             true => (value.max(1.0 / LARGEST) / self.low).ln() / (self.high / self.low).ln(),
@@ -77,7 +77,7 @@ impl Scale {
     }
 
     /// About `wanted` round values within the scale, with their text.
-    pub(super) fn ticks(&self, wanted: usize) -> Vec<(f64, String)> {
+    pub(crate) fn ticks(&self, wanted: usize) -> Vec<(f64, String)> {
         let wanted = wanted.max(2);
         let is_wide = self.is_log && self.high / self.low >= 10.0;
         let values = match (self.is_log, self.unit) {
@@ -105,7 +105,7 @@ fn bounded(value: f64) -> f64 {
 
 /// The highest of `values` that is no outlier: one that lies so far above the lower two thirds that these would be pressed
 /// together if all were shown.
-pub(super) fn ceiling(values: impl Iterator<Item = f64>) -> f64 {
+pub(crate) fn ceiling(values: impl Iterator<Item = f64>) -> f64 {
     const FAR: f64 = 2.5;
     let mut values: Vec<f64> = values.filter(|value| value.is_finite()).collect();
     values.sort_by(f64::total_cmp);

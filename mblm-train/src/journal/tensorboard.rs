@@ -16,8 +16,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use mblm_base::files;
 
-use crate::crc32c::crc32c;
 use crate::error::{AtPath, Result};
+use crate::journal::crc32c::crc32c;
 
 const PREFIX: &str = "events.out.tfevents.";
 const VERSION: &[u8] = b"brain.Event:2";

@@ -91,7 +91,7 @@ mod tests {
 
     #[test]
     fn points_are_the_packages() {
-        let golden: Golden = serde_json::from_str(include_str!("../../tests/golden/schedule.json")).unwrap();
+        let golden: Golden = serde_json::from_str(include_str!("../../../tests/golden/schedule.json")).unwrap();
         assert_eq!(golden.logging_points.len(), 3);
         for GoldenPoints { total, start, amount, mut indices } in golden.logging_points {
             indices.dedup();

@@ -4,8 +4,8 @@
 use crate::checkpoint::TrainState;
 use crate::config::{RunConfig, TargetStrategy, TrainSection};
 use crate::error::{Error, Result};
-use crate::points::Points;
-use crate::schedule::Schedule;
+use crate::trainer::points::Points;
+use crate::trainer::schedule::Schedule;
 
 /// The course of a run.
 ///
@@ -14,7 +14,7 @@ use crate::schedule::Schedule;
 /// `gradient_accumulate_every`. The batches after the last full window are stepped on too, as a smaller window. And the
 /// last batch always validates, also if `validate_amount` is 1.
 #[derive(Clone, Debug)]
-pub struct Plan {
+pub struct RunPlan {
     /// Batches in all: `target_elements` rounded up.
     pub batches: u64,
     /// What a batch adds to the elements seen.
@@ -31,7 +31,7 @@ pub struct Plan {
     valid_points: Points,
 }
 
-impl Plan {
+impl RunPlan {
     /// The course that `config` describes.
     ///
     /// # Errors
@@ -68,7 +68,7 @@ impl Plan {
                 (accumulate - 1).saturating_mul(elements_per_batch).saturating_add(1)
             )));
         }
-        Ok(Plan::over(config, batches, batches.div_ceil(accumulate)))
+        Ok(RunPlan::over(config, batches, batches.div_ceil(accumulate)))
     }
 
     /// The course of a run that stands at `state`: as many batches more as `target_elements` wants. The schedule of
@@ -77,7 +77,7 @@ impl Plan {
     /// # Errors
     /// As [`new`](Self::new).
     pub fn resumed(config: &RunConfig, state: &TrainState) -> Result<Self> {
-        let new = Plan::new(config);
+        let new = RunPlan::new(config);
         let train = &config.train;
         let seen = state.elements_seen_by(train.target_elements_strategy);
         let left = train.target_elements.saturating_sub(seen).div_ceil(new?.elements_per_batch);
@@ -87,13 +87,13 @@ impl Plan {
             true => 1 + left.div_ceil(accumulate),
             false => (waiting + left).div_ceil(accumulate),
         };
-        Ok(Plan::over(config, state.batches + left, state.step + steps))
+        Ok(RunPlan::over(config, state.batches + left, state.step + steps))
     }
 
     fn over(config: &RunConfig, batches: u64, steps: u64) -> Self {
         let (train, io) = (&config.train, &config.io);
         let spread = |amount: usize| Points::Spread { total: batches, start: 0, amount: amount as u64 };
-        Plan {
+        RunPlan {
             batches,
             elements_per_batch: elements_per_batch(train, config.params.input_seq_len),
             accumulate: train.gradient_accumulate_every as u64,
@@ -131,26 +131,26 @@ mod tests {
         config.train.target_elements = 49;
         config.train.gradient_accumulate_every = 2;
         config.io.validate_amount = 1;
-        let plan = Plan::new(&config).unwrap();
+        let plan = RunPlan::new(&config).unwrap();
         assert_eq!((plan.batches, plan.elements_per_batch, plan.steps), (3, 24, 2));
-        let validated = |plan: &Plan| (0..5).filter(|&batch| plan.validates_after(batch)).collect::<Vec<u64>>();
+        let validated = |plan: &RunPlan| (0..5).filter(|&batch| plan.validates_after(batch)).collect::<Vec<u64>>();
         assert_eq!(validated(&plan), [0, 2], "the last batch validates too");
         config.train.validate_every = Some(2);
-        assert_eq!(validated(&Plan::new(&config).unwrap())[..2], [1, 2]);
+        assert_eq!(validated(&RunPlan::new(&config).unwrap())[..2], [1, 2]);
         config.train.target_elements_strategy = TargetStrategy::Batch;
-        assert_eq!(Plan::new(&config).unwrap().batches, 17);
+        assert_eq!(RunPlan::new(&config).unwrap().batches, 17);
     }
 
     #[test]
     fn a_resumed_run_has_what_is_left_of_its_target() {
         let mut config = config();
-        let plan = Plan::new(&config).unwrap();
+        let plan = RunPlan::new(&config).unwrap();
         assert_eq!((plan.batches, plan.steps), (20, 7), "the last step is of two batches");
         let mut state = TrainState::new(0, vec![]);
         for batch in 1..=20 {
             state.count(4, 16, TargetStrategy::Sequence);
             (state.step, state.window.batches) = if batch == 20 { (7, 0) } else { (batch / 3, batch % 3) };
-            let resumed = Plan::resumed(&config, &state).unwrap();
+            let resumed = RunPlan::resumed(&config, &state).unwrap();
             assert_eq!((resumed.batches, resumed.steps), (20, 7), "unchanged, at batch {batch}");
         }
         // 13 batches of 4 sequences are seen, and 7 · 4 sequences are left.
@@ -159,7 +159,7 @@ mod tests {
         (state.step, state.window.batches) = (4, 1);
         let mut resumed = |change: fn(&mut TrainSection)| {
             change(&mut config.train);
-            let plan = Plan::resumed(&config, &state).unwrap();
+            let plan = RunPlan::resumed(&config, &state).unwrap();
             (plan.batches, plan.steps)
         };
         assert_eq!(resumed(|t| t.batch_size = 8), (13 + 4, 4 + 2));
@@ -173,7 +173,7 @@ mod tests {
         let mut config = config();
         (config.train.target_elements, config.train.validate_every) = (u64::MAX, Some(1));
         (config.io.log_train_loss_amount, config.io.validate_amount) = (usize::MAX, usize::MAX);
-        let plan = Plan::new(&config).unwrap();
+        let plan = RunPlan::new(&config).unwrap();
         assert!(plan.validates_after(1 << 40) && plan.train_points.contains(0), "{plan:?}");
     }
 
@@ -192,7 +192,7 @@ mod tests {
         for (change, want) in cases {
             let mut config = config();
             change(&mut config);
-            let error = Plan::new(&config).unwrap_err();
+            let error = RunPlan::new(&config).unwrap_err();
             assert!(error.is_configuration() && error.to_string().contains(want), "{error}");
         }
     }

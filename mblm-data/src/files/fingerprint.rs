@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::error::Result;
-use crate::reader::DataFile;
+use crate::files::reader::DataFile;
 
 /// Files of up to this many bytes are hashed whole.
 const WHOLE: u64 = 256 << 10;
