@@ -24,6 +24,8 @@ pub(crate) struct Archive<R> {
     folder: String,
     /// What may still be read: entries together are no larger than the file.
     left: u64,
+    /// Bytes of the file.
+    pub len: u64,
     big_endian: bool,
 }
 
@@ -42,7 +44,7 @@ impl<R: Read + Seek> Archive<R> {
             }
             _ => return Err("expected a zip archive from the first byte on, as torch.save writes it".into()),
         }
-        let left = reader.seek(SeekFrom::End(0)).map_err(|error| error.to_string())?;
+        let len = reader.seek(SeekFrom::End(0)).map_err(|error| error.to_string())?;
         // Between the directory and the end torch writes the records of zip64, needed or not. A search for the start of
         // the directory from its size and the end would be led astray by them; the offset in the file is right.
         let zip = ZipArchive::with_config(Config { archive_offset: ArchiveOffset::Known(0) }, reader)
@@ -58,7 +60,7 @@ impl<R: Read + Seek> Archive<R> {
                         torch.save(torch.jit.load(FILE).state_dict(), …)"
                 .into());
         }
-        let mut archive = Archive { zip, folder, left, big_endian: false };
+        let mut archive = Archive { zip, folder, left: len, len, big_endian: false };
         archive.big_endian = archive.reads_big_endian()?;
         Ok(archive)
     }

@@ -10,7 +10,7 @@
 use std::collections::HashMap;
 
 use crate::fault::Parsed;
-use crate::pickle::{Global, Pickle, Value};
+use crate::pickle::{Foreign, Global, NumpyType, Pickle, Value};
 use crate::view::{MAX_DIMS, Storage, View};
 
 /// Values that may be put on the stack in all, and remembered; a tensor takes about 35.
@@ -44,8 +44,15 @@ struct Machine<'a> {
 
 impl<'a> Machine<'a> {
     fn new(bytes: &'a [u8]) -> Self {
-        let built =
-            Pickle { root: Value::None, sequences: vec![], dicts: vec![], storages: vec![], views: vec![], touched: 0 };
+        let built = Pickle {
+            root: Value::None,
+            sequences: vec![],
+            dicts: vec![],
+            storages: vec![],
+            views: vec![],
+            numpy_types: vec![],
+            touched: 0,
+        };
         let (memo, storage_ids) = (HashMap::new(), HashMap::new());
         Machine { bytes, at: 0, stack: vec![], marks: vec![], memo, storage_ids, pushed: 0, touched: 0, built }
     }
@@ -91,6 +98,9 @@ impl<'a> Machine<'a> {
             0x8c => self.text(1)?,
             b'X' => self.text(4)?,
             0x8d => self.text(8)?,
+            b'C' => self.push_bytes(1)?,
+            b'B' => self.push_bytes(4)?,
+            0x8e => self.push_bytes(8)?,
             b'(' => self.mark()?,
             b')' => self.push_tuple(vec![])?,
             b't' => {
@@ -170,6 +180,13 @@ impl<'a> Machine<'a> {
         let len = self.unsigned(len)?;
         let text = std::str::from_utf8(self.slice(len)?).map_err(|error| format!("text that is not UTF-8: {error}"))?;
         self.push(Value::Text(text))
+    }
+
+    /// Bytes whose number is told in `len` bytes.
+    fn push_bytes(&mut self, len: usize) -> Parsed<()> {
+        let len = self.unsigned(len)?;
+        let bytes = self.slice(len)?;
+        self.push(Value::Bytes(bytes))
     }
 
     fn line(&mut self) -> Parsed<&'a str> {
@@ -332,7 +349,18 @@ impl<'a> Machine<'a> {
             (Value::Global(Global::RebuildParameter), [tensor @ (Value::Tensor(_) | Value::Foreign(_)), ..]) => {
                 self.push(tensor)
             }
-            (Value::Global(Global::Other(name)), _) => self.push(Value::Foreign(name)),
+            (Value::Global(Global::Other(foreign)), _) => self.push(Value::Foreign(foreign)),
+            (Value::Global(Global::RebuildUntyped), [_, _, _, _, _, _, Value::Global(Global::Constant(dtype))]) => {
+                self.push(Value::Foreign(Foreign::Dtype(dtype)))
+            }
+            (Value::Global(Global::Encode), [Value::Text(text), Value::Text("latin1"), ..]) => {
+                self.push(Value::Latin1(text))
+            }
+            (Value::Global(Global::NumpyType), [Value::Text(code), ..]) => {
+                self.built.numpy_types.push(NumpyType { code, big_endian: false });
+                self.push(Value::NumpyType(self.built.numpy_types.len() - 1))
+            }
+            (Value::Global(Global::NumpyScalar), [Value::NumpyType(id), number, ..]) => self.numpy_scalar(id, number),
             (
                 Value::Global(Global::RebuildTensor),
                 [Value::Storage(id), Value::Int(offset), Value::Tuple(shape), Value::Tuple(strides), _, _, metadata],
@@ -347,13 +375,27 @@ impl<'a> Machine<'a> {
     fn tensor(&mut self, storage: usize, offset: i64, shape: usize, strides: usize, metadata: Value<'a>) -> Parsed<()> {
         let Storage { class, len, .. } = self.built.storages[storage];
         if self.built.storages[storage].dtype().is_none() {
-            return self.push(Value::Foreign(class));
+            return self.push(Value::Foreign(Foreign::Storage(class)));
         }
         let (offset, shape, strides) = (size(&Value::Int(offset))?, self.sizes(shape)?, self.sizes(strides)?);
         let mut view = View::new(storage, len, offset, shape, strides)?;
         view.negative = self.is_negative(metadata)?;
         self.built.views.push(view);
         self.push(Value::Tensor(self.built.views.len() - 1))
+    }
+
+    fn numpy_scalar(&mut self, numpy_type: usize, number: Value<'a>) -> Parsed<()> {
+        const LONGEST: usize = 8;
+        // One byte more shows that it is too long.
+        let bytes: Vec<u8> = match number {
+            Value::Bytes(bytes) => bytes.iter().copied().take(LONGEST + 1).collect(),
+            Value::Latin1(text) => text.chars().map_while(|c| u8::try_from(c).ok()).take(LONGEST + 1).collect(),
+            other => return Err(format!("expected the bytes of a number, found {}", other.kind())),
+        };
+        self.push(match self.built.numpy_types[numpy_type].decode(bytes) {
+            Some(number) => Value::Float(number),
+            None => Value::Foreign(Foreign::Other("numpy.scalar")),
+        })
     }
 
     fn sizes(&mut self, tuple: usize) -> Parsed<Vec<usize>> {
@@ -384,11 +426,20 @@ impl<'a> Machine<'a> {
         }
     }
 
-    /// Attributes of a dictionary, such as the versions of modules, say nothing about the tensors in it.
+    /// Attributes of a dictionary, such as the versions of modules, say nothing about the tensors in it. Those of a type of
+    /// numpy begin with a version and the order of bytes.
     fn build(&mut self) -> Parsed<()> {
-        self.pop()?;
+        let attributes = self.pop()?;
         match self.top()? {
-            Value::Dict(_) => Ok(()),
+            Value::Dict(_) | Value::Foreign(_) => Ok(()),
+            Value::NumpyType(id) => {
+                let order = match attributes {
+                    Value::Tuple(tuple) => self.built.sequences[tuple].get(1),
+                    _ => None,
+                };
+                self.built.numpy_types[id].big_endian = order == Some(&Value::Text(">"));
+                Ok(())
+            }
             other => Err(format!("expected a dictionary to give attributes to, found {}", other.kind())),
         }
     }
@@ -423,7 +474,6 @@ fn refused(opcode: u8) -> String {
         b'0' => " (POP)",
         b'1' => " (POP_MARK)",
         b'2' => " (DUP)",
-        b'C' | b'B' | 0x8e => " (BYTES)",
         0x8f..=0x91 => " (SET)",
         b'I' | b'L' | b'F' | b'S' | b'V' => " (a value as text, of pickle protocol 0)",
         0x8b => " (LONG4)",

@@ -18,8 +18,73 @@ pub(crate) enum Value<'a> {
     Global(Global<'a>),
     Storage(usize),
     Tensor(usize),
-    /// A tensor whose numbers are not read; says what torch has for it.
-    Foreign(&'a str),
+    /// What is not read.
+    Foreign(Foreign<'a>),
+    Bytes(&'a [u8]),
+    /// Bytes as text, each a character: how pickles before protocol 3 hold them.
+    Latin1(&'a str),
+    NumpyType(usize),
+}
+
+/// A tensor or an array whose numbers are not read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Foreign<'a> {
+    /// Of a storage that does not hold floats.
+    Storage(&'a str),
+    /// Of a type of numbers without a storage of its own.
+    Dtype(&'a str),
+    Sparse,
+    Quantized,
+    Nested,
+    Meta,
+    /// What another function makes.
+    Other(&'a str),
+}
+
+/// What it is and what to do, after the name of a tensor.
+impl std::fmt::Display for Foreign<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Foreign::Storage(class) => write!(f, "holds no floats (torch's {class}); save it with .float()"),
+            Foreign::Dtype(dtype) => write!(f, "is of torch's {dtype}; save it with .float()"),
+            Foreign::Sparse => f.write_str("is sparse; save it with .to_dense()"),
+            Foreign::Quantized => f.write_str("is quantized; save it with .dequantize()"),
+            Foreign::Nested => f.write_str("is nested; save it with .to_padded_tensor(0.0)"),
+            Foreign::Meta => f.write_str("has no numbers (device meta); load the model's weights before you save them"),
+            Foreign::Other(name) => {
+                write!(f, "is of a kind that is not read ({name}); save a plain copy, with .detach().clone()")
+            }
+        }
+    }
+}
+
+/// A `numpy.dtype`: its code, such as `f8`, and whether the most significant byte comes first.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct NumpyType<'a> {
+    pub code: &'a str,
+    pub big_endian: bool,
+}
+
+impl NumpyType<'_> {
+    /// The number in `bytes`, in little-endian order, if it is one.
+    pub(crate) fn decode(&self, mut bytes: Vec<u8>) -> Option<f64> {
+        if self.big_endian {
+            bytes.reverse();
+        }
+        let number = |unsigned: bool| {
+            let sign = if unsigned || bytes.last().is_none_or(|byte| *byte < 0x80) { 0 } else { 0xff };
+            let wide = std::array::from_fn(|i| bytes.get(i).copied().unwrap_or(sign));
+            i128::from_le_bytes(wide) as f64
+        };
+        match (self.code, bytes.len()) {
+            ("f8", 8) => Some(f64::from_le_bytes(*bytes.as_array()?)),
+            ("f4", 4) => Some(f32::from_le_bytes(*bytes.as_array()?).into()),
+            ("f2", 2) => Some(half::f16::from_le_bytes(*bytes.as_array()?).into()),
+            ("i1", 1) | ("i2", 2) | ("i4", 4) | ("i8", 8) => Some(number(false)),
+            ("u1", 1) | ("u2", 2) | ("u4", 4) | ("u8", 8) => Some(number(true)),
+            _ => None,
+        }
+    }
 }
 
 impl Value<'_> {
@@ -37,7 +102,9 @@ impl Value<'_> {
             Value::Global(global) => format!("the name {global:?}"),
             Value::Storage(_) => "a storage".into(),
             Value::Tensor(_) => "a tensor".into(),
-            Value::Foreign(class) => format!("a tensor of torch's {class}"),
+            Value::Foreign(foreign) => format!("a tensor that {foreign}"),
+            Value::Bytes(_) | Value::Latin1(_) => "bytes".into(),
+            Value::NumpyType(_) => "a type of numpy".into(),
         }
     }
 }
@@ -48,8 +115,16 @@ pub(crate) enum Global<'a> {
     OrderedDict,
     RebuildTensor,
     RebuildParameter,
-    /// Another function, for tensors that are not read.
-    Other(&'a str),
+    /// Another function, for what is not read.
+    Other(Foreign<'a>),
+    /// `_rebuild_tensor_v3`, for types of numbers without a storage of their own.
+    RebuildUntyped,
+    /// `_codecs.encode`
+    Encode,
+    /// `numpy.dtype`
+    NumpyType,
+    /// `numpy.core.multiarray.scalar`
+    NumpyScalar,
     Storage(&'a str),
     /// A type of numbers, a layout: an argument of a function.
     Constant(&'a str),
@@ -62,8 +137,25 @@ impl<'a> Global<'a> {
             ("collections", "OrderedDict") => Ok(Global::OrderedDict),
             ("torch._utils", "_rebuild_tensor" | "_rebuild_tensor_v2") => Ok(Global::RebuildTensor),
             ("torch._utils", "_rebuild_parameter" | "_rebuild_parameter_with_state") => Ok(Global::RebuildParameter),
-            ("torch._utils", name) if name.starts_with("_rebuild_") => Ok(Global::Other(name)),
-            ("torch.serialization", "_get_layout") | ("torch", "Size" | "device") => Ok(Global::Other(name)),
+            ("torch._utils", "_rebuild_tensor_v3") => Ok(Global::RebuildUntyped),
+            ("torch._utils", "_rebuild_sparse_tensor" | "_rebuild_sparse_csr_tensor") => {
+                Ok(Global::Other(Foreign::Sparse))
+            }
+            ("torch._utils", "_rebuild_qtensor") => Ok(Global::Other(Foreign::Quantized)),
+            ("torch._utils", "_rebuild_nested_tensor") => Ok(Global::Other(Foreign::Nested)),
+            ("torch._utils", "_rebuild_meta_tensor_no_storage") => Ok(Global::Other(Foreign::Meta)),
+            ("torch._utils", name) if name.starts_with("_rebuild_") => Ok(Global::Other(Foreign::Other(name))),
+            ("torch.serialization", "_get_layout") | ("torch", "Size" | "device") => {
+                Ok(Global::Other(Foreign::Other(name)))
+            }
+            // A trainer's numbers may be numpy's. Version 2 renamed the module.
+            ("_codecs", "encode") => Ok(Global::Encode),
+            ("numpy", "dtype") => Ok(Global::NumpyType),
+            ("numpy", "ndarray") => Ok(Global::Constant(name)),
+            ("numpy._core.multiarray" | "numpy.core.multiarray", "scalar") => Ok(Global::NumpyScalar),
+            ("numpy._core.multiarray" | "numpy.core.multiarray", "_reconstruct") => {
+                Ok(Global::Other(Foreign::Other(name)))
+            }
             ("torch" | "torch.storage", name) if name.ends_with("Storage") => Ok(Global::Storage(name)),
             ("torch", name) if is_constant(name) => Ok(Global::Constant(name)),
             _ => Err(format!(
@@ -93,6 +185,7 @@ pub(crate) struct Pickle<'a> {
     pub dicts: Vec<Vec<(Value<'a>, Value<'a>)>>,
     pub storages: Vec<Storage<'a>>,
     pub views: Vec<View>,
+    pub numpy_types: Vec<NumpyType<'a>>,
     /// Values that reading it moved or looked at, for the test that this is in proportion to the pickle.
     #[cfg_attr(not(test), expect(dead_code))]
     pub touched: usize,

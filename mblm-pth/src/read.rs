@@ -14,8 +14,10 @@ use crate::names::{self, LOSS, MODEL};
 use crate::pickle::{Pickle, Value};
 use crate::view::View;
 
-/// Views on a storage may together have this many times its elements: tied weights share one, and nothing else should.
-const SHARED: usize = 4;
+/// Tensors may have more elements than are stored: tied weights share them, and an expanded tensor repeats them. As f32,
+/// they may take this many times the bytes of the file, and this many bytes more.
+const SHARED: u128 = 8;
+const REPEATED: u128 = 1 << 30;
 
 /// What a `.pth` file holds.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -23,7 +25,8 @@ pub struct Saved {
     /// The tensors of floats under the names of version 0.4.2, contiguous, as f32; those of version 0.4.0 and before are
     /// renamed. The prefixes that `DataParallel` and `torch.compile` put before every name are gone.
     pub weights: Tensors,
-    /// The other tensors, which no model has as a parameter, and what torch has for them, such as `LongStorage`.
+    /// The other tensors, which no model has as a parameter, and what each is and should be: `is sparse; save it with
+    /// .to_dense()`.
     pub others: BTreeMap<String, String>,
     /// The validation loss; not finite if it is not known.
     pub loss: f64,
@@ -45,14 +48,15 @@ fn parse(reader: impl Read + Seek) -> Parsed<Saved> {
     let pickle = machine::run(&bytes).map_err(|fault| format!("data.pkl: {fault}"))?;
     let (model, loss) = state_dict(&pickle)?;
     let (weights, others) = tensors(&mut archive, &pickle, model)?;
+    let loss = number(&mut archive, &pickle, loss).map_err(|fault| format!("{LOSS}: {fault}"))?;
     Ok(Saved { weights, others, loss })
 }
 
 /// The entries of a dictionary.
 type Entries<'a> = [(Value<'a>, Value<'a>)];
 
-/// The dictionary of tensors, and the loss beside it.
-fn state_dict<'a, 'p>(pickle: &'p Pickle<'a>) -> Parsed<(&'p Entries<'a>, f64)> {
+/// The dictionary of tensors, and the loss beside it, `None` if there is none.
+fn state_dict<'a, 'p>(pickle: &'p Pickle<'a>) -> Parsed<(&'p Entries<'a>, Value<'a>)> {
     const EXPECTED: &str = "expected a state_dict, or what the package saves, a dictionary with MODEL and LOSS";
     let save = "save it with torch.save(model.state_dict(), …) or the package's save_model_state";
     let root =
@@ -64,7 +68,7 @@ fn state_dict<'a, 'p>(pickle: &'p Pickle<'a>) -> Parsed<(&'p Entries<'a>, f64)> 
     let Some(model) = get(MODEL) else {
         let is_tensor = |value: &Value| matches!(value, Value::Tensor(_) | Value::Foreign(_));
         if root.iter().any(|(_, value)| is_tensor(value)) {
-            return Ok((root, f64::NAN));
+            return Ok((root, Value::None));
         }
         let keys: Vec<_> = root.iter().take(8).map(|(key, _)| key.kind()).collect();
         return Err(format!("{EXPECTED}, found a dictionary with {}; {save}", list(&keys)));
@@ -72,12 +76,29 @@ fn state_dict<'a, 'p>(pickle: &'p Pickle<'a>) -> Parsed<(&'p Entries<'a>, f64)> 
     let entries = pickle
         .entries(model)
         .ok_or_else(|| format!("{MODEL}: expected a dictionary of tensors, found {}", model.kind()))?;
-    match get(LOSS) {
-        Some(Value::Float(loss)) => Ok((entries, loss)),
-        Some(Value::Int(loss)) => Ok((entries, loss as f64)),
-        // As a tensor: training goes on without the loss before it.
-        Some(Value::Tensor(_)) | None => Ok((entries, f64::NAN)),
-        Some(other) => Err(format!("{LOSS}: expected a number, found {}", other.kind())),
+    Ok((entries, get(LOSS).unwrap_or(Value::None)))
+}
+
+/// A number, Python's or numpy's or a tensor of one; not a number for `None`.
+fn number(archive: &mut Archive<impl Read + Seek>, pickle: &Pickle, value: Value) -> Parsed<f64> {
+    match value {
+        Value::None => Ok(f64::NAN),
+        Value::Float(number) => Ok(number),
+        Value::Int(number) => Ok(number as f64),
+        Value::Tensor(id) if pickle.views[id].elements == 1 => {
+            let view = &pickle.views[id];
+            let storage = &pickle.storages[view.storage];
+            let dtype = storage.dtype().ok_or_else(|| format!("a {}", storage.class))?;
+            let numbers = view.gather(&archive.storage(storage, dtype)?);
+            numbers.first().map(|number| f64::from(*number)).ok_or_else(|| "expected a number".into())
+        }
+        other => {
+            let found = match other {
+                Value::Tensor(id) => format!("a tensor of {} elements", pickle.views[id].elements),
+                other => other.kind(),
+            };
+            Err(format!("expected a number, found {found}; save it as one, with loss.item()"))
+        }
     }
 }
 
@@ -111,22 +132,21 @@ fn tensors(
                 let view = &pickle.views[*id];
                 views.entry(view.storage).or_default().insert(current, view);
             }
-            Value::Foreign(class) => drop(others.insert(current, class.to_string())),
+            Value::Foreign(foreign) => drop(others.insert(current, foreign.to_string())),
             value => return Err(format!("{name:?}: expected a tensor, found {}", value.kind())),
         }
     }
     let mut weights = Tensors::new();
+    let bytes: u128 = views.values().flat_map(BTreeMap::values).map(|view| 4 * view.elements as u128).sum();
+    let (file, most) = (archive.len, SHARED * u128::from(archive.len) + REPEATED);
+    if bytes > most {
+        return Err(format!(
+            "its tensors take {bytes} bytes as f32, expected at most {most} for a file of {file} bytes; expanded tensors \
+             repeat what is stored, so save their parts alone"
+        ));
+    }
     for (id, views) in views {
         let storage = &pickle.storages[id];
-        let elements = views.values().try_fold(0usize, |sum, view| sum.checked_add(view.elements));
-        if elements.is_none_or(|elements| elements / SHARED > storage.len) {
-            return Err(format!(
-                "{}: the tensors of its storage, {} in all, have more than {SHARED} times its {} elements",
-                views.keys().next().map_or("", String::as_str),
-                views.len(),
-                storage.len
-            ));
-        }
         let named = |fault: Fault| format!("{}: {fault}", views.keys().next().map_or("", String::as_str));
         let dtype = storage.dtype().ok_or_else(|| named(format!("a {}", storage.class)))?;
         let values = archive.storage(storage, dtype).map_err(named)?;

@@ -8,6 +8,7 @@ use zip::write::SimpleFileOptions;
 use zip::{CompressionMethod, ZipWriter};
 
 use super::*;
+use crate::pickle::NumpyType;
 use crate::write::write;
 
 fn golden(name: &str) -> Vec<u8> {
@@ -199,9 +200,20 @@ fn a_file_that_needs_zip64_is_read() {
 fn what_torch_writes_is_read() {
     let w = (vec![2, 3], vec![0.0, 1.0, 2.0, 3.0, 4.0, 5.0]);
     let buffers = [("mask", "BoolStorage"), ("steps", "LongStorage")];
-    let others = buffers.map(|(name, class)| (name.to_string(), class.to_string())).into();
+    let other = |class| format!("holds no floats (torch's {class}); save it with .float()");
+    let others = buffers.map(|(name, class)| (name.to_string(), other(class))).into();
     let weights = Tensors::from([("w".to_string(), w)]);
-    for (name, loss) in [("state_dict", None), ("loss_tensor", None), ("beside", Some(1.25)), ("wrapped", Some(1.0))] {
+    let losses = [
+        ("state_dict", None),
+        ("loss_tensor", Some(1.5)),
+        ("loss_bf16", Some(1.5)),
+        ("loss_numpy", Some(1.5)),
+        ("loss_float32", Some(1.25)),
+        ("loss_none", None),
+        ("beside", Some(1.25)),
+        ("wrapped", Some(1.0)),
+    ];
+    for (name, loss) in losses {
         let saved = parse(Cursor::new(torch(name))).unwrap_or_else(|fault| panic!("{name}: {fault}"));
         assert_eq!((&saved.weights, &saved.others), (&weights, &others), "{name}");
         assert_eq!(Some(saved.loss).filter(|loss| loss.is_finite()), loss, "{name}");
@@ -212,7 +224,7 @@ fn what_torch_writes_is_read() {
 fn windows_and_other_floats_are_read_as_torch_reads_them() {
     let saved = parse(Cursor::new(torch("views"))).unwrap();
     let w = [0.0, 1.0, 2.0, 3.0, 4.0, 5.0];
-    let cases: [(&str, &[usize], &[f32]); 9] = [
+    let cases: [(&str, &[usize], &[f32]); 11] = [
         ("negative", &[2, 3], &w.map(|number| -number)),
         ("negative_slice", &[2], &[-4.0, -5.0]),
         ("transposed", &[3, 2], &[0.0, 3.0, 1.0, 4.0, 2.0, 5.0]),
@@ -222,6 +234,8 @@ fn windows_and_other_floats_are_read_as_torch_reads_them() {
         ("f16", &[2, 3], &w),
         ("bf16", &[2, 3], &w),
         ("parameter", &[2, 3], &w),
+        ("expanded", &[5, 3], &[0.5; 15]),
+        ("repeated", &[2, 2, 3], &[w, w].concat()),
     ];
     assert_eq!(saved.weights.len(), cases.len());
     for (name, shape, values) in cases {
@@ -232,16 +246,66 @@ fn windows_and_other_floats_are_read_as_torch_reads_them() {
 #[test]
 fn tensors_of_other_types_do_not_refuse_the_file() {
     let saved = parse(Cursor::new(torch("odd"))).unwrap();
-    let others: Vec<_> = saved.others.iter().map(|(name, class)| format!("{name} {class}")).collect();
+    let others: Vec<_> = saved.others.iter().map(|(name, what)| format!("{name} {what}")).collect();
     let want = [
-        "complex ComplexFloatStorage",
-        "float8 _rebuild_tensor_v3",
-        "int8 CharStorage",
-        "quantized _rebuild_qtensor",
-        "sparse _rebuild_sparse_tensor",
-        "uint16 _rebuild_tensor_v3",
+        "complex holds no floats (torch's ComplexFloatStorage); save it with .float()",
+        "csr is sparse; save it with .to_dense()",
+        "float8 is of torch's float8_e4m3fn; save it with .float()",
+        "int8 holds no floats (torch's CharStorage); save it with .float()",
+        "meta has no numbers (device meta); load the model's weights before you save them",
+        "nested is nested; save it with .to_padded_tensor(0.0)",
+        "quantized is quantized; save it with .dequantize()",
+        "sparse is sparse; save it with .to_dense()",
+        "uint16 is of torch's uint16; save it with .float()",
     ];
     assert_eq!((others, saved.weights.len()), (want.map(String::from).to_vec(), 1));
+}
+
+#[test]
+fn a_loss_that_is_no_number_is_named() {
+    let with = |loss: &[u8]| {
+        let model = b"\x80\x02}(X\x05\0\0\0MODEL}X\x04\0\0\0LOSS".as_slice();
+        fault_of_pickle(&[model, loss, b"u."].concat())
+    };
+    let tensor = |shape: &[u8], strides: &[u8]| {
+        [b"ctorch._utils\n_rebuild_tensor_v2\n".as_slice(), &arguments(shape, strides), b"R"].concat()
+    };
+    let int =
+        [b"ctorch._utils\n_rebuild_tensor_v2\n(".as_slice(), &storage("LongStorage", 3), b"K\0))\x89}tR"].concat();
+    let cases: [(&[u8], &str); 4] = [
+        (b"X\x03\0\0\x001.5", "found the text \"1.5\""),
+        (b"\x88", "found the truth value true"),
+        (&tensor(b"K\x06", b"K\x01"), "found a tensor of 6 elements"),
+        (&int, "found a tensor that holds no floats (torch's LongStorage)"),
+    ];
+    for (loss, want) in cases {
+        let fault = with(loss);
+        assert!(fault.starts_with("LOSS: expected a number, ") && fault.contains(want), "{fault}");
+        assert!(fault.ends_with("save it as one, with loss.item()"), "{fault}");
+    }
+}
+
+#[test]
+fn numbers_of_numpy_are_read_in_both_orders_of_bytes() {
+    let number = |code: &str, big_endian: bool, bytes: &[u8]| NumpyType { code, big_endian }.decode(bytes.to_vec());
+    let double = 1.5f64.to_le_bytes();
+    let mut reversed = double;
+    reversed.reverse();
+    let cases: [(&str, bool, &[u8], Option<f64>); 10] = [
+        ("f8", false, &double, Some(1.5)),
+        ("f8", true, &reversed, Some(1.5)),
+        ("f4", false, &1.25f32.to_le_bytes(), Some(1.25)),
+        ("f2", false, &[0, 0x3e], Some(1.5)),
+        ("i8", false, &[0xfe, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff], Some(-2.0)),
+        ("u1", false, &[0xfe], Some(254.0)),
+        ("i2", true, &[1, 0], Some(256.0)),
+        ("f8", false, &double[1..], None),
+        ("f8", false, &[0; 9], None),
+        ("U3", false, b"abc", None),
+    ];
+    for (code, big_endian, bytes, want) in cases {
+        assert_eq!(number(code, big_endian, bytes), want, "{code} {bytes:?}");
+    }
 }
 
 #[test]
@@ -343,7 +407,8 @@ fn hostile_pickles_are_refused_with_the_reason() {
         ([b")q\0".as_slice(), &b"h\0h\0\x86q\0".repeat(40), b"."].concat(), "found a tuple"),
         ([b")".as_slice(), &b"\x85".repeat(100_000), b"."].concat(), "found a tuple"),
         (model(&arguments(&[&max[..], max].concat(), b"K\0K\0")), "reaches beyond its storage of 6 elements"),
-        (model(&arguments(max, b"K\0")), "more than 4 times its 6 elements"),
+        (model(&arguments(max, b"K\0")), "its tensors take 36893488147419103228 bytes as f32, expected at most 10737"),
+        (model(&arguments(b"J\0\0\0\x10K\x02", b"K\0K\0")), "its tensors take 2147483648 bytes as f32"),
         (model(&arguments(b"K\x02K\x04", &[b"K\x01", &max[..]].concat())), "reaches beyond its storage"),
         (model(&arguments(b"K\x02", b"J\xff\xff\xff\xff")), "expected a size, found -1"),
         (model(&arguments(&ones(65), &ones(65))), "at most 64"),

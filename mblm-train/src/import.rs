@@ -48,8 +48,13 @@ pub fn import(config: &RunConfig, config_yaml: &str, saved: Saved, options: &Imp
         Some(place) => RunFolder::create_at(place, first)?,
         None => RunFolder::create(&config.io.output_dir, &config.io.name_model, first)?,
     };
-    run.note(&format!("imported {} (loss {loss})", options.source));
+    run.note(&format!("imported {} ({})", options.source, shown_loss(loss)));
     Ok(run.checkpoints().newest()?.path().into())
+}
+
+/// A loss in words; it may not be known.
+pub fn shown_loss(loss: f64) -> String {
+    if loss.is_finite() { format!("loss {loss:.4}") } else { "loss not known".into() }
 }
 
 /// Puts weights of elsewhere into a model.
@@ -59,8 +64,8 @@ pub fn import(config: &RunConfig, config_yaml: &str, saved: Saved, options: &Imp
 pub fn load(model: &dyn TrainModel, saved: Saved, migrate_embeddings: bool) -> Result<()> {
     let Saved { mut weights, others, .. } = saved;
     let store = model.params();
-    if let Some((name, class)) = others.iter().find(|(name, _)| store.get(name).is_some()) {
-        let message = format!("{name}: expected a tensor of floats, found torch's {class}; convert it with .float()");
+    if let Some((name, what)) = others.iter().find(|(name, _)| store.get(name).is_some()) {
+        let message = format!("{name}: expected a tensor of floats, but it {what}");
         return Err(mblm_core::Error::Weights(message).into());
     }
     if migrate_embeddings {
@@ -199,12 +204,13 @@ mod tests {
 
     #[test]
     fn a_tensor_that_is_needed_must_be_of_floats() {
-        let others = |name: &str| BTreeMap::from([(name.to_string(), "LongStorage".to_string())]);
+        let others =
+            |name: &str| BTreeMap::from([(name.to_string(), "is sparse; save it with .to_dense()".to_string())]);
         let ignored = Saved { others: others("steps"), ..saved("w") };
         load(&model("w"), ignored, false).unwrap();
         let error =
             load(&model("w"), Saved { others: others("w"), ..Saved::default() }, false).unwrap_err().to_string();
-        assert_eq!(error, "w: expected a tensor of floats, found torch's LongStorage; convert it with .float()");
+        assert_eq!(error, "w: expected a tensor of floats, but it is sparse; save it with .to_dense()");
     }
 
     #[test]

@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use mblm::base::terminal::Output;
 use mblm::pth;
 use mblm::train::config::RunConfig;
-use mblm::train::import::{ImportOptions, import};
+use mblm::train::import::{ImportOptions, import, shown_loss};
 use mblm::yaml::Document;
 
 use crate::exit::Usage;
@@ -42,5 +42,5 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
     let options =
         ImportOptions { place: args.out.as_deref(), migrate_embeddings: args.migrate_embeddings, source: &source };
     let checkpoint = import(&config, &config.to_yaml()?, saved, &options).with_context(|| source.clone())?;
-    Ok(writeln!(Output::new(), "{source}: {tensors} tensors, loss {loss:.4}\n{}", checkpoint.display())?)
+    Ok(writeln!(Output::new(), "{source}: {tensors} tensors, {}\n{}", shown_loss(loss), checkpoint.display())?)
 }

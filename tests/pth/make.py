@@ -3,6 +3,7 @@
 import os
 from collections import OrderedDict
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -28,6 +29,11 @@ w = net.w.detach()
 
 torch.save(net.state_dict(), "state_dict.pth")
 torch.save({"MODEL": net.state_dict(), "LOSS": torch.tensor(1.5)}, "loss_tensor.pth")
+torch.save({"MODEL": net.state_dict(), "LOSS": torch.tensor([1.5], dtype=torch.bfloat16)}, "loss_bf16.pth")
+history = {"LOSSES": [np.float32(2.5), np.float64(1.5), np.int64(-3)], "TABLE": np.arange(3.0), "BEST": np.bool_(True)}
+torch.save({"MODEL": net.state_dict(), "LOSS": np.float64(1.5), **history}, "loss_numpy.pth")
+torch.save({"MODEL": net.state_dict(), "LOSS": np.float32(1.25), **history}, "loss_float32.pth", pickle_protocol=4)
+torch.save({"MODEL": net.state_dict(), "LOSS": None}, "loss_none.pth")
 
 # What a trainer may keep beside the model: the optimizer with integers and its own tensors, numbers, text.
 optimizer = torch.optim.AdamW(net.parameters())
@@ -57,6 +63,8 @@ views = OrderedDict(
     f16=w.half(),
     bf16=w.bfloat16(),
     parameter=nn.Parameter(w.clone()),
+    expanded=torch.full((1,), 0.5).expand(5, 3),
+    repeated=w.clone().expand(2, 2, 3),
 )
 torch.save({"MODEL": views, "LOSS": 1}, "views.pth")
 
@@ -72,6 +80,9 @@ odd = OrderedDict(
     complex=torch.ones(2, dtype=torch.complex64),
     quantized=torch.quantize_per_tensor(w, 0.1, 0, torch.qint8),
     sparse=w.to_sparse(),
+    csr=w.to_sparse_csr(),
+    meta=torch.ones(2, device="meta"),
+    nested=torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
 )
 torch.save({"MODEL": odd, "LOSS": 1.0}, "odd.pth")
 
