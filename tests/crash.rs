@@ -222,19 +222,41 @@ fn killed(folder: &Path) -> PathBuf {
     run_below(&folder.join("runs")).unwrap()
 }
 
+/// Runs the program where no file may grow above 64 KiB, as on a full disk; the weights are larger.
+fn without_space(folder: &Path, args: &str) -> (Option<i32>, String) {
+    let program = Command::cargo_bin("mblm").unwrap().get_program().to_str().unwrap().to_string();
+    let script = format!("trap '' XFSZ; ulimit -f 64; exec {program} {args}");
+    let mut command = Command::new("bash");
+    command.current_dir(folder).args(["-c", &script]).env("MBLM_PLUGIN_PATH", folder.join("plugins"));
+    let output = command.output().unwrap();
+    (output.status.code(), text(&output.stderr))
+}
+
+/// A run that ends between its changed `config.yaml` and the first checkpoint that has the change.
+#[test]
+fn a_change_that_was_not_saved_is_named_by_the_next_resume() {
+    let folder = workplace();
+    let run = killed(folder.path());
+    let change = format!("train --resume {} --force --set train.learning_rate=0.02", run.display());
+    let (code, error) = without_space(folder.path(), &change);
+    assert!(code == Some(1) && error.contains("File too large"), "{error}");
+    let resume = ["train", "--resume", run.to_str().unwrap()];
+    let output = command(folder.path(), &resume).output().unwrap();
+    let error = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{error}");
+    assert!(
+        error.contains("train.learning_rate: 0.01, now 0.02") && error.contains("accept it with --force"),
+        "{error}"
+    );
+    succeed(command(folder.path(), &[&resume[..], &["--force"]].concat()));
+    succeed(command(folder.path(), &resume));
+}
+
 #[test]
 fn without_space_the_old_checkpoint_stays() {
     let folder = workplace();
     let run = killed(folder.path());
-    // No file may grow above 64 KiB, as on a full disk; the weights are larger.
-    let limited = |args: &str| {
-        let program = Command::cargo_bin("mblm").unwrap().get_program().to_str().unwrap().to_string();
-        let script = format!("trap '' XFSZ; ulimit -f 64; exec {program} {args}");
-        let mut command = Command::new("bash");
-        command.current_dir(&folder).args(["-c", &script]).env("MBLM_PLUGIN_PATH", folder.path().join("plugins"));
-        let output = command.output().unwrap();
-        (output.status.code(), text(&output.stderr))
-    };
+    let limited = |args: &str| without_space(folder.path(), args);
     let (code, error) = limited(&format!("train --resume {}", run.display()));
     assert_eq!(code, Some(1), "{error}");
     assert!(error.contains("File too large") && error.contains("weights.safetensors"), "{error}");

@@ -200,11 +200,11 @@ fn a_run_ends_early_where_asked() {
     assert!(valid.len() == 3 && said.contains("finished: saved"), "{valid:?}\n{said}");
 
     let (run, said) = train(folder.path(), &["train.max_seconds=1e-3"]);
-    assert!(said.contains("interrupted: saved") && losses(&run, "train").len() <= 1, "{said}");
+    assert!(said.contains("time limit reached: saved") && losses(&run, "train").len() <= 1, "{said}");
     assert!(said.contains("time limit: 0.001 s are over after batch "), "{said}");
     assert_eq!((losses(&run, "valid").len(), losses(&run, "test").len()), (1, 1), "it measures what it has: {said}");
     let (code, _, error) = mblm(folder.path(), &["train", "--resume", run.to_str().unwrap()]);
-    assert!(code == 0 && error.contains("interrupted: saved"), "a little further each time: {error}");
+    assert!(code == 0 && error.contains("time limit reached: saved"), "a little further each time: {error}");
 }
 
 #[test]

@@ -292,9 +292,8 @@ impl Planner<'_> {
         let wanted = self.bytes(name, &cost)?;
         let smallest = (step.batch * step.bytes * config.train.gradient_accumulate_every) as u64;
         config.train.target_elements = wanted.unwrap_or(smallest);
-        let yaml = config.to_yaml()?;
         // Everything else that a run checks before it begins.
-        let trainer = open_data(&config).and_then(|data| Trainer::new(&model, data, &config, &yaml));
+        let trainer = open_data(&config).and_then(|data| Trainer::new(&model, data, &config));
         let batches = trainer.map_err(|error| error.located(document))?.plan().batches;
         let bytes = batches * (step.batch * step.bytes) as u64;
         if let Some(wanted) = wanted {

@@ -13,7 +13,7 @@ use mblm_data::files::record::DataRecord;
 use mblm_data::{self, DatasetOptions, Splits, unigram_entropy};
 
 use crate::checkpoint::Checkpoint;
-use crate::config::RunConfig;
+use crate::config::{RunConfig, TrainSection};
 use crate::error::{Error, Result};
 use crate::import;
 use crate::journal::folder::{RunFolder, has_test_loss};
@@ -22,7 +22,7 @@ use crate::journal::timemem::TimeMem;
 use crate::model::{Model, TrainModel};
 use crate::progress::{Course, Progress};
 use crate::trainer::plan::RunPlan;
-use crate::trainer::{End, Outcome, Record, Trainer};
+use crate::trainer::{End, Outcome, Record, Trainer, check_data};
 
 /// The pause before the first retry; before each further one it is twice as long, up to the longest.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
@@ -58,10 +58,18 @@ pub fn open_data_of(run: &Path, config: &RunConfig) -> Result<(Splits, PathBuf)>
         return opened.swap_remove(place);
     }
     match opened.swap_remove(0) {
-        Err(Error::Config(message)) if starts.len() > 1 => {
-            let here = std::env::current_dir().unwrap_or_default();
-            let tried: Vec<String> = starts.iter().map(|start| here.join(start).display().to_string()).collect();
-            Err(Error::Config(format!("{message}; relative paths were tried in {}", tried.join(", "))))
+        Err(Error::Config(mut message)) => {
+            // What is wrong with data that were good once follows from what was done to them.
+            let changes = |start: &PathBuf| record.as_ref()?.changed_sizes(&start.join(&config.io.dataset_dir));
+            if let Some(changes) = starts.iter().find_map(changes) {
+                message += &format!("; since the run was trained, its data files changed: {changes}");
+            }
+            if starts.len() > 1 {
+                let here = std::env::current_dir().unwrap_or_default();
+                let tried: Vec<String> = starts.iter().map(|start| here.join(start).display().to_string()).collect();
+                message += &format!("; relative paths were tried in {}", tried.join(", "));
+            }
+            Err(Error::Config(message))
         }
         opened => opened,
     }
@@ -86,7 +94,7 @@ fn open_data_in(config: &RunConfig, start: &Path) -> Result<Splits> {
 /// # Errors
 /// Mistakes in `config` or its data, or in the checkpoint that it begins with.
 pub fn check(model: &dyn TrainModel, splits: Splits, config: &RunConfig) -> Result<RunPlan> {
-    let mut trainer = Trainer::new(model, splits, config, "")?;
+    let mut trainer = Trainer::new(model, splits, config)?;
     if let Some(resume) = &config.resume {
         import::begin(&mut trainer, model, resume)?;
     }
@@ -98,8 +106,6 @@ pub fn check(model: &dyn TrainModel, splits: Splits, config: &RunConfig) -> Resu
 pub struct Session<'a> {
     /// Its configuration.
     pub config: &'a RunConfig,
-    /// The same as YAML.
-    pub config_yaml: String,
     /// Builds its model: at the start, and for each retry, since a block that panicked is not to be trusted.
     pub build: Box<dyn Fn() -> Result<Box<dyn TrainModel + 'a>> + 'a>,
     /// The run's folder, which must not be there yet; else one with a name of its own in `io.output_dir`.
@@ -124,18 +130,8 @@ impl<'a> Session<'a> {
     /// A block's configuration cannot be written.
     pub fn new(config: &'a RunConfig, stop: &'a AtomicBool) -> Result<Self> {
         let build = || Ok(Box::new(Model::new(config, config.train.seed)?) as Box<dyn TrainModel>);
-        let (config_yaml, build) = (config.to_yaml()?, Box::new(build));
-        Ok(Session {
-            config,
-            config_yaml,
-            build,
-            place: None,
-            retries: 0,
-            changes: vec![],
-            quiet: false,
-            stop,
-            listening: None,
-        })
+        let build = Box::new(build);
+        Ok(Session { config, build, place: None, retries: 0, changes: vec![], quiet: false, stop, listening: None })
     }
 
     /// Starts a run and trains until its end or until `stop` is raised. Returns the run's folder and how it ended.
@@ -157,7 +153,7 @@ impl<'a> Session<'a> {
     /// changed. Later, what ends the run.
     pub fn resume(&self, run: &RunFolder) -> Result<Outcome> {
         let started = OnceCell::new();
-        let ended = self.go_on(run, &started)?;
+        let ended = self.go_on(run, &started, self.config, &self.changes)?;
         self.retry(run, ended, &started)
     }
 
@@ -169,7 +165,7 @@ impl<'a> Session<'a> {
         let splits = open_data(self.config)?;
         let (about, fingerprint) = (splits.about.clone(), splits.fingerprint.clone());
         let model = (self.build)()?;
-        let mut trainer = Trainer::new(&*model, splits, self.config, &self.config_yaml)?;
+        let mut trainer = Trainer::new(&*model, splits, self.config)?;
         if let Some(resume) = &self.config.resume {
             import::begin(&mut trainer, &*model, resume)?;
         }
@@ -192,14 +188,22 @@ impl<'a> Session<'a> {
         Ok((run, ended))
     }
 
-    /// Trains on from the newest checkpoint; the inner result is that of the training.
-    fn go_on(&self, run: &RunFolder, started: &OnceCell<Instant>) -> Result<Result<Outcome>> {
-        let (splits, start) = open_data_of(run.path(), self.config)?;
-        let about = splits.about.clone();
-        let data = DataRecord::new(run.path(), &self.config.io.dataset_dir, &start, &splits.fingerprint);
-        let model = (self.build)()?;
-        let mut trainer = Trainer::new(&*model, splits, self.config, &self.config_yaml)?;
+    /// Trains on from the newest checkpoint, whose configuration is `config` but for `changes`; the inner result is that of
+    /// the training.
+    fn go_on(
+        &self,
+        run: &RunFolder,
+        started: &OnceCell<Instant>,
+        config: &RunConfig,
+        changes: &[String],
+    ) -> Result<Result<Outcome>> {
         let checkpoint = run.checkpoints().newest()?;
+        let (splits, start) = open_data_of(run.path(), config)?;
+        check_data(&checkpoint, &splits.fingerprint)?;
+        let about = splits.about.clone();
+        let data = DataRecord::new(run.path(), &config.io.dataset_dir, &start, &splits.fingerprint);
+        let model = (self.build)()?;
+        let mut trainer = Trainer::new(&*model, splits, config)?;
         let remarks = trainer.restore(&checkpoint)?;
         if trainer.is_finished() && (!trainer.has_test() || has_test_loss(run.path())?) {
             self.say_finished(&trainer, &checkpoint);
@@ -214,12 +218,12 @@ impl<'a> Session<'a> {
         let progress = &mut record.progress;
         progress.line(&format!("resume: batch {done} of {total}, from {}", checkpoint.path().display()));
         progress.line(&format!("data: {about}"));
-        self.changes.iter().for_each(|change| progress.line(&format!("note: the configuration changes: {change}")));
+        changes.iter().for_each(|change| progress.line(&format!("note: the configuration changes: {change}")));
         remarks.notes.iter().for_each(|note| progress.line(note));
         remarks.warnings.iter().for_each(|warning| progress.warn(warning));
-        if !self.changes.is_empty() {
+        if !changes.is_empty() {
             // The run has the configuration from here on, whatever happens next.
-            trainer.save(&mut record)?;
+            trainer.save_changed(&mut record)?;
         }
         Ok(self.attempt(&mut trainer, &mut record, started))
     }
@@ -230,7 +234,8 @@ impl<'a> Session<'a> {
         }
         let (done, place) = (trainer.state().batches, checkpoint.path().display());
         terminal::line(format_args!(
-            "finished: all {done} batches are trained, saved {place}; a higher train.target_elements goes on"
+            "finished: all {done} batches are trained, saved {place}; to train further, add --force \
+             --set train.target_elements=N with a larger N, and --set train.rewarm_steps_perc=0.1 to warm up again"
         ));
         if !self.changes.is_empty() {
             terminal::line(format_args!("note: nothing is left to train, so the changed configuration is not kept:"));
@@ -255,9 +260,16 @@ impl<'a> Session<'a> {
             }
             pause = LONGEST_PAUSE.min(2 * pause);
             // What was fit to train with before is so again, or this is one more failure that may pass.
-            ended = self.go_on(run, started).and_then(|ended| ended);
+            ended = self.again(run, started).and_then(|ended| ended);
         }
         logged(run, ended)
+    }
+
+    /// Trains on after a failure. The run has its changed configuration by now, and has begun to warm up again if it was to.
+    fn again(&self, run: &RunFolder, started: &OnceCell<Instant>) -> Result<Result<Outcome>> {
+        let rewarm_steps_perc = run.checkpoints().newest()?.sizes()?.train.rewarm_steps_perc;
+        let train = TrainSection { rewarm_steps_perc, ..self.config.train.clone() };
+        self.go_on(run, started, &RunConfig { train, ..self.config.clone() }, &[])
     }
 
     /// Waits; false if `stop` is raised meanwhile or was before.
@@ -281,7 +293,11 @@ impl<'a> Session<'a> {
             if outcome.end != End::Stopped {
                 trainer.test(record, self.stop)?;
             }
-            let how = if outcome.end == End::Finished { "finished" } else { "interrupted" };
+            let how = match outcome.end {
+                End::Finished => "finished",
+                End::TimeLimit => "time limit reached",
+                End::Stopped => "interrupted",
+            };
             record.progress.summary();
             record.progress.line(&format!("{how}: saved {}", outcome.checkpoint.display()));
             Ok(outcome)

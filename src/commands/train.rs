@@ -4,7 +4,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use mblm::base::memory::Limit;
 use mblm::base::terminal::{self, Output};
 use mblm::base::usage::Memory;
@@ -86,16 +86,17 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
         (None, None) => return Err(Usage("expected a configuration, or --resume RUN".into()).into()),
     };
     let shown = match outcome.end {
-        _ if args.quiet => writeln!(Output::new(), "{}", run.display()).map_err(anyhow::Error::from),
+        _ if args.quiet => print_folder(&run),
         End::Stopped | End::TimeLimit => {
             terminal::line(format_args!("go on with: mblm train --resume {}", shell_word(&run)));
             Ok(())
         }
         End::Finished => conclude(&run, &outcome, args.allow_plugin_change, plugins),
     };
-    // The run is complete, whether or not this can be shown.
-    match shown {
-        Err(error) if !is_closed_pipe(&error) => terminal::line(format_args!("warning: {error:#}")),
+    match (outcome.end, shown) {
+        (End::TimeLimit | End::Finished, shown) if args.quiet => return shown,
+        // The run is complete, whether or not this can be shown.
+        (_, Err(error)) if !is_closed_pipe(&error) => terminal::line(format_args!("warning: {error:#}")),
         _ => {}
     }
     match outcome.end {
@@ -228,11 +229,22 @@ fn too_large(report: &ModelCost, limit: &Limit) -> String {
     )
 }
 
+/// Prints a run's folder, byte for byte: it is what quiet training is asked for.
+fn print_folder(run: &Path) -> Result<()> {
+    let line = [run.as_os_str().as_encoded_bytes(), b"\n"].concat();
+    let mut out = Output::new();
+    let printed = out.write_all(&line).and_then(|()| out.flush());
+    printed.with_context(|| format!("the run is in {}", run.display()))
+}
+
 /// A path as a shell takes it.
 fn shell_word(path: &Path) -> String {
-    let text = path.display().to_string();
+    let Some(text) = path.to_str() else {
+        // The form of bash, zsh and ksh for any bytes.
+        return format!("$'{}'", path.as_os_str().as_encoded_bytes().escape_ascii());
+    };
     let is_plain = |c: char| c.is_alphanumeric() || "/._-+=:@%,".contains(c);
-    if text.chars().all(is_plain) { text } else { format!("'{}'", text.replace('\'', r"'\''")) }
+    if text.chars().all(is_plain) { text.into() } else { format!("'{}'", text.replace('\'', r"'\''")) }
 }
 
 /// Says what was reached, shows what the model writes, and how to have it write more.
@@ -295,6 +307,11 @@ mod tests {
         let cases = [("runs/a-1.b", "runs/a-1.b"), ("my runs/it's", r"'my runs/it'\''s'"), ("a;b", "'a;b'")];
         for (path, want) in cases {
             assert_eq!(shell_word(Path::new(path)), want);
+        }
+        #[cfg(unix)]
+        {
+            let path: &std::ffi::OsStr = std::os::unix::ffi::OsStrExt::from_bytes(b"it's r\xff");
+            assert_eq!(shell_word(Path::new(path)), r"$'it\'s r\xff'");
         }
     }
 }

@@ -82,14 +82,19 @@ impl Listing {
                 _ => search.place(&place.join(pattern))?,
             }
         }
-        let root = if place.is_dir() {
-            place.into()
-        } else if place.is_file() {
-            parent(place)
-        } else {
-            or_here(literal(place).0)
-        };
+        let root = root(place);
         Ok(search.finish(&fs::canonicalize(&root).unwrap_or(root)))
+    }
+}
+
+/// The folder that the names of files start in.
+pub(super) fn root(place: &Path) -> PathBuf {
+    if place.is_dir() {
+        place.into()
+    } else if place.is_file() {
+        parent(place)
+    } else {
+        or_here(literal(place).0)
     }
 }
 

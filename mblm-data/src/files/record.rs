@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{AtPath, Result};
 use crate::files::fingerprint::{FileSum, Fingerprint};
-use crate::files::listing::relative;
+use crate::files::listing::{relative, root};
 
 pub(crate) const FILE: &str = "data.json";
 
@@ -85,6 +85,17 @@ impl DataRecord {
     /// Whether the data are those of the record.
     pub fn is_of(&self, fingerprint: &Fingerprint) -> bool {
         fingerprint.is(&self.fingerprint)
+    }
+
+    /// Which files have another size now, or are missing, if some are there. For data that cannot be opened any more.
+    pub fn changed_sizes(&self, place: &Path) -> Option<String> {
+        let root = root(place);
+        let size = |file: &FileSum| Some(FileSum { bytes: files::size(&root.join(&file.file)).ok()?, ..file.clone() });
+        let now: Vec<FileSum> = self.files.iter().filter_map(size).collect();
+        if now.is_empty() || now == self.files {
+            return None;
+        }
+        Some(Fingerprint::new(now, String::new()).changes(&self.files))
     }
 
     /// Which files are not as they were when `checkpoint` was made, which keeps the fingerprint `saved`.

@@ -174,9 +174,21 @@ impl Checkpoint {
     /// Checks what [`verify`](Self::verify) does, that the state does not contradict itself, and that all weights, moments
     /// and gradients are finite. Reads one file after another into memory.
     pub fn check_contents(&self) -> Result<()> {
-        self.state()?;
-        self.read(CONFIG)?;
-        [WEIGHTS, OPTIMIZER].iter().try_for_each(|name| self.tensors(name).map(drop))
+        let state = self.state()?;
+        self.weights()?;
+        self.optimizer(&state).map(drop)
+    }
+
+    /// Moments and waiting gradients; these are there if, and only if, `state` has batches that wait.
+    fn optimizer(&self, state: &TrainState) -> Result<Tensors> {
+        let tensors = self.tensors(OPTIMIZER)?;
+        let (found, weight) = (tensors.keys().any(|name| name.starts_with("grad.")), state.window.weight);
+        if found != (weight > 0.0) {
+            let found = if found { "gradients" } else { "no gradients" };
+            let message = format!("{found}, although accumulated_weight in {STATE} is {weight}");
+            return Err(Error::checkpoint(&self.path.join(OPTIMIZER), message));
+        }
+        Ok(tensors)
     }
 
     /// The parameters.
@@ -211,7 +223,7 @@ impl Checkpoint {
 
     /// Where the run stood.
     pub fn state(&self) -> Result<TrainState> {
-        TrainState::parse(&self.read(STATE)?, || self.sizes())
+        TrainState::parse(&self.read(STATE)?, &self.sizes()?)
             .map_err(|message| Error::checkpoint(&self.path.join(STATE), message))
     }
 
@@ -225,7 +237,7 @@ impl Checkpoint {
     pub fn restore(&self, store: &ParamStore, adam: &mut Adam) -> Result<TrainState> {
         let state = self.state()?;
         let path = self.path.join(OPTIMIZER);
-        let mut saved = self.tensors(OPTIMIZER)?;
+        let mut saved = self.optimizer(&state)?;
         let mut take = |kind: &str, name: &str, len: usize| match saved.remove(&format!("{kind}.{name}")) {
             Some((_, values)) if values.len() == len => Ok(Some(values)),
             Some((shape, _)) => {
@@ -243,10 +255,6 @@ impl Checkpoint {
             };
             moments.push(Moments { m, v });
             grads.push(take("grad", name, len)?);
-        }
-        if state.window.weight > 0.0 && grads.iter().all(Option::is_none) {
-            let message = format!("no gradients, although {STATE} says that some wait for a step (accumulated)");
-            return Err(Error::checkpoint(&path, message));
         }
         store.load(&self.weights()?)?;
         adam.restore(moments, state.optimizer_step);
@@ -294,19 +302,24 @@ pub(crate) mod tests {
     use crate::trainer::optimizer::AdamConfig;
     use crate::trainer::schedule::Schedule;
 
+    pub(crate) fn config_yaml() -> String {
+        crate::bigram::config().to_yaml().unwrap()
+    }
+
     pub(crate) fn state(batches: u64, valid_loss: Option<f64>) -> TrainState {
         TrainState {
-            step: batches.min(3),
+            step: batches.saturating_sub(1).min(3),
             optimizer_step: 5,
             batches,
             first_batch: 7,
             resumed_from: Some("before".into()),
             window: if batches > 0 { Window { batches: 1, weight: 64.0, unit: 64.0 } } else { Window::default() },
             next: Cursor { epoch: 1, batch: 2 },
+            epoch_batches: Some(9),
             elements_seen: 4 * batches,
             sequences_seen: 4 * batches,
             bytes_seen: 64 * batches,
-            schedule: Some(Schedule::new(1e-3, 10, 0.1)),
+            schedule: Some(Schedule::new(0.1, 10, 0.1)),
             seed: 5,
             threads: Some(2),
             data: "d".into(),
@@ -341,14 +354,17 @@ pub(crate) mod tests {
         store
     }
 
+    fn snapshot(store: &ParamStore, adam: &Adam, state: &TrainState, path: &Path) {
+        Snapshot { store, adam, state, config_yaml: &config_yaml() }.write(path).unwrap();
+    }
+
     fn written() -> (tempfile::TempDir, PathBuf) {
         let folder = tempfile::tempdir().unwrap();
         let store = store(1.5);
         let mut adam = Adam::new(&store, AdamConfig::default());
         adam.step(&store, 0.1).unwrap();
-        let state = state(7, None);
         let path = folder.path().join("c");
-        Snapshot { store: &store, adam: &adam, state: &state, config_yaml: "params: {}\n" }.write(&path).unwrap();
+        snapshot(&store, &adam, &state(7, None), &path);
         (folder, path)
     }
 
@@ -368,7 +384,7 @@ pub(crate) mod tests {
         assert_eq!(*other.get("a").unwrap().values(), *trained.get("a").unwrap().values());
         assert_eq!(**other.get("a").unwrap().grad(), [0.0, 0.5, 0.0, 0.0]);
         assert_eq!(**other.get("b").unwrap().grad(), [0.0; 3], "a gradient of before must not survive");
-        assert_eq!(checkpoint.config_yaml().unwrap(), "params: {}\n");
+        assert_eq!(checkpoint.config_yaml().unwrap(), config_yaml());
     }
 
     #[test]
@@ -462,8 +478,7 @@ pub(crate) mod tests {
                 WEIGHTS => param.update(|values| values[2] = value).unwrap(),
                 _ => param.grad_mut()[2] = value,
             }
-            let state = state(7, None);
-            Snapshot { store: &store, adam: &adam, state: &state, config_yaml: "params: {}\n" }.write(&path).unwrap();
+            snapshot(&store, &adam, &state(7, None), &path);
             let checkpoint = Checkpoint::open(&path).unwrap();
             checkpoint.verify().unwrap();
             let (other, mut adam) = (self::store(9.0), adam);
@@ -481,13 +496,23 @@ pub(crate) mod tests {
 
     #[test]
     fn a_state_that_contradicts_itself_is_damage() {
-        let folder = tempfile::tempdir().unwrap();
-        let (store, path) = (store(1.5), folder.path().join("c"));
-        let adam = Adam::new(&store, AdamConfig::default());
-        let state = TrainState { step: 8, ..state(7, None) };
-        Snapshot { store: &store, adam: &adam, state: &state, config_yaml: "" }.write(&path).unwrap();
-        let error = Checkpoint::open(&path).unwrap().check_contents().unwrap_err().to_string();
-        assert!(error.contains("state.json: step is 8, more than"), "{error}");
+        let (_folder, path) = written();
+        let fault = |state: TrainState| {
+            let bytes = serde_json::to_vec(&state).unwrap();
+            let mut manifest: Manifest = serde_json::from_slice(&fs::read(path.join(MANIFEST)).unwrap()).unwrap();
+            manifest.files.insert(STATE.into(), FileSum::of(&bytes));
+            fs::write(path.join(STATE), bytes).unwrap();
+            fs::write(path.join(MANIFEST), serde_json::to_vec(&manifest).unwrap()).unwrap();
+            let found = read_all(&path).unwrap_err().to_string();
+            assert_eq!(check(&path).unwrap_err().to_string(), found);
+            found
+        };
+        let step = fault(TrainState { step: 8, ..state(7, None) });
+        assert!(step.contains("state.json: step is 8, more than"), "{step}");
+        let window = Window { batches: 1, ..Window::default() };
+        let weight = fault(TrainState { window, ..state(7, None) });
+        let want = "optimizer.safetensors: gradients, although accumulated_weight in state.json is 0";
+        assert!(weight.ends_with(want), "{weight}");
     }
 
     #[test]

@@ -197,7 +197,7 @@ fn remove(path: &Path) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::{state, store};
+    use super::super::tests::{config_yaml, state, store};
     use super::super::{CONFIG, WEIGHTS};
     use super::*;
     use crate::trainer::optimizer::{Adam, AdamConfig};
@@ -213,7 +213,7 @@ mod tests {
         let store = store(batches as f32);
         let adam = Adam::new(&store, AdamConfig::default());
         let state = state(batches, valid_loss);
-        shelf.save(Snapshot { store: &store, adam: &adam, state: &state, config_yaml: "" }, keep_best)
+        shelf.save(Snapshot { store: &store, adam: &adam, state: &state, config_yaml: &config_yaml() }, keep_best)
     }
 
     fn batches(shelf: &Shelf) -> Vec<u64> {

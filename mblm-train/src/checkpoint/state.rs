@@ -31,6 +31,9 @@ pub struct TrainState {
     pub window: Window,
     /// The batch that comes next.
     pub next: Cursor,
+    /// Batches of the epoch that it is in. Not known before data were read, nor of checkpoints of earlier versions.
+    #[serde(default)]
+    pub epoch_batches: Option<u64>,
     /// Elements seen, as `target_elements_strategy` counts them: sequences or bytes.
     pub elements_seen: u64,
     /// Sequences seen.
@@ -112,6 +115,7 @@ impl TrainState {
             resumed_from: None,
             window: Window::default(),
             next: Cursor::default(),
+            epoch_batches: None,
             elements_seen: 0,
             sequences_seen: 0,
             bytes_seen: 0,
@@ -127,63 +131,103 @@ impl TrainState {
         }
     }
 
-    /// Reads `state.json`. What earlier versions did not write follows from `config`, the configuration in the same
-    /// checkpoint.
+    /// Reads `state.json`. What earlier versions did not write follows from the configuration in the same checkpoint, which
+    /// has `sizes`.
     ///
     /// # Errors
-    /// It is no state, or one that contradicts itself; names the field.
-    pub(super) fn parse(text: &[u8], config: impl FnOnce() -> Result<Sizes>) -> std::result::Result<Self, String> {
+    /// It is no state, or one that contradicts itself or the configuration; names the field.
+    pub(super) fn parse(text: &[u8], sizes: &Sizes) -> std::result::Result<Self, String> {
         let not_a_state = |error: serde_json::Error| format!("not a run's state: {error}");
         let mut fields: Map<String, Value> = serde_json::from_slice(text).map_err(not_a_state)?;
         if ["bytes_seen", "sequences_seen", "accumulated_weight"].iter().any(|name| !fields.contains_key(*name)) {
-            let sizes = config().map_err(|error| format!("of an earlier version, and {error}"))?;
-            complete(&mut fields, &sizes);
+            complete(&mut fields, sizes);
         }
         if let (None, Some(step)) = (fields.get("optimizer_step"), fields.get("step").cloned()) {
             fields.insert("optimizer_step".into(), step);
         }
         let state: TrainState = serde_json::from_value(Value::Object(fields)).map_err(not_a_state)?;
-        state.check().map(|()| state)
+        match state.check(sizes) {
+            Ok(()) => Ok(state),
+            Err(what) => Err(format!("{what}: the state contradicts itself")),
+        }
     }
 
-    /// Refuses numbers that no run can come to.
-    fn check(&self) -> std::result::Result<(), String> {
-        let Window { batches, weight, unit } = self.window;
+    /// Refuses numbers that no run can come to that is configured with `sizes`.
+    fn check(&self, sizes: &Sizes) -> std::result::Result<(), String> {
         let at_most = |name: &str, found: u64, limit: &str, most: u64| match found <= most {
             true => Ok(()),
-            false => Err(format!("{name} is {found}, more than {limit}, {most}: the state contradicts itself")),
+            false => Err(format!("{name} is {found}, more than {limit}, {most}")),
         };
         // Sums of them are made, and logs hold them as signed numbers.
         let largest = u64::MAX / 4;
         at_most("first_batch", self.first_batch, "any run can see", largest)?;
         at_most("bytes_seen", self.bytes_seen, "any run can see", largest)?;
         at_most("optimizer_step", self.optimizer_step, "any run can take", largest)?;
-        at_most("step", self.step, "batches", self.batches)?;
         at_most("step", self.step, "optimizer_step", self.optimizer_step)?;
-        at_most("accumulated", batches, "batches", self.batches)?;
         at_most("batches", self.batches, "sequences_seen", self.sequences_seen)?;
         at_most("sequences_seen", self.sequences_seen, "bytes_seen", self.bytes_seen)?;
-        // Every epoch has a batch.
-        at_most("next.epoch", self.next.epoch, "the batches seen", self.cum_batch())?;
-        let contradicts = |what: String| Err(format!("{what}: the state contradicts itself"));
         if ![self.sequences_seen, self.bytes_seen].contains(&self.elements_seen) {
             let (found, sequences, bytes) = (self.elements_seen, self.sequences_seen, self.bytes_seen);
-            return contradicts(format!(
+            return Err(format!(
                 "elements_seen is {found}, neither sequences_seen, {sequences}, nor bytes_seen, {bytes}"
             ));
         }
-        if !(weight >= 0.0 && weight.is_finite() && unit >= 0.0 && unit.is_finite()) {
-            return contradicts(format!("accumulated_weight is {weight} and accumulated_unit {unit}"));
+        self.check_window()?;
+        self.check_next()?;
+        let Some(schedule) = &self.schedule else { return Ok(()) };
+        let steps = self.step + self.left(&sizes.train, sizes.seq_len()).1;
+        schedule.check(sizes.train.learning_rate, self.step, steps).map_err(|what| format!("schedule.{what}"))
+    }
+
+    /// Every batch waits for a step or was stepped on.
+    fn check_window(&self) -> std::result::Result<(), String> {
+        let Window { batches: waiting, weight, unit } = self.window;
+        let Some(stepped) = self.batches.checked_sub(waiting) else {
+            return Err(format!("accumulated is {waiting}, more than batches, {}", self.batches));
+        };
+        if self.step > stepped || (self.step == 0 && stepped > 0) {
+            let (step, batches) = (self.step, self.batches);
+            return Err(format!(
+                "step is {step}, but {batches} batches were seen, of which {waiting} wait (accumulated)"
+            ));
         }
-        if weight > 0.0 && (batches == 0 || unit == 0.0) {
-            return contradicts(format!("accumulated_weight is {weight}, of {batches} batches in units of {unit}"));
+        // What waits weighs nothing if it is padding alone.
+        let is_weight = |number: f64| number > 0.0 && number.is_finite();
+        match (weight, unit) {
+            (0.0, 0.0) => Ok(()),
+            _ if waiting > 0 && is_weight(weight) && is_weight(unit) => Ok(()),
+            _ => Err(format!(
+                "accumulated_weight is {weight} and accumulated_unit is {unit}, for {waiting} batches (accumulated)"
+            )),
         }
-        match &self.schedule {
-            Some(schedule) => {
-                schedule.check(self.step).map_err(|what| format!("schedule: {what}: the state contradicts itself"))
-            }
-            None => Ok(()),
+    }
+
+    fn check_next(&self) -> std::result::Result<(), String> {
+        let Cursor { epoch, batch } = self.next;
+        if let Some(batches) = self.epoch_batches.filter(|batches| batch >= *batches) {
+            return Err(format!("next.batch is {batch}, but the epoch has {batches} batches (epoch_batches)"));
         }
+        // Epochs of few bytes may have no batch: they begin one byte later each, up to a sequence's length.
+        let seq_len = self.bytes_seen.checked_div(self.sequences_seen);
+        let before = seq_len.map_or(u64::MAX, |seq_len| self.first_batch.saturating_mul(seq_len));
+        let most = if self.first_batch == 0 { self.bytes_seen } else { before.saturating_add(self.bytes_seen) };
+        match epoch <= most {
+            true => Ok(()),
+            false => Err(format!("next.epoch is {epoch}, further than {} batches can have come", self.cum_batch())),
+        }
+    }
+
+    /// Batches that are left until the target of `train` is reached in sequences of `seq_len` bytes, and gradient steps.
+    pub(crate) fn left(&self, train: &TrainSection, seq_len: usize) -> (u64, u64) {
+        let missing = train.target_elements.saturating_sub(self.elements_seen_by(train.target_elements_strategy));
+        let batches = missing.div_ceil(train.elements_per_batch(seq_len).max(1));
+        let (waiting, accumulate) = (self.window.batches, (train.gradient_accumulate_every as u64).max(1));
+        // A window that is full already, of a run that accumulated more batches before, is stepped on at once.
+        let steps = match waiting >= accumulate {
+            true => 1 + batches.div_ceil(accumulate),
+            false => (waiting + batches).div_ceil(accumulate),
+        };
+        (batches, steps)
     }
 
     /// The number that the next batch has in the logs: they count the batches before a chained run's first too.
@@ -269,7 +313,7 @@ fn complete(fields: &mut Map<String, Value>, sizes: &Sizes) {
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::state;
+    use super::super::tests::{config_yaml, state};
     use super::*;
 
     #[cfg(unix)]
@@ -289,10 +333,8 @@ mod tests {
     fn parse(change: impl FnOnce(&mut Map<String, Value>)) -> std::result::Result<TrainState, String> {
         let Value::Object(mut fields) = serde_json::to_value(state(7, None)).unwrap() else { panic!("an object") };
         change(&mut fields);
-        TrainState::parse(&serde_json::to_vec(&fields).unwrap(), || {
-            let config = crate::bigram::config().to_yaml().unwrap();
-            Ok(serde_yaml::from_str(&config).unwrap())
-        })
+        let sizes = serde_yaml::from_str(&config_yaml()).unwrap();
+        TrainState::parse(&serde_json::to_vec(&fields).unwrap(), &sizes)
     }
 
     #[test]
@@ -318,18 +360,52 @@ mod tests {
     }
 
     #[test]
+    fn what_a_run_can_come_to_is_accepted() {
+        type Change = fn(&mut Map<String, Value>);
+        let changes: [Change; 3] = [
+            // Batches of padding alone wait.
+            |f| ["accumulated_weight", "accumulated_unit"].iter().for_each(|name| f[*name] = 0.0.into()),
+            // Little data, of which few epochs have a batch.
+            |f| f["next"] = serde_json::json!({"epoch": 7 * 16, "batch": 0}),
+            // An earlier version.
+            |f| drop((f.remove("epoch_batches"), f.remove("schedule"))),
+        ];
+        changes.iter().for_each(|change| drop(parse(change).unwrap()));
+    }
+
+    #[test]
     fn a_state_that_contradicts_itself_names_the_field() {
         type Change = fn(&mut Map<String, Value>);
-        let cases: [(Change, &str); 9] = [
-            (|f| f["step"] = 8.into(), "step is 8, more than batches, 7"),
+        let cases: [(Change, &str); 23] = [
+            (|f| f["step"] = 6.into(), "step is 6, more than optimizer_step, 5"),
             (|f| f["optimizer_step"] = 2.into(), "step is 3, more than optimizer_step, 2"),
             (|f| f["accumulated"] = 9.into(), "accumulated is 9, more than batches, 7"),
+            (|f| f["accumulated"] = 7.into(), "step is 3, but 7 batches were seen, of which 7 wait"),
+            (|f| f["accumulated"] = 5.into(), "step is 3, but 7 batches were seen, of which 5 wait"),
+            (|f| f["step"] = 0.into(), "step is 0, but 7 batches were seen, of which 1 wait"),
             (|f| f["elements_seen"] = 1.into(), "elements_seen is 1, neither sequences_seen, 28, nor bytes_seen, 448"),
-            (|f| f["accumulated"] = 0.into(), "accumulated_weight is 64, of 0 batches in units of 64"),
+            (|f| f["accumulated"] = 0.into(), "accumulated_weight is 64 and accumulated_unit is 64, for 0 batches"),
             (|f| f["accumulated_weight"] = (-1.0).into(), "accumulated_weight is -1"),
+            (
+                |f| f["accumulated_weight"] = 0.0.into(),
+                "accumulated_weight is 0 and accumulated_unit is 64, for 1 batches",
+            ),
+            (
+                |f| f["accumulated_unit"] = 0.0.into(),
+                "accumulated_weight is 64 and accumulated_unit is 0, for 1 batches",
+            ),
             (|f| f["sequences_seen"] = 6.into(), "batches is 7, more than sequences_seen, 6"),
             (|f| f["step"] = "three".into(), "not a run's state: invalid type: string \"three\""),
             (|f| drop(f.remove("seed")), "missing field `seed`"),
+            (|f| f["next"]["batch"] = 9.into(), "next.batch is 9, but the epoch has 9 batches (epoch_batches)"),
+            (|f| f["epoch_batches"] = 0.into(), "next.batch is 2, but the epoch has 0 batches"),
+            (|f| f["next"]["epoch"] = 9999.into(), "next.epoch is 9999, further than 14 batches can have come"),
+            (|f| f["schedule"]["peak"] = 1e308.into(), "schedule.peak is 1e308, but train.learning_rate is 0.1"),
+            (|f| f["schedule"]["top"] = 2.into(), "schedule.top is 2, not a share"),
+            (|f| f["schedule"]["start"] = (-1).into(), "schedule.start is -1, not a share"),
+            (|f| f["schedule"]["first_step"] = 4.into(), "schedule.first_step is 4, after step 3"),
+            (|f| f["schedule"]["cosine_steps"] = 0.into(), "cosine_steps are 0, 1 and 0, 1 in all, but the run has 8"),
+            (|f| f["schedule"]["warmup_steps"] = u64::MAX.into(), "too many in all"),
         ];
         for (change, want) in cases {
             let error = parse(change).unwrap_err();

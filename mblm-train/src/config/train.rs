@@ -63,8 +63,8 @@ pub struct TrainSection {
     #[serde(default)]
     pub loss_average: LossAverage,
     /// Where a resumed run's number of gradient steps is changed: the share of the remaining steps in which the learning
-    /// rate rises again, from where it stands to `learning_rate`. Without it, the rate anneals from where it stands
-    /// (addition).
+    /// rate rises again, from where it stands to `learning_rate`. Without it, the rate anneals from where it stands. It
+    /// counts for one such change: after that the run no longer has it (addition).
     #[serde(default)]
     pub rewarm_steps_perc: Option<f64>,
     /// The probability that a byte is masked; for encoders, and only for these.
@@ -86,7 +86,8 @@ pub struct TrainSection {
     /// End after so many validations in a row without a new best loss (addition).
     #[serde(default)]
     pub early_stop: Option<u64>,
-    /// End after so many seconds with a checkpoint, which is validated, and a test (addition). The run can be resumed.
+    /// End after so many seconds with a checkpoint, which is validated, and a test (addition). The run can be resumed; the
+    /// time then starts anew.
     #[serde(default)]
     pub max_seconds: Option<f64>,
     /// Seed of initial values, shuffling and dropout (addition).
@@ -103,6 +104,14 @@ fn default_betas() -> (f64, f64) {
 }
 
 impl TrainSection {
+    /// What a batch of sequences of `seq_len` bytes adds to the elements seen.
+    pub(crate) fn elements_per_batch(&self, seq_len: usize) -> u64 {
+        match self.target_elements_strategy {
+            TargetStrategy::Batch => self.batch_size as u64,
+            TargetStrategy::Sequence => (self.batch_size as u64).saturating_mul(seq_len as u64),
+        }
+    }
+
     pub(super) fn check(&self, document: &Document) -> Result<(), ConfigError> {
         let positive = [
             ("train.target_elements", self.target_elements),

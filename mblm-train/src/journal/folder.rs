@@ -25,6 +25,7 @@ use serde::{Deserialize, Serialize};
 use crate::checkpoint::{self, Shelf, Snapshot};
 use crate::error::{AtPath, Error, Result};
 use crate::journal::line_log::LineLog;
+use crate::journal::metrics;
 
 const CONFIG: &str = "config.yaml";
 const LOG: &str = "train.log";
@@ -121,7 +122,11 @@ impl RunFolder {
                 return Err(Error::Config(format!("{path}: expected the folder of a run, found no {name} in it")));
             }
         }
-        files::own_folder(&path.join(checkpoint::FOLDER)).at(&path.join(checkpoint::FOLDER))?;
+        for folder in [path.join(checkpoint::FOLDER)].into_iter().chain(metrics::folders(path)) {
+            if fs::symlink_metadata(&folder).is_ok() {
+                files::own_folder(&folder).at(&folder)?;
+            }
+        }
         let log = path.join(LOG);
         match lock(&log).at(&log)? {
             Some(log) => Self::new(path.into(), log),
@@ -369,6 +374,27 @@ mod tests {
             avg_grad: -1.0,
             avg_grad_clipped: -1.0,
         }
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn links_in_place_of_its_folders_are_refused() {
+        let (output, elsewhere) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let run = create(output.path()).unwrap().path().to_path_buf();
+        let board = run.join("tensorboard");
+        for link in [board.clone(), board.join("train"), board.join("test")] {
+            fs::create_dir_all(folder_of(&link)).unwrap();
+            // It leads to a folder, or nowhere.
+            for target in [elsewhere.path().into(), elsewhere.path().join("new")] {
+                std::os::unix::fs::symlink(target, &link).unwrap();
+                let error = RunFolder::open(&run).unwrap_err().to_string();
+                let want = format!("{}: this is a symbolic link; expected a folder", link.display());
+                assert_eq!(error, want);
+                fs::remove_file(&link).unwrap();
+            }
+        }
+        RunFolder::open(&run).unwrap();
+        assert_eq!(fs::read_dir(elsewhere.path()).unwrap().count(), 0);
     }
 
     #[test]

@@ -121,6 +121,12 @@ struct Pace {
     data_seconds: f64,
 }
 
+/// The folders of metrics in a run's folder.
+pub(crate) fn folders(run: &Path) -> impl Iterator<Item = PathBuf> {
+    let board = run.join(BOARD);
+    std::iter::once(board.clone()).chain(Kind::ALL.map(|kind| board.join(kind.name())))
+}
+
 impl Metrics {
     /// Opens the metrics in a run's folder, without what lies at or after batch `batches`, which a resumed run will see
     /// again. The clock goes on from the last point that stays.

@@ -34,6 +34,7 @@ mod restore;
 pub mod schedule;
 
 pub use restore::Remarks;
+pub(crate) use restore::check_data;
 
 /// Where a run leaves what it finds.
 pub struct Record {
@@ -77,7 +78,8 @@ pub struct Outcome {
 pub struct Trainer<'a> {
     model: &'a dyn TrainModel,
     config: &'a RunConfig,
-    config_yaml: &'a str,
+    /// What checkpoints keep of it.
+    config_yaml: String,
     train: Arc<Batches>,
     ahead: Prefetch,
     valid: Batches,
@@ -93,7 +95,7 @@ impl<'a> Trainer<'a> {
     ///
     /// # Errors
     /// The configuration does not fit the data or this machine.
-    pub fn new(model: &'a dyn TrainModel, splits: Splits, config: &'a RunConfig, config_yaml: &'a str) -> Result<Self> {
+    pub fn new(model: &'a dyn TrainModel, splits: Splits, config: &'a RunConfig) -> Result<Self> {
         let plan = RunPlan::new(config)?;
         let section = &config.train;
         if !section.precision.is_available() {
@@ -131,7 +133,10 @@ impl<'a> Trainer<'a> {
         let adam = Adam::new(model.params(), adam_config);
         let ahead = Prefetch::new(train.clone());
         let data = splits.fingerprint;
-        Ok(Trainer { model, config, config_yaml, train, ahead, valid, test, plan, adam, data, state })
+        let config_yaml = config.to_yaml()?;
+        let mut trainer = Trainer { model, config, config_yaml, train, ahead, valid, test, plan, adam, data, state };
+        trainer.go_to(Cursor::default());
+        Ok(trainer)
     }
 
     /// Begins a new run at another place in the data, with weights whose validation loss is known or not.
@@ -146,11 +151,16 @@ impl<'a> Trainer<'a> {
                 next.epoch, next.batch
             )));
         }
-        (self.state.next, self.state.valid_loss, self.state.best_valid_loss) = (next, valid_loss, valid_loss);
+        self.go_to(next);
+        (self.state.valid_loss, self.state.best_valid_loss) = (valid_loss, valid_loss);
         self.state.first_batch = (0..next.epoch).map(|epoch| self.train.num_batches(epoch)).sum::<u64>() + next.batch;
         let absolute = |file: &Path| file.canonicalize().unwrap_or(file.into()).to_string_lossy().into_owned().into();
         self.state.resumed_from = self.config.resume.as_ref().map(|resume| absolute(&resume.checkpoint_file));
         Ok(())
+    }
+
+    fn go_to(&mut self, next: Cursor) {
+        (self.state.next, self.state.epoch_batches) = (next, Some(self.train.num_batches(next.epoch)));
     }
 
     /// Takes over weights and moments of another run, whose place in data and schedule counts no more.
@@ -317,7 +327,7 @@ impl<'a> Trainer<'a> {
         record.timemem.train(cum_batch, self.train.batch_size, forward.as_secs_f64(), backward.as_secs_f64())?;
         let (size, long) = (self.train.batch_size as u64, self.train.seq_len as u64);
         self.state.count(size, long, self.config.train.target_elements_strategy);
-        self.state.next = self.train.after(at);
+        self.go_to(self.train.after(at));
         self.state.valid_loss = None;
         record.progress.batch(self.state.batches, value, read);
         let mut scalars = match value.filter(|_| is_point) {
@@ -499,16 +509,27 @@ impl<'a> Trainer<'a> {
         }
         let saved = record.checkpoints.save(self.snapshot(), self.config.io.num_models_to_save)?;
         record.progress.saved(self.state.batches, &saved);
-        self.write_chain(record, &saved)?;
+        self.write_config(record, &self.config_yaml)?;
         Ok(saved)
     }
 
-    /// Has the run's configuration say how another run begins where this one is. The checkpoint is named by its place in
-    /// the run, which may be moved or copied.
-    fn write_chain(&self, record: &Record, saved: &Path) -> Result<()> {
-        let best = record.checkpoints.best().map_or_else(|_| saved.to_path_buf(), |best| best.path().to_path_buf());
+    /// Saves a checkpoint with a changed configuration. The run's `config.yaml` comes first: if the run is killed before the
+    /// checkpoint is there, a resume names what changed and takes it with `--force`, as this one did.
+    pub(crate) fn save_changed(&self, record: &mut Record) -> Result<()> {
+        self.write_config(record, &self.config.to_yaml()?)?;
+        self.save(record).map(drop)
+    }
+
+    /// Writes the run's `config.yaml`, which also says how another run begins where this one is. The checkpoint is named by
+    /// its place in the run, which may be moved or copied.
+    fn write_config(&self, record: &Record, config_yaml: &str) -> Result<()> {
+        let best = match record.checkpoints.best() {
+            Ok(best) => best,
+            Err(_) => record.checkpoints.newest()?,
+        };
+        let best = best.path();
         let resume = ResumeSection {
-            checkpoint_file: best.strip_prefix(&record.folder).unwrap_or(&best).into(),
+            checkpoint_file: best.strip_prefix(&record.folder).unwrap_or(best).into(),
             next_epoch_index: self.state.next.epoch,
             next_batch_index: self.state.next.batch,
             migrate_embeddings: false,
@@ -519,13 +540,13 @@ impl<'a> Trainer<'a> {
         };
         let section = serde_yaml::to_string(&BTreeMap::from([("resume", resume)]))
             .map_err(|error| Error::Config(format!("{}: {error}", best.display())))?;
-        replace_config(&record.folder, &format!("{}{section}", self.config_yaml))
+        replace_config(&record.folder, &format!("{config_yaml}{section}"))
     }
 
     /// What a checkpoint of this moment holds.
     pub fn snapshot(&self) -> Snapshot<'_> {
         let (store, adam, state) = (self.model.params(), &self.adam, &self.state);
-        Snapshot { store, adam, state, config_yaml: self.config_yaml }
+        Snapshot { store, adam, state, config_yaml: &self.config_yaml }
     }
 
     /// A row of `loss.csv` for the last batch, `at`.

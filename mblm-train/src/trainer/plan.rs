@@ -2,7 +2,7 @@
 //! to log and to validate.
 
 use crate::checkpoint::TrainState;
-use crate::config::{RunConfig, TargetStrategy, TrainSection};
+use crate::config::RunConfig;
 use crate::error::{Error, Result};
 use crate::trainer::points::Points;
 use crate::trainer::schedule::Schedule;
@@ -57,7 +57,7 @@ impl RunPlan {
             require(norm > 0.0, "train.gradient_clipping", "a positive number or null", &norm)?;
         }
 
-        let elements_per_batch = elements_per_batch(train, config.params.input_seq_len);
+        let elements_per_batch = train.elements_per_batch(config.params.input_seq_len);
         let batches = train.target_elements.div_ceil(elements_per_batch);
         let accumulate = train.gradient_accumulate_every as u64;
         if batches < accumulate {
@@ -77,17 +77,9 @@ impl RunPlan {
     /// # Errors
     /// As [`new`](Self::new).
     pub fn resumed(config: &RunConfig, state: &TrainState) -> Result<Self> {
-        let new = RunPlan::new(config);
-        let train = &config.train;
-        let seen = state.elements_seen_by(train.target_elements_strategy);
-        let left = train.target_elements.saturating_sub(seen).div_ceil(new?.elements_per_batch);
-        let (waiting, accumulate) = (state.window.batches, train.gradient_accumulate_every as u64);
-        // A window that is full already, of a run that accumulated more batches before, is stepped on at once.
-        let steps = match waiting >= accumulate {
-            true => 1 + left.div_ceil(accumulate),
-            false => (waiting + left).div_ceil(accumulate),
-        };
-        Ok(RunPlan::over(config, state.batches + left, state.step + steps))
+        RunPlan::new(config)?;
+        let (batches, steps) = state.left(&config.train, config.params.input_seq_len);
+        Ok(RunPlan::over(config, state.batches + batches, state.step + steps))
     }
 
     fn over(config: &RunConfig, batches: u64, steps: u64) -> Self {
@@ -95,7 +87,7 @@ impl RunPlan {
         let spread = |amount: usize| Points::Spread { total: batches, start: 0, amount: amount as u64 };
         RunPlan {
             batches,
-            elements_per_batch: elements_per_batch(train, config.params.input_seq_len),
+            elements_per_batch: train.elements_per_batch(config.params.input_seq_len),
             accumulate: train.gradient_accumulate_every as u64,
             steps,
             schedule: Schedule::new(train.learning_rate, steps, train.warmup_steps_perc),
@@ -110,18 +102,11 @@ impl RunPlan {
     }
 }
 
-/// What a batch adds to the elements seen.
-pub(crate) fn elements_per_batch(train: &TrainSection, seq_len: usize) -> u64 {
-    match train.target_elements_strategy {
-        TargetStrategy::Batch => train.batch_size as u64,
-        TargetStrategy::Sequence => (train.batch_size as u64).saturating_mul(seq_len as u64),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::bigram::config;
+    use crate::config::{TargetStrategy, TrainSection};
 
     #[test]
     fn elements_are_rounded_up_to_batches() {

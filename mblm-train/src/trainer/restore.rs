@@ -1,14 +1,15 @@
 //! Going on from a checkpoint, possibly with a changed configuration: which batch comes next, how many are left, and at
 //! which learning rates.
 
+use mblm_data::Fingerprint;
 use mblm_data::batches::Cursor;
 use mblm_data::files::record::DataRecord;
 
 use super::Trainer;
 use crate::checkpoint::{Checkpoint, Sizes, TrainState, Window};
-use crate::config::{LossAverage, TrainSection};
+use crate::config::{LossAverage, RunConfig, TrainSection};
 use crate::error::{Error, Result};
-use crate::trainer::plan::{RunPlan, elements_per_batch};
+use crate::trainer::plan::RunPlan;
 use crate::trainer::schedule::Schedule;
 
 /// A rate below this share of the peak does not train much.
@@ -30,11 +31,19 @@ impl Trainer<'_> {
     /// The checkpoint is damaged, or of another model, other data, or another seed.
     pub fn restore(&mut self, checkpoint: &Checkpoint) -> Result<Remarks> {
         let (saved, before) = (checkpoint.state()?, checkpoint.sizes()?);
-        self.check_same(checkpoint, &saved)?;
+        check_data(checkpoint, &self.data)?;
+        if saved.seed != self.state.seed {
+            return Err(Error::Config(format!(
+                "train.seed: found {}, expected {}, with which {} was trained",
+                self.state.seed,
+                saved.seed,
+                checkpoint.path().display()
+            )));
+        }
         let mut remarks = Remarks::default();
         let next = self.place(checkpoint, saved.next, &before, &mut remarks)?;
         let plan = RunPlan::resumed(self.config, &saved)?;
-        let schedule = self.schedule(&saved, &before, &plan, &mut remarks);
+        let schedule = self.schedule(&saved, &before, &plan, &mut remarks)?;
         let threads = self.state.threads;
         if let (Some(before), Some(now)) = (saved.threads, threads)
             && before != now
@@ -44,6 +53,8 @@ impl Trainer<'_> {
                  go on bit for bit; with RAYON_NUM_THREADS={before} it does"
             ));
         }
+        self.go_to(next);
+        let epoch_batches = self.state.epoch_batches;
         let (plugins, data) = (std::mem::take(&mut self.state.plugins), std::mem::take(&mut self.state.data));
         let strategy = self.config.train.target_elements_strategy;
         self.state = TrainState {
@@ -51,6 +62,7 @@ impl Trainer<'_> {
             data,
             threads,
             next,
+            epoch_batches,
             schedule: Some(schedule),
             elements_seen: saved.elements_seen_by(strategy),
             window: self.window(saved.window, &before.train),
@@ -59,24 +71,6 @@ impl Trainer<'_> {
         self.plan = plan;
         self.plan.schedule = schedule;
         Ok(remarks)
-    }
-
-    fn check_same(&self, checkpoint: &Checkpoint, saved: &TrainState) -> Result<()> {
-        let place = checkpoint.path().display();
-        if !saved.data.is_empty() && !self.data.is(&saved.data) {
-            let changes = DataRecord::changes(checkpoint.path(), &saved.data, &self.data);
-            return Err(Error::Config(format!(
-                "io.dataset_dir: the data are not those of {place}: {changes}; put them back as they were, or begin a new \
-                 run"
-            )));
-        }
-        if saved.seed != self.state.seed {
-            return Err(Error::Config(format!(
-                "train.seed: found {}, expected {}, with which {place} was trained",
-                self.state.seed, saved.seed
-            )));
-        }
-        Ok(())
     }
 
     /// The batch that comes next. In batches of another size it is the first that holds nothing of those before.
@@ -109,25 +103,34 @@ impl Trainer<'_> {
     }
 
     /// The learning rates of the rest of the run. Where a changed configuration gives it another number of steps, they
-    /// begin with the rate that was reached.
-    fn schedule(&self, saved: &TrainState, before: &Sizes, plan: &RunPlan, remarks: &mut Remarks) -> Schedule {
+    /// begin with the rate that was reached. A warm-up that this change of the configuration asks for is not asked for again
+    /// by the next one: what the run keeps of the configuration is without it.
+    fn schedule(
+        &mut self,
+        saved: &TrainState,
+        before: &Sizes,
+        plan: &RunPlan,
+        remarks: &mut Remarks,
+    ) -> Result<Schedule> {
         let train = &self.config.train;
         let old = saved.schedule.unwrap_or_else(|| {
-            let batches = before.train.target_elements.div_ceil(elements_per_batch(&before.train, before.seq_len()));
+            let batches = before.train.target_elements.div_ceil(before.train.elements_per_batch(before.seq_len()));
             let steps = batches.div_ceil(before.train.gradient_accumulate_every.max(1) as u64);
             Schedule::new(before.train.learning_rate, steps, before.train.warmup_steps_perc)
         });
         let course = |train: &TrainSection, seq_len| {
-            let target = (train.target_elements, train.target_elements_strategy, train.rewarm_steps_perc);
+            let target = (train.target_elements, train.target_elements_strategy);
             (target, train.batch_size, train.gradient_accumulate_every, seq_len)
         };
-        let is_same = course(&before.train, before.seq_len()) == course(train, self.train.seq_len);
+        let rewarm = train.rewarm_steps_perc;
+        let is_same = course(&before.train, before.seq_len()) == course(train, self.train.seq_len)
+            && (rewarm.is_none() || rewarm == before.train.rewarm_steps_perc);
         let (step, left) = (saved.step, plan.steps - saved.step);
         let new = match old.with_peak(train.learning_rate) {
             // A run without a step has no rate yet to go on from.
             _ if step == 0 => plan.schedule,
             same if is_same => same,
-            same => same.extended(step, left, train.rewarm_steps_perc.unwrap_or(0.0)),
+            same => same.extended(step, left, rewarm.unwrap_or(0.0)),
         };
         if step > 0 && train.warmup_steps_perc != before.train.warmup_steps_perc {
             remarks.warnings.push(
@@ -146,7 +149,12 @@ impl Trainer<'_> {
                 ));
             }
         }
-        new
+        if !is_same && step > 0 && rewarm.is_some() {
+            let train = TrainSection { rewarm_steps_perc: None, ..train.clone() };
+            self.config_yaml = RunConfig { train, ..self.config.clone() }.to_yaml()?;
+            remarks.notes.push("train.rewarm_steps_perc is used for this change, and the run no longer has it".into());
+        }
+        Ok(new)
     }
 
     /// The gradients that wait, weighed as `loss_average` has it.
@@ -158,4 +166,18 @@ impl Trainer<'_> {
         };
         Window { weight, unit: weight * saved.unit / saved.weight, ..saved }
     }
+}
+
+/// Refuses data that are not those of a checkpoint. Look at this first: that data are too few now, for example, follows from
+/// their change.
+pub(crate) fn check_data(checkpoint: &Checkpoint, now: &Fingerprint) -> Result<()> {
+    let saved = checkpoint.state()?.data;
+    if saved.is_empty() || now.is(&saved) {
+        return Ok(());
+    }
+    Err(Error::Config(format!(
+        "io.dataset_dir: the data are not those of {}: {}; put them back as they were, or begin a new run",
+        checkpoint.path().display(),
+        DataRecord::changes(checkpoint.path(), &saved, now)
+    )))
 }

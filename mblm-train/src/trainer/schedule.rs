@@ -109,21 +109,28 @@ impl Schedule {
         self.top * ((1.0 + (std::f64::consts::PI * progress).cos()) / 2.0)
     }
 
-    /// Refuses numbers that no run can come to.
-    pub(crate) fn check(&self, step: u64) -> Result<(), String> {
-        if self.first_step > step {
-            return Err(format!("it begins at step {}, after step {step}", self.first_step));
+    /// Refuses numbers that a run with the rate `peak` cannot come to. It stands at `step`, of `steps` in all.
+    pub(crate) fn check(&self, peak: f64, step: u64, steps: u64) -> Result<(), String> {
+        let Schedule { first_step, warmup_steps, cosine_steps, .. } = *self;
+        if self.peak != peak {
+            return Err(format!("peak is {:?}, but train.learning_rate is {peak:?}", self.peak));
         }
-        let is_share = |share: f64| (0.0..=1.0).contains(&share);
-        if !(self.peak > 0.0 && self.peak.is_finite() && is_share(self.start) && is_share(self.top)) {
-            return Err(format!(
-                "the peak is {}, begun at {} and annealed from {} of it",
-                self.peak, self.start, self.top
-            ));
+        for (name, share) in [("start", self.start), ("top", self.top)] {
+            if !(0.0..=1.0).contains(&share) {
+                return Err(format!("{name} is {share}, not a share from 0 to 1"));
+            }
         }
-        match self.first_step.checked_add(self.warmup_steps).and_then(|steps| steps.checked_add(self.cosine_steps)) {
-            Some(_) => Ok(()),
-            None => Err("it has more steps than can be counted".into()),
+        if first_step > step {
+            return Err(format!("first_step is {first_step}, after step {step}"));
+        }
+        match first_step.checked_add(warmup_steps).and_then(|warm| warm.checked_add(cosine_steps)) {
+            // It may have more steps: one is lost where all batches of a window are padding.
+            Some(end) if end >= steps => Ok(()),
+            end => Err(format!(
+                "first_step, warmup_steps and cosine_steps are {first_step}, {warmup_steps} and {cosine_steps}, {} in all, \
+                 but the run has {steps} steps",
+                end.map_or("too many".into(), |end| end.to_string())
+            )),
         }
     }
 }
@@ -220,10 +227,17 @@ mod tests {
     #[test]
     fn a_schedule_of_nonsense_is_refused() {
         let good = Schedule::new(2.0, 100, 0.1);
-        good.check(0).unwrap();
-        assert!(Schedule { peak: f64::NAN, ..good }.check(0).is_err());
-        assert!(Schedule { top: 2.0, ..good }.check(0).is_err());
-        assert!(Schedule { first_step: u64::MAX, ..good }.check(u64::MAX).is_err());
-        assert!(Schedule { first_step: 4, ..good }.check(3).is_err(), "it begins later than the run has come");
+        let fault = |schedule: Schedule, step| schedule.check(2.0, step, 100).unwrap_err();
+        good.check(2.0, 0, 100).unwrap();
+        good.check(2.0, 0, 99).unwrap();
+        good.extended(50, 200, 0.1).check(2.0, 50, 250).unwrap();
+        good.extended(50, 0, 0.0).check(2.0, 50, 50).unwrap();
+        assert_eq!(fault(Schedule { peak: f64::NAN, ..good }, 0), "peak is NaN, but train.learning_rate is 2.0");
+        assert_eq!(fault(Schedule { top: 2.0, ..good }, 0), "top is 2, not a share from 0 to 1");
+        assert_eq!(fault(Schedule { start: f64::NAN, ..good }, 0), "start is NaN, not a share from 0 to 1");
+        assert_eq!(fault(Schedule { first_step: 4, ..good }, 3), "first_step is 4, after step 3");
+        let ends = fault(Schedule { cosine_steps: 0, ..good }, 0);
+        assert!(ends.contains("cosine_steps are 0, 10 and 0, 10 in all, but the run has 100 steps"), "{ends}");
+        assert!(fault(Schedule { first_step: u64::MAX, ..good }, u64::MAX).contains("too many in all"));
     }
 }

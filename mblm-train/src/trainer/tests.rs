@@ -144,6 +144,19 @@ fn a_resumed_run_is_bit_identical_wherever_it_was_interrupted() {
 }
 
 #[test]
+fn a_run_of_little_data_passes_over_epochs_without_a_batch() {
+    let (_folder, mut config) = workplace();
+    // All 28 training sequences; the epochs that begin more than two bytes later have one fewer.
+    config.train.batch_size = 28;
+    config.train.target_elements *= 7;
+    let model = Bigram::new();
+    let (run, outcome) = train(&model, &config, &never()).unwrap();
+    assert_eq!((outcome.state.batches, outcome.state.next.epoch), (20, 6 * 16 + 2));
+    let straight = (model.weights(), losses(&run));
+    interrupt_and_resume(&config, 8, false, &straight);
+}
+
+#[test]
 fn a_crashed_run_goes_on_from_its_last_checkpoint() {
     let (_folder, config) = workplace();
     let model = Bigram::new();
@@ -187,7 +200,7 @@ fn a_loss_or_gradient_that_is_not_finite_stops_before_the_weights_change() {
     }
     // A finite loss whose gradient is not: stands in for an overflow in backward.
     let model = Bigram::new();
-    let mut trainer = Trainer::new(&model, open_data(&config).unwrap(), &config, "").unwrap();
+    let mut trainer = Trainer::new(&model, open_data(&config).unwrap(), &config).unwrap();
     let before = model.weights();
     model.params().get("bias").unwrap().grad_mut()[3] = f32::INFINITY;
     let error = trainer.gradient_step().unwrap_err().to_string();
@@ -230,8 +243,17 @@ fn resuming_with_other_data_or_settings_is_refused() {
     assert!(message(&other).contains("train.seed: found 12, expected 11"));
     let mut data = fs::read(folder.path().join("data.bin")).unwrap();
     data.push(0);
-    fs::write(folder.path().join("data.bin"), data).unwrap();
-    assert!(message(&config).contains("the data are not those of"));
+    let with = |data: &[u8]| {
+        fs::write(folder.path().join("data.bin"), data).unwrap();
+        message(&config)
+    };
+    assert!(with(&data).contains("the data are not those of"));
+    // Too few for a batch, for a split, and none: the reason is what was done to them.
+    for (len, want) in [(60, "the data are not those of"), (10, "do not fit the 10 bytes"), (0, "holds no bytes")] {
+        let said = with(&data[..len]);
+        let resized = format!("resized: data.bin (900 bytes, now {len})");
+        assert!(said.contains(want) && said.contains(&resized), "{said}");
+    }
 }
 
 #[test]
@@ -360,7 +382,7 @@ fn accumulated_batches_are_one_large_batch_whatever_counts_in_them() {
         // The pad token is a byte of the data.
         let mut model = Bigram::new();
         (model.pad, model.dropout) = (Some(3), 0.0);
-        let mut trainer = Trainer::new(&model, open_data(&config).unwrap(), &config, "").unwrap();
+        let mut trainer = Trainer::new(&model, open_data(&config).unwrap(), &config).unwrap();
         for _ in 0..accumulate {
             let batch = trainer.train.read(trainer.state.next).unwrap();
             let loss = TrainModel::loss(&&model, &batch.ids, None, Mode::train(0)).unwrap();
@@ -425,6 +447,36 @@ fn a_longer_target_goes_on_at_the_rate_that_was_reached() {
     let found = rates(&run);
     assert_eq!((found.len(), found[40], found[60]), (80, found[39], config.train.learning_rate));
     assert!(longest(&found[2..]) <= before && log.contains("rises to 1.000e-1 at step 60"), "{found:?}");
+    // That was for this time: the run does not have it any more, so the next one anneals.
+    let kept = find(&run, Which::Newest).unwrap().sizes().unwrap();
+    let yaml = RunFolder::config_yaml(&run).unwrap();
+    assert!(kept.train.rewarm_steps_perc.is_none() && yaml.contains("rewarm_steps_perc: null"), "{yaml}");
+    config.train.target_elements *= 2;
+    config.train.rewarm_steps_perc = None;
+    resume_changed(&run, &config);
+    let found = rates(&run);
+    assert!(found.len() == 160 && found[80..].iter().all(|rate| *rate <= found[79]), "{found:?}");
+}
+
+#[test]
+fn a_retry_does_not_warm_up_again() {
+    let (_folder, mut config) = workplace();
+    config.train.gradient_accumulate_every = 1;
+    let extended = |crash: Option<u64>| {
+        let mut config = config.clone();
+        let (run, _) = train(&Bigram::new(), &config, &never()).unwrap();
+        config.train.target_elements *= 2;
+        config.train.rewarm_steps_perc = Some(0.5);
+        let mut model = Bigram::new();
+        model.hook = Some(Box::new(move |pass| assert_ne!(Some(pass), crash, "crash")));
+        let stop = never();
+        let changes = vec!["something: 1, now 2".into()];
+        let session = Session { changes, retries: 1, ..session(&model, &config, &stop) };
+        session.resume(&RunFolder::open(&run).unwrap()).unwrap();
+        (model.weights(), losses(&run))
+    };
+    // After a checkpoint on the way up.
+    assert_eq!(extended(Some(10)), extended(None));
 }
 
 #[test]
@@ -483,7 +535,7 @@ fn validation_does_not_depend_on_the_batch_size_and_needs_something_to_predict()
         (config.train.batch_size, config.train.gradient_accumulate_every) = (size, 1);
         let mut model = Bigram::new();
         model.pad = Some(7);
-        let trainer = Trainer::new(&model, open_data(&config).unwrap(), &config, "").unwrap();
+        let trainer = Trainer::new(&model, open_data(&config).unwrap(), &config).unwrap();
         trainer.measure_valid_loss(&never()).unwrap().unwrap()
     };
     let one = valid(1);
@@ -504,7 +556,7 @@ fn validation_does_not_depend_on_the_batch_size_and_needs_something_to_predict()
 fn precision_is_checked_where_training_starts() {
     let (_folder, mut config) = workplace();
     config.train.precision = mblm_core::gemm::Precision::Bf16;
-    let found = Trainer::new(&Bigram::new(), open_data(&config).unwrap(), &config, "").map(drop);
+    let found = Trainer::new(&Bigram::new(), open_data(&config).unwrap(), &config).map(drop);
     match config.train.precision.is_available() {
         true => found.unwrap(),
         false => assert!(found.unwrap_err().to_string().contains("train.precision: expected f32: this CPU")),
@@ -514,8 +566,8 @@ fn precision_is_checked_where_training_starts() {
 #[test]
 fn another_number_of_threads_is_said() {
     let (folder, config) = workplace();
-    let (model, yaml) = (Bigram::new(), config.to_yaml().unwrap());
-    let trainer = || Trainer::new(&model, open_data(&config).unwrap(), &config, &yaml).unwrap();
+    let model = Bigram::new();
+    let trainer = || Trainer::new(&model, open_data(&config).unwrap(), &config).unwrap();
     let mut other = trainer();
     let same = Shelf::new(folder.path().into()).save(other.snapshot(), 0).unwrap();
     let remarks = trainer().restore(&Checkpoint::open(&same).unwrap()).unwrap();
