@@ -78,7 +78,7 @@ fn both_layouts_of_the_package_are_imported_bit_for_bit() {
         assert!(exported(folder, run, &format!("{run}.safetensors")) == want, "{file}: the weights differ");
     }
     let log = fs::read_to_string(folder.join("old/train.log")).unwrap();
-    assert!(log.contains("tt_2d_v040.pth (loss 1.25)"), "{log}");
+    assert!(log.contains("tt_2d_v040.pth (loss 1.2500)"), "{log}");
 }
 
 #[test]

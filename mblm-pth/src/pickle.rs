@@ -41,20 +41,31 @@ pub(crate) enum Foreign<'a> {
     Other(&'a str),
 }
 
-/// What it is and what to do, after the name of a tensor.
-impl std::fmt::Display for Foreign<'_> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl Foreign<'_> {
+    /// For messages: what it is.
+    fn what(self) -> String {
         match self {
-            Foreign::Storage(class) => write!(f, "holds no floats (torch's {class}); save it with .float()"),
-            Foreign::Dtype(dtype) => write!(f, "is of torch's {dtype}; save it with .float()"),
-            Foreign::Sparse => f.write_str("is sparse; save it with .to_dense()"),
-            Foreign::Quantized => f.write_str("is quantized; save it with .dequantize()"),
-            Foreign::Nested => f.write_str("is nested; save it with .to_padded_tensor(0.0)"),
-            Foreign::Meta => f.write_str("has no numbers (device meta); load the model's weights before you save them"),
-            Foreign::Other(name) => {
-                write!(f, "is of a kind that is not read ({name}); save a plain copy, with .detach().clone()")
-            }
+            Foreign::Storage(class) => format!("holds no floats (torch's {class})"),
+            Foreign::Dtype(dtype) => format!("is of torch's {dtype}"),
+            Foreign::Sparse => "is sparse".into(),
+            Foreign::Quantized => "is quantized".into(),
+            Foreign::Nested => "is nested".into(),
+            Foreign::Meta => "has no numbers (device meta)".into(),
+            Foreign::Other(name) => format!("is of a kind that is not read ({name})"),
         }
+    }
+
+    /// What it is, and what to do if a model has it as a parameter.
+    pub(crate) fn advice(self) -> String {
+        let advice = match self {
+            Foreign::Storage(_) | Foreign::Dtype(_) => "save it with .float()",
+            Foreign::Sparse => "save it with .to_dense()",
+            Foreign::Quantized => "save it with .dequantize()",
+            Foreign::Nested => "save it with .to_padded_tensor(0.0)",
+            Foreign::Meta => "load the model's weights before you save them",
+            Foreign::Other(_) => "save a plain copy, with .detach().clone()",
+        };
+        format!("{}; {advice}", self.what())
     }
 }
 
@@ -102,7 +113,7 @@ impl Value<'_> {
             Value::Global(global) => format!("the name {global:?}"),
             Value::Storage(_) => "a storage".into(),
             Value::Tensor(_) => "a tensor".into(),
-            Value::Foreign(foreign) => format!("a tensor that {foreign}"),
+            Value::Foreign(foreign) => format!("a tensor that {}", foreign.what()),
             Value::Bytes(_) | Value::Latin1(_) => "bytes".into(),
             Value::NumpyType(_) => "a type of numpy".into(),
         }

@@ -132,7 +132,7 @@ fn tensors(
                 let view = &pickle.views[*id];
                 views.entry(view.storage).or_default().insert(current, view);
             }
-            Value::Foreign(foreign) => drop(others.insert(current, foreign.to_string())),
+            Value::Foreign(foreign) => drop(others.insert(current, foreign.advice())),
             value => return Err(format!("{name:?}: expected a tensor, found {}", value.kind())),
         }
     }
@@ -142,7 +142,7 @@ fn tensors(
     if bytes > most {
         return Err(format!(
             "its tensors take {bytes} bytes as f32, expected at most {most} for a file of {file} bytes; expanded tensors \
-             repeat what is stored, so save their parts alone"
+             repeat what is stored; save them with .contiguous()"
         ));
     }
     for (id, views) in views {

@@ -320,7 +320,7 @@ pub(crate) mod tests {
             sequences_seen: 4 * batches,
             bytes_seen: 64 * batches,
             schedule: Some(Schedule::new(0.1, 10, 0.1)),
-            seed: 5,
+            seed: 11,
             threads: Some(2),
             data: "d".into(),
             valid_loss,

@@ -163,6 +163,7 @@ impl TrainState {
         at_most("first_batch", self.first_batch, "any run can see", largest)?;
         at_most("bytes_seen", self.bytes_seen, "any run can see", largest)?;
         at_most("optimizer_step", self.optimizer_step, "any run can take", largest)?;
+        at_most("stale_validations", self.stale_validations, "any run can make", largest)?;
         at_most("step", self.step, "optimizer_step", self.optimizer_step)?;
         at_most("batches", self.batches, "sequences_seen", self.sequences_seen)?;
         at_most("sequences_seen", self.sequences_seen, "bytes_seen", self.bytes_seen)?;
@@ -174,6 +175,9 @@ impl TrainState {
         }
         self.check_window()?;
         self.check_next()?;
+        if self.seed != sizes.train.seed {
+            return Err(format!("seed is {}, but train.seed is {}", self.seed, sizes.train.seed));
+        }
         let Some(schedule) = &self.schedule else { return Ok(()) };
         let steps = self.step + self.left(&sizes.train, sizes.seq_len()).1;
         schedule.check(sizes.train.learning_rate, self.step, steps).map_err(|what| format!("schedule.{what}"))
@@ -376,7 +380,7 @@ mod tests {
     #[test]
     fn a_state_that_contradicts_itself_names_the_field() {
         type Change = fn(&mut Map<String, Value>);
-        let cases: [(Change, &str); 23] = [
+        let cases: [(Change, &str); 25] = [
             (|f| f["step"] = 6.into(), "step is 6, more than optimizer_step, 5"),
             (|f| f["optimizer_step"] = 2.into(), "step is 3, more than optimizer_step, 2"),
             (|f| f["accumulated"] = 9.into(), "accumulated is 9, more than batches, 7"),
@@ -397,6 +401,11 @@ mod tests {
             (|f| f["sequences_seen"] = 6.into(), "batches is 7, more than sequences_seen, 6"),
             (|f| f["step"] = "three".into(), "not a run's state: invalid type: string \"three\""),
             (|f| drop(f.remove("seed")), "missing field `seed`"),
+            (|f| f["seed"] = 5.into(), "seed is 5, but train.seed is 11"),
+            (
+                |f| f["stale_validations"] = u64::MAX.into(),
+                "stale_validations is 18446744073709551615, more than any run",
+            ),
             (|f| f["next"]["batch"] = 9.into(), "next.batch is 9, but the epoch has 9 batches (epoch_batches)"),
             (|f| f["epoch_batches"] = 0.into(), "next.batch is 2, but the epoch has 0 batches"),
             (|f| f["next"]["epoch"] = 9999.into(), "next.epoch is 9999, further than 14 batches can have come"),

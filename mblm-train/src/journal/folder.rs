@@ -349,6 +349,8 @@ pub fn has_test_loss(folder: &Path) -> Result<bool> {
 
 #[cfg(test)]
 mod tests {
+    use mblm_base::files::folder_of;
+
     use super::*;
     use crate::checkpoint::tests::{state, store};
     use crate::trainer::optimizer::{Adam, AdamConfig};
