@@ -9,11 +9,12 @@ mod model;
 mod orphan;
 mod plugins;
 mod signals;
+mod streams;
 
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use commands::{
     bench, blocks, check, checkpoint, compare, doctor, eval, generate, import, inspect, measure, plugin, report,
     schema, train,
@@ -91,7 +92,7 @@ extern "C" fn _exit(code: libc::c_int) -> ! {
 
 fn work() -> ExitCode {
     // On a thread of the pool, so that a parallel loop starts by handing out work, not by waking a thread and sleeping.
-    let ended = match Cli::try_parse() {
+    let ended = match arguments() {
         Ok(cli) => {
             catch_signals(&cli.command);
             rayon::scope(|_| run(cli))
@@ -109,6 +110,18 @@ fn work() -> ExitCode {
             }
         },
     }
+}
+
+fn arguments() -> Result<Cli, clap::Error> {
+    Cli::from_arg_matches(&with_negative_numbers(Cli::command()).try_get_matches()?)
+}
+
+/// Has `--temperature -1` give the option the number -1, and not look for an option `-1`: what is wrong with the number is
+/// then said by who reads it.
+fn with_negative_numbers(command: clap::Command) -> clap::Command {
+    let takes_value = |arg: &clap::Arg| arg.get_long().is_some() && arg.get_action().takes_values();
+    let command = command.mut_args(|arg| if takes_value(&arg) { arg.allow_negative_numbers(true) } else { arg });
+    command.mut_subcommands(with_negative_numbers)
 }
 
 /// Has the commands told of a signal that have something to save, or something else to go on with; others end at once.
@@ -130,6 +143,7 @@ fn explain(answer: &clap::Error) -> anyhow::Result<()> {
         let text = answer.to_string();
         return Err(Usage(text.trim_start_matches("error: ").trim_end().into()).into());
     }
+    streams::check_output()?;
     let text = answer.render();
     let text = if std::io::stdout().is_terminal() { text.ansi().to_string() } else { text.to_string() };
     let mut out = Output::raw();
@@ -137,6 +151,10 @@ fn explain(answer: &clap::Error) -> anyhow::Result<()> {
 }
 
 fn run(Cli { plugins, command }: Cli) -> anyhow::Result<()> {
+    // What these two make is in folders, and takes long.
+    if !matches!(command, Command::Train(_) | Command::Compare(_)) {
+        streams::check_output()?;
+    }
     match command {
         // Its product is the run, whether or not anybody can read of it.
         Command::Train(args) => return train::run(&args, &plugins),
@@ -159,5 +177,6 @@ fn run(Cli { plugins, command }: Cli) -> anyhow::Result<()> {
             Ok(())
         }
     }?;
+    streams::check_output()?;
     Ok(Output::new().flush()?)
 }

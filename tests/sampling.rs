@@ -82,6 +82,35 @@ fn json_holds_the_samples_of_the_same_seed() {
 }
 
 #[test]
+fn a_number_below_zero_is_a_value_and_no_option() {
+    for (option, want) in [
+        ("--temperature", "temperature: expected a number of at least 0, found -1"),
+        ("--top-p", "top_p: expected a number in [0, 1], found -1"),
+        ("--max-bytes", "invalid value '-1' for '--max-bytes <N>'"),
+    ] {
+        let (code, _, said) = mblm("generate", &["--prompt", "a", option, "-1"], "");
+        assert!(code == 2 && said.contains(want) && !said.contains("tip:"), "{said}");
+    }
+}
+
+#[test]
+fn a_prompt_longer_than_the_context_asks_how_far_to_go_on() {
+    let prompt = "o".repeat(70);
+    let (code, _, said) = mblm("generate", &["--prompt", &prompt], "");
+    let want =
+        "the prompt has 70 bytes, more than the context of 64; this model can go on past its context, so say for";
+    assert!(code == 2 && said.contains(want), "{said}");
+    let (code, text, said) = mblm("generate", &["--prompt", &prompt, "--max-bytes", "4", "--no-prompt"], "");
+    assert!(code == 0 && !text.is_empty() && said.starts_with("4 bytes (as many as asked for)"), "{said}");
+}
+
+#[test]
+fn data_that_cannot_be_read_are_named_as_they_were_given() {
+    let (code, _, said) = mblm("eval", &["none.txt"], "");
+    assert!(code == 2 && said.starts_with("error: \"none.txt\" names nothing; expected a file, a folder or"), "{said}");
+}
+
+#[test]
 fn prompts_come_one_after_another() {
     let input =
         "one \n\n:temperature 0\ntwo\\n\n:max-bytes 3\ntwo\\n\n:top-x 3\n:temperature -1\n:help\n:quit\nthree\n";

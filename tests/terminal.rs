@@ -107,6 +107,49 @@ fn a_full_disk_behind_standard_output_is_an_error() {
     }
 }
 
+/// Runs a command as a shell does with this redirection.
+fn redirected(folder: &Path, args: &[&str], how: &str) -> std::process::Output {
+    let mut shell = Command::new("sh");
+    let program = mblm(folder, &[]);
+    shell.args(["-c", &format!(r#"exec "$0" "$@" {how}"#)]).arg(program.get_program()).args(args).current_dir(folder);
+    shell.stdin(Stdio::null()).output().unwrap()
+}
+
+#[test]
+fn a_closed_standard_output_is_an_error() {
+    let folder = workplace();
+    let plugin = compiled::lstm();
+    for args in commands(plugin.to_str().unwrap()) {
+        let output = redirected(folder.path(), &args, ">&-");
+        let error = text(&output.stderr);
+        assert!(
+            error.lines().any(|line| line.starts_with("error: standard output: it is closed")),
+            "{args:?}: {error}"
+        );
+        assert_eq!(output.status.code(), Some(1), "{args:?}: {error}");
+        assert!(!folder.path().join("weights.safetensors").exists(), "{args:?}");
+    }
+    assert_eq!(redirected(folder.path(), &["blocks"], "1</dev/null").status.code(), Some(1), "open for reading alone");
+    for (args, run) in
+        [(vec!["train", "run.yaml", "--out", "O"], "O"), (vec!["train", "-q", "run.yaml", "--out", "P"], "P")]
+    {
+        assert_eq!(redirected(folder.path(), &args, ">&-").status.code(), Some(0), "{args:?}");
+        assert_finished(&folder.path().join(run));
+    }
+}
+
+#[test]
+fn a_closed_standard_input_is_an_error_where_it_is_read() {
+    let folder = workplace();
+    for more in [&[][..], &["--interactive"]] {
+        let output = redirected(folder.path(), &[&["generate", "R", "--max-bytes", "2"], more].concat(), "<&-");
+        let error = text(&output.stderr);
+        assert!(output.status.code() == Some(1) && error.contains("standard input: it is closed"), "{error}");
+    }
+    let args = ["generate", "R", "--prompt", "a", "--max-bytes", "2"];
+    assert_eq!(redirected(folder.path(), &args, "<&-").status.code(), Some(0));
+}
+
 fn clear(path: &Path) {
     let _ = fs::remove_dir_all(path).or_else(|_| fs::remove_file(path)); // most commands make neither
 }
@@ -116,15 +159,12 @@ fn nothing_fails_for_want_of_standard_error() {
     let folder = workplace();
     let plugin = compiled::lstm();
     let train = vec!["train", "run.yaml"];
-    let warns = vec!["report", "R", "nowhere", "--out", "report"];
+    let warns = vec!["report", "R", "R", "--out", "report"];
     for args in commands(plugin.to_str().unwrap()).into_iter().chain([train, warns]) {
         let output = mblm(folder.path(), &args).stderr(full()).output().unwrap();
         assert_eq!(output.status.code(), Some(0), "full: {args:?}");
         ["weights.safetensors", "block"].iter().for_each(|made| clear(&folder.path().join(made)));
-        let mut shell = Command::new("sh");
-        let program = mblm(folder.path(), &[]);
-        shell.args(["-c", r#"exec "$0" "$@" 2>&-"#]).arg(program.get_program()).args(&args).current_dir(&folder);
-        let output = shell.stdin(Stdio::null()).output().unwrap();
+        let output = redirected(folder.path(), &args, "2>&-");
         assert_eq!(output.status.code(), Some(0), "closed: {args:?}");
         ["weights.safetensors", "block"].iter().for_each(|made| clear(&folder.path().join(made)));
     }

@@ -69,6 +69,11 @@ impl Spec {
             SECTIONS.contains(&assignment[..end].trim())
         });
         of_study.into_iter().try_for_each(|assignment| document.set(assignment))?;
+        if document.get("params").is_some() && document.get("base").is_none() {
+            let message =
+                "this is a training configuration; train it with `mblm train`, or name it as the `base` of a study";
+            return Err(document.error("", message));
+        }
         document.check_fields("", &FIELDS)?;
         let reader = Reader { document: &document, folder: path.parent().unwrap_or(Path::new("")), of_variants };
         let stem = path.file_stem().map_or("study".into(), |stem| stem.to_string_lossy().into_owned());
@@ -398,6 +403,10 @@ mod tests {
         let cases = [
             ("bse: base.yaml", "My study.yaml: bse: unknown field; did you mean `base`? (line 1)"),
             ("budget: {bytes: 1}", "My study.yaml: missing field `base`"),
+            (
+                "params: {}\ntrain: {}",
+                "My study.yaml: this is a training configuration; train it with `mblm train`, or",
+            ),
             ("base: no.yaml", "My study.yaml: base: there is no file no.yaml; expected the path"),
             ("base: base.yaml", "My study.yaml: missing field `budget`"),
             ("base: base.yaml\nseeds: []", "seeds: expected at least one seed"),

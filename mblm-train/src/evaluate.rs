@@ -173,7 +173,11 @@ pub fn evaluate_parts(
 }
 
 fn open(place: &str, options: &EvaluateOptions) -> Result<Corpus> {
-    let corpus = Corpus::open(place, &[])?;
+    let corpus = Corpus::open(place, &[]).map_err(|error| match error {
+        // Here the place is an argument, and no field of a configuration.
+        Error::Config(text) => Error::Config(text.strip_prefix("io.dataset_dir: ").unwrap_or(&text).into()),
+        other => other,
+    })?;
     let left_out = corpus.left_out().to_string();
     if !left_out.is_empty() {
         terminal::line(format!("note: {place:?}{left_out}"));

@@ -55,7 +55,7 @@ pub fn run(args: &Args, plugins: &Plugins) -> anyhow::Result<()> {
 
 /// The model of a training YAML or of a model's, and what a step of its training reads.
 pub fn read(document: &Document, registry: &BlockRegistry) -> anyhow::Result<(ModelConfig, Step)> {
-    if ["params", "train", "io"].iter().any(|section| document.get(section).is_some()) {
+    if ["params", "train", "io", "budget"].iter().any(|section| document.get(section).is_some()) {
         let run = RunConfig::from_document(document, registry)?;
         let step = Step { batch: run.train.batch_size, bytes: run.params.input_seq_len };
         return Ok((run.params.model, step));

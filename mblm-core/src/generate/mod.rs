@@ -37,7 +37,8 @@ pub enum Ended {
 /// of its sequence. `receive` returns false to end.
 ///
 /// # Errors
-/// If the prompts differ in length, have ids outside the vocabulary or do not fit the context.
+/// If the prompts differ in length, have ids outside the vocabulary or do not fit the context. A model without fixed
+/// positions takes longer prompts too, if `until` says how many tokens to make.
 pub fn generate(
     model: &Mblm,
     prompts: &[Vec<u32>],
@@ -55,11 +56,17 @@ pub fn generate(
         )));
     }
     let mut decoder = Decoder::new(model, prompts.len())?;
+    // Without fixed positions a sequence may grow past the context, but only if told how far.
+    let context = decoder.limit().or(until.max_tokens.is_none().then(|| model.config().context_len()));
+    if let (None, Some(context)) = (decoder.limit(), context.filter(|context| len > *context)) {
+        return Err(crate::Error::Input(format!(
+            "the prompt has {len} bytes, more than the context of {context}; this model can go on past its context, so \
+             say for how many bytes (--max-bytes), or shorten the prompt"
+        )));
+    }
     decoder.prefill(&prompts.concat())?;
     let mut ended = vec![None; prompts.len()];
     let vocab = model.config().num_tokens;
-    // Without fixed positions a sequence may grow past the context, but only if told how far.
-    let context = decoder.limit().or(until.max_tokens.is_none().then(|| model.config().context_len()));
     let mut made = 0;
     loop {
         let all = match () {

@@ -39,6 +39,9 @@ pub(crate) const SUMMARY: &str = "summary";
 impl RunConfig {
     /// Reads and checks a whole document.
     pub fn from_document(document: &Document, registry: &BlockRegistry) -> Result<Self, ConfigError> {
+        if document.get("budget").is_some() && document.get("params").is_none() {
+            return Err(document.error("", "this is a study; run it with `mblm compare`"));
+        }
         document.check_fields("", &[SECTIONS.as_slice(), &["resume", SUMMARY]].concat())?;
         let config = RunConfig {
             params: Params::from_document(document, registry)?,

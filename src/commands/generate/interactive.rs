@@ -15,7 +15,7 @@ use rustyline::DefaultEditor;
 use rustyline::error::ReadlineError;
 
 use super::{Args, Form, format, output, sampling, until, why};
-use crate::signals;
+use crate::{signals, streams};
 
 /// Bytes of an answer, if nothing else is asked for.
 const ANSWER: usize = 200;
@@ -163,6 +163,7 @@ enum Lines {
 
 impl Lines {
     fn new() -> Result<Self> {
+        streams::check_input()?;
         if !std::io::stdin().is_terminal() {
             return Ok(Lines::Piped(std::io::stdin().lock()));
         }

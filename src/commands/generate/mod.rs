@@ -13,8 +13,8 @@ use mblm::model::Mblm;
 use serde_json::json;
 
 use crate::exit::Usage;
-use crate::model;
 use crate::plugins::Plugins;
+use crate::{model, streams};
 
 /// Arguments of `mblm generate`.
 #[derive(clap::Args)]
@@ -241,6 +241,7 @@ fn prompt(args: &Args) -> Result<Vec<u8>> {
         }),
         (None, None) if std::io::stdin().is_terminal() => Ok(vec![]),
         (None, None) => {
+            streams::check_input().context("cannot read the prompt; give one with --prompt or --prompt-file")?;
             let mut bytes = vec![];
             std::io::stdin().read_to_end(&mut bytes).context("cannot read the prompt from standard input")?;
             Ok(bytes)
