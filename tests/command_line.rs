@@ -55,6 +55,21 @@ fn a_mistake_in_a_configuration_exits_with_2() {
     assert_eq!(mblm(&["inspekt"]).0, 2);
 }
 
+#[cfg(target_os = "linux")]
+#[test]
+fn memory_that_cannot_be_had_is_an_error() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("model.yaml"), MODEL).unwrap();
+    let program = Command::cargo_bin("mblm").unwrap();
+    let line = r#"ulimit -v 4000000; exec "$0" bench model.yaml --only forward --batch 100000000"#;
+    let mut shell = Command::new("sh");
+    let output = shell.current_dir(&folder).arg("-c").arg(line).arg(program.get_program()).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    let want = "error: the memory does not suffice; make the batch, the sequence or the model smaller\n";
+    assert!(output.status.code() == Some(1) && said.ends_with(want), "{:?}: {said}", output.status);
+    assert!(output.stdout.ends_with(b"batch 100000000 x 128 bytes\n"), "what is known is shown");
+}
+
 #[test]
 fn blocks_are_listed_and_described() {
     let (code, list, _) = mblm(&["blocks"]);

@@ -119,9 +119,12 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
         generate_bytes_per_s: None,
         peak_rss_mb: None,
     };
+    if !args.json {
+        begin(&report)?;
+    }
     let measured = measure(args, &model, precision, generation, &mut report);
     // What was measured before a failure is shown.
-    print(&report, args.json)?;
+    end(&report, args.json)?;
     measured
 }
 
@@ -142,7 +145,7 @@ fn measure(
         let ids = ids()?;
         let mut step = trainer(model, &ids);
         let step = || autocast(precision, &mut step);
-        report.train_bytes_per_s = Some(rate(shape.0 * shape.1, args.steps, step)?);
+        report.train_bytes_per_s = Some(show(args, "train", rate(shape.0 * shape.1, args.steps, step)?)?);
         report.peak_rss_mb = peak_rss_mb();
         buffer::release_unused();
     }
@@ -152,11 +155,12 @@ fn measure(
             autocast(precision, || model.loss(&ids, None, Mode::Eval))?;
             Ok(())
         };
-        report.forward_bytes_per_s = Some(rate(shape.0 * shape.1, args.steps, forward)?);
+        report.forward_bytes_per_s = Some(show(args, "forward", rate(shape.0 * shape.1, args.steps, forward)?)?);
     }
     if let (Model::Generative(model), Some(generation)) = (model, generation) {
         report.prefix = Some(generation.prefix);
-        report.generate_bytes_per_s = Some(generation.rate(model, args)?);
+        let what = format!("generate at {}", generation.prefix);
+        report.generate_bytes_per_s = Some(show(args, &what, generation.rate(model, args)?)?);
     }
     Ok(())
 }
@@ -265,26 +269,27 @@ fn peak_rss_mb() -> Option<u64> {
     Some(line.split_whitespace().nth(1)?.parse::<u64>().ok()? / 1024)
 }
 
-fn print(report: &Measurements, json: bool) -> Result<()> {
+fn begin(report: &Measurements) -> Result<()> {
+    let Measurements { config, params, threads, batch, length, .. } = report;
     let mut out = Output::new();
-    if json {
-        return Ok(writeln!(out, "{}", serde_json::to_string(report)?)?);
+    writeln!(out, "{config} · {params} parameters · {threads} threads\nbatch {batch} x {length} bytes")?;
+    Ok(())
+}
+
+/// Shows a speed as soon as it is measured: the next one may be interrupted, or end for want of memory.
+fn show(args: &Args, what: &str, rate: f64) -> Result<f64> {
+    if !args.json {
+        writeln!(Output::new(), "{what:<18} {rate:>10.0} bytes/s")?;
     }
-    let threads = report.threads;
-    writeln!(out, "{} · {} parameters · {threads} threads", report.config, report.params)?;
-    writeln!(out, "batch {} x {} bytes", report.batch, report.length)?;
-    let prefix = report.prefix.unwrap_or_default();
-    for (what, rate) in [
-        ("train".to_string(), report.train_bytes_per_s),
-        ("forward".to_string(), report.forward_bytes_per_s),
-        (format!("generate at {prefix}"), report.generate_bytes_per_s),
-    ] {
-        if let Some(rate) = rate {
-            writeln!(out, "{what:<18} {rate:>10.0} bytes/s")?;
-        }
-    }
-    if let Some(peak) = report.peak_rss_mb {
-        writeln!(out, "{:<18} {peak:>10} MB", "peak memory")?;
+    Ok(rate)
+}
+
+fn end(report: &Measurements, json: bool) -> Result<()> {
+    let mut out = Output::new();
+    match report.peak_rss_mb {
+        _ if json => writeln!(out, "{}", serde_json::to_string(report)?)?,
+        Some(peak) => writeln!(out, "{:<18} {peak:>10} MB", "peak memory")?,
+        None => {}
     }
     Ok(())
 }
