@@ -216,6 +216,24 @@ fn killed_or_its_processes_killed_a_study_goes_on_where_it_was() {
     assert!(!read(folder.path().join("out/report.html")).contains("1 run failed"));
 }
 
+#[test]
+fn data_that_change_while_a_study_runs_make_the_next_runs_fail() {
+    let folder = workplace(SLOW);
+    let (data, text) = (folder.path().join("data.txt"), read(folder.path().join("data.txt")));
+    let mut study = begin(folder.path());
+    fs::write(&data, format!("{text}more")).unwrap();
+    assert_eq!(study.wait().unwrap().code(), Some(1));
+    let failed = |run: &str| fs::read_to_string(folder.path().join("out/failed").join(format!("{run}.txt")));
+    let why = failed(SLOW_RUNS[1]).unwrap();
+    let want = "the data are not those that the study began with: resized: data.txt (";
+    assert!(why.contains(want) && failed(SLOW_RUNS[0]).is_err(), "{why}");
+    let (code, _, error) = mblm(folder.path(), &["compare", "study.yaml", "--retry-failed"]);
+    assert!(code == 2 && error.contains(&format!("{} was trained on other data", SLOW_RUNS[0])), "{error}");
+    fs::write(&data, text).unwrap();
+    let (code, _, error) = mblm(folder.path(), &["compare", "study.yaml", "--retry-failed"]);
+    assert_eq!(code, 0, "{error}");
+}
+
 /// Kills the process that trains the study's first run, which was started in `folder`.
 #[cfg(target_os = "linux")]
 fn kill_training(folder: &Path) {
@@ -370,6 +388,36 @@ fn what_cannot_be_is_said_before_anything_runs() {
 }
 
 #[test]
+fn a_study_and_a_configuration_are_told_apart() {
+    let folder = workplace("base: base.yaml\nbudget: {bytes: 512}\n");
+    let cases = [
+        (&["train", "study.yaml"][..], "study.yaml: this is a study; run it with `mblm compare`"),
+        (&["check", "study.yaml"], "study.yaml: this is a study"),
+        (&["inspect", "study.yaml"], "study.yaml: this is a study"),
+        (
+            &["compare", "base.yaml"],
+            "base.yaml: this is a training configuration; train it with `mblm train`, or name it",
+        ),
+    ];
+    for (args, want) in cases {
+        let (code, _, error) = mblm(folder.path(), args);
+        assert!(code == 2 && error.contains(want), "{args:?}: {error}");
+    }
+}
+
+#[test]
+fn a_study_has_a_folder_of_its_own() {
+    let folder = workplace("base: base.yaml\nbudget: {bytes: 512}\n");
+    let train = ["train", "-q", "base.yaml", "--out", "R", "--set", "train.target_elements=512"];
+    assert_eq!(mblm(folder.path(), &train).0, 0);
+    for out in ["R", "R/sub", "R/checkpoints/new"] {
+        let (code, _, error) = mblm(folder.path(), &["compare", "study.yaml", "--out", out]);
+        assert!(code == 2 && error.contains("R is the folder of a run; a study needs one of its own"), "{error}");
+    }
+    assert!(!folder.path().join("R/sub").exists());
+}
+
+#[test]
 fn seconds_are_measured_first() {
     let study = "base: base.yaml\nbudget: {seconds: 1.5}\noutput_dir: out\n";
     let folder = workplace(study);
@@ -404,8 +452,11 @@ fn any_runs_can_be_compared_and_others_are_skipped() {
         BASE.replace("num_layers: [2, 1]", "num_layers: [3, 1]").replace("name_model: toy", "name_model: theirs");
     fs::write(path.join("theirs/config.yaml"), config + "summary: {parameter_count: 5}\n").unwrap();
     fs::create_dir(path.join("foreign")).unwrap();
-    let (code, out, error) = mblm(path, &["report", "ours", "theirs", "foreign", "nowhere", "--out", "page"]);
-    assert_eq!(code, 0, "{error}");
+    assert!(Command::new("cp").args(["-r", "ours", "copy"]).current_dir(path).status().unwrap().success());
+    let (code, out, error) = mblm(path, &["report", "ours", "theirs", "foreign", "nowhere", "copy", "--out", "page"]);
+    assert_eq!(code, 1, "{error}");
+    assert!(error.contains("error: 2 of 5 folders could not be read; the report is of the others"), "{error}");
+    assert!(error.contains("skipped: copy is a copy of ours (their logs begin with the same line)"), "{error}");
     assert!(
         error.contains("skipped: foreign: expected the folder of a run") && error.contains("skipped: nowhere: "),
         "{error}"

@@ -250,6 +250,11 @@ fn a_plugin_beside_the_configuration_trains_generates_and_resumes() {
         let allowed = mblm(folder.path(), &[args, vec!["--allow-plugin-change"]].concat());
         assert_eq!(allowed.code, 0, "{}", allowed.err);
     }
+    // A run that goes on from it with another build says so.
+    let chained = mblm(folder.path(), &["train", "-q", &format!("{run}/config.yaml"), "--plugin-dir", "plugins"]);
+    let want = "these weights were trained with another build of a plugin: with mingru 1.0.0 (";
+    assert!(chained.code == 0 && chained.err.contains(want) && chained.err.contains("is used"), "{}", chained.err);
+    assert_eq!(chained.err.matches(", sha256 ").count(), 2, "{}", chained.err);
 }
 
 #[test]

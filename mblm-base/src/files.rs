@@ -17,7 +17,7 @@ pub const LOG: u64 = 1 << 30;
 /// The most bytes of one line of a log. A longer line is no record.
 const LINE: u64 = 1 << 20;
 /// How the names of fresh files begin, until they have their own.
-const FRESH: &str = ".writing-";
+pub const FRESH: &str = ".writing-";
 const FILE: &str = "a regular file";
 const FOLDER: &str = "a folder";
 

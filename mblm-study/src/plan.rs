@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 use mblm_base::files;
 use mblm_base::usage::Memory;
 use mblm_core::registry::BlockRegistry;
+use mblm_data::Fingerprint;
+use mblm_train::checkpoint::Shelf;
 use mblm_train::config::{RunConfig, TargetStrategy};
 use mblm_train::cost::{self, STEP_PER_FORWARD, Step, bytes as binary, metric, write_table};
 use mblm_train::error::{AtPath, Error, Result};
@@ -43,6 +45,8 @@ pub struct Plan {
 pub struct PlannedVariant {
     /// Its configuration, with the first seed.
     pub config: RunConfig,
+    /// Its data.
+    pub data: Fingerprint,
     /// What the report needs to know.
     pub about: AboutVariant,
 }
@@ -163,10 +167,18 @@ impl Plan {
     /// Holds the runs that are there already against the plan.
     ///
     /// # Errors
-    /// One was trained with another configuration.
+    /// One was trained with another configuration, or on other data.
     pub fn check_earlier_runs(&self, registry: &BlockRegistry) -> Result<()> {
         for run in self.runs() {
             let folder = self.run_folder(&run);
+            let state = Shelf::of_run(&folder).and_then(|shelf| shelf.newest()).and_then(|newest| newest.state());
+            if state.is_ok_and(|state| !state.data.is_empty() && !self.variants[run.variant].data.is(&state.data)) {
+                return Err(Error::Config(format!(
+                    "{} was trained on other data; put them back as they were, remove that folder to train it again, or \
+                     name another output_dir",
+                    folder.display()
+                )));
+            }
             let (true, Some(bytes)) = (folder.exists(), self.variants[run.variant].about.bytes) else { continue };
             let name = folder.join("config.yaml").display().to_string();
             let document = Document::parse(&RunFolder::config_yaml(&folder)?, &name)
@@ -235,11 +247,12 @@ pub(crate) fn run_folder(study: &Path, name: &str) -> PathBuf {
 
 /// Whether a study can be in `folder`.
 fn check_folder(folder: &Path) -> Result<()> {
-    let refuse = |why| Err(Error::Config(format!("{}: {why}; choose another output_dir, or --out", folder.display())));
-    match folder {
-        _ if RunFolder::is_in(folder) => refuse("this is the folder of a run; a study needs one of its own"),
-        _ if folder.to_str().is_none() => refuse("the name of a study's folder must be UTF-8"),
-        _ => Ok(()),
+    let refuse =
+        |why: String| Err(Error::Config(format!("{}: {why}; choose another output_dir, or --out", folder.display())));
+    match RunFolder::around(folder) {
+        Some(run) => refuse(format!("{} is the folder of a run; a study needs one of its own", run.display())),
+        None if folder.to_str().is_none() => refuse("the name of a study's folder must be UTF-8".into()),
+        None => Ok(()),
     }
 }
 
@@ -293,8 +306,11 @@ impl Planner<'_> {
         let smallest = (step.batch * step.bytes * config.train.gradient_accumulate_every) as u64;
         config.train.target_elements = wanted.unwrap_or(smallest);
         // Everything else that a run checks before it begins.
-        let trainer = open_data(&config).and_then(|data| Trainer::new(&model, data, &config));
-        let batches = trainer.map_err(|error| error.located(document))?.plan().batches;
+        let planned = open_data(&config).and_then(|splits| {
+            let data = splits.fingerprint.clone();
+            Ok((data, Trainer::new(&model, splits, &config)?.plan().batches))
+        });
+        let (data, batches) = planned.map_err(|error| error.located(document))?;
         let bytes = batches * (step.batch * step.bytes) as u64;
         if let Some(wanted) = wanted {
             self.check_rounding(wanted, bytes, step)?;
@@ -303,7 +319,7 @@ impl Planner<'_> {
         differences.retain(|line| !DECIDED.iter().any(|field| line.starts_with(&format!("{field}:"))));
         let bytes = wanted.map(|_| bytes);
         let about = AboutVariant { name: name.into(), bytes, solved, differences, cost };
-        Ok(PlannedVariant { config, about })
+        Ok(PlannedVariant { config, data, about })
     }
 
     /// What a study does not let a configuration say.

@@ -15,6 +15,7 @@ use mblm_train::config::RunConfig;
 use mblm_train::cost::bytes as binary;
 use mblm_train::error::{AtPath, Error, Result};
 use mblm_train::journal::metrics::Kind;
+use mblm_train::session::open_data;
 use mblm_train::trainer::plan::RunPlan;
 
 use crate::budget::Amount;
@@ -253,6 +254,9 @@ impl<'a> Runner<'a> {
         let config = self.plan.config(run, bytes);
         let mut peak = None;
         if !is_trained(&folder, &config) {
+            if let Err(error) = self.check_data(run, &config) {
+                return Ok(Fate::Failed(error.to_string()));
+            }
             let command = match folder.exists() {
                 true => self.resume(&config, &folder),
                 false => self.train(&config, &folder, &run.name)?,
@@ -279,6 +283,18 @@ impl<'a> Runner<'a> {
         bar.at(1.0, "measuring".into());
         self.measure(&folder, &config, peak, &log)?;
         Ok(Fate::Finished)
+    }
+
+    /// Whether the data are still those of the plan: runs on other data cannot be compared.
+    fn check_data(&self, run: &PlannedRun, config: &RunConfig) -> Result<()> {
+        let (planned, now) = (&self.plan.variants[run.variant].data, open_data(config)?.fingerprint);
+        match now.is(planned.as_str()) {
+            true => Ok(()),
+            false => Err(Error::Config(format!(
+                "io.dataset_dir: the data are not those that the study began with: {}; put them back as they were",
+                now.changes(planned.files())
+            ))),
+        }
     }
 
     /// Measures a trained model, in a process of its own too, and writes the run's result.

@@ -97,8 +97,8 @@ fn other_blocks(weights: &Tensors, store: &ParamStore) -> String {
 }
 
 /// Gives a new run the beginning that its configuration asks for: a run's weights and moments, or the weights of a `.pth`
-/// file, and a place in the data.
-pub(crate) fn begin(trainer: &mut Trainer, model: &dyn TrainModel, resume: &ResumeSection) -> Result<()> {
+/// file, and a place in the data. Returns what the user should be warned of.
+pub(crate) fn begin(trainer: &mut Trainer, model: &dyn TrainModel, resume: &ResumeSection) -> Result<Vec<String>> {
     let path = &resume.checkpoint_file;
     if !path.exists() {
         return Err(Error::Config(format!(
@@ -107,6 +107,7 @@ pub(crate) fn begin(trainer: &mut Trainer, model: &dyn TrainModel, resume: &Resu
             path.display()
         )));
     }
+    let mut warnings = Vec::new();
     let loss = if path.is_file() {
         let saved = pth::read(path)?;
         let loss = Some(saved.loss).filter(|loss| loss.is_finite());
@@ -114,14 +115,18 @@ pub(crate) fn begin(trainer: &mut Trainer, model: &dyn TrainModel, resume: &Resu
         loss
     } else {
         let checkpoint = find(path, Which::Newest)?;
-        let loss = checkpoint.state()?.valid_loss;
+        let state = checkpoint.state()?;
+        let changes = state.plugin_changes(&trainer.state().plugins).into_iter();
+        warnings.extend(changes.map(|change| format!("{}: {change}", path.display())));
+        let loss = state.valid_loss;
         match resume.migrate_embeddings {
             true => load(model, Saved { weights: checkpoint.weights()?, ..Saved::default() }, true)?,
             false => trainer.take_over(&checkpoint)?,
         }
         loss
     };
-    trainer.begin_at(Cursor { epoch: resume.next_epoch_index, batch: resume.next_batch_index }, loss)
+    trainer.begin_at(Cursor { epoch: resume.next_epoch_index, batch: resume.next_batch_index }, loss)?;
+    Ok(warnings)
 }
 
 /// A run that has seen nothing yet: its data may be any.

@@ -96,7 +96,8 @@ fn open_data_in(config: &RunConfig, start: &Path) -> Result<Splits> {
 pub fn check(model: &dyn TrainModel, splits: Splits, config: &RunConfig) -> Result<RunPlan> {
     let mut trainer = Trainer::new(model, splits, config)?;
     if let Some(resume) = &config.resume {
-        import::begin(&mut trainer, model, resume)?;
+        let warnings = import::begin(&mut trainer, model, resume)?;
+        warnings.iter().for_each(|warning| terminal::line(format_args!("warning: {warning}")));
     }
     trainer.check_data()?;
     Ok(trainer.plan().clone())
@@ -166,9 +167,10 @@ impl<'a> Session<'a> {
         let (about, fingerprint) = (splits.about.clone(), splits.fingerprint.clone());
         let model = (self.build)()?;
         let mut trainer = Trainer::new(&*model, splits, self.config)?;
-        if let Some(resume) = &self.config.resume {
-            import::begin(&mut trainer, &*model, resume)?;
-        }
+        let warnings = match &self.config.resume {
+            Some(resume) => import::begin(&mut trainer, &*model, resume)?,
+            None => vec![],
+        };
         trainer.check_data()?;
         trainer.rehearse()?;
         let run = match &self.place {
@@ -183,6 +185,7 @@ impl<'a> Session<'a> {
         if let Some(resume) = &self.config.resume {
             progress.line(&format!("begins with the weights of {}", resume.checkpoint_file.display()));
         }
+        warnings.iter().for_each(|warning| progress.warn(warning));
         let introduced = introduce(progress, &trainer, &*model, self.config);
         let ended = introduced.and_then(|()| self.attempt(&mut trainer, &mut record, started));
         Ok((run, ended))

@@ -1,14 +1,13 @@
 //! `mblm report`: compare runs that are there.
 
-use std::collections::BTreeSet;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use mblm::base::terminal::{self, Output};
 use mblm::registry::BlockRegistry;
 use mblm::study::PlanFile;
-use mblm::study::report::{Report, Run};
+use mblm::study::report::{Report, Run, Seen};
 use mblm::train::config::RunConfig;
 use mblm::train::cost::{ModelCost as Cost, Step};
 use mblm::train::journal::folder::RunFolder;
@@ -20,7 +19,7 @@ use crate::exit::Usage;
 /// Arguments of `mblm report`.
 #[derive(clap::Args)]
 pub struct Args {
-    /// Run folders, also of the Python package, or the folder of one study
+    /// Run folders, also of the Python package, or the folder of one study; what is none is skipped, and the exit code is 1
     #[arg(required = true, value_name = "RUN")]
     runs: Vec<PathBuf>,
     /// Where to write report.html and the rest
@@ -30,28 +29,37 @@ pub struct Args {
 
 /// Runs `mblm report`.
 pub fn run(args: &Args) -> Result<()> {
-    let report = match &args.runs[..] {
-        [study] if PlanFile::is_in(study) => Report::of_study(study)?,
-        folders => Report::of_runs(read(folders)?, |run| cost(run).ok()),
+    let (report, skipped) = match &args.runs[..] {
+        [study] if PlanFile::is_in(study) => (Report::of_study(study)?, 0),
+        folders => {
+            let (runs, skipped) = read(folders)?;
+            (Report::of_runs(runs, |run| cost(run).ok()), skipped)
+        }
     };
     report.write(&args.out)?;
-    Ok(writeln!(Output::new(), "{}\nreport: {}", report.to_text(), args.out.join("report.html").display())?)
+    writeln!(Output::new(), "{}\nreport: {}", report.to_text(), args.out.join("report.html").display())?;
+    match skipped {
+        0 => Ok(()),
+        n => bail!("{n} of {} folders could not be read; the report is of the others", args.runs.len()),
+    }
 }
 
-/// Reads the runs; what is none is named and skipped.
-fn read(folders: &[PathBuf]) -> Result<Vec<Run>> {
-    let (mut runs, mut seen) = (Vec::new(), BTreeSet::new());
+/// Reads the runs, each once, and counts the folders that cannot be read.
+fn read(folders: &[PathBuf]) -> Result<(Vec<Run>, usize)> {
+    let (mut runs, mut skipped, mut seen) = (Vec::new(), 0, Seen::default());
     for folder in folders {
-        let is_new = folder.canonicalize().map_or(true, |place| seen.insert(place));
-        match Run::read(folder) {
-            Ok(_) if !is_new => terminal::line(format_args!("skipped: {} is named twice", folder.display())),
-            Ok(run) => runs.push(run),
-            Err(error) => terminal::line(format_args!("skipped: {error}")),
+        match (Run::read(folder), seen.again(folder)) {
+            (Ok(run), None) => runs.push(run),
+            (Ok(_), Some(why)) => terminal::line(format_args!("skipped: {} is {why}", folder.display())),
+            (Err(error), _) => {
+                skipped += 1;
+                terminal::line(format_args!("skipped: {error}"));
+            }
         }
     }
     match runs.is_empty() {
         true => Err(Usage("none of these folders is one of a run".into()).into()),
-        false => Ok(runs),
+        false => Ok((runs, skipped)),
     }
 }
 

@@ -91,7 +91,7 @@ impl Fingerprint {
     }
 
     /// Which files are not as they were in `before`, for a message.
-    pub(crate) fn changes(&self, before: &[FileSum]) -> String {
+    pub fn changes(&self, before: &[FileSum]) -> String {
         let by_name = |files: &[FileSum]| -> BTreeMap<String, FileSum> {
             files.iter().map(|file| (file.file.clone(), file.clone())).collect()
         };

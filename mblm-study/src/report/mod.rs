@@ -12,13 +12,14 @@ mod markdown;
 mod matrix;
 mod page;
 mod run;
+mod seen;
 mod table;
 mod variant;
 mod verdict;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 pub use basis::Apart;
 use charts::Measure;
@@ -32,6 +33,7 @@ use mblm_train::error::{AtPath, Result};
 use mblm_train::journal::metrics::Kind;
 use mblm_yaml::difference::differences;
 pub use run::{Generation, Measured, Point, Run, RunResult, Status};
+pub use seen::Seen;
 use serde_yaml::Value;
 pub use variant::{Axis, CurvePoint, Spread, Variant};
 
@@ -65,7 +67,7 @@ impl Report {
     /// It is no study's folder.
     pub fn of_study(folder: &Path) -> Result<Self> {
         let plan = PlanFile::read(folder)?;
-        let (mut variants, mut seen) = (Vec::new(), BTreeSet::new());
+        let (mut variants, mut seen) = (Vec::new(), Seen::default());
         for about in &plan.variants {
             let runs = plan.seeds.iter().map(|&seed| study_run(folder, &about.name, seed, &mut seen)).collect();
             variants.push(Variant {
@@ -197,13 +199,10 @@ fn gradient_id(stage: usize) -> String {
 }
 
 /// A run of a study: from its folder, or that it has none.
-fn study_run(study: &Path, variant: &str, seed: u64, seen: &mut BTreeSet<PathBuf>) -> Run {
+fn study_run(study: &Path, variant: &str, seed: u64, seen: &mut Seen) -> Run {
     let name = run_name(variant, seed);
-    if let Ok(place) = run_folder(study, &name).canonicalize()
-        && !seen.insert(place.clone())
-    {
-        let why = format!("its folder is a link to {}, which counts once", place.display());
-        return Run::absent(&name, seed, Status::Failed(why));
+    if let Some(why) = seen.again(&run_folder(study, &name)) {
+        return Run::absent(&name, seed, Status::Failed(format!("its folder is {why}")));
     }
     let mut run = Run::read(&run_folder(study, &name)).unwrap_or_else(|_| Run::absent(&name, seed, Status::Unfinished));
     match files::read_text(&failure_file(study, &name), files::SMALL) {

@@ -21,10 +21,10 @@ use serde_yaml::Value;
 use super::charts::scale::LARGEST;
 
 const METRICS: &str = "metrics.jsonl";
-const LOSSES: &str = "loss.csv";
+pub(super) const LOSSES: &str = "loss.csv";
 const MEMORY: &str = "timemem.csv";
 const CONFIG: &str = "config.yaml";
-const LOG: &str = "train.log";
+pub(super) const LOG: &str = "train.log";
 const RESULT: &str = "result.json";
 /// Stages whose gradients are read, at most.
 const MAX_STAGES: usize = 32;

@@ -21,18 +21,29 @@ pub(super) fn verdict(variants: &[Variant]) -> Option<(String, String)> {
     // A variant is as good as the best, as far as one can tell, if one of its seeds beats one of the best's.
     let ties: Vec<&str> = ranked[1..].iter().filter(|(_, s)| s.min <= bpb.max).map(|(v, _)| &v.name[..]).collect();
     let surety = match (bpb.count.min(other.count), &ties[..]) {
-        (1, _) => "One seed each: differences as small as chance between seeds cannot be told from it.".to_string(),
+        (1, _) => {
+            let who = if ranked.iter().all(|(_, s)| s.count == 1) { "each".into() } else { of_one_seed(&ranked[..2]) };
+            format!("One seed {who}: differences as small as chance between seeds cannot be told from it.")
+        }
         (n, []) => format!("Every seed of it is better than every seed of any other; {n} seeds are still few."),
-        (_, ties) => format!(
-            "Its seeds overlap with those of {}: the order among these is not settled.",
-            match ties {
-                [one] => one.to_string(),
-                [rest @ .., last] => format!("{} and {last}", rest.join(", ")),
-                [] => String::new(),
-            }
-        ),
+        (_, ties) => {
+            format!("Its seeds overlap with those of {}: the order among these is not settled.", listed(ties))
+        }
     };
     Some((answer, surety))
+}
+
+fn of_one_seed(ranked: &[(&Variant, Spread)]) -> String {
+    let names = ranked.iter().filter(|(_, spread)| spread.count == 1).map(|(variant, _)| &variant.name[..]);
+    format!("of {}", listed(&names.collect::<Vec<_>>()))
+}
+
+fn listed(names: &[&str]) -> String {
+    match names {
+        [] => String::new(),
+        [one] => one.to_string(),
+        [rest @ .., last] => format!("{} and {last}", rest.join(", ")),
+    }
 }
 
 #[cfg(test)]
@@ -56,6 +67,9 @@ mod tests {
         let (answer, surety) = of(&[&[2.0], &[2.5]]);
         assert_eq!(answer, "v0 reaches 2.000 bits per byte, 0.500 (20.0%) below v1, the second.");
         assert!(surety.starts_with("One seed each"), "{surety}");
+        assert!(of(&[&[2.0], &[2.5, 2.6]]).1.starts_with("One seed of v0: differences"));
+        assert!(of(&[&[2.0, 2.1], &[2.5]]).1.starts_with("One seed of v1: differences"));
+        assert!(of(&[&[2.0], &[2.5], &[2.6, 2.7]]).1.starts_with("One seed of v0 and v1: differences"));
         let (answer, surety) = of(&[&[1.9, 2.1], &[2.5, 2.7]]);
         assert!(answer.starts_with("v0 reaches 2.000 ± 0.141 bits per byte (mean of 2 seeds), 0.600"), "{answer}");
         assert!(surety.starts_with("Every seed of it is better"), "{surety}");

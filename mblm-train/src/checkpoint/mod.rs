@@ -30,7 +30,7 @@ pub use mblm_pth::Tensors;
 use serde::{Deserialize, Serialize};
 
 pub use self::export::{export_pth, export_safetensors};
-pub(crate) use self::shelf::FOLDER;
+pub(crate) use self::shelf::{FOLDER, PREFIX};
 pub use self::shelf::{Shelf, Which, find};
 pub use self::state::{Sizes, TrainState, Window};
 use self::sum::FileSum;

@@ -13,7 +13,8 @@ use crate::error::{AtPath, Error, Result};
 /// The folder of a run that holds its checkpoints.
 pub(crate) const FOLDER: &str = "checkpoints";
 
-pub(super) const PREFIX: &str = "batch-";
+/// How the name of a checkpoint begins.
+pub(crate) const PREFIX: &str = "batch-";
 /// Names that are never taken for a checkpoint: one being written, one being replaced, one being deleted.
 const WRITING: &str = ".writing-";
 const REPLACED: &str = ".replaced-";

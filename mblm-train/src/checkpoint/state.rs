@@ -260,21 +260,35 @@ impl TrainState {
     /// # Errors
     /// Names the first that is missing or another one.
     pub fn check_plugins(&self, found: &[PluginOrigin]) -> Result<()> {
-        let shown = |plugin: &PluginOrigin| {
-            format!("{} {} ({}, sha256 {})", plugin.name, plugin.version, plugin.path.display(), plugin.short_sum())
-        };
-        let Some(missing) = self.plugins.iter().find(|saved| !found.iter().any(|plugin| plugin.is_file_of(saved)))
-        else {
-            return Ok(());
-        };
-        let other = found.iter().find(|plugin| plugin.name == missing.name).map_or("none".into(), &shown);
+        let Some(missing) = self.missing_plugins(found).next() else { return Ok(()) };
+        let other = found.iter().find(|plugin| plugin.name == missing.name).map_or("none".into(), shown_plugin);
         Err(Error::Config(format!(
             "plugin {}: expected the file that trained, {}; found {other}: put the old one back, or accept the change \
              with --allow-plugin-change",
             missing.name,
-            shown(missing)
+            shown_plugin(missing)
         )))
     }
+
+    /// The plugins that another run uses other builds of, in words.
+    pub(crate) fn plugin_changes(&self, found: &[PluginOrigin]) -> Vec<String> {
+        let change = |missing: &PluginOrigin| {
+            let other = found.iter().find(|plugin| plugin.name == missing.name)?;
+            let (saved, other) = (shown_plugin(missing), shown_plugin(other));
+            Some(format!(
+                "these weights were trained with another build of a plugin: with {saved}, and now {other} is used"
+            ))
+        };
+        self.missing_plugins(found).filter_map(change).collect()
+    }
+
+    fn missing_plugins(&self, found: &[PluginOrigin]) -> impl Iterator<Item = &PluginOrigin> {
+        self.plugins.iter().filter(move |saved| !found.iter().any(|plugin| plugin.is_file_of(saved)))
+    }
+}
+
+fn shown_plugin(plugin: &PluginOrigin) -> String {
+    format!("{} {} ({}, sha256 {})", plugin.name, plugin.version, plugin.path.display(), plugin.short_sum())
 }
 
 /// What a configuration says of batches; the part of it that can be read without the blocks it names.

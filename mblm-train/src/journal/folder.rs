@@ -111,6 +111,13 @@ impl RunFolder {
         folder.join(CONFIG).is_file() && folder.join(checkpoint::FOLDER).is_dir()
     }
 
+    /// The run whose folder `path` is or lies in, whether or not `path` is there.
+    pub fn around(path: &Path) -> Option<PathBuf> {
+        let path = std::path::absolute(path).ok()?;
+        let there = path.ancestors().find_map(|folder| folder.canonicalize().ok())?;
+        there.ancestors().find(|folder| Self::is_in(folder)).map(Path::to_path_buf)
+    }
+
     /// Opens the folder of an existing run to go on with it.
     ///
     /// # Errors
@@ -194,10 +201,11 @@ struct Making {
 
 impl Making {
     /// Begins to make `place`, in a folder that is there. What a killed process has left of this run, and of others beside
-    /// it, is deleted.
+    /// it, is deleted; what no maker has made is not.
     ///
     /// # Errors
-    /// [`ResourceBusy`](io::ErrorKind::ResourceBusy) if another process makes this run.
+    /// [`ResourceBusy`](io::ErrorKind::ResourceBusy) if another process makes this run. The hidden folder holds something
+    /// else.
     fn begin(place: &Path) -> io::Result<Self> {
         let folder = files::folder_of(place);
         remove_abandoned(folder);
@@ -205,6 +213,13 @@ impl Making {
         name.push(place.file_name().unwrap_or_default());
         let hidden = folder.join(name);
         files::own_folder(&hidden)?;
+        if let Some(foreign) = foreign(&hidden)? {
+            let message = format!(
+                "{} is not part of a run in the making; move it away, or name another folder",
+                foreign.display()
+            );
+            return Err(io::Error::new(io::ErrorKind::DirectoryNotEmpty, message));
+        }
         let log = hidden.join(LOG);
         // A maker may give the folder its name, and another one begin anew, before the lock is looked at.
         let Some(mut locked) = lock(&log)?.filter(|locked| files::is_at(locked, &log)) else {
@@ -215,7 +230,8 @@ impl Making {
         };
         clear(&hidden)?;
         locked.set_len(0)?;
-        writeln!(locked, "{} {MADE_BY}process {}", Timestamp::now(), std::process::id())?;
+        // At once: half a line would not be known again.
+        locked.write_all(format!("{} {MADE_BY}process {}\n", Timestamp::now(), std::process::id()).as_bytes())?;
         Ok(Making { hidden, place: place.into(), log: locked })
     }
 
@@ -244,13 +260,42 @@ fn remove_abandoned(folder: &Path) {
         let is_hidden = entry.file_name().as_encoded_bytes().starts_with(MAKING.as_bytes());
         let is_folder = entry.file_type().is_ok_and(|kind| kind.is_dir());
         // Without a log its maker has only just begun.
-        if is_hidden && is_folder && files::size(&log).is_ok() {
+        if is_hidden && is_folder && files::size(&log).is_ok() && foreign(&hidden).is_ok_and(|found| found.is_none()) {
             let log = files::append(&log);
             if log.is_ok_and(|log| log.try_lock().is_ok() && files::is_at(&log, &hidden.join(LOG))) {
                 let _ = fs::remove_dir_all(hidden);
             }
         }
     }
+}
+
+/// Something in a hidden folder that no maker of a run has left there: then nothing of it may be deleted.
+fn foreign(hidden: &Path) -> io::Result<Option<PathBuf>> {
+    let paths = |folder: &Path| fs::read_dir(folder)?.map(|entry| Ok(entry?.path())).collect::<io::Result<Vec<_>>>();
+    let checkpoints = hidden.join(checkpoint::FOLDER);
+    let mut found = paths(hidden)?;
+    if fs::symlink_metadata(&checkpoints).is_ok_and(|found| found.is_dir()) {
+        found.extend(paths(&checkpoints)?);
+    }
+    for path in found {
+        let is_made = match path.file_name().and_then(|name| name.to_str()).unwrap_or_default() {
+            // It is empty if the maker was killed at once.
+            LOG => files::size(&path)? == 0 || made(&path)?.is_some(),
+            CONFIG | LOSSES | checkpoint::FOLDER => true,
+            name => name.starts_with(files::FRESH) || name.starts_with(checkpoint::PREFIX),
+        };
+        if !is_made {
+            return Ok(Some(path));
+        }
+    }
+    Ok(None)
+}
+
+/// When and by whom a run was made: the first line of its log, which no other run has. None if it is no such line.
+pub fn made(log: &Path) -> io::Result<Option<String>> {
+    let line = files::lines(files::open(log, files::LOG)?).next().transpose()?;
+    let line = line.and_then(|line| String::from_utf8(line).ok());
+    Ok(line.filter(|line| line.split_once(MADE_BY).is_some_and(|(time, _)| Timestamp::parse(time).is_some())))
 }
 
 /// Deletes all but the log, which is locked.
@@ -461,6 +506,24 @@ mod tests {
         assert!(at(".making-S").exists(), "it is not deleted while its maker lives");
         drop(alive);
         make(&at("S")).unwrap();
+    }
+
+    #[test]
+    fn what_no_maker_left_is_not_deleted() {
+        for name in ["notes.txt", "checkpoints/notes.txt", LOG] {
+            let output = tempfile::tempdir().unwrap();
+            let (hidden, other) = (output.path().join(".making-R"), output.path().join(".making-old"));
+            for folder in [&hidden, &other] {
+                fs::create_dir_all(folder.join("checkpoints")).unwrap();
+                fs::write(folder.join(LOG), "").unwrap();
+                fs::write(folder.join(name), "precious\n").unwrap();
+            }
+            let error = Making::begin(&output.path().join("R")).map(|_| ()).unwrap_err().to_string();
+            assert!(error.contains(&format!("{name} is not part of a run in the making; move it away")), "{error}");
+            for folder in [&hidden, &other] {
+                assert_eq!(fs::read_to_string(folder.join(name)).unwrap(), "precious\n");
+            }
+        }
     }
 
     #[cfg(unix)]
