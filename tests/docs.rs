@@ -107,3 +107,20 @@ fn the_book_has_every_page() {
         }
     }
 }
+
+/// What a reader copies is what an example runs, but for the names of the crate and of the block.
+#[test]
+fn the_block_of_the_documentation_is_the_one_of_the_example() {
+    let page = fs::read_to_string(Path::new(ROOT).join("docs/blocks.md")).unwrap();
+    let example = fs::read_to_string(Path::new(ROOT).join("examples/custom_block.rs")).unwrap();
+    let lines: Vec<&str> = example.lines().map(str::trim).collect();
+    let section = page.split("## A block with candle-nn").nth(1).unwrap().split("\n### ").next().unwrap();
+    let code = section.split("```rust\n").skip(1).map(|rest| rest.split("```").next().unwrap());
+    let code: String = code.collect::<String>().replace("my-gru", "gru");
+    let own = |line: &str| line.starts_with("use ") || ["export_plugin!();", "#[serde(default)]"].contains(&line);
+    let copied: Vec<&str> = code.lines().map(str::trim).filter(|line| !own(line)).collect();
+    assert!(copied.len() > 60, "{section}");
+    for line in copied {
+        assert!(lines.contains(&line), "docs/blocks.md has a line that examples/custom_block.rs does not: {line}");
+    }
+}

@@ -267,7 +267,7 @@ fn what_is_about_to_be_trained_is_looked_at() {
         assert!(error.starts_with("stage 2 (faulty): ") && error.contains("gives another output"), "{error}");
     }
     let cases = [
-        ("dropout", "same bits again: the same input and the same seed give another output in training"),
+        ("dropout", "same bits again: the same input and the same dropout seed give another output in training"),
         ("bare", "it has no parameters"),
         ("batch", "independent sequences: "),
         ("leak", "causal: "),

@@ -59,6 +59,17 @@ impl Case {
             name.strip_prefix("param.").map(|name| (name.to_string(), (t.dims().to_vec(), floats(t))))
         });
         params.load(&weights.collect()).unwrap_or_else(|e| panic!("{}: {e}", self.name));
+        self.decay(params);
+    }
+
+    /// Weight decay acts on the matrices of layers, and on nothing else.
+    fn decay(&self, params: &ParamStore) {
+        for param in params.iter() {
+            let parts: Vec<&str> = param.name().split('.').collect();
+            let is_table = parts.iter().any(|part| ["embedding", "pos_embs"].contains(part));
+            let is_matrix = param.shape().len() >= 2 && parts.last().is_some_and(|last| last.starts_with("weight"));
+            assert_eq!(param.weight_decay(), is_matrix && !is_table, "{}: {}", self.name, param.name());
+        }
     }
 
     fn gradients(&self, params: &ParamStore) {

@@ -75,6 +75,13 @@ fn the_shipped_plugins_pass_every_check() {
 }
 
 #[test]
+fn blocks_written_with_candle_nn_pass_every_check() {
+    let folder = tempfile::tempdir().unwrap();
+    let ran = mblm(folder.path(), &["plugin", "check", path(&compiled::candle())]);
+    assert_eq!((ran.code, ran.out.matches("  passed ").count()), (0, 2 * 17), "{}\n{}", ran.out, ran.err);
+}
+
+#[test]
 fn every_fault_is_caught_by_the_check_of_its_name() {
     let folder = tempfile::tempdir().unwrap();
     let faults = [

@@ -85,8 +85,8 @@ fn norms_and_activations(c: &mut Criterion) {
     pair(
         c,
         "layer_norm",
-        || layer_norm::forward(&x, &gain, &gain, &mut y),
-        || layer_norm_composed(&x_tensor, &gain_tensor, &gain_tensor),
+        || layer_norm::forward(&x, &gain, &gain, layer_norm::EPS, &mut y),
+        || layer_norm_composed(&x_tensor, &gain_tensor, &gain_tensor, layer_norm::EPS),
     );
     pair(c, "gelu", || gelu::forward(&x, None, &mut y), || Ok(x_tensor.gelu_erf()?));
     let (rotary, heads) = (Rotary::new(64), dims.dim / 64);

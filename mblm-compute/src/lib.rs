@@ -10,6 +10,7 @@ pub mod error;
 pub mod gemm;
 pub mod layer;
 pub mod mode;
+pub mod nn;
 pub mod node;
 pub mod ops;
 pub mod parallel;

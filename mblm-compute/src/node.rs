@@ -1,9 +1,9 @@
-//! Fused ops as nodes of candle's graph: one or two tensors in, one out, with a hand-written backward over slices.
+//! Fused ops as nodes of candle's graph: one to three tensors in, one out, with a hand-written backward over slices.
 
 use std::sync::Mutex;
 
 use candle_core::backprop::GradStore;
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, Device, Layout, Shape, Storage, Tensor};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Device, Layout, Shape, Storage, Tensor};
 
 use crate::mode::Mode;
 use crate::parallel;
@@ -38,6 +38,15 @@ pub fn apply2<N: Node>(node: N, x: &Tensor, z: &Tensor, mode: Mode) -> candle_co
     match mode {
         Mode::Train { .. } => x.apply_op2(&z, Op { node, keep: true, tape: Mutex::new(None) }),
         Mode::Eval => x.apply_op2_no_bwd(&z, &Op { node, keep: false, tape: Mutex::new(None) }),
+    }
+}
+
+/// `node(x, z, w)`.
+pub fn apply3<N: Node>(node: N, x: &Tensor, z: &Tensor, w: &Tensor, mode: Mode) -> candle_core::Result<Tensor> {
+    let (x, z, w) = (x.contiguous()?, z.contiguous()?, w.contiguous()?);
+    match mode {
+        Mode::Train { .. } => x.apply_op3(&z, &w, Op { node, keep: true, tape: Mutex::new(None) }),
+        Mode::Eval => x.apply_op3_no_bwd(&z, &w, &Op { node, keep: false, tape: Mutex::new(None) }),
     }
 }
 
@@ -129,6 +138,34 @@ impl<N: Node> CustomOp2 for Op<N> {
     ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
         let mut grads = self.run_back(&[x, z], dy)?.into_iter();
         Ok((grads.next(), grads.next()))
+    }
+}
+
+impl<N: Node> CustomOp3 for Op<N> {
+    fn name(&self) -> &'static str {
+        self.label()
+    }
+    fn cpu_fwd(
+        &self,
+        s1: &CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+        s3: &CpuStorage,
+        l3: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        Ok(self.run(&[floats(s1, l1)?, floats(s2, l2)?, floats(s3, l3)?]))
+    }
+    fn bwd(
+        &self,
+        x: &Tensor,
+        z: &Tensor,
+        w: &Tensor,
+        _: &Tensor,
+        dy: &Tensor,
+    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let mut grads = self.run_back(&[x, z, w], dy)?.into_iter();
+        Ok((grads.next(), grads.next(), grads.next()))
     }
 }
 

@@ -7,7 +7,7 @@ use std::ffi::c_void;
 
 pub const MAGIC: u32 = 0x4D4C_424D;
 pub const MAJOR: u32 = 1;
-pub const MINOR: u32 = 0;
+pub const MINOR: u32 = 1;
 pub const ENTRY: &str = "mblm_plugin_entry";
 pub const MAX_DIMS: usize = 4;
 
@@ -36,6 +36,12 @@ pub const INIT_UNIFORM: u32 = 2;
 pub const INIT_LOG_UNIFORM: u32 = 3;
 pub const INIT_LOG_RANGE: u32 = 4;
 pub const INIT_INVERSE_SOFTPLUS_DT: u32 = 5;
+pub const INIT_NORMAL_WITH: u32 = 6;
+pub const INIT_UNIFORM_BETWEEN: u32 = 7;
+
+pub const DECAY_BY_NAME: u32 = 0;
+pub const DECAY_YES: u32 = 1;
+pub const DECAY_NO: u32 = 2;
 
 pub const BACKWARD: u32 = 1;
 pub const STEP: u32 = 2;
@@ -105,6 +111,9 @@ pub struct ParamInfo {
     pub num_dims: u32,
     pub dims: [u64; MAX_DIMS],
     pub name: Text,
+    /// From here on since 1.1.
+    pub decay: u32,
+    pub reserved: u32,
 }
 
 #[repr(C)]

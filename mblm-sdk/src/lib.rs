@@ -12,8 +12,8 @@ pub mod testing;
 pub use block::{PosEmb, StageBlock, StageDecoder, StageModel};
 pub use mblm_compute::error::{Error, Result};
 pub use mblm_compute::mode::Mode;
-pub use mblm_compute::param::{Init, Param, ParamScope, ParamStore};
-pub use mblm_compute::{buffer, error, gemm, layer, mode, node, ops, parallel, param, rows, simd};
+pub use mblm_compute::param::{CandleModule, Init, Param, ParamScope, ParamStore};
+pub use mblm_compute::{buffer, error, gemm, layer, mode, nn, node, ops, parallel, param, rows, simd};
 
 #[doc(hidden)]
 pub use {inventory, schemars, serde_json, typetag};

@@ -13,8 +13,9 @@ use mblm_compute::mode::Mode;
 use mblm_compute::param::{Param, ParamStore};
 
 /// What to do about a parameter without a gradient.
-pub const WITHOUT_GRADIENT: &str = "use it in `forward`, and let no operation cut the gradient (candle_nn's softmax_last_dim, \
-                                    rms_norm, layer_norm and rope do; so does `detach`), or do not create it";
+pub const WITHOUT_GRADIENT: &str = "use it in `forward`, or do not create it; no operation between it and the output may cut \
+                                    the gradient: `detach` does, and so do candle_nn's LayerNorm, RmsNorm, \
+                                    softmax_last_dim and rope, which have counterparts of the same name in mblm_sdk::nn";
 
 /// A fault of a stage model, and what to do about it.
 pub const OTHER_OUTPUT_AGAIN: &str = "the same input gives another output after other calls; look for random numbers in \
@@ -27,8 +28,9 @@ pub const OTHER_OUTPUT_REBUILT: &str = "built again, with the same parameters, i
                                         parameter (`ParamScope` in Rust, `param` in C)";
 
 /// A fault of a stage model, and what to do about it.
-pub const OTHER_OUTPUT_IN_TRAINING: &str = "the same input and the same seed give another output in training; take dropout \
-                                            from `mode.dropout`, since candle's draws other elements each time";
+pub const OTHER_OUTPUT_IN_TRAINING: &str = "the same input and the same dropout seed give another output in training; \
+                                            candle_nn's Dropout draws without a seed: use mblm_sdk::nn::Dropout, or \
+                                            `mode.dropout`";
 
 /// Panics unless every parameter gets a finite, non-zero gradient through `model`.
 pub fn check_gradients(model: &dyn StageModel, store: &ParamStore, dims: Dims) {

@@ -33,7 +33,7 @@ pub struct Bigram {
 impl Bigram {
     pub fn new() -> Self {
         let mut params = ParamStore::new(3);
-        let created = params.root().param("table.weight", &[VOCABULARY, VOCABULARY], Init::Normal);
+        let created = params.root().weight("table.weight", &[VOCABULARY, VOCABULARY], Init::Normal);
         created.unwrap();
         params.root().param("bias", &[VOCABULARY], Init::Const(0.0)).unwrap();
         Bigram {

@@ -2,6 +2,8 @@
 
 #![allow(dead_code)] // not every test uses all
 
+pub mod twins;
+
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -35,7 +37,16 @@ pub fn late(folder: &Path, name: &str, statements: &str) -> PathBuf {
 
 /// The LSTM's library, which cargo builds with the tests.
 pub fn lstm() -> PathBuf {
-    let name = format!("{}mblm_lstm{}", std::env::consts::DLL_PREFIX, std::env::consts::DLL_SUFFIX);
+    built("mblm_lstm")
+}
+
+/// The library of blocks written with candle-nn, which cargo builds with the tests.
+pub fn candle() -> PathBuf {
+    built("mblm_candle_blocks")
+}
+
+fn built(name: &str) -> PathBuf {
+    let name = format!("{}{name}{}", std::env::consts::DLL_PREFIX, std::env::consts::DLL_SUFFIX);
     let deps = std::env::current_exe().expect("a test program").parent().expect("its folder").to_path_buf();
     let places = [deps.join(&name), deps.parent().expect("the target folder").join(&name)];
     let newest = places.into_iter().filter_map(|path| Some((path.metadata().ok()?.modified().ok()?, path))).max();

@@ -6,6 +6,7 @@
 
 #include <fenv.h>
 #include <pthread.h>
+#include <stddef.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -124,6 +125,13 @@ static mblm_status param(const mblm_instance *m, uint64_t index, mblm_param_info
     info->dims[0] = m->dim;
     info->init = MBLM_INIT_CONST;
     info->a = index ? 0.5f : 1.0f;
+#ifdef FAULT_DECAY
+    if (info->struct_size >= offsetof(mblm_param_info, decay) + sizeof info->decay)
+        info->decay = index ? MBLM_DECAY_NO : MBLM_DECAY_YES;
+    info->init = MBLM_INIT_UNIFORM_BETWEEN;
+    info->a = 2.0f;
+    info->b = 3.0f;
+#endif
     return MBLM_OK;
 }
 

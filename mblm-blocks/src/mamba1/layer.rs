@@ -53,15 +53,15 @@ impl MambaLayer {
         Ok(MambaLayer {
             sizes,
             norm,
-            in_proj: params.sub("in_proj").param("weight", &[2 * inner, dim], Init::linear(dim))?,
-            conv_weight: params.sub("conv1d").param("weight", &[inner, 1, d_conv], Init::linear(d_conv))?,
+            in_proj: params.sub("in_proj").weight("weight", &[2 * inner, dim], Init::linear(dim))?,
+            conv_weight: params.sub("conv1d").weight("weight", &[inner, 1, d_conv], Init::linear(d_conv))?,
             conv_bias: params.sub("conv1d").param("bias", &[inner], Init::linear(d_conv))?,
-            x_proj: params.sub("x_proj").param("weight", &[sizes.dbc(), inner], Init::linear(inner))?,
-            dt_weight: params.sub("dt_proj").param("weight", &[inner, dt_rank], dt_init)?,
+            x_proj: params.sub("x_proj").weight("weight", &[sizes.dbc(), inner], Init::linear(inner))?,
+            dt_weight: params.sub("dt_proj").weight("weight", &[inner, dt_rank], dt_init)?,
             dt_bias: params.sub("dt_proj").param("bias", &[inner], Init::InverseSoftplusDt)?,
             a_log: params.param("A_log", &[inner, d_state], Init::LogRange)?,
             d: params.param("D", &[inner], Init::Const(1.0))?,
-            out_proj: params.sub("out_proj").param("weight", &[dim, inner], Init::linear(inner))?,
+            out_proj: params.sub("out_proj").weight("weight", &[dim, inner], Init::linear(inner))?,
         })
     }
 

@@ -56,19 +56,19 @@ impl Mamba2Layer {
         let dropout = (dropout, stream(params.prefix()));
         let norm = params.sub("norm").param("weight", &[dim], Init::Const(1.0))?;
         let mut params = params.sub("mixer");
-        let out_init = Init::linear(inner);
+        let out_start = Init::linear(inner).times(out_gain);
         Ok(Mamba2Layer {
             sizes,
             dropout,
             norm,
-            in_proj: params.sub("in_proj").param("weight", &[sizes.proj(), dim], Init::linear(dim))?,
-            conv_weight: params.sub("conv1d").param("weight", &[conv, 1, d_conv], Init::linear(d_conv))?,
+            in_proj: params.sub("in_proj").weight("weight", &[sizes.proj(), dim], Init::linear(dim))?,
+            conv_weight: params.sub("conv1d").weight("weight", &[conv, 1, d_conv], Init::linear(d_conv))?,
             conv_bias: params.sub("conv1d").param("bias", &[conv], Init::linear(d_conv))?,
             dt_bias: params.param("dt_bias", &[heads], Init::InverseSoftplusDt)?,
             a_log: params.param("A_log", &[heads], Init::LogUniform(1.0, 16.0))?,
             d: params.param("D", &[heads], Init::Const(1.0))?,
             gate_norm: params.sub("norm").param("weight", &[inner], Init::Const(1.0))?,
-            out_proj: params.sub("out_proj").scaled_param("weight", &[dim, inner], out_init, out_gain)?,
+            out_proj: params.sub("out_proj").weight("weight", &[dim, inner], out_start)?,
         })
     }
 

@@ -78,9 +78,9 @@ impl TransformerLayer {
         let stream = stream(params.prefix());
         let mut attn = params.sub(0);
         let attn_gain = attn.sub("norm").param("g", &[dim], Init::Const(1.0))?;
-        let to_q = attn.sub("to_q").param("weight", &[inner, dim], Init::linear(dim))?;
-        let to_kv = attn.sub("to_kv").param("weight", &[2 * inner, dim], Init::linear(dim))?;
-        let to_out = attn.sub("to_out").param("weight", &[dim, inner], Init::linear(inner))?;
+        let to_q = attn.sub("to_q").weight("weight", &[inner, dim], Init::linear(dim))?;
+        let to_kv = attn.sub("to_kv").weight("weight", &[2 * inner, dim], Init::linear(dim))?;
+        let to_out = attn.sub("to_out").weight("weight", &[dim, inner], Init::linear(inner))?;
         let mut ff = params.sub(1);
         Ok(TransformerLayer {
             kind,
@@ -96,9 +96,9 @@ impl TransformerLayer {
             to_kv,
             to_out,
             ff_gain: ff.sub(0).param("g", &[dim], Init::Const(1.0))?,
-            up: ff.sub(1).param("weight", &[wide, dim], Init::linear(dim))?,
+            up: ff.sub(1).weight("weight", &[wide, dim], Init::linear(dim))?,
             up_bias: ff.sub(1).param("bias", &[wide], Init::linear(dim))?,
-            down: ff.sub(4).param("weight", &[dim, wide], Init::linear(wide))?,
+            down: ff.sub(4).weight("weight", &[dim, wide], Init::linear(wide))?,
             down_bias: ff.sub(4).param("bias", &[dim], Init::linear(wide))?,
         })
     }

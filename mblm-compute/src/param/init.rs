@@ -10,8 +10,22 @@ pub enum Init {
     Const(f32),
     /// Normal with mean 0 and standard deviation 1 (`torch.nn.Embedding`, `torch.randn`).
     Normal,
+    /// Normal with this mean and standard deviation.
+    NormalWith {
+        /// The mean.
+        mean: f32,
+        /// The standard deviation.
+        std: f32,
+    },
     /// Uniform in `[-bound, bound]`.
     Uniform(f32),
+    /// Uniform in `[low, high]`.
+    UniformBetween {
+        /// The lower bound.
+        low: f32,
+        /// The upper bound.
+        high: f32,
+    },
     /// `ln u` with `u` uniform in `[low, high]` (Mamba-2's `A_log`).
     LogUniform(f32, f32),
     /// `ln(1), …, ln(n)` along the last dimension (Mamba-1's `A_log`, the S4D-real initialisation).
@@ -26,18 +40,26 @@ impl Init {
         Init::Uniform(1.0 / (fan_in as f32).sqrt())
     }
 
+    /// These draws, multiplied by `gain`.
+    pub fn times(self, gain: f32) -> Start {
+        Start { init: self, gain }
+    }
+
     pub(super) fn values(self, shape: &[usize], rng: &mut ChaCha8Rng) -> Vec<f32> {
         let last = shape.last().copied().unwrap_or(1);
         let uniform = |rng: &mut ChaCha8Rng| (rng.next_u32() >> 8) as f64 / (1u32 << 24) as f64;
+        let normal = |rng: &mut ChaCha8Rng| {
+            // Box & Muller 1958; 1 - u keeps the logarithm finite.
+            let (u, v) = (1.0 - uniform(rng), uniform(rng));
+            (-2.0 * u.ln()).sqrt() * (2.0 * std::f64::consts::PI * v).cos()
+        };
         let draw = |i: usize, rng: &mut ChaCha8Rng| -> f64 {
             match self {
                 Init::Const(value) => value as f64,
-                Init::Normal => {
-                    // Box & Muller 1958; 1 - u keeps the logarithm finite.
-                    let (u, v) = (1.0 - uniform(rng), uniform(rng));
-                    (-2.0 * u.ln()).sqrt() * (2.0 * std::f64::consts::PI * v).cos()
-                }
+                Init::Normal => normal(rng),
+                Init::NormalWith { mean, std } => mean as f64 + std as f64 * normal(rng),
                 Init::Uniform(bound) => (2.0 * uniform(rng) - 1.0) * bound as f64,
+                Init::UniformBetween { low, high } => low as f64 + uniform(rng) * (high as f64 - low as f64),
                 Init::LogUniform(low, high) => (low as f64 + uniform(rng) * (high - low) as f64).ln(),
                 Init::LogRange => ((i % last + 1) as f64).ln(),
                 Init::InverseSoftplusDt => {
@@ -60,6 +82,12 @@ pub struct Start {
     pub gain: f32,
 }
 
+impl From<Init> for Start {
+    fn from(init: Init) -> Self {
+        init.times(1.0)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -74,5 +102,12 @@ mod tests {
         assert!(mean.abs() < 0.02 && (variance - 1.0).abs() < 0.02, "mean {mean}, variance {variance}");
         let uniform = store.root().param("u", &[10_000], Init::linear(16)).unwrap().values().to_vec();
         assert!(uniform.iter().all(|v| v.abs() <= 0.25) && uniform.iter().any(|v| v.abs() > 0.249));
+        let moved = store.root().param("m", &[100_000], Init::NormalWith { mean: -3.0, std: 0.5 }).unwrap();
+        let mean = moved.values().iter().sum::<f32>() / 1e5;
+        let variance = moved.values().iter().map(|v| (v - mean).powi(2)).sum::<f32>() / 1e5;
+        assert!((mean + 3.0).abs() < 0.01 && (variance - 0.25).abs() < 0.01, "mean {mean}, variance {variance}");
+        let between = store.root().param("b", &[10_000], Init::UniformBetween { low: 1.0, high: 3.0 }).unwrap();
+        let (low, high) = between.values().iter().fold((9f32, -9f32), |(low, high), v| (low.min(*v), high.max(*v)));
+        assert!((1.0..1.01).contains(&low) && high <= 3.0 && high > 2.99, "{low} to {high}");
     }
 }

@@ -3,13 +3,15 @@
 //! Names are those of the reference package's `state_dict`, so weights travel both ways unchanged. Creating a parameter
 //! allocates nothing: its values are drawn when they are first read. So a model can be counted without its memory.
 
+mod candle;
 mod gradient;
 mod init;
 mod store;
 mod value;
 
+pub use candle::CandleModule;
 pub use gradient::Gradient;
 pub use init::{Init, Start};
-pub use store::{MAX_TENSORS, fold_gradients};
+pub use store::{MAX_TENSORS, decays_by_name, fold_gradients};
 pub use store::{ParamScope, ParamStore};
 pub use value::{Loan, Param, Values};

@@ -46,7 +46,7 @@ impl ParamStore {
 
     /// The scope without a prefix.
     pub fn root(&mut self) -> ParamScope<'_> {
-        ParamScope { store: self, prefix: String::new() }
+        ParamScope { store: self, prefix: String::new(), may_decay: true }
     }
 
     /// The parameters, sorted by name.
@@ -155,13 +155,25 @@ pub fn fold_gradients<'a>(params: impl Iterator<Item = &'a Arc<Param>>, grads: &
 pub struct ParamScope<'a> {
     store: &'a mut ParamStore,
     prefix: String,
+    /// Whether weight decay may act on what is created here.
+    may_decay: bool,
 }
 
 impl ParamScope<'_> {
     /// The scope `prefix.name`.
     pub fn sub(&mut self, name: impl std::fmt::Display) -> ParamScope<'_> {
         let prefix = if self.prefix.is_empty() { name.to_string() } else { format!("{}.{name}", self.prefix) };
-        ParamScope { store: self.store, prefix }
+        ParamScope { prefix, ..self.reborrow() }
+    }
+
+    /// The same scope, in which weight decay acts on nothing that is created: for embeddings, for example.
+    pub fn no_decay(&mut self) -> ParamScope<'_> {
+        ParamScope { may_decay: false, ..self.reborrow() }
+    }
+
+    /// The same scope, for a shorter time.
+    pub(super) fn reborrow(&mut self) -> ParamScope<'_> {
+        ParamScope { store: self.store, prefix: self.prefix.clone(), may_decay: self.may_decay }
     }
 
     /// The prefix of this scope: with the model's seed, it tells a module's random stream from all others.
@@ -169,43 +181,47 @@ impl ParamScope<'_> {
         &self.prefix
     }
 
-    /// Creates a parameter. If it is a matrix whose last name is `weight…`, as layers call theirs, it decays; everything
-    /// else does not: biases, gains, `A_log`, `D`.
-    pub fn param(&mut self, name: &str, shape: &[usize], init: Init) -> Result<Arc<Param>> {
-        self.scaled_param(name, shape, init, 1.0)
+    /// Creates a parameter that weight decay leaves alone: a bias, a gain, `A_log`, `D`. Use [`weight`](Self::weight) for
+    /// the matrix of a linear layer or a convolution.
+    pub fn param(&mut self, name: &str, shape: &[usize], start: impl Into<Start>) -> Result<Arc<Param>> {
+        self.create(name, shape, start.into(), None, false)
     }
 
-    /// Creates a parameter whose initial values are multiplied by `gain`.
-    pub fn scaled_param(&mut self, name: &str, shape: &[usize], init: Init, gain: f32) -> Result<Arc<Param>> {
-        let is_weight = name.rsplit('.').next().is_some_and(|last| last.starts_with("weight"));
-        self.create(name, shape, init, None, gain, shape.len() >= 2 && is_weight)
+    /// Creates a parameter that weight decay acts on: the matrix of a linear layer or a convolution.
+    pub fn weight(&mut self, name: &str, shape: &[usize], start: impl Into<Start>) -> Result<Arc<Param>> {
+        self.create(name, shape, start.into(), None, true)
     }
 
     /// Creates an embedding table `(rows, dim)` whose row `zero_row` is zero and stays so. It does not decay.
     pub fn embedding(&mut self, rows: usize, dim: usize, zero_row: Option<usize>) -> Result<Arc<Param>> {
-        self.create("weight", &[rows, dim], Init::Normal, zero_row, 1.0, false)
+        self.create("weight", &[rows, dim], Init::Normal.into(), zero_row, false)
     }
 
     fn create(
         &mut self,
         name: &str,
         shape: &[usize],
-        init: Init,
+        start: Start,
         zero_row: Option<usize>,
-        gain: f32,
-        weight_decay: bool,
+        decay: bool,
     ) -> Result<Arc<Param>> {
         let name = self.sub(name).prefix;
         if self.store.params.contains_key(&name) {
             return Err(Error::Weights(format!("parameter {name} is created twice")));
         }
         let num_elements = self.store.num_elements_with(&name, shape)?;
-        let start = Start { init, gain };
-        let param = Arc::new(Param::new(name.clone(), shape, self.store.seed, start, zero_row, weight_decay));
+        let decay = decay && self.may_decay;
+        let param = Arc::new(Param::new(name.clone(), shape, self.store.seed, start, zero_row, decay));
         self.store.num_elements = num_elements;
         self.store.params.insert(name, param.clone());
         Ok(param)
     }
+}
+
+/// Whether weight decay acts on a parameter whose maker does not say: on tensors of two or more dimensions whose last name
+/// begins with `weight`, as layers call their matrices.
+pub fn decays_by_name(name: &str, shape: &[usize]) -> bool {
+    shape.len() >= 2 && name.rsplit('.').next().is_some_and(|last| last.starts_with("weight"))
 }
 
 #[cfg(test)]
@@ -240,17 +256,21 @@ mod tests {
     }
 
     #[test]
-    fn what_a_parameter_is_decides_whether_it_decays_and_not_where_it_stands() {
+    fn whether_a_parameter_decays_is_said_where_it_is_created() {
         let mut store = ParamStore::new(0);
         let mut root = store.root();
-        let mut scope = root.sub("token_embs_rev.1");
+        let mut scope = root.sub("member.emb");
+        assert!(scope.weight("weight", &[4, 4], Init::Normal).unwrap().weight_decay());
+        assert!(scope.weight("table", &[4], Init::Normal).unwrap().weight_decay());
+        assert!(!scope.param("weight_1", &[4, 4], Init::Normal).unwrap().weight_decay());
         assert!(!scope.sub("embedding").embedding(3, 2, Some(1)).unwrap().weight_decay());
-        let decays = |name: &str, shape: &[usize], scope: &mut ParamScope| {
-            scope.sub("_post.2").param(name, shape, Init::Normal).unwrap().weight_decay()
-        };
-        assert!(decays("weight", &[4, 4], &mut scope) && decays("weight_ih_l0", &[4, 4], &mut scope));
-        assert!(!decays("bias", &[4], &mut scope) && !decays("A_log", &[4, 4], &mut scope));
-        assert!(!decays("norm.weight", &[4], &mut scope));
+        assert!(!scope.no_decay().sub("a").weight("weight", &[4, 4], Init::Normal).unwrap().weight_decay());
+    }
+
+    #[test]
+    fn names_decide_only_for_makers_that_do_not_say() {
+        assert!(decays_by_name("a.weight", &[4, 4]) && decays_by_name("weight_ih_l0", &[4, 4]));
+        assert!(!decays_by_name("bias", &[4]) && !decays_by_name("A_log", &[4, 4]) && !decays_by_name("weight", &[4]));
     }
 
     #[test]

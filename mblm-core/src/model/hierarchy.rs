@@ -38,7 +38,7 @@ impl Hierarchy {
         let dim = config.hidden_dims[config.num_stages() - 1];
         let mut root = params.root();
         let mut out = root.sub("to_logits");
-        let out_weight = out.param("weight", &[config.num_tokens, dim], Init::linear(dim))?;
+        let out_weight = out.weight("weight", &[config.num_tokens, dim], Init::linear(dim))?;
         let out_bias = out.param("bias", &[config.num_tokens], Init::linear(dim))?;
         Ok(Hierarchy { config: config.clone(), params, stages, out_weight, out_bias })
     }

@@ -29,7 +29,7 @@ impl NextStage {
             Error::Input(format!("{sizes}, does not fit 64 bits; lower seq_lens of the next stage"))
         })?;
         Ok(NextStage {
-            weight: params.param("weight", &[outputs, dim], Init::linear(dim))?,
+            weight: params.weight("weight", &[outputs, dim], Init::linear(dim))?,
             bias: params.param("bias", &[outputs], Init::linear(dim))?,
             next_seq,
             next_dim,

@@ -70,7 +70,7 @@ impl TokenEmbedding {
                 };
                 Some(Projection {
                     norm_in: norm(flat, &mut post.sub(1))?,
-                    weight: post.sub(2).param("weight", &[sizes.dim, flat], Init::linear(flat))?,
+                    weight: post.sub(2).weight("weight", &[sizes.dim, flat], Init::linear(flat))?,
                     bias: post.sub(2).param("bias", &[sizes.dim], Init::linear(flat))?,
                     norm_out: norm(sizes.dim, &mut post.sub(3))?,
                 })
@@ -120,7 +120,7 @@ impl TokenEmbedding {
             let normed = self.normed(p, table, ids).0;
             linear::step(&normed, &p.weight.values(), Some(&p.bias.values()), inputs, Update::Set, out);
         }
-        layer_norm::forward(projected, &p.norm_out[0].values(), &p.norm_out[1].values(), y);
+        layer_norm::forward(projected, &p.norm_out[0].values(), &p.norm_out[1].values(), layer_norm::EPS, y);
     }
 
     /// The looked-up bytes after and before the first norm, `(ids, D_N)`.
@@ -128,7 +128,7 @@ impl TokenEmbedding {
         let mut flat = Buffer::take(ids.len() * self.table.shape()[1]);
         self.look_up(table, ids, &mut flat);
         let mut normed = Buffer::take(flat.len());
-        layer_norm::forward(&flat, &p.norm_in[0].values(), &p.norm_in[1].values(), &mut normed);
+        layer_norm::forward(&flat, &p.norm_in[0].values(), &p.norm_in[1].values(), layer_norm::EPS, &mut normed);
         (normed, flat)
     }
 
@@ -182,7 +182,14 @@ impl Node for Embed {
         parallel::copy(dy, &mut d);
         let [weight, bias] = &p.norm_out;
         let values = weight.values();
-        layer_norm::backward(&projected, &values, &mut d, &mut weight.grad_mut(), &mut bias.grad_mut());
+        layer_norm::backward(
+            &projected,
+            &values,
+            layer_norm::EPS,
+            &mut d,
+            &mut weight.grad_mut(),
+            &mut bias.grad_mut(),
+        );
         linear::backward_bias(&d, &mut p.bias.grad_mut());
         let inputs_len = p.norm_in[0].len();
         let [weight, bias] = &p.norm_in;
@@ -192,7 +199,14 @@ impl Node for Embed {
             linear::backward_weight(d, &normed, inputs_len, &mut p.weight.grad_mut());
             let mut dflat = normed;
             linear::backward_input(d, &p.weight.values(), inputs_len, Update::Set, &mut dflat);
-            layer_norm::backward(&flat, &values, &mut dflat, &mut weight.grad_mut(), &mut bias.grad_mut());
+            layer_norm::backward(
+                &flat,
+                &values,
+                layer_norm::EPS,
+                &mut dflat,
+                &mut weight.grad_mut(),
+                &mut bias.grad_mut(),
+            );
             self.scatter(ids, &dflat, &mut grads[0]);
         }
     }

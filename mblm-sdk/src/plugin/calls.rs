@@ -2,6 +2,7 @@
 //!
 //! Pointers are what `include/mblm_plugin.h` says they are: that is what every `SAFETY` below rests on.
 
+use std::mem::offset_of;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
@@ -11,7 +12,7 @@ use crate::abi::{self, Block, InstanceInfo, ParamInfo, Params, Status, Text};
 use crate::block::PosEmb;
 use crate::registration::Registration;
 use mblm_compute::layer::Dims;
-use mblm_compute::param::Init;
+use mblm_compute::param::{Init, Param};
 
 /// The table of one block.
 pub(super) fn block(
@@ -139,31 +140,72 @@ unsafe extern "C" fn destroy(pointer: *mut abi::Instance) {
 
 unsafe extern "C" fn param(pointer: *const abi::Instance, index: u64, info: *mut ParamInfo) -> Status {
     // SAFETY: by the contract.
-    let (instance, info) = unsafe { (instance(pointer), &mut *info) };
-    guard(Some(&instance.panicked), || {
+    let instance = unsafe { instance(pointer) };
+    let described = Described(info);
+    guard(Some(&instance.panicked), move || {
         let Some((name, param)) = instance.params.get(index as usize) else {
             return Err(Failure::new(abi::INVALID, "", format!("there is no parameter {index}")));
         };
+        // SAFETY: by the contract, valid for its `struct_size`.
+        unsafe { described.write(name, param) }
+    })
+}
+
+/// The host's memory for the description of a parameter. A host of 1.0 has less of it than [`ParamInfo`] says, so it is
+/// never borrowed as a whole.
+struct Described(*mut ParamInfo);
+
+// SAFETY: the host's memory is this call's alone.
+unsafe impl Send for Described {}
+
+impl Described {
+    /// # Safety
+    /// The memory must be valid for as many bytes as its `struct_size` says, and at least for the fields of 1.0.
+    unsafe fn write(self, name: &str, param: &Param) -> Result<(), Failure> {
+        let unsupported = |message: String| Failure::new(abi::UNSUPPORTED, "", message);
         let shape = param.shape();
         if shape.len() > abi::MAX_DIMS {
-            let message = format!("parameter {name} has {} dimensions, more than {}", shape.len(), abi::MAX_DIMS);
-            return Err(Failure::new(abi::UNSUPPORTED, "", message));
+            let (found, most) = (shape.len(), abi::MAX_DIMS);
+            return Err(unsupported(format!("parameter {name} has {found} dimensions, more than {most}")));
         }
-        info.name = Text::of(name);
-        info.num_dims = shape.len() as u32;
-        info.dims.iter_mut().zip(shape).for_each(|(slot, &dim)| *slot = dim as u64);
+        let info = self.0;
+        // SAFETY: by the contract of this function.
+        let size = unsafe { (*info).struct_size as usize };
+        let knows_decay = size >= offset_of!(ParamInfo, decay) + size_of::<u32>();
+        let mut dims = [0; abi::MAX_DIMS];
+        dims.iter_mut().zip(shape).for_each(|(slot, &dim)| *slot = dim as u64);
         let start = param.start();
-        info.gain = start.gain;
-        (info.init, info.a, info.b) = match start.init {
+        let (init, a, b) = match start.init {
             Init::Const(value) => (abi::INIT_CONST, value, 0.0),
             Init::Normal => (abi::INIT_NORMAL, 0.0, 0.0),
             Init::Uniform(bound) => (abi::INIT_UNIFORM, bound, 0.0),
             Init::LogUniform(low, high) => (abi::INIT_LOG_UNIFORM, low, high),
             Init::LogRange => (abi::INIT_LOG_RANGE, 0.0, 0.0),
             Init::InverseSoftplusDt => (abi::INIT_INVERSE_SOFTPLUS_DT, 0.0, 0.0),
+            Init::NormalWith { mean, std } => (abi::INIT_NORMAL_WITH, mean, std),
+            Init::UniformBetween { low, high } => (abi::INIT_UNIFORM_BETWEEN, low, high),
         };
+        if init > abi::INIT_INVERSE_SOFTPLUS_DT && !knows_decay {
+            let init = start.init;
+            return Err(unsupported(format!(
+                "parameter {name} starts as {init:?}, which this mblm does not know: update it"
+            )));
+        }
+        // SAFETY: by the contract of this function; the last field lies within what the host knows.
+        unsafe {
+            (*info).name = Text::of(name);
+            (*info).num_dims = shape.len() as u32;
+            (*info).dims = dims;
+            (*info).gain = start.gain;
+            (*info).init = init;
+            (*info).a = a;
+            (*info).b = b;
+            if knows_decay {
+                (*info).decay = if param.weight_decay() { abi::DECAY_YES } else { abi::DECAY_NO };
+            }
+        }
         Ok(())
-    })
+    }
 }
 
 unsafe extern "C" fn forward(
@@ -408,4 +450,36 @@ unsafe extern "C" fn cost(
         }
         None => Err(Failure::new(abi::UNSUPPORTED, "", "the block does not know its cost")),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ParamStore;
+
+    /// What a parameter says of itself to a host that knows `struct_size` bytes, the rest of which are 0xAA.
+    fn described(start: impl Into<crate::param::Start>, struct_size: usize) -> Result<ParamInfo, String> {
+        let mut store = ParamStore::new(0);
+        let param = store.root().weight("w", &[2, 3], start).unwrap();
+        // SAFETY: numbers and pointers, which any bits are.
+        let mut info: ParamInfo = unsafe { std::mem::transmute([0xAAu8; size_of::<ParamInfo>()]) };
+        info.struct_size = struct_size as u32;
+        // SAFETY: valid for more than `struct_size`.
+        unsafe { Described(&raw mut info).write("w", &param) }.map_err(|failure| failure.message)?;
+        Ok(info)
+    }
+
+    #[test]
+    fn a_host_of_the_first_version_gets_what_it_knows_and_no_more() {
+        let old = offset_of!(ParamInfo, decay);
+        assert_eq!(old, 72, "the size of mblm_param_info in 1.0");
+        let info = described(Init::Normal.times(0.5), old).unwrap();
+        assert_eq!((info.init, info.gain, info.decay, info.reserved), (1, 0.5, 0xAAAA_AAAA, 0xAAAA_AAAA));
+        assert_eq!(described(Init::Normal, size_of::<ParamInfo>()).unwrap().decay, abi::DECAY_YES);
+        let start = Init::NormalWith { mean: 1.0, std: 2.0 };
+        let error = described(start, old).unwrap_err();
+        assert!(error.contains("parameter w starts as NormalWith") && error.contains("update it"), "{error}");
+        let info = described(start, size_of::<ParamInfo>()).unwrap();
+        assert_eq!((info.init, info.a, info.b), (abi::INIT_NORMAL_WITH, 1.0, 2.0));
+    }
 }

@@ -37,6 +37,10 @@ macro_rules! export_plugin {
 /// Set where the check of panics runs: `forward` panics then.
 pub const PANIC_VARIABLE: &str = "MBLM_PLUGIN_PANIC";
 
+/// Bytes of stack of a thread, of which only what is used takes memory. candle's backward pass recurses once per operation,
+/// so a block that loops over positions goes deep.
+const STACK: usize = 64 << 20;
+
 /// What the host offers, from `init` on.
 static HOST: OnceLock<abi::Host> = OnceLock::new();
 
@@ -86,7 +90,8 @@ unsafe extern "C" fn init(host: *const abi::Host) -> Status {
             *PANIC.lock().unwrap_or_else(PoisonError::into_inner) = Some(info.to_string());
         }));
         // Fails where a pool was made before, which is as good.
-        let _ = rayon::ThreadPoolBuilder::new().num_threads(host.num_threads as usize).build_global();
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(host.num_threads as usize).stack_size(STACK);
+        let _ = pool.build_global();
         Ok(())
     })
 }

@@ -201,7 +201,7 @@ mod tests {
         let mut store = ParamStore::new(0);
         let p = store.root().param("p.bias", &[4], Init::Const(0.0)).unwrap();
         p.update(|v| v.copy_from_slice(&[0.5, -1.0, 2.0, 0.0])).unwrap();
-        let q = store.root().param("q.weight", &[1, 2], Init::Const(0.0)).unwrap();
+        let q = store.root().weight("q.weight", &[1, 2], Init::Const(0.0)).unwrap();
         q.update(|v| v.copy_from_slice(&[1.0, -3.0])).unwrap();
         store
     }

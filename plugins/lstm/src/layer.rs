@@ -36,16 +36,15 @@ impl LstmLayer {
     /// The `index`-th layer of a stack.
     pub(crate) fn new(units: usize, index: usize, dropout: f32, params: &mut ParamScope) -> Result<Self> {
         let stream = stream(&format!("{}.l{index}", params.prefix()));
-        let mut param =
-            |name: &str, shape: &[usize]| params.param(&format!("{name}_l{index}"), shape, Init::linear(units));
+        let (name, init) = (|name: &str| format!("{name}_l{index}"), Init::linear(units));
         Ok(LstmLayer {
             units,
             dropout,
             stream,
-            weight_ih: param("weight_ih", &[GATES * units, units])?,
-            weight_hh: param("weight_hh", &[GATES * units, units])?,
-            bias_ih: param("bias_ih", &[GATES * units])?,
-            bias_hh: param("bias_hh", &[GATES * units])?,
+            weight_ih: params.weight(&name("weight_ih"), &[GATES * units, units], init)?,
+            weight_hh: params.weight(&name("weight_hh"), &[GATES * units, units], init)?,
+            bias_ih: params.param(&name("bias_ih"), &[GATES * units], init)?,
+            bias_hh: params.param(&name("bias_hh"), &[GATES * units], init)?,
         })
     }
 

@@ -94,8 +94,9 @@ impl Probe<'_> {
             if (nearest - want).abs() > TOLERANCE * norm {
                 return Err(format!(
                     "{what}: along a random direction the loss changes by {nearest:.5}, backward says {want:.5} (the \
-                     gradient's norm is {norm:.5})\nlook for a mistake in a backward pass, or for an operation that cuts a \
-                     part of the gradient (candle_nn's softmax_last_dim, rms_norm, layer_norm and rope do)"
+                     gradient's norm is {norm:.5})\nlook for a mistake in a backward pass, for dropout without a seed, or for an \
+                     operation that cuts a part of the gradient; candle_nn's LayerNorm, RmsNorm, softmax_last_dim, rope and \
+                     Dropout have counterparts in mblm_sdk::nn"
                 ));
             }
         }

@@ -5,7 +5,7 @@ use super::{Outcome, Subject};
 use crate::plugin::host::{ParamValues, Pass};
 use mblm_sdk::abi;
 use mblm_sdk::mode::Mode;
-use mblm_sdk::testing::{OTHER_OUTPUT_AGAIN, OTHER_OUTPUT_REBUILT, difference};
+use mblm_sdk::testing::{OTHER_OUTPUT_AGAIN, OTHER_OUTPUT_IN_TRAINING, OTHER_OUTPUT_REBUILT, difference};
 
 /// One forward pass.
 pub(super) fn forward(subject: &Subject) -> Result<(), String> {
@@ -125,13 +125,18 @@ pub(super) fn reproducible(subject: &Subject) -> Result<Outcome, String> {
     let moved: Vec<Vec<f32>> = values.iter().map(|values| values.iter().map(|value| value + 0.5).collect()).collect();
     other.forward_with(&moved, 2, dims, &x, Mode::Eval)?;
     let (rebuilt, _) = other.forward_with(&values, 3, dims, &x, Mode::Eval)?;
+    let train = || one.forward_with(&values, 1, dims, &x, MODE);
+    let trained = if one.can_train() { Some((train()?.0, train()?.0)) } else { None };
     // Who does not promise the same bits keeps to the same numbers.
     let tolerance = if one.instance.can(abi::DETERMINISTIC) { 0.0 } else { 1e-4 };
-    match (difference(&again, &want, tolerance), difference(&rebuilt, &want, tolerance)) {
-        (Some(difference), _) => Err(format!("{OTHER_OUTPUT_AGAIN}: {difference}")),
-        (None, Some(difference)) => Err(format!("{OTHER_OUTPUT_REBUILT}: {difference}")),
-        (None, None) => Ok(Outcome::Passed("after other calls, and in another instance".into())),
+    let pairs = [(OTHER_OUTPUT_AGAIN, &again, &want), (OTHER_OUTPUT_REBUILT, &rebuilt, &want)];
+    let training = trained.iter().map(|(again, want)| (OTHER_OUTPUT_IN_TRAINING, again, want));
+    for (fault, got, want) in pairs.into_iter().chain(training) {
+        if let Some(difference) = difference(got, want, tolerance) {
+            return Err(format!("{fault}: {difference}"));
+        }
     }
+    Ok(Outcome::Passed("after other calls, and in another instance".into()))
 }
 
 /// The same inputs give the same bits, in another instance too.

@@ -137,9 +137,7 @@ pub(super) struct Gradients {
 impl Rig {
     fn new(instance: Arc<Instance>, dim: usize) -> Result<Self, String> {
         let mut store = ParamStore::new(7);
-        let create = |spec: &crate::plugin::host::ParamSpec| {
-            store.root().scaled_param(&spec.name, &spec.shape, spec.start.init, spec.start.gain)
-        };
+        let create = |spec: &crate::plugin::host::ParamSpec| store.root().param(&spec.name, &spec.shape, spec.start);
         let params: Vec<_> =
             instance.params().iter().map(create).collect::<mblm_sdk::Result<_>>().map_err(|error| error.to_string())?;
         perturb(&store);

@@ -143,8 +143,9 @@ impl StageBlock for PluginBlock {
 
     fn build(&self, dim: usize, num_layers: usize, params: &mut ParamScope) -> Result<Box<dyn StageModel>> {
         let instance = Instance::new(&self.library, self.block(), &self.config, params.prefix(), dim, num_layers)?;
-        let create = |spec: &super::instance::ParamSpec| {
-            params.scaled_param(&spec.name, &spec.shape, spec.start.init, spec.start.gain)
+        let create = |spec: &super::instance::ParamSpec| match spec.decays {
+            true => params.weight(&spec.name, &spec.shape, spec.start),
+            false => params.param(&spec.name, &spec.shape, spec.start),
         };
         let params = instance.params().iter().map(create).collect::<Result<Vec<_>, Error>>()?;
         Ok(Box::new(PluginModel::new(instance, params)))

@@ -12,7 +12,7 @@ use mblm_sdk::block::Cost;
 use mblm_sdk::error::{Error, Result};
 use mblm_sdk::layer::Dims;
 use mblm_sdk::mode::Mode;
-use mblm_sdk::param::{Init, MAX_TENSORS, Start};
+use mblm_sdk::param::{Init, MAX_TENSORS, Start, decays_by_name};
 
 /// A parameter that an instance asks for.
 #[derive(Clone, Debug, PartialEq)]
@@ -23,6 +23,8 @@ pub struct ParamSpec {
     pub shape: Vec<usize>,
     /// How it starts.
     pub start: Start,
+    /// Whether weight decay acts on it.
+    pub decays: bool,
 }
 
 /// The values of an instance's parameters, in its order, with the number that grows when one changes.
@@ -130,6 +132,8 @@ impl Instance {
             num_dims: 0,
             dims: [0; abi::MAX_DIMS],
             name: Text::EMPTY,
+            decay: abi::DECAY_BY_NAME,
+            reserved: 0,
         };
         let param = self.table.param.ok_or_else(|| missing(&self.name, "param"))?;
         // SAFETY: as the contract says.
@@ -157,9 +161,17 @@ impl Instance {
             abi::INIT_LOG_UNIFORM => Init::LogUniform(info.a, info.b),
             abi::INIT_LOG_RANGE => Init::LogRange,
             abi::INIT_INVERSE_SOFTPLUS_DT => Init::InverseSoftplusDt,
+            abi::INIT_NORMAL_WITH => Init::NormalWith { mean: info.a, std: info.b },
+            abi::INIT_UNIFORM_BETWEEN => Init::UniformBetween { low: info.a, high: info.b },
             other => return Err(wrong(format!("unknown kind of initial values, {other}"))),
         };
-        Ok(ParamSpec { name, shape, start: Start { init, gain: info.gain } })
+        let decays = match info.decay {
+            abi::DECAY_BY_NAME => decays_by_name(&name, &shape),
+            abi::DECAY_YES => true,
+            abi::DECAY_NO => false,
+            other => return Err(wrong(format!("unknown kind of decay, {other}"))),
+        };
+        Ok(ParamSpec { name, shape, start: init.times(info.gain), decays })
     }
 
     /// Writes the output to `y`; returns a tape if `keep`.

@@ -309,7 +309,7 @@ mod tests {
         assert!(verdict(|t| t.struct_size -= 8).contains("expected at least"));
         assert!(verdict(|t| t.major += 1).contains("use a newer MBLM"));
         assert!(verdict(|t| t.major -= 1).contains("a plugin built for this MBLM"));
-        assert!(verdict(|t| t.minor += 1).contains("needs version 1.1"));
+        assert!(verdict(|t| t.minor += 1).contains("needs version 1.2"));
         assert!(verdict(|t| t.magic = 0x7f45_4c46).contains("begins with 0x7f454c46"));
         // SAFETY: null is allowed.
         assert!(unsafe { check_table(std::ptr::null()) }.err().unwrap().contains("returned null"));
