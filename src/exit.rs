@@ -7,7 +7,7 @@ pub const EXIT_USAGE: u8 = 2;
 
 /// For `--help`.
 pub const EXIT_CODES: &str = "\
-Exit codes: 0 finished (or train.max_seconds are over), 1 failed, 2 wrong arguments, configuration or data,
+Exit codes: 0 finished (or reached train.max_seconds), 1 failed, 2 error in the arguments, configuration or data,
 128 + N interrupted by signal N (130: Ctrl-C, 143: SIGTERM)";
 
 /// A mistake on the command line that clap cannot know of.

@@ -26,7 +26,7 @@ use mblm_blocks as _;
 use plugins::Plugins;
 use signals::Interrupted;
 
-/// Multiscale Byte Language Models.
+/// Train, compare and run Multiscale Byte Language Models.
 #[derive(Parser)]
 #[command(version, after_help = EXIT_CODES)]
 struct Cli {
@@ -38,38 +38,38 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Train a model from a YAML configuration, or go on with a run
+    /// Train a model from a YAML configuration, or resume a run
     Train(train::Args),
     /// Continue a prompt with a trained model
     Generate(generate::Args),
-    /// Train variants of a model under one budget and report which is best
+    /// Train variants of a model under one budget and report the best
     Compare(compare::Args),
-    /// Compare runs that are there: a page, tables and charts
+    /// Compare existing runs: tables, charts and an HTML page
     Report(report::Args),
-    /// Measure the bits per byte of a trained model on data
+    /// Measure bits per byte of a trained model on your data
     Eval(eval::Args),
-    /// Make a run of a checkpoint that the Python package saved (.pth)
+    /// Turn a checkpoint of the Python package (.pth) into a run
     Import(import::Args),
     /// List, verify and export the checkpoints of a run
     Checkpoint(checkpoint::Args),
-    /// Check a training configuration and its data without a run, and show it with all defaults
+    /// Validate a training configuration and its data, and print it with all defaults
     Check(check::Args),
-    /// Show what a configuration builds: parameters, operations and memory of each stage
+    /// Count parameters, operations and memory of each stage
     Inspect(inspect::Args),
-    /// Examine the model of a configuration before it is trained: gradients, scales, causality, decoding
+    /// Check a model before you train it: gradients, scales, causality, decoding
     Doctor(doctor::Args),
-    /// List the block types that a configuration can use
+    /// List the available block types
     Blocks(blocks::Args),
-    /// Print the JSON Schema of a configuration, for editors
+    /// Print the JSON Schema of a configuration, for completion in editors
     Schema(schema::Args),
-    /// Measure training, forward and generation on random bytes
+    /// Measure the speed of training, forward pass and generation on random bytes
     Bench(bench::Args),
-    /// List, check and make plugins: blocks that are compiled apart from this program
+    /// List, check, create and trust plugins: blocks that are compiled separately
     Plugin(plugin::Args),
-    /// Open a plugin and say how that went
+    /// Open a plugin and report whether that worked
     #[command(name = plugins::PROBE, hide = true)]
     Probe(plugin::ProbeArgs),
-    /// Measure the model of a study's run and print that as JSON
+    /// Measure the model of a study's run and print the result as JSON
     #[command(hide = true)]
     MeasureRun(measure::Args),
 }
@@ -129,9 +129,9 @@ fn with_negative_numbers(command: clap::Command) -> clap::Command {
 fn catch_signals(command: &Command) {
     match command {
         Command::Train(_) => {
-            signals::catch(Some("ending after this batch, with a checkpoint; once more to end at once"))
+            signals::catch(Some("stopping after this batch, with a checkpoint; repeat to stop immediately"))
         }
-        Command::Compare(_) => signals::catch(Some("ending the runs, with checkpoints; once more to end at once")),
+        Command::Compare(_) => signals::catch(Some("stopping the runs, with checkpoints; repeat to stop immediately")),
         Command::Generate(args) if args.is_interactive() => signals::catch(None),
         _ => {}
     }

@@ -17,10 +17,10 @@ use crate::plugins::Plugins;
 pub struct Args {
     /// A run folder, or one of its checkpoints
     pub run: PathBuf,
-    /// The checkpoint with the lowest validation loss rather than the newest
+    /// Use the checkpoint with the lowest validation loss instead of the newest
     #[arg(long)]
     pub best: bool,
-    /// Use a plugin although its file is not the one that the run was trained with
+    /// Accept a plugin whose file differs from the one that the run was trained with
     #[arg(long)]
     pub allow_plugin_change: bool,
 }
@@ -38,7 +38,7 @@ impl Trained {
         match &self.model {
             Model::Generative(model) => Ok(model),
             Model::Masked(_) => Err(Usage(format!(
-                "{} is an encoder, which restores masked bytes and generates none; `mblm eval` measures it",
+                "{} is an encoder, which cannot generate; use `mblm eval` to measure it",
                 self.checkpoint.display()
             ))
             .into()),

@@ -31,7 +31,7 @@ fn a_good_configuration_is_shown_with_its_defaults() {
     assert_eq!(code, 0, "{said}");
     let want = "data: 1000 bytes in 1 file(s) of \"data.txt\": the first 900 train, the last 100 validate\n\
                 model: 10641 parameters; training: 32 batches, 32 gradient steps\n\
-                run.yaml: nothing is wrong with it\n";
+                run.yaml: no problems found\n";
     assert_eq!(said, want);
     for line in [
         "  - block_type: transformer\n",
@@ -86,7 +86,7 @@ fn the_data_may_be_elsewhere() {
     assert!(code == 2 && said.contains("io.dataset_id: unknown data set \"byte\""), "{said}");
     let (code, yaml, said) = check(&["--no-data", "--set", "io.dataset_dir=none.txt"]);
     assert_eq!((code, yaml.contains("dataset_dir: none.txt\n")), (0, true), "{said}");
-    assert!(said.starts_with("data: not looked at\n"), "{said}");
+    assert!(said.starts_with("data: not checked\n"), "{said}");
 }
 
 /// Sizes far beyond any machine, of which products would not fit 64 bits either.

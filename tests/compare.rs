@@ -473,6 +473,6 @@ fn any_runs_can_be_compared_and_others_are_skipped() {
     assert!(page.contains("params.num_layers[0]: 2, now 3") && !page.contains("http"));
 
     let (code, _, error) = mblm(path, &["report", "foreign", "--out", "other"]);
-    assert!(code == 2 && error.contains("none of these folders is one of a run"), "{error}");
+    assert!(code == 2 && error.contains("none of these folders is a run"), "{error}");
     assert!(!path.join("other").exists());
 }

@@ -369,7 +369,7 @@ fn a_refused_resume_changes_nothing() {
         let sets = changes.iter().flat_map(|change| ["--set", change]);
         refuse(&["--force"].into_iter().chain(sets).collect::<Vec<_>>(), why);
     }
-    refuse(&["--set", "train.learning_rate=5"], "accept it with --force");
+    refuse(&["--set", "train.learning_rate=5"], "accept the change with --force");
     fs::rename(folder.path().join("plugins"), folder.path().join("away")).unwrap();
     refuse(&["--force"], "lstm");
     fs::rename(folder.path().join("away"), folder.path().join("plugins")).unwrap();

@@ -312,7 +312,7 @@ fn plugins_are_examined_like_built_in_blocks() {
     let plugins = ["--plugin-dir", lstm.to_str().unwrap(), "--plugin-dir", mingru.to_str().unwrap()];
     let (code, table, said) = doctor(&[&["configs/plugins.yaml"], &SMALL[..], &plugins].concat());
     assert_eq!((code, said.as_str()), (0, ""), "{table}");
-    for line in ["1 lstm x2 (8 x 32) ", "stage 1: cached == full                ok\n", "nothing is wrong with it\n"] {
+    for line in ["1 lstm x2 (8 x 32) ", "stage 1: cached == full                ok\n", "no problems found\n"] {
         assert!(table.contains(line), "{table}");
     }
     for (fault, want) in [("CAUSALITY", "causal: a change of position"), ("DECODING", "cached == full: the decoder at")]
@@ -343,7 +343,7 @@ fn it_reads_data_and_writes_json() {
     let short = folder.path().join("short");
     fs::write(&short, "too short").unwrap();
     let (code, _, said) = doctor(&[&small[..], &block, &["--data", short.to_str().unwrap()]].concat());
-    assert!(code == 2 && said.contains("expected at least 64 bytes, the sequences of a step, found 9"), "{said}");
+    assert!(code == 2 && said.contains("expected at least 64 bytes for one step, found 9"), "{said}");
     let missing = Path::new("no/such/file");
     let (code, _, said) = doctor(&[&small[..], &block, &["--data", missing.to_str().unwrap()]].concat());
     assert!(code == 2 && said.contains("names nothing"), "{said}");

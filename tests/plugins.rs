@@ -125,11 +125,11 @@ fn exits_crashes_and_hangs_are_failures_wherever_they_happen() {
     let faults = [
         ("LOAD_EXIT", "opening", "the plugin ended the process with exit code "),
         ("LOAD_ABORT", "opening", "the plugin crashed by signal 6 (abort)"),
-        ("LOAD_HANG", "opening", "the plugin did not end within 1 s"),
+        ("LOAD_HANG", "opening", "the plugin did not finish within 1 s"),
         ("INIT", "opening", "init failed: no licence"),
         ("CHECK_EXIT", "configuration", "the plugin ended the process with exit code "),
         ("CHECK_CRASH", "configuration", "the plugin crashed by signal 11 (segmentation fault)"),
-        ("CHECK_HANG", "configuration", "the plugin did not end within 1 s"),
+        ("CHECK_HANG", "configuration", "the plugin did not finish within 1 s"),
         ("CREATE_EXIT", "params", "the plugin ended the process with exit code "),
         ("DESTROY_EXIT", "params", "the plugin ended the process with exit code "),
         ("FORWARD_EXIT", "outputs", "the plugin ended the process with exit code "),
@@ -253,7 +253,7 @@ fn a_plugin_beside_the_configuration_trains_generates_and_resumes() {
     for command in ["generate", "--resume"] {
         let args = if command == "generate" { vec!["generate", &run] } else { vec!["train", "--resume", &run] };
         let other = mblm(folder.path(), &args);
-        assert!(other.code == 2 && other.err.contains("no library with that sum was found"), "{}", other.err);
+        assert!(other.code == 2 && other.err.contains("no library with that SHA-256 was found"), "{}", other.err);
         let allowed = mblm(folder.path(), &[args, vec!["--allow-plugin-change"]].concat());
         assert_eq!(allowed.code, 0, "{}", allowed.err);
     }

@@ -10,7 +10,7 @@ use crate::plugins::Plugins;
 /// Arguments of `mblm blocks`.
 #[derive(clap::Args)]
 pub struct Args {
-    /// Print the JSON Schema of this type's fields instead
+    /// Print the JSON Schema of this type's fields
     #[arg(long, value_name = "NAME")]
     schema: Option<String>,
 }

@@ -21,10 +21,10 @@ use crate::plugins::Plugins;
 pub struct Args {
     /// The training configuration
     config: PathBuf,
-    /// Override a field of the configuration, as in `--set train.learning_rate=3e-4`
+    /// Override a field of the configuration, e.g. `--set train.learning_rate=3e-4`; may be repeated
     #[arg(long, value_name = "FIELD=VALUE")]
     set: Vec<String>,
-    /// Leave out the data and the checkpoint to begin with, which may be on another machine
+    /// Skip the data and the checkpoint to start from, for example because they are on another machine
     #[arg(long)]
     no_data: bool,
 }
@@ -43,7 +43,7 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
         }
         false => Some(session::open_data(&config).map_err(located)?),
     };
-    let about = data.as_ref().map_or_else(|| "not looked at".into(), |data| data.about.clone());
+    let about = data.as_ref().map_or_else(|| "not checked".into(), |data| data.about.clone());
     // A machine without the data may also be another one than that to train on.
     let model = outline(&config, !args.no_data).map_err(located)?;
     let plan = match data {
@@ -59,7 +59,7 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
         plan.batches,
         plan.steps
     ));
-    terminal::line(format_args!("{}: nothing is wrong with it", args.config.display()));
+    terminal::line(format_args!("{}: no problems found", args.config.display()));
     Ok(())
 }
 

@@ -17,21 +17,21 @@ use crate::signals;
 #[derive(clap::Args)]
 #[command(after_help = EXIT_CODES)]
 pub struct Args {
-    /// The study
+    /// The study's YAML file
     study: PathBuf,
-    /// Show what would run, and nothing more
+    /// Only show what would run
     #[arg(long)]
     dry_run: bool,
-    /// Runs at a time, which share the cores
+    /// Number of runs at a time; they share the cores [default: `jobs` of the study]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     jobs: Option<u32>,
-    /// The study's folder [default: its `output_dir`, or runs/NAME]
+    /// The study's output folder [default: its `output_dir`, or runs/NAME]
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
-    /// Try runs again that failed
+    /// Run failed runs again
     #[arg(long)]
     retry_failed: bool,
-    /// Override a field of the study (`budget.bytes=1e6`), or one of every variant (`io.dataset_dir=DIR`)
+    /// Override a field of the study (`budget.bytes=1e6`) or of every variant (`io.dataset_dir=DIR`); may be repeated
     #[arg(long, value_name = "FIELD=VALUE")]
     set: Vec<String>,
 }
@@ -68,14 +68,14 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
     report.write(&folder)?;
     let shown = writeln!(out, "\n{}\nreport: {}", report.to_text(), folder.join("report.html").display());
     if ended.interrupted {
-        terminal::line("go on with the same command; what is finished stays");
+        terminal::line("to continue, run the same command again; finished runs are kept");
         signals::check()?;
         bail!("runs were interrupted");
     }
     match ended.failed.len() {
         0 => Ok(shown?),
         n => bail!(
-            "{n} of {} runs failed; the report says why, --retry-failed tries again",
+            "{n} of {} runs failed; see the report for the reasons; --retry-failed runs them again",
             ended.failed.len() + ended.finished
         ),
     }

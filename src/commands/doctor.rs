@@ -24,18 +24,18 @@ const MASKING: f64 = 0.15;
 /// Arguments of `mblm doctor`.
 #[derive(clap::Args)]
 pub struct Args {
-    /// A model's YAML, or a whole training YAML
+    /// A model configuration, or a training configuration
     config: PathBuf,
     /// Read bytes from this file, folder or glob [default: random bytes]
     #[arg(long, value_name = "FILE")]
     data: Option<String>,
-    /// Sequences in a step
+    /// Sequences in the step
     #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..))]
     batch: u32,
-    /// Seed of the initial values and of random bytes
+    /// Seed of the initial weights and the random bytes
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// Override a field of the configuration, as in `--set params.num_layers=[4,2]`
+    /// Override a field of the configuration, e.g. `--set params.num_layers=[4,2]`; may be repeated
     #[arg(long, value_name = "FIELD=VALUE")]
     set: Vec<String>,
     /// Print JSON instead of tables
@@ -79,14 +79,14 @@ fn read(place: &str, count: usize, num_tokens: usize) -> Result<Vec<u32>> {
     let corpus = Corpus::open(place, &[])?;
     if corpus.len() < count as u64 {
         return Err(Usage(format!(
-            "--data {place}: expected at least {count} bytes, the sequences of a step, found {}; give more or lower --batch",
+            "--data {place}: expected at least {count} bytes for one step, found {}; use more data or a smaller --batch",
             corpus.len()
         ))
         .into());
     }
     if let Some((byte, path, _)) = corpus.first_at_least(num_tokens)? {
         let path = path.display();
-        return Err(Usage(format!("--data {path}: holds the byte {byte}; expected bytes below {num_tokens}")).into());
+        return Err(Usage(format!("--data {path}: contains the byte {byte}; expected bytes below {num_tokens}")).into());
     }
     let mut ids = vec![0; count];
     corpus.read(0, &mut ids)?;
@@ -156,7 +156,7 @@ fn write_tables(text: &mut String, report: &Examination, ms: impl Fn(f64) -> Str
     }
     writeln!(text)?;
     if report.findings.is_empty() {
-        writeln!(text, "nothing is wrong with it")?;
+        writeln!(text, "no problems found")?;
     }
     for finding in &report.findings {
         let kind = if finding.severity == Severity::Problem { "PROBLEM" } else { "warning" };

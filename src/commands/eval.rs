@@ -25,19 +25,19 @@ pub struct Args {
     model: model::Args,
     /// A file, a folder or a glob
     data: String,
-    /// Sequences per batch [default: as in training]
+    /// Sequences per batch [default: `train.batch_size`]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
     batch: Option<u32>,
-    /// Read no more than this many bytes
+    /// Read at most this many bytes
     #[arg(long)]
     max_bytes: Option<u64>,
-    /// Show the bits per byte of every file
+    /// Show bits per byte for each file
     #[arg(long)]
     files: bool,
-    /// Show the bits per byte of every position of the local stage: the byte within its patch
+    /// Show bits per byte for each byte position within a patch
     #[arg(long)]
     positions: bool,
-    /// Write the losses of every file, and of every position of every stage, to this file
+    /// Write the losses of each file, and of each position of each stage, to this CSV file
     #[arg(long, value_name = "FILE")]
     csv: Option<PathBuf>,
     /// Print one JSON object
@@ -57,9 +57,7 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
     };
     let wants_parts = args.files || args.positions || args.csv.is_some();
     if wants_parts && matches!(trained.model, Model::Masked(_)) {
-        return Err(
-            Usage("--files, --positions and --csv are for models that predict bytes, not for encoders".into()).into()
-        );
+        return Err(Usage("--files, --positions and --csv do not support encoders".into()).into());
     }
     let parts = match wants_parts {
         true => Some(evaluate_parts(&trained.model, &hierarchy.seq_lens, &args.data, &options)?),
@@ -71,8 +69,7 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
     };
     if let (Some(path), Some(parts)) = (&args.csv, &parts) {
         let written = fs::write(path, csv(parts));
-        written
-            .map_err(|error| Usage(format!("--csv {}: {error}; choose a file that can be written", path.display())))?;
+        written.map_err(|error| Usage(format!("--csv {}: {error}; choose a writable file", path.display())))?;
     }
     let mut out = Output::new();
     if args.json {

@@ -18,13 +18,13 @@ use crate::plugins::Plugins;
 pub struct Args {
     /// A .pth file that the Python package saved
     file: PathBuf,
-    /// The training configuration whose model it is; the data that it names need not exist
+    /// The training configuration of this model; its data need not exist
     #[arg(long)]
     config: PathBuf,
-    /// The run folder to make [default: as training does, in io.output_dir]
+    /// The run folder to create [default: a new folder in `io.output_dir`]
     #[arg(long, value_name = "RUN")]
     out: Option<PathBuf>,
-    /// Take embeddings of fewer tokens than the model has; the other tokens start anew
+    /// Accept embeddings for fewer tokens than the model has; the others start from random values
     #[arg(long)]
     migrate_embeddings: bool,
 }
@@ -32,7 +32,7 @@ pub struct Args {
 /// Runs `mblm import`.
 pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
     if !args.file.is_file() {
-        return Err(Usage(format!("{}: there is no such file; expected a .pth checkpoint", args.file.display())).into());
+        return Err(Usage(format!("{}: no such file; expected a .pth checkpoint", args.file.display())).into());
     }
     let document = Document::read(&args.config)?;
     let config = RunConfig::from_document(&document, &plugins.registry(Some(&args.config))?)?;

@@ -16,12 +16,12 @@ use crate::plugins::Plugins;
 /// Arguments of `mblm inspect`.
 #[derive(clap::Args)]
 pub struct Args {
-    /// A model's YAML, or a whole training YAML
+    /// A model configuration, or a training configuration
     config: PathBuf,
     /// Sequences in a training step [default: `train.batch_size`, or 1]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     batch: Option<u32>,
-    /// Override a field of the configuration, as in `--set params.num_layers=[4,2]`
+    /// Override a field of the configuration, e.g. `--set params.num_layers=[4,2]`; may be repeated
     #[arg(long, value_name = "FIELD=VALUE")]
     set: Vec<String>,
     /// Print JSON instead of a table

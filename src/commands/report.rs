@@ -19,10 +19,10 @@ use crate::exit::Usage;
 /// Arguments of `mblm report`.
 #[derive(clap::Args)]
 pub struct Args {
-    /// Run folders, also of the Python package, or the folder of one study; what is none is skipped, and the exit code is 1
+    /// Run folders (of the Python package too), or the folder of one study; other folders are skipped with exit code 1
     #[arg(required = true, value_name = "RUN")]
     runs: Vec<PathBuf>,
-    /// Where to write report.html and the rest
+    /// The folder for report.html, report.md, tables and charts
     #[arg(long, value_name = "DIR", default_value = "report")]
     out: PathBuf,
 }
@@ -58,7 +58,7 @@ fn read(folders: &[PathBuf]) -> Result<(Vec<Run>, usize)> {
         }
     }
     match runs.is_empty() {
-        true => Err(Usage("none of these folders is one of a run".into()).into()),
+        true => Err(Usage("none of these folders is a run".into()).into()),
         false => Ok((runs, skipped)),
     }
 }

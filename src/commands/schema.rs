@@ -22,7 +22,7 @@ A block is named by `block_type`, which may be left out where only one type has 
 /// Arguments of `mblm schema`.
 #[derive(clap::Args)]
 pub struct Args {
-    /// Print a Markdown page instead
+    /// Print a Markdown page
     #[arg(long)]
     markdown: bool,
 }

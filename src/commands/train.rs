@@ -40,25 +40,25 @@ pub struct Args {
     /// The training configuration
     #[arg(required_unless_present = "resume")]
     config: Option<PathBuf>,
-    /// Go on with this run from its newest checkpoint
+    /// Resume this run from its newest checkpoint
     #[arg(long, value_name = "RUN", conflicts_with = "config")]
     resume: Option<PathBuf>,
-    /// Make this run folder [default: `io.output_dir`/`io.name_model`-TIME]
+    /// The run folder to create [default: `io.output_dir`/`io.name_model`-TIME]
     #[arg(long, value_name = "RUN", conflicts_with = "resume")]
     out: Option<PathBuf>,
-    /// Override a field of the configuration, as in `--set train.learning_rate=3e-4`
+    /// Override a field of the configuration, e.g. `--set train.learning_rate=3e-4`; may be repeated
     #[arg(long, value_name = "FIELD=VALUE")]
     set: Vec<String>,
-    /// Go on with a configuration that is not that of the checkpoint
+    /// Resume although the configuration differs from that of the checkpoint
     #[arg(long, requires = "resume", conflicts_with = "config")]
     force: bool,
-    /// Go on although a plugin's file is not the one that the run was trained with
+    /// Resume although a plugin's file differs from the one that the run was trained with
     #[arg(long, requires = "resume", conflicts_with = "config")]
     allow_plugin_change: bool,
-    /// After a failure (of the disk, the data, a block) go on from the newest checkpoint, at most N times
+    /// After a failure (disk, data, block), continue from the newest checkpoint, at most N times
     #[arg(long, value_name = "N", default_value_t = 0)]
     retries: u32,
-    /// Show warnings and errors alone; print the run's folder at the end
+    /// Show only warnings and errors; print the run's folder at the end
     #[arg(short, long)]
     quiet: bool,
     /// End as at SIGTERM when standard input does: a run that a study started ends with that study
@@ -88,7 +88,7 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
     let shown = match outcome.end {
         _ if args.quiet => print_folder(&run),
         End::Stopped | End::TimeLimit => {
-            terminal::line(format_args!("go on with: mblm train --resume {}", shell_word(&run)));
+            terminal::line(format_args!("to continue: mblm train --resume {}", shell_word(&run)));
             Ok(())
         }
         End::Finished => conclude(&run, &outcome, args.allow_plugin_change, plugins),
@@ -127,7 +127,7 @@ fn resume(path: &Path, args: &Args, plugins: &Plugins) -> Result<Outcome> {
         if !args.force {
             let (run, saved) = (path.display(), checkpoint.path().display());
             return Err(Usage(format!(
-                "{run}: the configuration is not that of {saved}:{list}\nchange it back, or accept it with --force"
+                "{run}: the configuration is not that of {saved}:{list}\nrestore it, or accept the change with --force"
             ))
             .into());
         }
@@ -279,7 +279,7 @@ pub fn prompt(data: &Splits, seq_len: usize) -> Result<Vec<u32>> {
 fn sample(mut out: Output, model: &Mblm, prompt: &[u32]) -> Result<Output> {
     let rule = "─".repeat(78);
     let length = prompt.len();
-    writeln!(out, "\na sample: {length} bytes of the validation data, then what the model makes of them\n{rule}")?;
+    writeln!(out, "\na sample: {length} bytes of validation data, continued by the model\n{rule}")?;
     let mut stream = TokenStream::new(out, Format::Utf8);
     prompt.iter().try_for_each(|token| stream.write(*token))?;
     let mut samplers = [Sampler::new(Sampling { temperature: 0.7, ..Sampling::default() })?];

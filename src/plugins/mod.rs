@@ -19,7 +19,7 @@ pub const PROBE: &str = "probe-plugin";
 /// Where to look for plugins.
 #[derive(Clone, Debug, Default, clap::Args)]
 pub struct Plugins {
-    /// Look for plugins in this folder (or take this file) before all others; may be repeated
+    /// Search this folder (or this library) for plugins before all other places; may be repeated
     #[arg(long, value_name = "DIR", global = true)]
     plugin_dir: Vec<PathBuf>,
 }
@@ -126,7 +126,7 @@ fn advice(beside: Option<&Path>, found: &Found) -> String {
     }
     let waiting = beside.map(|folder| (folder, left_alone(folder, found))).filter(|(_, files)| !files.is_empty());
     match waiting {
-        None => "a plugin's types need its folder, --plugin-dir".into(),
+        None => "if it comes from a plugin, pass its folder with --plugin-dir".into(),
         Some((folder, files)) => {
             let names =
                 files.iter().map(|file| file.file_name().unwrap_or_default().to_string_lossy()).collect::<Vec<_>>();
@@ -152,12 +152,12 @@ fn advice_of_run(run: &Path, recorded: &[PluginOrigin], path: &SearchPath, found
     });
     let missing = missing.collect::<Vec<_>>().join(", ");
     if missing.is_empty() {
-        return format!("{} records no plugin that has it", run.display());
+        return format!("{} records no plugin that provides it", run.display());
     }
     let places = path.places().map(|place| place.display().to_string()).collect::<Vec<_>>();
     let places = if places.is_empty() { "nowhere".into() } else { places.join(", ") };
     format!(
-        "{} was trained with {missing}, and no library with that sum was found (looked in: {places}); name its folder with \
+        "{} was trained with {missing}, and no library with that SHA-256 was found (looked in: {places}); name its folder with \
          --plugin-dir DIR, or accept another build of it with --allow-plugin-change",
         run.display()
     )

@@ -35,7 +35,7 @@ impl Trust {
         let Some(path) = list().filter(|path| path.exists()) else { return Ok(Trust::default()) };
         let shown = path.display();
         if let Err(fault) = ownership::check(&path) {
-            bail!(Usage(format!("{shown}: the list of trusted plugins is not used, since {fault}")));
+            bail!(Usage(format!("{shown}: the list of trusted plugins is ignored, because {fault}")));
         }
         let text = files::read(&path, MAX_BYTES).with_context(|| shown.to_string())?;
         serde_json::from_slice(&text).map_err(|error| {
@@ -55,7 +55,7 @@ impl Trust {
     /// Writes the list.
     pub fn write(&self) -> Result<()> {
         let Some(path) = list() else {
-            bail!(Usage("there is no place for the list of trusted plugins: set HOME to an absolute path".into()));
+            bail!(Usage("no folder for the list of trusted plugins; set HOME to an absolute path".into()));
         };
         let folder = path.parent().unwrap_or(&path);
         let written = make_folder(folder).and_then(|()| {
@@ -97,7 +97,7 @@ impl Trust {
             } else {
                 format!("; did you mean {}?", below.display())
             };
-            bail!(refuse(format!("there is no shared library in it{hint}")));
+            bail!(refuse(format!("it contains no shared library{hint}")));
         }
         let mut sums = Sums::new();
         for library in libraries {

@@ -19,10 +19,10 @@ use crate::model;
 pub struct Args {
     #[command(flatten)]
     model: model::Args,
-    /// The file to write, which must not exist: FILE.safetensors, or FILE.pth with --pth-names
+    /// The file to create: FILE.safetensors, or FILE.pth with `--pth-names`
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
-    /// Write a .pth file that the Python package loads: its state_dict and the validation loss
+    /// Write a .pth file for the Python package: its `state_dict` and the validation loss
     #[arg(long)]
     pth_names: bool,
 }
@@ -53,7 +53,7 @@ fn write_pth(args: &Args, checkpoint: &Checkpoint) -> Result<()> {
     let name = checkpoint.path().join("config.yaml").display().to_string();
     let document = Document::parse(&checkpoint.config_yaml()?, &name)?;
     let registry = BlockRegistry::builtin()?
-        .with_advice("the Python package has no blocks of plugins; export the weights without --pth-names");
+        .with_advice("the Python package cannot load blocks of plugins; export without --pth-names");
     let model = Model::new(&RunConfig::from_document(&document, &registry)?, 0)?;
     let mut tensors = checkpoint.weights()?;
     tensors.extend(model.buffers().into_iter().map(|(name, values)| (name, (vec![values.len()], values))));

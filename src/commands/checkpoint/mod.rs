@@ -17,9 +17,9 @@ pub struct Args {
 enum Command {
     /// List the checkpoints of a run
     List(list::Args),
-    /// Check a checkpoint, or all of a run: the SHA-256 of every file, and that no weight is infinite or NaN
+    /// Verify the SHA-256 of every file, and that all weights are finite
     Verify(verify::Args),
-    /// Write the weights as one file for other programs
+    /// Write the weights to one file for other programs
     Export(export::Args),
 }
 

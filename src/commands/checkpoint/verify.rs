@@ -10,7 +10,7 @@ use mblm::train::checkpoint::{Shelf, check, shelf_of};
 /// Arguments of `mblm checkpoint verify`.
 #[derive(clap::Args)]
 pub struct Args {
-    /// A run folder, of which all checkpoints are verified, or one of its checkpoints
+    /// A run folder (all its checkpoints are verified), or one checkpoint
     path: PathBuf,
 }
 
@@ -36,8 +36,8 @@ pub fn run(args: &Args) -> Result<()> {
     let Some((newest, _)) = damaged.last() else { return Ok(shown?) };
     let older = shelf.list()?.into_iter().rev().skip_while(|path| path >= newest).find(|path| check(path).is_ok());
     let older = match older {
-        Some(older) => format!("{} is whole: to go on from there, move the damaged ones away", older.display()),
-        None => "no older checkpoint is whole".into(),
+        Some(older) => format!("{} is intact; to continue from there, move the damaged ones away", older.display()),
+        None => "no older checkpoint is intact".into(),
     };
     let faults: Vec<String> = damaged.iter().map(|(_, fault)| fault.to_string()).collect();
     bail!("{}; {older}", faults.join("; "))

@@ -21,11 +21,11 @@ use crate::{signals, streams};
 const ANSWER: usize = 200;
 
 const HELP: &str = "\
-text              continue it; \\n in it is a line break, \\\\ a backslash
-(an empty line)   go on with the last text
-(Ctrl-C)          end an answer
-:NAME VALUE       change a setting: temperature, top-k, top-p, min-p, seed, max-bytes; VALUE none: without it
-:quit             end, as Ctrl-D does";
+TEXT              continue this text; \\n is a line break, \\\\ a backslash
+(an empty line)   continue the last text
+(Ctrl-C)          stop the answer
+:NAME VALUE       change a setting: temperature, top-k, top-p, min-p, seed, max-bytes; `none` turns it off
+:quit             end the session, as Ctrl-D does";
 
 /// Runs until the input ends.
 pub fn run(model: &Mblm, args: &Args) -> Result<()> {
@@ -167,7 +167,7 @@ impl Lines {
         if !std::io::stdin().is_terminal() {
             return Ok(Lines::Piped(std::io::stdin().lock()));
         }
-        terminal::line("type a text to continue; :help says what else");
+        terminal::line("type a prompt; :help lists the commands");
         Ok(Lines::Terminal(Box::new(DefaultEditor::new()?)))
     }
 

@@ -21,52 +21,52 @@ use crate::{model, streams};
 pub struct Args {
     #[command(flatten)]
     model: model::Args,
-    /// Text to continue; without any prompt, standard input is read if it is not a terminal
+    /// Text to continue [default: standard input, if it is not a terminal]
     #[arg(long, conflicts_with = "prompt_file")]
     prompt: Option<String>,
-    /// A file whose bytes are continued
+    /// A file to continue
     #[arg(long)]
     prompt_file: Option<PathBuf>,
-    /// New bytes at most [default: up to the context length]
+    /// Generate at most N bytes [default: up to the context length]
     #[arg(long, value_name = "N")]
     max_bytes: Option<usize>,
-    /// Below 1 sharper, above 1 flatter, 0 always the likeliest byte
+    /// Sampling temperature: below 1 is sharper, above 1 is flatter, 0 always takes the most likely byte
     #[arg(long, default_value_t = 0.8)]
     temperature: f32,
-    /// Choose among the K likeliest tokens
+    /// Sample from the K most likely tokens
     #[arg(long, value_name = "K")]
     top_k: Option<usize>,
-    /// Choose among the fewest tokens whose probabilities sum to P
+    /// Sample from the smallest set of tokens whose probabilities sum to P
     #[arg(long, value_name = "P")]
     top_p: Option<f32>,
-    /// Choose among tokens at least P times as likely as the likeliest
+    /// Sample from tokens that are at least P times as likely as the most likely one
     #[arg(long, value_name = "P")]
     min_p: Option<f32>,
-    /// The Python package's filter: 1 always takes the likeliest token, 0 chooses among all
+    /// The Python package's filter: 1 always takes the most likely token, 0 samples from all
     #[arg(long, value_name = "T")]
     filter_thres: Option<f64>,
-    /// The same seed gives the same bytes; with --samples, of the first one
+    /// Seed of the first sample; the next samples use the following seeds
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// Make N continuations of the prompt, with seeds that follow each other
+    /// Generate N continuations of the prompt
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     samples: u32,
-    /// End after this token
+    /// Stop after this token
     #[arg(long, value_name = "ID")]
     stop_token: Option<u32>,
-    /// How to print: text, bytes as they are, or token numbers
+    /// Print text, raw bytes, or token ids
     #[arg(long, value_enum, default_value = "text")]
     format: Form,
-    /// Send control bytes to a terminal, instead of showing them as `\x1b`; files and pipes always get them
+    /// Send control bytes to a terminal instead of showing them as `\x1b`; files and pipes always receive them
     #[arg(long)]
     raw: bool,
-    /// Do not print the prompt before its continuation
+    /// Do not print the prompt
     #[arg(long)]
     no_prompt: bool,
-    /// Print one JSON object when all is done
+    /// Print one JSON object at the end
     #[arg(long, conflicts_with = "format")]
     json: bool,
-    /// Ask for a prompt again and again; `:help` says what else can be typed
+    /// Ask for prompts interactively; `:help` lists the commands
     #[arg(short, long, conflicts_with_all = ["prompt", "prompt_file", "samples", "json"])]
     interactive: bool,
 }
@@ -88,7 +88,7 @@ impl Args {
 /// Runs `mblm generate`.
 pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
     if args.format == Form::Raw && args.samples > 1 {
-        return Err(Usage("--format raw is for one sample, since nothing would part them; use --json".into()).into());
+        return Err(Usage("--format raw supports only one sample; use --json".into()).into());
     }
     // Before the model is loaded: what is wrong with a setting shows at once.
     let samplers = samplers(args)?;
@@ -237,7 +237,7 @@ fn prompt(args: &Args) -> Result<Vec<u8>> {
     match (&args.prompt, &args.prompt_file) {
         (Some(text), _) => Ok(text.clone().into_bytes()),
         (None, Some(path)) => std::fs::read(path).map_err(|error| {
-            Usage(format!("--prompt-file {}: {error}; expected a file that can be read", path.display())).into()
+            Usage(format!("--prompt-file {}: {error}; expected a readable file", path.display())).into()
         }),
         (None, None) if std::io::stdin().is_terminal() => Ok(vec![]),
         (None, None) => {

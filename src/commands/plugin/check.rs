@@ -21,16 +21,16 @@ use crate::exit::Usage;
 pub struct Args {
     /// The shared library
     file: PathBuf,
-    /// Check this block alone
+    /// Check only this block
     #[arg(long, value_name = "TYPE")]
     block: Option<String>,
-    /// The fields of the block as a JSON object [default: made up from its schema]
+    /// The fields of the block as a JSON object [default: generated from its schema]
     #[arg(long, value_name = "JSON")]
     config: Option<String>,
-    /// Run this check alone; may be repeated
+    /// Run only this check; may be repeated
     #[arg(long, value_name = "NAME")]
     only: Vec<String>,
-    /// Seconds that a check may take
+    /// Time limit of each check in seconds
     #[arg(long, default_value_t = 60)]
     limit: u64,
     /// Answer a question in this process (for internal use)
@@ -73,7 +73,7 @@ pub fn run(args: &Args) -> Result<()> {
         Ok(about) => about,
         Err(fault) => {
             writeln!(report.out, "plugin {}", report.file.display())?;
-            report.failed("opening", "the library loads, and its tables are whole", &fault)?;
+            report.failed("opening", "the library loads, and its tables are valid", &fault)?;
             return report.end();
         }
     };
@@ -152,7 +152,7 @@ impl Findings<'_> {
         let fault = match (ended.status, ended.answer) {
             (Some(status), Some(answer)) if status.success() => return Ok(answer),
             (Some(status), _) => format!("the plugin {} in a call", fate(status)),
-            (None, _) => format!("the plugin did not end within {} s", self.args.limit),
+            (None, _) => format!("the plugin did not finish within {} s", self.args.limit),
         };
         Ok(Err(ended.error.map_or(fault.clone(), |error| format!("{fault}\n{error}"))))
     }

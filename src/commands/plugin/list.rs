@@ -14,7 +14,7 @@ use crate::plugins::{Plugins, folder_beside, left_alone};
 /// Arguments of `mblm plugin list`.
 #[derive(clap::Args)]
 pub struct Args {
-    /// Look in the folder `plugins` beside this configuration too; only trusted libraries are opened there
+    /// Also search the folder `plugins` beside this configuration, if you trust it
     config: Option<PathBuf>,
 }
 
@@ -25,7 +25,7 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
     }
     let mut found = plugins.find(args.config.as_deref())?;
     if let Some(folder) = args.config.as_deref().map(folder_beside) {
-        let reason = format!("not trusted; trust the folder with: mblm plugin trust {}", folder.display());
+        let reason = format!("not trusted; to trust the folder: mblm plugin trust {}", folder.display());
         let files = left_alone(&folder, &found);
         let skipped = files.into_iter().map(|path| Skipped { path, reason: reason.clone(), looks_like_one: true });
         found.skipped.extend(skipped.collect::<Vec<_>>());

@@ -24,15 +24,15 @@ pub struct Args {
 
 #[derive(clap::Subcommand)]
 enum Command {
-    /// Show which plugins are found, where, and which files are not loaded and why
+    /// List the plugins that are found, and the files that are not loaded and why
     List(list::Args),
-    /// Hold a plugin against the contract, item by item
+    /// Test a plugin against the contract
     Check(check::Args),
-    /// Write a new plugin that builds and passes `check` as it is
+    /// Create a new plugin that builds and passes `check`
     New(new::Args),
-    /// Print the JSON Schema of a block of a plugin
+    /// Print the JSON Schema of a plugin's block
     Schema(schema::Args),
-    /// Trust the libraries in a folder beside a configuration, as they are now
+    /// Trust the libraries that are in a folder now
     Trust(trust::Args),
 }
 

@@ -90,15 +90,15 @@ const KEYWORDS: [&str; 58] = [
 /// Arguments of `mblm plugin new`.
 #[derive(clap::Args)]
 pub struct Args {
-    /// Its name, which is also the block type: lower case letters, digits, `_` and `-`
+    /// The name of the plugin and its block type: lower case letters, digits, `_` and `-`
     name: String,
-    /// In C instead of Rust
+    /// Write it in C instead of Rust
     #[arg(long)]
     c: bool,
-    /// The folder to make [default: NAME]
+    /// The folder to create [default: NAME]
     #[arg(long)]
     dir: Option<PathBuf>,
-    /// The folder of the crate mblm-core [default: where this program was built]
+    /// The folder of the crate mblm-core [default: the one that this program was built from]
     #[arg(long, value_name = "DIR", conflicts_with = "c")]
     core: Option<PathBuf>,
 }
@@ -111,7 +111,7 @@ pub fn run(args: &Args) -> Result<()> {
     }
     let folder = args.dir.clone().unwrap_or_else(|| PathBuf::from(name));
     if folder.exists() {
-        return Err(Usage(format!("{} exists; name another folder with --dir", folder.display())).into());
+        return Err(Usage(format!("{} already exists; choose another folder with --dir", folder.display())).into());
     }
     let snake = name.replace('-', "_");
     let library = if cfg!(target_os = "macos") { format!("lib{snake}.dylib") } else { format!("lib{snake}.so") };
@@ -159,11 +159,11 @@ fn check_name(name: &str, c: bool, builtin: &BlockRegistry) -> Result<(), String
     let taken = if let Some(block) = builtin.get(name) {
         format!("`{}` is a built-in block type", block.name)
     } else if !matches!(serde_yaml::from_str(name), Ok(serde_yaml::Value::String(_))) {
-        "YAML does not read it as a name".into()
+        "YAML does not read it as a string".into()
     } else if !c && KEYWORDS.contains(&snake.as_str()) {
-        "Rust has this name for itself".into()
+        "it is a reserved word in Rust".into()
     } else if !c && locked.map(|crate_name| crate_name.replace('-', "_")).any(|crate_name| crate_name == snake) {
-        "a crate that a plugin is built with has this name".into()
+        "a crate that plugins depend on has this name".into()
     } else {
         return Ok(());
     };
@@ -176,7 +176,7 @@ fn core(args: &Args) -> Result<String> {
     match folder.join("Cargo.toml").is_file() {
         true => Ok(serde_json::to_string(&folder.canonicalize()?)?),
         false => Err(Usage(format!(
-            "there is no crate mblm-core in {}; name its folder, in a copy of this project, with --core",
+            "no crate mblm-core in {}; pass its folder, in a checkout of this project, with --core",
             folder.display()
         ))
         .into()),

@@ -12,13 +12,13 @@ use crate::plugins::trust::{Sums, Trust};
 /// Arguments of `mblm plugin trust`.
 #[derive(clap::Args)]
 pub struct Args {
-    /// The folder of the libraries, such as `plugins` beside a configuration
+    /// The folder with the libraries, such as `plugins` beside a configuration
     #[arg(required_unless_present = "list")]
     folder: Option<PathBuf>,
-    /// Show what is trusted, and change nothing
+    /// List what is trusted
     #[arg(long, conflicts_with_all = ["folder", "remove"])]
     list: bool,
-    /// Trust this folder no longer
+    /// Stop trusting this folder
     #[arg(long)]
     remove: bool,
 }
@@ -37,7 +37,9 @@ pub fn run(args: &Args) -> Result<()> {
         // A folder that is gone is known by the path that --list shows.
         let place = folder.canonicalize().unwrap_or_else(|_| folder.clone());
         if trust.folders.remove(&place).is_none() {
-            return Err(Usage(format!("{}: is not trusted; --list shows what is", folder.display())).into());
+            return Err(
+                Usage(format!("{}: not a trusted folder; --list shows the trusted ones", folder.display())).into()
+            );
         }
         trust.write()?;
         return Ok(writeln!(out, "{} is trusted no longer", place.display())?);
