@@ -124,3 +124,24 @@ fn the_block_of_the_documentation_is_the_one_of_the_example() {
         assert!(lines.contains(&line), "docs/blocks.md has a line that examples/custom_block.rs does not: {line}");
     }
 }
+
+/// Rows of the tables in `docs/architecture.md`: what happens, functions, and the file that they are in.
+#[test]
+fn every_function_of_the_architecture_is_in_its_file() {
+    let docs = Path::new(ROOT).join("docs");
+    let text = fs::read_to_string(docs.join("architecture.md")).unwrap();
+    let mut functions = 0;
+    for row in text.lines().filter(|line| line.starts_with('|') && line.contains(".rs)")) {
+        let cells: Vec<&str> = row.trim_matches('|').split(" | ").collect();
+        let [_, names, file] = cells[..] else { panic!("expected three cells: {row}") };
+        let file = links(file).remove(0);
+        let source = fs::read_to_string(docs.join(&file)).unwrap();
+        for name in names.split('`').skip(1).step_by(2) {
+            let function = format!("fn {}", name.rsplit("::").next().unwrap());
+            let is_there = source.split(&function).skip(1).any(|rest| rest.starts_with(['(', '<']));
+            assert!(is_there, "docs/architecture.md: there is no `{name}` in {file}");
+            functions += 1;
+        }
+    }
+    assert!(functions > 25, "{functions} functions found");
+}
