@@ -165,7 +165,7 @@ fn a_flipped_bit_is_found_and_an_older_checkpoint_named() {
     for path in ["run", newest.to_str().unwrap()] {
         let ran = mblm(folder, &["checkpoint", "verify", path]);
         assert_eq!(ran.code, 1);
-        for expected in ["batch-0000000004/weights.safetensors: SHA-256", "batch-0000000001 is whole"] {
+        for expected in ["batch-0000000004/weights.safetensors: SHA-256", "batch-0000000001 is intact"] {
             assert!(ran.err.contains(expected), "{expected}\n{}", ran.err);
         }
     }

@@ -283,7 +283,7 @@ fn asked_to_end_it_saves_and_goes_on_later() {
         let ended = child.wait_with_output().unwrap();
         let said = text(&ended.stderr);
         assert_eq!(ended.status.code(), Some(code), "{said}");
-        assert!(said.contains("interrupted: saved") && said.contains("go on with: "), "{said}");
+        assert!(said.contains("interrupted: saved") && said.contains("to continue: "), "{said}");
         let (run, _) = train_through(folder.path(), output, &[]);
         assert!(fate(&run) == fate(&train_through(folder.path(), "whole", &[]).0), "{signal}");
         fs::remove_dir_all(folder.path().join("whole")).unwrap();

@@ -108,7 +108,7 @@ fn every_fault_is_caught_by_the_check_of_its_name() {
         ("STATES_LOAD", "states", "state_load accepts"),
         ("THREADS", "threads", "from several threads at once"),
         ("LEAKS", "leaks", "1000 rounds grew memory"),
-        ("HANG", "outputs", "did not end within 2 s"),
+        ("HANG", "outputs", "did not finish within 2 s"),
     ];
     for (fault, check, want) in faults {
         let library = broken(folder.path(), fault);
@@ -148,7 +148,7 @@ fn exits_crashes_and_hangs_are_failures_wherever_they_happen() {
         let ran = mblm(folder.path(), &["plugin", "check", path(&library), "--limit", "1"]);
         let count = |text: &str| ran.out.matches(text).count();
         let found =
-            (ran.code, count("did not end within 1 s"), count(&format!("not tried: {call} hangs")), count("passed"));
+            (ran.code, count("did not finish within 1 s"), count(&format!("not tried: {call} hangs")), count("passed"));
         assert_eq!(found, (1, 1, 14, 3), "{}", ran.out);
     }
     let noisy = broken(folder.path(), "CHECK_NOISE");

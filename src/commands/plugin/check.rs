@@ -138,7 +138,7 @@ impl Findings<'_> {
             let question = ["--block", block, "--config", config, "--only", trial.name];
             let ended: Ended<Result<(), String>> = self.child(&question, None)?;
             if ended.status.is_none() {
-                let fault = format!("the plugin did not end within {} s", self.args.limit);
+                let fault = format!("the plugin did not finish within {} s", self.args.limit);
                 self.failed(trial.name, "the call returns", &fault)?;
                 return Ok(Some(trial.name));
             }
