@@ -88,9 +88,9 @@ impl NumpyType<'_> {
             i128::from_le_bytes(wide) as f64
         };
         match (self.code, bytes.len()) {
-            ("f8", 8) => Some(f64::from_le_bytes(*bytes.as_array()?)),
-            ("f4", 4) => Some(f32::from_le_bytes(*bytes.as_array()?).into()),
-            ("f2", 2) => Some(half::f16::from_le_bytes(*bytes.as_array()?).into()),
+            ("f8", 8) => Some(f64::from_le_bytes(bytes.try_into().ok()?)),
+            ("f4", 4) => Some(f32::from_le_bytes(bytes.try_into().ok()?).into()),
+            ("f2", 2) => Some(half::f16::from_le_bytes(bytes.try_into().ok()?).into()),
             ("i1", 1) | ("i2", 2) | ("i4", 4) | ("i8", 8) => Some(number(false)),
             ("u1", 1) | ("u2", 2) | ("u4", 4) | ("u8", 8) => Some(number(true)),
             _ => None,
