@@ -5,6 +5,7 @@ mod compiled;
 
 use std::fs;
 use std::path::Path;
+use std::process::Stdio;
 
 use assert_cmd::Command;
 use compiled::{broken, compile, late, lstm};
@@ -443,6 +444,27 @@ fn what_a_plugin_changes_by_accident_changes_no_run() {
         let losses: Vec<Option<String>> = losses.lines().map(|line| line.split(',').nth(7).map(String::from)).collect();
         assert_eq!(without.get_or_insert_with(|| losses.clone()), &losses, "{name}");
     }
+}
+
+#[test]
+fn signals_that_a_plugin_resets_do_no_harm() {
+    let folder = tempfile::tempdir().unwrap();
+    write_config(folder.path(), &[TRANSFORMER, "{block_type: leaky}"], 1);
+    // Whoever reads the messages of the run is gone.
+    let library = late(folder.path(), "pipe", "signal(SIGPIPE, SIG_DFL);");
+    let mut train = std::process::Command::new(assert_cmd::cargo::cargo_bin("mblm"));
+    train.current_dir(&folder).args(["train", "run.yaml", "--out", "run", "--plugin-dir", path(&library)]);
+    let mut train = train.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    drop(train.stderr.take());
+    assert_eq!(train.wait().unwrap().code(), Some(0));
+
+    // The second library is opened in a child process, whose end is waited for.
+    let plugins = folder.path().join("plugins");
+    fs::create_dir(&plugins).unwrap();
+    broken(&plugins, "INIT_SIGCHLD");
+    compile("tests/plugins/broken.c", &plugins, "second", &["-DTYPE=\"second\""]);
+    let list = mblm(folder.path(), &["plugin", "list", "--plugin-dir", "plugins"]);
+    assert!(list.code == 0 && list.out.contains("  second") && !list.out.contains("hangs"), "{}", list.out);
 }
 
 #[test]

@@ -413,6 +413,9 @@ static const mblm_block *const BLOCKS[] = {&BLOCK};
 
 static mblm_status init(const mblm_host *h) {
     host = h;
+#ifdef FAULT_INIT_SIGCHLD
+    signal(SIGCHLD, SIG_IGN);
+#endif
 #ifdef FAULT_INIT
     return fail(MBLM_FAILED, "", "no licence");
 #endif

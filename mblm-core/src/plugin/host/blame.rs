@@ -296,11 +296,9 @@ impl fmt::Write for Line {
 #[cfg(unix)]
 impl Line {
     fn add(&mut self, parts: &[&str]) {
-        for byte in parts.iter().flat_map(|part| part.bytes()) {
-            if let Some(place) = self.text.get_mut(self.len) {
-                (*place, self.len) = (byte, self.len + 1);
-            }
-        }
+        let space = self.text[self.len..].iter_mut();
+        let bytes = parts.iter().flat_map(|part| part.bytes());
+        self.len += space.zip(bytes).map(|(place, byte)| *place = byte).count();
     }
 
     fn send(mut self, to: libc::c_int) {

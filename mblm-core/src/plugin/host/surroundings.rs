@@ -1,9 +1,10 @@
 //! Keeps what surrounds a call into a plugin as it was: the floating-point modes of the thread and, of the process, the
-//! current directory and the standard streams.
+//! current directory, the standard streams, and what happens on SIGPIPE and SIGCHLD.
 //!
 //! Libraries change these by accident. One that is linked with `-ffast-math` flushes small numbers to zero from the moment
 //! it is opened, so the numbers of a run would depend on the thread that opened it. One that changes the directory sends
-//! checkpoints elsewhere. One that closes standard error has the next file that is opened receive messages.
+//! checkpoints elsewhere. One that closes standard error has the next file that is opened receive messages. One that resets
+//! SIGPIPE has the run end with the pipe that shows it.
 
 use super::blame;
 
@@ -87,6 +88,10 @@ mod process {
     /// Copies of the standard streams, as they were when the first plugin was opened.
     static COPIES: LazyLock<[Option<OwnedFd>; 3]> = LazyLock::new(|| [0, 1, 2].map(copy));
 
+    /// What happened then on a write to a closed pipe, and at the end of a child process.
+    static ACTIONS: LazyLock<[(libc::c_int, libc::sigaction); 2]> =
+        LazyLock::new(|| [libc::SIGPIPE, libc::SIGCHLD].map(|signal| (signal, action(signal))));
+
     pub struct Surroundings {
         id: u32,
         directory: Option<OwnedFd>,
@@ -95,6 +100,7 @@ mod process {
     impl Surroundings {
         pub fn now() -> Self {
             LazyLock::force(&COPIES);
+            LazyLock::force(&ACTIONS);
             Surroundings { id: std::process::id(), directory: directory() }
         }
 
@@ -114,8 +120,26 @@ mod process {
                     tracing::warn!("{whose}: {what} closed {name}, which was restored");
                 }
             }
+            for (signal, before) in &*ACTIONS {
+                let now = action(*signal).sa_sigaction;
+                // A handler of the plugin's own is there for a reason, and ends nothing.
+                if now != before.sa_sigaction && [libc::SIG_DFL, libc::SIG_IGN].contains(&now) {
+                    // SAFETY: an action that the system has given.
+                    unsafe { libc::sigaction(*signal, before, std::ptr::null_mut()) };
+                }
+            }
             #[cfg(target_os = "linux")]
             pass_on_signals();
+        }
+    }
+
+    /// What happens on a signal.
+    fn action(signal: libc::c_int) -> libc::sigaction {
+        // SAFETY: zeros are a valid action, which the call fills in.
+        unsafe {
+            let mut action: libc::sigaction = std::mem::zeroed();
+            libc::sigaction(signal, std::ptr::null(), &mut action);
+            action
         }
     }
 
