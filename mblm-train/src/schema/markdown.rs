@@ -5,6 +5,8 @@ use std::fmt::Write;
 use mblm_core::schema::Walk;
 use serde_json::Value;
 
+use crate::config::SUMMARY;
+
 /// The page for what [`schema`](super::schema) gave.
 pub fn markdown(schema: &Value) -> String {
     let page = Page { schema, definitions: &schema["definitions"], text: String::new() };
@@ -27,6 +29,9 @@ impl<'a> Page<'a> {
         let sections = &self.schema["properties"];
         for name in ["train", "io", "resume"] {
             self.section(&format!("`{name}`"), text(&sections[name], "description"), &self.definitions[name]);
+        }
+        if let Some(about) = sections[SUMMARY]["description"].as_str() {
+            let _ = writeln!(self.text, "\n## `{SUMMARY}`\n\n{about}");
         }
         for choice in self.choices(&self.definitions["io"]["properties"]["dataset_id"]) {
             let (id, about) = (text(choice, "const"), text(choice, "description"));
