@@ -12,6 +12,7 @@ use candle_core::{Device, Tensor};
 use mblm::base::random::noise;
 use mblm::block::StageDecoder;
 use mblm::config::MblmConfig;
+use mblm::model::Sequences;
 use mblm::registry::BlockRegistry;
 use mblm::train::config::ModelConfig;
 use mblm::train::doctor::{Examination, Severity, examine, glance};
@@ -167,7 +168,7 @@ fn config(stage: usize, block: &str) -> MblmConfig {
 
 fn report(stage: usize, block: &str) -> Examination {
     let ids: Vec<u32> = noise(2 * 30, 5).iter().map(|noise| ((noise + 1.0) * 127.9) as u32).collect();
-    let ids = Tensor::from_vec(ids, (2, 30), &Device::Cpu).unwrap();
+    let ids = Sequences { ids: &ids, len: 30, loss_mask: None };
     examine(&ModelConfig::Generative(config(stage, block)), 0.0, 1, &ids).unwrap()
 }
 

@@ -1,6 +1,5 @@
 //! Batches of sequences, and the place in them at which a run stands.
 
-use candle_core::{Device, Tensor};
 use mblm_base::random::mix;
 use serde::{Deserialize, Serialize};
 
@@ -10,10 +9,12 @@ use crate::order::Permutation;
 
 /// One batch.
 pub struct Batch {
-    /// `(B, L)`, `u32`.
-    pub ids: Tensor,
+    /// `(B, L)`
+    pub ids: Vec<u32>,
     /// The weight of each position's loss, `(B, L)`, if the data set has one.
-    pub loss_mask: Option<Tensor>,
+    pub loss_mask: Option<Vec<f32>>,
+    /// `L`
+    pub seq_len: usize,
 }
 
 /// Which batch comes next.
@@ -67,14 +68,7 @@ impl Batches {
             let ids = &mut ids[row * self.seq_len..(row + 1) * self.seq_len];
             self.dataset.sample(at.epoch, index, ids, &mut mask[row * mask_len..(row + 1) * mask_len])?;
         }
-        let shape = (rows, self.seq_len);
-        Ok(Batch {
-            ids: Tensor::from_vec(ids, shape, &Device::Cpu)?,
-            loss_mask: match mask_len {
-                0 => None,
-                _ => Some(Tensor::from_vec(mask, shape, &Device::Cpu)?),
-            },
-        })
+        Ok(Batch { ids, loss_mask: (mask_len > 0).then_some(mask), seq_len: self.seq_len })
     }
 
     /// The place after `at`: the next batch, or the start of the next epoch that has any. Only for a split of which
@@ -116,8 +110,8 @@ mod tests {
     }
 
     fn indices(batches: &Batches, epoch: u64) -> Vec<u32> {
-        let read = |batch| batches.read(Cursor { epoch, batch }).unwrap().ids.to_vec2::<u32>().unwrap();
-        (0..batches.num_batches(epoch)).flat_map(read).map(|row| row[1]).collect()
+        let read = |batch| batches.read(Cursor { epoch, batch }).unwrap().ids;
+        (0..batches.num_batches(epoch)).flat_map(read).skip(1).step_by(2).collect()
     }
 
     #[test]
@@ -125,7 +119,7 @@ mod tests {
         assert_eq!(indices(&batches(2, None, true), 0), [0, 1, 2, 3]);
         let all = batches(2, None, false);
         assert_eq!(indices(&all, 0), [0, 1, 2, 3, 4]);
-        assert_eq!(all.read(Cursor { epoch: 0, batch: 2 }).unwrap().ids.dims(), [1, 2]);
+        assert_eq!(all.read(Cursor { epoch: 0, batch: 2 }).unwrap().ids.len(), 2);
     }
 
     #[test]
@@ -156,6 +150,6 @@ mod tests {
         assert!(plain.read(Cursor::default()).unwrap().loss_mask.is_none());
         let masked = Batches { dataset: Box::new(Counting { masked: true }), ..plain };
         let mask = masked.read(Cursor { epoch: 0, batch: 1 }).unwrap().loss_mask.unwrap();
-        assert_eq!(mask.to_vec2::<f32>().unwrap(), [[2.0, 2.0], [3.0, 3.0]]);
+        assert_eq!(mask, [2.0, 2.0, 3.0, 3.0]);
     }
 }

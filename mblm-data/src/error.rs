@@ -17,9 +17,6 @@ pub enum Error {
         /// What the system said.
         error: io::Error,
     },
-    /// A tensor could not be made.
-    #[error(transparent)]
-    Tensor(#[from] candle_core::Error),
 }
 
 /// A result, with this crate's [`Error`] unless another is named.

@@ -58,7 +58,7 @@ mod tests {
         let mut prefetch = Prefetch::new(Arc::new(batches));
         for batch in [0, 1, 2, 5, 0, 1] {
             let read = prefetch.take(Cursor { epoch: 0, batch }).unwrap();
-            assert_eq!(read.ids.to_vec2::<u32>().unwrap(), [[batch as u32]]);
+            assert_eq!(read.ids, [batch as u32]);
         }
         prefetch.take(Cursor { epoch: 0, batch: 3 }).unwrap();
         let error = prefetch.take(Cursor { epoch: 0, batch: 4 }).err().unwrap().to_string();

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use candle_core::{D, Device, Tensor};
 use mblm_core::config::MblmConfig;
 use mblm_core::mode::stream;
+use mblm_core::model::Sequences;
 use mblm_core::{Init, Mode, ParamStore};
 
 use crate::config::{IoSection, LossAverage, ModelConfig, Params, RunConfig, TargetStrategy, TrainSection};
@@ -57,11 +58,12 @@ impl TrainModel for Bigram {
         &self.params
     }
 
-    fn loss(&self, ids: &Tensor, _: Option<&Tensor>, mode: Mode) -> mblm_core::Result<Loss> {
-        let seq_len = ids.dim(1)?;
+    fn loss(&self, sequences: &Sequences, mode: Mode) -> mblm_core::Result<Loss> {
+        let seq_len = sequences.len;
         if seq_len > 64 {
             return Err(mblm_core::Error::Input(format!("{seq_len} bytes, expected at most 64")));
         }
+        let ids = Tensor::from_slice(sequences.ids, (sequences.batch(), seq_len), &Device::Cpu)?;
         let inputs = ids.narrow(1, 0, seq_len - 1)?.flatten_all()?;
         let targets = ids.narrow(1, 1, seq_len - 1)?.flatten_all()?.unsqueeze(1)?;
         let param = |name: &str| self.params.get(name).unwrap().tensor(mode);
@@ -97,8 +99,8 @@ impl TrainModel for &Bigram {
         &self.params
     }
 
-    fn loss(&self, ids: &Tensor, mask: Option<&Tensor>, mode: Mode) -> mblm_core::Result<Loss> {
-        Bigram::loss(self, ids, mask, mode)
+    fn loss(&self, sequences: &Sequences, mode: Mode) -> mblm_core::Result<Loss> {
+        Bigram::loss(self, sequences, mode)
     }
 }
 

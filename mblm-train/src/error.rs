@@ -94,7 +94,6 @@ impl From<mblm_data::Error> for Error {
         match error {
             mblm_data::Error::Config(message) => Error::Config(message),
             mblm_data::Error::Io { path, error } => Error::Io { path, error },
-            mblm_data::Error::Tensor(error) => error.into(),
         }
     }
 }

@@ -3,15 +3,15 @@
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use candle_core::{Device, Tensor};
 use mblm_base::terminal;
 use mblm_core::Mode;
+use mblm_core::model::Sequences;
 use mblm_data::batches::{Batches, Cursor};
 use mblm_data::bytes::check_vocabulary;
 use mblm_data::files::corpus::Corpus;
 
 use crate::error::{Error, Result};
-use crate::model::{LossSum, TrainModel};
+use crate::model::{LossSum, TrainModel, sequences};
 
 /// Bits per byte of a mean loss in nats.
 pub fn bpb(loss: f64) -> f64 {
@@ -32,7 +32,7 @@ pub(crate) fn losses(
             return Ok(None);
         }
         let batch = batches.read(Cursor { epoch: 0, batch })?;
-        all.add(model.loss(&batch.ids, batch.loss_mask.as_ref(), Mode::Eval)?.sum()?);
+        all.add(model.loss(&sequences(&batch), Mode::Eval)?.sum()?);
     }
     Ok(Some(all))
 }
@@ -42,12 +42,8 @@ pub(crate) fn losses(
 pub(crate) fn anything_counts(batches: &Batches, max_batches: Option<usize>, pad: usize) -> Result<bool> {
     for batch in 0..batches.first(max_batches) {
         let batch = batches.read(Cursor { epoch: 0, batch })?;
-        let ids = batch.ids.flatten_all()?.to_vec1::<u32>()?;
-        let weights = match &batch.loss_mask {
-            Some(mask) => mask.flatten_all()?.to_vec1::<f32>()?,
-            None => vec![1.0; ids.len()],
-        };
-        if ids.iter().zip(&weights).any(|(id, weight)| *id as usize != pad && *weight != 0.0) {
+        let weight = |i: usize| batch.loss_mask.as_ref().map_or(1.0, |mask| mask[i]);
+        if batch.ids.iter().enumerate().any(|(i, id)| *id as usize != pad && weight(i) != 0.0) {
             return Ok(true);
         }
     }
@@ -97,8 +93,8 @@ impl Evaluation {
 pub fn evaluate(model: &dyn TrainModel, place: &str, options: &EvaluateOptions) -> Result<Evaluation> {
     let mut all = LossSum::default();
     let corpus = open(place, options)?;
-    for_sequences(&corpus, options, |_, ids| {
-        all.add(model.loss(ids, None, Mode::Eval)?.sum()?);
+    for_sequences(&corpus, options, |_, sequences| {
+        all.add(model.loss(sequences, Mode::Eval)?.sum()?);
         Ok(())
     })?;
     some(all, place)
@@ -140,11 +136,11 @@ pub fn evaluate_parts(
     let (mut all, mut files) = (LossSum::default(), vec![LossSum::default(); starts.len()]);
     let mut stages: Vec<Vec<LossSum>> = seq_lens.iter().map(|_| vec![]).collect();
     let mut file = 0;
-    for_sequences(&corpus, options, |at, ids| {
-        let Some(losses) = model.byte_losses(ids)? else {
+    for_sequences(&corpus, options, |at, sequences| {
+        let Some(losses) = model.byte_losses(sequences)? else {
             return Err(Error::Config("an encoder restores masked bytes; only its mean loss can be measured".into()));
         };
-        let cols = ids.dim(1)?;
+        let cols = sequences.len;
         for (i, loss) in losses.into_iter().enumerate() {
             // That of the pad token is not a number, and does not count.
             let loss = if loss.is_nan() { LossSum::default() } else { LossSum { sum: f64::from(loss), count: 1 } };
@@ -193,11 +189,11 @@ fn num_bytes(corpus: &Corpus, options: &EvaluateOptions) -> u64 {
     options.max_bytes.map_or(corpus.len(), |max| max.min(corpus.len()))
 }
 
-/// Calls `receive` with the place of each batch in the corpus, and its ids, `(B, L)`.
+/// Calls `receive` with the place of each batch in the corpus, and its sequences.
 fn for_sequences(
     corpus: &Corpus,
     options: &EvaluateOptions,
-    mut receive: impl FnMut(u64, &Tensor) -> Result<()>,
+    mut receive: impl FnMut(u64, &Sequences) -> Result<()>,
 ) -> Result<()> {
     let (len, seq_len) = (num_bytes(corpus, options), options.seq_len as u64);
     let mut at = 0;
@@ -206,7 +202,7 @@ fn for_sequences(
         let (rows, cols) = if whole > 0 { (whole, seq_len) } else { (1, len - at) };
         let mut ids = vec![0; (rows * cols) as usize];
         corpus.read(at, &mut ids)?;
-        receive(at, &Tensor::from_vec(ids, (rows as usize, cols as usize), &Device::Cpu)?)?;
+        receive(at, &Sequences { ids: &ids, len: cols as usize, loss_mask: None })?;
         at += rows * cols;
     }
     Ok(())
@@ -214,6 +210,7 @@ fn for_sequences(
 
 #[cfg(test)]
 mod tests {
+    use candle_core::{Device, Tensor};
     use mblm_core::ParamStore;
 
     use super::*;
@@ -226,8 +223,9 @@ mod tests {
         fn params(&self) -> &ParamStore {
             &self.0
         }
-        fn loss(&self, ids: &Tensor, _: Option<&Tensor>, _: Mode) -> mblm_core::Result<Loss> {
-            Ok((ids.to_dtype(candle_core::DType::F32)?.mean_all()?, ids.elem_count()).into())
+        fn loss(&self, sequences: &Sequences, _: Mode) -> mblm_core::Result<Loss> {
+            let mean = sequences.ids.iter().sum::<u32>() as f32 / sequences.ids.len() as f32;
+            Ok((Tensor::new(mean, &Device::Cpu)?, sequences.ids.len()).into())
         }
     }
 
@@ -260,12 +258,11 @@ mod tests {
         fn params(&self) -> &ParamStore {
             &self.0
         }
-        fn loss(&self, _: &Tensor, _: Option<&Tensor>, _: Mode) -> mblm_core::Result<Loss> {
+        fn loss(&self, _: &Sequences, _: Mode) -> mblm_core::Result<Loss> {
             Err(mblm_core::Error::Input("not asked for".into()))
         }
-        fn byte_losses(&self, ids: &Tensor) -> mblm_core::Result<Option<Vec<f32>>> {
-            let ids = ids.flatten_all()?.to_vec1::<u32>()?;
-            Ok(Some(ids.into_iter().map(|id| if id == 255 { f32::NAN } else { id as f32 }).collect()))
+        fn byte_losses(&self, sequences: &Sequences) -> mblm_core::Result<Option<Vec<f32>>> {
+            Ok(Some(sequences.ids.iter().map(|&id| if id == 255 { f32::NAN } else { id as f32 }).collect()))
         }
     }
 

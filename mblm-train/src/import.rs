@@ -179,7 +179,7 @@ fn check_finite(store: &ParamStore) -> Result<()> {
 mod tests {
     use std::collections::BTreeMap;
 
-    use candle_core::Tensor;
+    use mblm_core::model::Sequences;
     use mblm_core::{Init, Mode};
 
     use super::*;
@@ -192,7 +192,7 @@ mod tests {
             &self.0
         }
 
-        fn loss(&self, _: &Tensor, _: Option<&Tensor>, _: Mode) -> mblm_core::Result<Loss> {
+        fn loss(&self, _: &Sequences, _: Mode) -> mblm_core::Result<Loss> {
             Err(mblm_core::Error::Input("only loaded".into()))
         }
     }

@@ -1,9 +1,10 @@
 //! What a run trains: a model that predicts the next byte, or an encoder that restores masked bytes.
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 use mblm_base::random::mix;
-use mblm_core::model::{Mblm, MblmEncoder};
+use mblm_core::model::{Mblm, MblmEncoder, Sequences};
 use mblm_core::{Mode, ParamStore, StageModel};
+use mblm_data::batches::Batch;
 
 use crate::config::{ModelConfig, RunConfig};
 use crate::error::Result;
@@ -53,6 +54,11 @@ impl LossSum {
     }
 }
 
+/// A batch as a model takes it.
+pub(crate) fn sequences(batch: &Batch) -> Sequences<'_> {
+    Sequences { ids: &batch.ids, len: batch.seq_len, loss_mask: batch.loss_mask.as_deref() }
+}
+
 /// What can be trained.
 pub trait TrainModel {
     /// The parameters, which training changes.
@@ -61,21 +67,16 @@ pub trait TrainModel {
     /// The loss of a batch, whose backward pass reaches [`params`](Self::params).
     ///
     /// # Shapes
-    /// - `ids`: `(B, L)`, `u32`; `loss_mask`: the same, `f32`
-    fn loss(&self, ids: &Tensor, loss_mask: Option<&Tensor>, mode: Mode) -> mblm_core::Result<Loss>;
+    /// - the loss is a scalar
+    fn loss(&self, sequences: &Sequences, mode: Mode) -> mblm_core::Result<Loss>;
 
     /// [`loss`](Self::loss), and the root mean square of each stage's output, from global to local; none if not known.
-    fn measured_loss(
-        &self,
-        ids: &Tensor,
-        loss_mask: Option<&Tensor>,
-        mode: Mode,
-    ) -> mblm_core::Result<(Loss, Vec<f64>)> {
-        Ok((self.loss(ids, loss_mask, mode)?, Vec::new()))
+    fn measured_loss(&self, sequences: &Sequences, mode: Mode) -> mblm_core::Result<(Loss, Vec<f64>)> {
+        Ok((self.loss(sequences, mode)?, Vec::new()))
     }
 
-    /// The loss of every byte of `ids`, `(B, L)`, in nats; NaN for the pad token. `None` if the model predicts no bytes.
-    fn byte_losses(&self, _ids: &Tensor) -> mblm_core::Result<Option<Vec<f32>>> {
+    /// The loss of every byte, `(B, L)`, in nats; NaN for the pad token. `None` if the model predicts no bytes.
+    fn byte_losses(&self, _sequences: &Sequences) -> mblm_core::Result<Option<Vec<f32>>> {
         Ok(None)
     }
 
@@ -90,12 +91,12 @@ impl TrainModel for Mblm {
         self.params()
     }
 
-    fn loss(&self, ids: &Tensor, loss_mask: Option<&Tensor>, mode: Mode) -> mblm_core::Result<Loss> {
-        self.counted_loss(ids, loss_mask, mode).map(Loss::from)
+    fn loss(&self, sequences: &Sequences, mode: Mode) -> mblm_core::Result<Loss> {
+        self.counted_loss(sequences, mode).map(Loss::from)
     }
 
-    fn byte_losses(&self, ids: &Tensor) -> mblm_core::Result<Option<Vec<f32>>> {
-        self.byte_losses(ids).map(Some)
+    fn byte_losses(&self, sequences: &Sequences) -> mblm_core::Result<Option<Vec<f32>>> {
+        self.byte_losses(sequences).map(Some)
     }
 }
 
@@ -156,20 +157,15 @@ impl TrainModel for Model {
         }
     }
 
-    fn loss(&self, ids: &Tensor, loss_mask: Option<&Tensor>, mode: Mode) -> mblm_core::Result<Loss> {
+    fn loss(&self, sequences: &Sequences, mode: Mode) -> mblm_core::Result<Loss> {
         match self {
-            Model::Generative(model) => TrainModel::loss(model, ids, loss_mask, mode),
-            Model::Masked(model) => model.loss(ids, loss_mask, mode),
+            Model::Generative(model) => TrainModel::loss(model, sequences, mode),
+            Model::Masked(model) => model.loss(sequences, mode),
         }
     }
 
-    fn measured_loss(
-        &self,
-        ids: &Tensor,
-        loss_mask: Option<&Tensor>,
-        mode: Mode,
-    ) -> mblm_core::Result<(Loss, Vec<f64>)> {
-        let loss = || self.loss(ids, loss_mask, mode);
+    fn measured_loss(&self, sequences: &Sequences, mode: Mode) -> mblm_core::Result<(Loss, Vec<f64>)> {
+        let loss = || self.loss(sequences, mode);
         let (loss, activations) = match self {
             Model::Generative(model) => model.measure_activations(loss),
             Model::Masked(model) => model.encoder.measure_activations(loss),
@@ -177,9 +173,9 @@ impl TrainModel for Model {
         Ok((loss?, activations))
     }
 
-    fn byte_losses(&self, ids: &Tensor) -> mblm_core::Result<Option<Vec<f32>>> {
+    fn byte_losses(&self, sequences: &Sequences) -> mblm_core::Result<Option<Vec<f32>>> {
         match self {
-            Model::Generative(model) => model.byte_losses(ids).map(Some),
+            Model::Generative(model) => model.byte_losses(sequences).map(Some),
             Model::Masked(_) => Ok(None),
         }
     }
@@ -215,20 +211,17 @@ impl TrainModel for MaskedBytes {
         self.encoder.params()
     }
 
-    fn loss(&self, ids: &Tensor, loss_mask: Option<&Tensor>, mode: Mode) -> mblm_core::Result<Loss> {
-        let labels = ids.flatten_all()?.to_vec1::<u32>()?;
-        let weights = match loss_mask {
-            Some(mask) => mask.flatten_all()?.to_dtype(DType::F32)?.to_vec1::<f32>()?,
-            None => vec![1.0; labels.len()],
-        };
+    fn loss(&self, sequences: &Sequences, mode: Mode) -> mblm_core::Result<Loss> {
+        let labels = sequences.ids;
+        let weight = |i: usize| sequences.loss_mask.map_or(1.0, |mask| mask[i]);
         let config = self.encoder.config();
         let pad = config.mblm_config.pad_token_id as u32;
-        let may_be = |i: &usize| labels[*i] != pad && weights[*i] != 0.0;
+        let may_be = |i: &usize| labels[*i] != pad && weight(*i) != 0.0;
         let masked = match mode {
             Mode::Train { seed } => draw((0..labels.len()).filter(may_be).collect(), self.masking_proba, seed),
             // Of each sequence by itself, whatever else is in the batch.
             Mode::Eval => {
-                let long = ids.dim(1)?.max(1);
+                let long = sequences.len.max(1);
                 let sequence = |start: usize| {
                     let range = start..start + long;
                     let seed = labels[range.clone()].iter().fold(0, |hash, label| mix(hash ^ u64::from(*label)));
@@ -238,16 +231,13 @@ impl TrainModel for MaskedBytes {
                 (0..labels.len()).step_by(long).flat_map(sequence).collect()
             }
         };
-        let (mut inputs, mut loss_weights) = (labels.clone(), vec![0.0; labels.len()]);
+        let (mut inputs, mut weights) = (labels.to_vec(), vec![0.0; labels.len()]);
         for i in masked {
             inputs[i] = config.mask_token_id as u32;
-            loss_weights[i] = weights[i];
+            weights[i] = weight(i);
         }
-        let attend = labels.iter().map(|label| f32::from(*label != pad)).collect();
-        let floats = |values: Vec<f32>| Tensor::from_vec(values, ids.shape(), &Device::Cpu);
-        let inputs = Tensor::from_vec(inputs, ids.shape(), &Device::Cpu)?;
-        let (attend, weights) = (floats(attend)?, floats(loss_weights)?);
-        self.encoder.counted_loss(&inputs, ids, Some(&attend), Some(&weights), mode).map(Loss::from)
+        let masked = Sequences { ids: &inputs, loss_mask: Some(&weights), ..*sequences };
+        self.encoder.counted_loss(&masked, labels, mode).map(Loss::from)
     }
 }
 

@@ -5,12 +5,11 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::{Result, ensure};
-use candle_core::{Device, Tensor};
 use mblm::base::random::noise;
 use mblm::base::terminal::Output;
 use mblm::gemm::{self, autocast};
 use mblm::generate::Decoder;
-use mblm::model::Mblm;
+use mblm::model::{Mblm, Sequences};
 use mblm::train::config::ModelConfig;
 use mblm::train::cost::Step;
 use mblm::train::model::{Model, TrainModel};
@@ -138,21 +137,18 @@ fn measure(
 ) -> Result<()> {
     let wanted = |part| args.only.is_none_or(|only| only == part);
     let (shape, num_tokens) = ((report.batch, report.length), num_tokens(model));
-    let ids = || -> Result<Tensor> {
-        Ok(Tensor::from_vec(random_bytes(shape.0 * shape.1, num_tokens), shape, &Device::Cpu)?)
-    };
+    let ids = random_bytes(shape.0 * shape.1, num_tokens);
+    let sequences = Sequences { ids: &ids, len: shape.1, loss_mask: None };
     if wanted(Part::Train) {
-        let ids = ids()?;
-        let mut step = trainer(model, &ids);
+        let mut step = trainer(model, sequences);
         let step = || autocast(precision, &mut step);
         report.train_bytes_per_s = Some(show(args, "train", rate(shape.0 * shape.1, args.steps, step)?)?);
         report.peak_rss_mb = peak_rss_mb();
         buffer::release_unused();
     }
     if wanted(Part::Forward) {
-        let ids = ids()?;
         let forward = || {
-            autocast(precision, || model.loss(&ids, None, Mode::Eval))?;
+            autocast(precision, || model.loss(&sequences, Mode::Eval))?;
             Ok(())
         };
         report.forward_bytes_per_s = Some(show(args, "forward", rate(shape.0 * shape.1, args.steps, forward)?)?);
@@ -230,12 +226,12 @@ impl Precision {
 }
 
 /// One step as the package takes it: forward, backward, clip to norm 1, Adam.
-fn trainer(model: &Model, ids: &Tensor) -> impl FnMut() -> Result<()> {
+fn trainer<'a>(model: &'a Model, sequences: Sequences<'a>) -> impl FnMut() -> Result<()> + use<'a> {
     let mut adam = Adam::new(model.params(), AdamConfig::default());
     let mut step = 0;
     move || {
         step += 1;
-        let loss = model.loss(ids, None, Mode::train(step))?.mean;
+        let loss = model.loss(&sequences, Mode::train(step))?.mean;
         model.params().zero_grad();
         model.params().backward(&loss)?;
         clip_grad_norm(model.params(), 1.0);

@@ -5,10 +5,10 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use anyhow::Result;
-use candle_core::{Device, Tensor};
 use mblm::base::random::noise;
 use mblm::base::terminal::Output;
 use mblm::data::files::corpus::Corpus;
+use mblm::model::Sequences;
 use mblm::train::config::ModelConfig;
 use mblm::train::cost::{Step, bytes as shown_bytes};
 use mblm::train::doctor::{Examination, Severity, examine};
@@ -57,7 +57,7 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
         None => random(shape.0 * shape.1, args.seed, &config),
     };
     train::must_fit(&config, Step { batch: shape.0, bytes: shape.1 })?;
-    let report = examine(&config, MASKING, args.seed, &Tensor::from_vec(ids, shape, &Device::Cpu)?)?;
+    let report = examine(&config, MASKING, args.seed, &Sequences { ids: &ids, len: shape.1, loss_mask: None })?;
     let text = if args.json { serde_json::to_string_pretty(&report)? + "\n" } else { table(&report) };
     let shown = Output::new().write_all(text.as_bytes());
     match report.findings.iter().filter(|finding| finding.severity == Severity::Problem).count() {

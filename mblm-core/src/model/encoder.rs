@@ -10,7 +10,7 @@ use mblm_sdk::ops::cross_entropy::Target;
 use mblm_sdk::param::ParamStore;
 
 use super::hierarchy::Hierarchy;
-use super::input::{Ids, to_u32};
+use super::input::{Ids, Sequences, check_vocabulary, to_u32};
 use super::{warned, zero};
 
 /// A Multiscale Byte Language Model that sees the whole sequence. Shapes as in [`Mblm`](super::Mblm).
@@ -65,7 +65,7 @@ impl MblmEncoder {
     /// - `ids`: `(B, L)` or folded; `attention_mask`: the same, nonzero = attend; returns `(B, L, D_N)` or folded
     pub fn hidden_state(&self, ids: &Tensor, attention_mask: Option<&Tensor>, mode: Mode) -> Result<Tensor> {
         let ids = self.read(ids)?;
-        let masks = self.masks(&ids, &attend(&ids, attention_mask)?)?;
+        let masks = self.masks(&ids, &given_mask(&ids, attention_mask)?)?;
         self.per_byte(&ids, &self.hierarchy.run(&ids, Some(&masks), mode)?)
     }
 
@@ -86,30 +86,45 @@ impl MblmEncoder {
         loss_mask: Option<&Tensor>,
         mode: Mode,
     ) -> Result<Tensor> {
-        Ok(warned(self.counted_loss(ids, labels, attention_mask, loss_mask, mode)?))
+        let ids = self.read(ids)?;
+        let attend = given_mask(&ids, attention_mask)?;
+        ids.beside("labels", labels)?;
+        let labels = to_u32(labels, self.hierarchy.config.num_tokens)?;
+        let weights = loss_mask.map(|mask| ids.beside("loss_mask", mask)).transpose()?;
+        Ok(warned(self.mean_loss(&ids, &labels, &attend, weights.as_deref(), mode)?))
     }
 
-    /// [`loss`](Self::loss), and the number of positions that it is the mean of; 0 of none, without a warning.
-    pub fn counted_loss(
+    /// [`loss`](Self::loss) of restoring `labels`, as many as there are ids, where those are attended to that are not the pad token; and
+    /// the number of positions that it is the mean of: 0 of none, without a warning.
+    pub fn counted_loss(&self, sequences: &Sequences, labels: &[u32], mode: Mode) -> Result<(Tensor, usize)> {
+        let ids = self.checked(Ids::of(sequences, &self.hierarchy.config)?)?;
+        check_vocabulary(labels, self.hierarchy.config.num_tokens)?;
+        let pad = self.hierarchy.config.pad_token_id as u32;
+        let attend = padded_mask(&ids, |at| labels[at] != pad);
+        self.mean_loss(&ids, labels, &attend, sequences.loss_mask, mode)
+    }
+
+    fn mean_loss(
         &self,
-        ids: &Tensor,
-        labels: &Tensor,
-        attention_mask: Option<&Tensor>,
-        loss_mask: Option<&Tensor>,
+        ids: &Ids,
+        labels: &[u32],
+        attend: &[u8],
+        weights: Option<&[f32]>,
         mode: Mode,
     ) -> Result<(Tensor, usize)> {
-        let ids = self.read(ids)?;
-        let attend = attend(&ids, attention_mask)?;
-        let targets = self.targets(&ids, labels, &attend, loss_mask)?;
+        let targets = targets(ids, labels, attend, weights);
         let count = targets.len();
         match count {
             0 => Ok((zero()?, 0)),
-            _ => Ok((self.hierarchy.loss(&ids, targets, Some(&self.masks(&ids, &attend)?), mode)?, count)),
+            _ => Ok((self.hierarchy.loss(ids, targets, Some(&self.masks(ids, attend)?), mode)?, count)),
         }
     }
 
     fn read(&self, ids: &Tensor) -> Result<Ids> {
-        let ids = Ids::new(ids, &self.hierarchy.config)?;
+        self.checked(Ids::new(ids, &self.hierarchy.config)?)
+    }
+
+    fn checked(&self, ids: Ids) -> Result<Ids> {
         if ids.len == 0 {
             return Err(Error::Input("an encoder needs at least one byte".into()));
         }
@@ -137,18 +152,6 @@ impl MblmEncoder {
         Ok(Tensor::from_vec(reduced, (sequences, seq), &Device::Cpu)?)
     }
 
-    fn targets(&self, ids: &Ids, labels: &Tensor, attend: &[u8], loss_mask: Option<&Tensor>) -> Result<Vec<Target>> {
-        ids.beside("labels", labels)?;
-        let labels = to_u32(labels, self.hierarchy.config.num_tokens)?;
-        let weights = loss_mask.map(|mask| ids.beside("loss_mask", mask)).transpose()?;
-        let all = (0..ids.batch).flat_map(|b| (0..ids.len).map(move |l| (b * ids.padded_len + l, b * ids.len + l)));
-        let target = |(row, flat): (usize, usize)| {
-            let weight = weights.as_ref().map_or(1.0, |w| w[flat]) * (attend[row] != 0) as u8 as f32;
-            Target { row: row as u32, token: labels[flat], weight }
-        };
-        Ok(all.map(target).filter(|t| t.weight != 0.0).collect())
-    }
-
     fn per_byte(&self, ids: &Ids, local: &Tensor) -> Result<Tensor> {
         let dim = local.dims3()?.2;
         let bytes = local.reshape((ids.batch, ids.padded_len, dim))?;
@@ -156,14 +159,28 @@ impl MblmEncoder {
     }
 }
 
-/// Which of the padded bytes are attended to; padding is not.
-fn attend(ids: &Ids, attention_mask: Option<&Tensor>) -> Result<Vec<u8>> {
+/// What is to be restored: the positions that are attended to and whose weight is not zero.
+fn targets(ids: &Ids, labels: &[u32], attend: &[u8], weights: Option<&[f32]>) -> Vec<Target> {
+    let all = (0..ids.batch).flat_map(|b| (0..ids.len).map(move |l| (b * ids.padded_len + l, b * ids.len + l)));
+    let target = |(row, flat): (usize, usize)| {
+        let weight = weights.map_or(1.0, |w| w[flat]) * (attend[row] != 0) as u8 as f32;
+        Target { row: row as u32, token: labels[flat], weight }
+    };
+    all.map(target).filter(|t| t.weight != 0.0).collect()
+}
+
+/// Which of the padded bytes are attended to: those of a mask `(B, L)`, or all; padding is not.
+fn given_mask(ids: &Ids, attention_mask: Option<&Tensor>) -> Result<Vec<u8>> {
     let given = attention_mask.map(|mask| ids.beside("attention_mask", mask)).transpose()?;
-    let mut attend = vec![0; ids.batch * ids.padded_len];
-    for (b, row) in attend.chunks_exact_mut(ids.padded_len).enumerate() {
-        for (l, a) in row[..ids.len].iter_mut().enumerate() {
-            *a = given.as_ref().is_none_or(|g| g[b * ids.len + l] != 0.0) as u8;
+    Ok(padded_mask(ids, |at| given.as_ref().is_none_or(|given| given[at] != 0.0)))
+}
+
+fn padded_mask(ids: &Ids, attends: impl Fn(usize) -> bool) -> Vec<u8> {
+    let mut mask = vec![0; ids.batch * ids.padded_len];
+    for (b, row) in mask.chunks_exact_mut(ids.padded_len).enumerate() {
+        for (l, attended) in row[..ids.len].iter_mut().enumerate() {
+            *attended = attends(b * ids.len + l) as u8;
         }
     }
-    Ok(attend)
+    mask
 }

@@ -62,9 +62,8 @@ impl Hierarchy {
     ///
     /// `masks`: per stage, `(sequences, P_n)`.
     pub(crate) fn run(&self, ids: &Ids, masks: Option<&[Tensor]>, mode: Mode) -> Result<Tensor> {
-        let values = Arc::new(ids.values.clone());
-        let above = self.run_above(ids, &values, masks, mode)?;
-        self.run_stage(self.stages.len() - 1, ids, &values, above.as_ref(), masks, mode)
+        let above = self.run_above(ids, masks, mode)?;
+        self.run_stage(self.stages.len() - 1, ids, above.as_ref(), masks, mode)
     }
 
     /// The mean loss of the targets. Where the local stage is cut into chunks, its output never exists as a whole.
@@ -90,7 +89,7 @@ impl Hierarchy {
     fn loss_as_it_is(&self, ids: &Ids, targets: Vec<Target>, masks: Option<&[Tensor]>, mode: Mode) -> Result<Tensor> {
         let (local, out) = (self.stages.len() - 1, [self.out_weight.clone(), self.out_bias.clone()]);
         if let Some(chunks) = self.stages[local].chunks
-            && let Some(above) = self.run_above(ids, &Arc::new(ids.values.clone()), masks, mode)?
+            && let Some(above) = self.run_above(ids, masks, mode)?
         {
             let (stage, ids) = (self.stages[local].clone(), ids.values.clone());
             let mask = masks.map(|masks| masks[local].clone());
@@ -102,17 +101,11 @@ impl Hierarchy {
     }
 
     /// What the stages above the local one say of its tokens, `(local sequences, P_N, D_N)`, if there are any.
-    fn run_above(
-        &self,
-        ids: &Ids,
-        values: &Arc<Vec<u32>>,
-        masks: Option<&[Tensor]>,
-        mode: Mode,
-    ) -> Result<Option<Tensor>> {
+    fn run_above(&self, ids: &Ids, masks: Option<&[Tensor]>, mode: Mode) -> Result<Option<Tensor>> {
         let mut above: Option<Tensor> = None;
         for (n, stage) in self.stages.iter().enumerate() {
             let Some(next) = &stage.next else { break };
-            let output = self.run_stage(n, ids, values, above.as_ref(), masks, mode)?;
+            let output = self.run_stage(n, ids, above.as_ref(), masks, mode)?;
             // Of `1 + S` positions the last is dropped: position i speaks of token i of the stage below.
             above = Some(next.forward(&output, self.seq_len(n, ids), mode)?);
         }
@@ -124,13 +117,12 @@ impl Hierarchy {
         &self,
         n: usize,
         ids: &Ids,
-        values: &Arc<Vec<u32>>,
         above: Option<&Tensor>,
         masks: Option<&[Tensor]>,
         mode: Mode,
     ) -> Result<Tensor> {
         let (stage, seq) = (&self.stages[n], self.seq_len(n, ids));
-        let tokens = stage.embedding.forward(values, mode)?;
+        let tokens = stage.embedding.forward(&ids.values, mode)?;
         let tokens = tokens.reshape((tokens.dim(0)? / seq, seq, stage.dim))?;
         let input = stage.input.forward(&tokens, above, mode)?;
         let output = stage.run(&input, masks.map(|m| &m[n]), mode)?;

@@ -1,14 +1,39 @@
 //! Byte ids as they come from a caller: checked, padded and folded.
 
+use std::sync::Arc;
+
 use candle_core::{DType, Tensor};
 
 use crate::config::MblmConfig;
 use mblm_sdk::error::{Error, Result};
 
+/// Sequences of equal length, as data sets give them: nothing is copied on the way to the model.
+#[derive(Clone, Copy, Debug)]
+pub struct Sequences<'a> {
+    /// `(B, L)`
+    pub ids: &'a [u32],
+    /// `L`, at least 1.
+    pub len: usize,
+    /// The weight of each byte's loss, `(B, L)`; without, each has the weight 1.
+    pub loss_mask: Option<&'a [f32]>,
+}
+
+impl<'a> Sequences<'a> {
+    /// `B`.
+    pub fn batch(&self) -> usize {
+        self.ids.len() / self.len
+    }
+
+    /// The first sequence alone.
+    pub fn first(&self) -> Sequences<'a> {
+        Sequences { ids: &self.ids[..self.len], loss_mask: self.loss_mask.map(|mask| &mask[..self.len]), ..*self }
+    }
+}
+
 /// Ids padded to whole patches.
 pub(crate) struct Ids {
     /// `(B, padded_len)`
-    pub(crate) values: Vec<u32>,
+    pub(crate) values: Arc<Vec<u32>>,
     pub(crate) batch: usize,
     /// Bytes of each sequence as given.
     pub(crate) len: usize,
@@ -34,13 +59,35 @@ impl Ids {
             }
         };
         let (batch, len) = (dims[0], dims[1..].iter().product::<usize>());
-        let flat = to_u32(ids, config.num_tokens)?;
-        let padded_len = len.next_multiple_of(inner.iter().product::<usize>().max(1));
+        Ok(Ids { folded, ..Self::padded(&to_u32(ids, config.num_tokens)?, batch, len, config) })
+    }
+
+    /// Takes sequences `(B, L)`.
+    ///
+    /// # Errors
+    /// An id outside the vocabulary, or numbers that are no whole sequences.
+    pub(crate) fn of(sequences: &Sequences, config: &MblmConfig) -> Result<Self> {
+        let (count, len) = (sequences.ids.len(), sequences.len);
+        if len == 0 || count % len != 0 {
+            return Err(Error::Input(format!("{count} ids are no whole sequences of {len} bytes")));
+        }
+        if let Some(mask) = sequences.loss_mask.filter(|mask| mask.len() != count) {
+            return Err(Error::Input(format!(
+                "loss_mask has {} weights; expected one for each of {count} ids",
+                mask.len()
+            )));
+        }
+        check_vocabulary(sequences.ids, config.num_tokens)?;
+        Ok(Self::padded(sequences.ids, count / len, len, config))
+    }
+
+    fn padded(flat: &[u32], batch: usize, len: usize, config: &MblmConfig) -> Self {
+        let padded_len = len.next_multiple_of(config.seq_lens[1..].iter().product::<usize>().max(1));
         let mut values = vec![config.pad_token_id as u32; batch * padded_len];
         for (row, ids) in values.chunks_exact_mut(padded_len.max(1)).zip(flat.chunks_exact(len.max(1))) {
             row[..len].copy_from_slice(ids);
         }
-        Ok(Ids { values, batch, len, padded_len, folded })
+        Ids { values: Arc::new(values), batch, len, padded_len, folded: None }
     }
 
     /// The shape that per-byte results `(B, L, …)` are given back in.
@@ -69,11 +116,20 @@ pub(crate) fn to_u32(ids: &Tensor, vocab: usize) -> Result<Vec<u32>> {
     }
     let wide = ids.to_dtype(DType::I64)?.flatten_all()?.to_vec1::<i64>()?;
     if let Some(at) = wide.iter().position(|&id| id < 0 || id >= vocab as i64) {
-        return Err(Error::Input(format!(
-            "id {} at flat position {at} lies outside the vocabulary of {vocab} tokens (0 to {})",
-            wide[at],
-            vocab - 1
-        )));
+        return Err(outside(wide[at], at, vocab));
     }
     Ok(wide.into_iter().map(|id| id as u32).collect())
+}
+
+/// Checks that every id is below `vocab`.
+pub(crate) fn check_vocabulary(ids: &[u32], vocab: usize) -> Result<()> {
+    match ids.iter().position(|&id| id as usize >= vocab) {
+        Some(at) => Err(outside(ids[at].into(), at, vocab)),
+        None => Ok(()),
+    }
+}
+
+fn outside(id: i64, at: usize, vocab: usize) -> Error {
+    let last = vocab - 1;
+    Error::Input(format!("id {id} at flat position {at} lies outside the vocabulary of {vocab} tokens (0 to {last})"))
 }

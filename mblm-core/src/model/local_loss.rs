@@ -20,7 +20,7 @@ use super::stage::Stage;
 pub(crate) struct LocalLoss {
     pub(crate) stage: Stage,
     /// `(R · S)`
-    pub(crate) ids: Vec<u32>,
+    pub(crate) ids: Arc<Vec<u32>>,
     /// `(R, S)`, `u8`, 1 = attend
     pub(crate) mask: Option<Tensor>,
     /// In the order of their rows.

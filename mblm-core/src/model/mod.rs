@@ -15,6 +15,7 @@ use candle_core::{DType, Device, Tensor};
 pub use encoder::MblmEncoder;
 pub(crate) use hierarchy::Hierarchy;
 use input::Ids;
+pub use input::Sequences;
 pub(crate) use stage::Stage;
 pub(crate) use stage_input::Positions;
 
@@ -118,25 +119,31 @@ impl Mblm {
     /// # Shapes
     /// - `ids`: `(B, L)` or folded; `loss_mask`: the same shape, weights; returns a scalar
     pub fn loss(&self, ids: &Tensor, loss_mask: Option<&Tensor>, mode: Mode) -> Result<Tensor> {
-        Ok(warned(self.counted_loss(ids, loss_mask, mode)?))
+        let ids = self.read(ids)?;
+        let weights = loss_mask.map(|mask| ids.beside("loss_mask", mask)).transpose()?;
+        Ok(warned(self.mean_loss(&ids, weights.as_deref(), mode)?))
     }
 
     /// [`loss`](Self::loss), and the number of bytes that it is the mean of; 0 of none, without a warning. Means of
     /// several batches are made of it.
-    pub fn counted_loss(&self, ids: &Tensor, loss_mask: Option<&Tensor>, mode: Mode) -> Result<(Tensor, usize)> {
-        let ids = self.read(ids)?;
-        let targets = self.targets(&ids, loss_mask)?;
+    pub fn counted_loss(&self, sequences: &Sequences, mode: Mode) -> Result<(Tensor, usize)> {
+        self.mean_loss(&self.take(sequences)?, sequences.loss_mask, mode)
+    }
+
+    fn mean_loss(&self, ids: &Ids, weights: Option<&[f32]>, mode: Mode) -> Result<(Tensor, usize)> {
+        let targets = self.targets(ids, weights);
         let count = targets.len();
         match count {
             0 => Ok((zero()?, 0)),
-            _ => Ok((self.hierarchy.loss(&ids, targets, None, mode)?, count)),
+            _ => Ok((self.hierarchy.loss(ids, targets, None, mode)?, count)),
         }
     }
 
     /// [`loss`](Self::loss) and [`logits`](Self::logits) of one forward pass.
     pub fn loss_and_logits(&self, ids: &Tensor, loss_mask: Option<&Tensor>, mode: Mode) -> Result<(Tensor, Tensor)> {
         let read = self.read(ids)?;
-        let targets = self.targets(&read, loss_mask)?;
+        let weights = loss_mask.map(|mask| read.beside("loss_mask", mask)).transpose()?;
+        let targets = self.targets(&read, weights.as_deref());
         if targets.is_empty() {
             return Ok((warned((zero()?, 0)), self.logits(ids, mode)?));
         }
@@ -151,10 +158,10 @@ impl Mblm {
     /// A loss that is not finite; names the stage that it comes from.
     ///
     /// # Shapes
-    /// - `ids`: `(B, L)` or folded; returns `B · L` losses
-    pub fn byte_losses(&self, ids: &Tensor) -> Result<Vec<f32>> {
-        let ids = self.read(ids)?;
-        let targets = self.targets(&ids, None)?;
+    /// - returns `(B, L)`
+    pub fn byte_losses(&self, sequences: &Sequences) -> Result<Vec<f32>> {
+        let ids = self.take(sequences)?;
+        let targets = self.targets(&ids, None);
         let local = self.hierarchy.run(&ids, None, Mode::Eval)?.flatten_to(1)?;
         let mut known = Vec::with_capacity(targets.len());
         for targets in targets.chunks(LOGIT_ROWS) {
@@ -182,6 +189,12 @@ impl Mblm {
         Ok(ids)
     }
 
+    fn take(&self, sequences: &Sequences) -> Result<Ids> {
+        let ids = Ids::of(sequences, &self.hierarchy.config)?;
+        self.hierarchy.check_length(&ids)?;
+        Ok(ids)
+    }
+
     fn cross_entropy(&self, local: &Tensor, targets: Vec<Target>, mode: Mode) -> Result<Tensor> {
         let (weight, bias) = (self.hierarchy.out_weight.clone(), self.hierarchy.out_bias.clone());
         Ok(apply1(CrossEntropy { weight, bias, targets, training: mode != Mode::Eval }, local, mode)?)
@@ -189,20 +202,19 @@ impl Mblm {
 
     /// Which row of the local stage's output predicts which byte. Start positions predict nothing but the first byte
     /// of all: every other byte is predicted from the one before it, across patch borders too.
-    fn targets(&self, ids: &Ids, loss_mask: Option<&Tensor>) -> Result<Vec<Target>> {
-        let weights = loss_mask.map(|mask| ids.beside("loss_mask", mask)).transpose()?;
+    fn targets(&self, ids: &Ids, weights: Option<&[f32]>) -> Vec<Target> {
         let config = self.config();
         // The one stage of a plain language model is as long as its input.
         let local = if config.num_stages() == 1 { ids.padded_len } else { config.seq_lens[config.num_stages() - 1] };
         let rows = ids.padded_len / local.max(1) * (1 + local);
         let target = |b: usize, l: usize| {
             let row = if l == 0 { 0 } else { (l - 1) / local * (1 + local) + 1 + (l - 1) % local };
-            let weight = weights.as_ref().map_or(1.0, |w| w[b * ids.len + l]);
+            let weight = weights.map_or(1.0, |w| w[b * ids.len + l]);
             Target { row: (b * rows + row) as u32, token: ids.values[b * ids.padded_len + l], weight }
         };
         let all = (0..ids.batch).flat_map(|b| (0..ids.len).map(move |l| (b, l)));
         let wanted = |t: &Target| t.token as usize != config.pad_token_id && t.weight != 0.0;
-        Ok(all.map(|(b, l)| target(b, l)).filter(wanted).collect())
+        all.map(|(b, l)| target(b, l)).filter(wanted).collect()
     }
 
     /// Drops start positions and padding from the local stage's output.

@@ -4,7 +4,7 @@
 use candle_core::{Device, Tensor};
 use mblm_core::Mode;
 use mblm_core::generate::Decoder;
-use mblm_core::model::Mblm;
+use mblm_core::model::{Mblm, Sequences};
 use mblm_core::testing::difference;
 use serde::Serialize;
 
@@ -32,10 +32,15 @@ pub(super) const TOLERANCE: f32 = 1e-3;
 /// The longest sequences that a decoder is tried on.
 pub(super) const LONGEST_DECODED: usize = 257;
 
-pub(super) fn whole(model: &Mblm, ids: &Tensor) -> Result<Vec<Check>> {
+pub(super) fn whole(model: &Mblm, sequences: &Sequences) -> Result<Vec<Check>> {
     let config = model.config();
     let patch: usize = config.seq_lens[1..].iter().product();
-    let whole = Whole { model, ids: rows(ids)?, patch, vocab: config.num_tokens };
+    let whole = Whole {
+        model,
+        ids: sequences.ids.chunks(sequences.len).map(<[u32]>::to_vec).collect(),
+        patch,
+        vocab: config.num_tokens,
+    };
     let logits = whole.logits(&whole.ids)?;
     let check = |name, fault| Check { name, stage: None, fault };
     Ok(vec![
@@ -60,10 +65,6 @@ fn or_not_finite(fault: Result<Option<String>>) -> Result<Option<String>> {
         Err(Error::Core(mblm_core::Error::NotFinite(what))) => Ok(Some(what)),
         fault => fault,
     }
-}
-
-fn rows(ids: &Tensor) -> Result<Vec<Vec<u32>>> {
-    Ok(ids.to_dtype(candle_core::DType::U32)?.to_vec2::<u32>()?)
 }
 
 struct Whole<'m> {

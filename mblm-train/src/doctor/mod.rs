@@ -9,10 +9,11 @@ mod watch;
 
 use std::time::Instant;
 
-use candle_core::{DType, Tensor};
+use candle_core::DType;
 pub use checks::Check;
 use checks::SAME_OUTPUTS;
 use mblm_base::random::noise;
+use mblm_core::model::Sequences;
 use mblm_core::registry::block_type;
 use mblm_core::{Mode, ParamStore};
 pub use report::{Examination, Finding, Group, Severity, StageReport};
@@ -27,14 +28,13 @@ use crate::model::{Model, TrainModel};
 /// The dropout seed of all steps: they are one step, repeated.
 const MODE: Mode = Mode::Train { seed: 1 };
 
-/// Builds the model of `config` with initial values from `seed` and examines it on `ids`.
+/// Builds the model of `config` with initial values from `seed` and examines it on `sequences`.
 ///
-/// # Shapes
-/// - `ids`: `(B, L)`, `u32`; at least two patches of the first stage, or some parameters see nothing
+/// The sequences have at least two patches of the first stage, or some parameters see nothing.
 ///
 /// # Errors
 /// The model cannot be built, or a pass fails; what is merely wrong is in the report.
-pub fn examine(config: &ModelConfig, masking_proba: f64, seed: u64, ids: &Tensor) -> Result<Examination> {
+pub fn examine(config: &ModelConfig, masking_proba: f64, seed: u64, sequences: &Sequences) -> Result<Examination> {
     let mut config = config.clone();
     let hierarchy = match &mut config {
         ModelConfig::Generative(model) => model,
@@ -44,8 +44,8 @@ pub fn examine(config: &ModelConfig, masking_proba: f64, seed: u64, ids: &Tensor
     let model = Model::of(&config, masking_proba, seed)?;
     let hierarchy = config.hierarchy();
     // The first step takes memory that later ones have; the second shows the time.
-    let first = Step::run(&model, ids, &watches)?;
-    let step = Step::run(&model, ids, &watches)?;
+    let first = Step::run(&model, sequences, &watches)?;
+    let step = Step::run(&model, sequences, &watches)?;
     let stage = |(n, seen): (usize, &Seen)| StageReport {
         stage: n + 1,
         block_type: block_type(&*hierarchy.blocks[n]),
@@ -54,7 +54,7 @@ pub fn examine(config: &ModelConfig, masking_proba: f64, seed: u64, ids: &Tensor
         num_layers: hierarchy.num_layers[n],
         seen: Seen { memory: first.seen[n].memory, ..*seen },
     };
-    let (batch, bytes) = ids.dims2()?;
+    let (batch, bytes) = (sequences.batch(), sequences.len);
     let mut report = Examination {
         batch,
         bytes,
@@ -73,7 +73,7 @@ pub fn examine(config: &ModelConfig, masking_proba: f64, seed: u64, ids: &Tensor
     let dead = match still.is_empty() {
         true => vec![],
         false => {
-            Step::run(&model, ids, &watches)?;
+            Step::run(&model, sequences, &watches)?;
             zero_gradients(model.params())
         }
     };
@@ -82,7 +82,7 @@ pub fn examine(config: &ModelConfig, masking_proba: f64, seed: u64, ids: &Tensor
     let tokens = bytes.div_ceil(hierarchy.seq_lens[1..].iter().product());
     report.checks = stage::all(hierarchy, &model.stage_models(), model.params(), tokens, generates)?;
     if let Model::Generative(model) = &model {
-        report.checks.extend(checks::whole(model, ids)?);
+        report.checks.extend(checks::whole(model, sequences)?);
     }
     report.findings = findings(&report, &dead, &asleep, model.params());
     Ok(report)
@@ -117,10 +117,10 @@ struct Step {
 }
 
 impl Step {
-    fn run(model: &Model, ids: &Tensor, watches: &[Watch]) -> Result<Self> {
+    fn run(model: &Model, sequences: &Sequences, watches: &[Watch]) -> Result<Self> {
         model.params().zero_grad();
         let start = Instant::now();
-        let loss = model.loss(ids, None, MODE)?.mean;
+        let loss = model.loss(sequences, MODE)?.mean;
         let forward = start.elapsed().as_secs_f64();
         model.params().backward(&loss)?;
         Ok(Step {

@@ -6,7 +6,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use candle_core::Tensor;
 use mblm_base::random::mix;
 use mblm_base::timestamp::Timestamp;
 use mblm_core::gemm::autocast;
@@ -22,10 +21,11 @@ use crate::evaluate::{anything_counts, bpb, losses};
 use crate::journal::folder::{LossEntry, LossLog, replace_config};
 use crate::journal::metrics::{Kind, Metrics, Point, Scalars, activation_norms, loss_scalars, stage_grad_norms};
 use crate::journal::timemem::TimeMem;
-use crate::model::{Loss, TrainModel};
+use crate::model::{Loss, TrainModel, sequences};
 use crate::progress::Progress;
 use crate::trainer::optimizer::{Adam, AdamConfig, GradNorm, clip_grad_norm, first_non_finite, scale_grads};
 use crate::trainer::plan::RunPlan;
+use mblm_core::model::Sequences;
 
 pub mod optimizer;
 pub mod plan;
@@ -216,9 +216,7 @@ impl<'a> Trainer<'a> {
     /// not when a run folder has been made.
     pub fn rehearse(&self) -> Result<()> {
         let batch = self.train.read(self.state.next)?;
-        let one = |tensor: &Tensor| tensor.narrow(0, 0, 1);
-        let mask = batch.loss_mask.as_ref().map(one).transpose()?;
-        match self.model.loss(&one(&batch.ids)?, mask.as_ref(), Mode::Eval) {
+        match self.model.loss(&sequences(&batch).first(), Mode::Eval) {
             Err(mblm_core::Error::Input(message)) => Err(Error::Config(format!(
                 "params.input_seq_len: the model does not take sequences of {} bytes: {message}",
                 self.config.params.input_seq_len
@@ -312,14 +310,14 @@ impl<'a> Trainer<'a> {
         let mode = Mode::train(mix(mix(self.state.seed) ^ index));
         let precision = self.config.train.precision;
         let is_point = self.plan.train_points.contains(index);
-        let (ids, loss_mask) = (&batch.ids, batch.loss_mask.as_ref());
+        let sequences = sequences(&batch);
         let (loss, activations) = autocast(precision, || match is_point {
-            true => self.model.measured_loss(ids, loss_mask, mode),
-            false => Ok((self.model.loss(ids, loss_mask, mode)?, Vec::new())),
+            true => self.model.measured_loss(&sequences, mode),
+            false => Ok((self.model.loss(&sequences, mode)?, Vec::new())),
         })?;
         let value = loss.sum()?.mean();
         if let Some(value) = value.filter(|value| !value.is_finite()) {
-            return Err(self.non_finite_loss(value, ids, loss_mask));
+            return Err(self.non_finite_loss(value, &sequences));
         }
         let forward = started.elapsed() - read;
         self.add_gradient(&loss)?;
@@ -578,13 +576,13 @@ impl<'a> Trainer<'a> {
     }
 
     /// Names the parameter that is not finite, or else the stage whose output is not.
-    fn non_finite_loss(&self, loss: f64, ids: &Tensor, loss_mask: Option<&Tensor>) -> Error {
+    fn non_finite_loss(&self, loss: f64, sequences: &Sequences) -> Error {
         let finite = |param: &Param| param.values().iter().all(|value| value.is_finite());
         if let Some(name) = first_non_finite(self.model.params(), finite) {
             return self.non_finite(format!("the loss is {loss}, and so is a value of parameter {name}"));
         }
         // Outside training such a loss is an error that names the stage.
-        match self.model.loss(ids, loss_mask, Mode::Eval) {
+        match self.model.loss(sequences, Mode::Eval) {
             Err(mblm_core::Error::NotFinite(what)) => {
                 self.non_finite(format!("{what}, while all parameters are finite"))
             }

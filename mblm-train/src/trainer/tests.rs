@@ -9,6 +9,7 @@ use crate::bigram::{Bigram, VOCABULARY, config, model};
 use crate::checkpoint::{Which, find};
 use crate::config::{ModelConfig, TargetStrategy};
 use crate::journal::folder::{RunFolder, read_losses};
+use crate::model::sequences;
 use crate::session::{Session, open_data};
 
 /// A folder with data, in which each byte follows from the one before in three of four cases, and an `output` folder.
@@ -385,7 +386,7 @@ fn accumulated_batches_are_one_large_batch_whatever_counts_in_them() {
         let mut trainer = Trainer::new(&model, open_data(&config).unwrap(), &config).unwrap();
         for _ in 0..accumulate {
             let batch = trainer.train.read(trainer.state.next).unwrap();
-            let loss = TrainModel::loss(&&model, &batch.ids, None, Mode::train(0)).unwrap();
+            let loss = TrainModel::loss(&&model, &sequences(&batch), Mode::train(0)).unwrap();
             trainer.add_gradient(&loss).unwrap();
             trainer.state.next = trainer.train.after(trainer.state.next);
         }
