@@ -107,11 +107,12 @@ impl<L: Layer> Node for Fused<L> {
         (self.dims.batch, self.dims.seq, self.dims.dim).into()
     }
 
-    fn forward(&self, inputs: &[&[f32]], y: &mut [f32]) -> L::Tape {
-        self.layer.forward(inputs[0], self.context(), y)
+    fn forward(&self, inputs: &[&[f32]], y: &mut [f32]) -> Result<L::Tape> {
+        Ok(self.layer.forward(inputs[0], self.context(), y))
     }
 
-    fn backward(&self, inputs: &[&[f32]], tape: L::Tape, dy: &[f32], grads: &mut [Vec<f32>]) {
+    fn backward(&self, inputs: &[&[f32]], tape: L::Tape, dy: &[f32], grads: &mut [Vec<f32>]) -> Result<()> {
         self.layer.backward(inputs[0], self.context(), tape, dy, &mut grads[0]);
+        Ok(())
     }
 }

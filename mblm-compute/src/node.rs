@@ -5,6 +5,7 @@ use std::sync::Mutex;
 use candle_core::backprop::GradStore;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Device, Layout, Shape, Storage, Tensor};
 
+use crate::error::Result;
 use crate::mode::Mode;
 use crate::parallel;
 
@@ -17,10 +18,16 @@ pub trait Node: Send + Sync + 'static {
     fn shape(&self) -> Shape;
 
     /// Writes the output to `y`, which arrives zeroed, and returns the tape.
-    fn forward(&self, inputs: &[&[f32]], y: &mut [f32]) -> Self::Tape;
+    ///
+    /// # Errors
+    /// Those of what the node runs, such as a plugin. They end the pass.
+    fn forward(&self, inputs: &[&[f32]], y: &mut [f32]) -> Result<Self::Tape>;
 
     /// Writes the gradient of each input to `grads`, which arrive zeroed, and adds those of the parameters.
-    fn backward(&self, inputs: &[&[f32]], tape: Self::Tape, dy: &[f32], grads: &mut [Vec<f32>]);
+    ///
+    /// # Errors
+    /// As of [`forward`](Self::forward).
+    fn backward(&self, inputs: &[&[f32]], tape: Self::Tape, dy: &[f32], grads: &mut [Vec<f32>]) -> Result<()>;
 }
 
 /// `node(x)`.
@@ -77,14 +84,14 @@ struct Op<N: Node> {
 }
 
 impl<N: Node> Op<N> {
-    fn run(&self, inputs: &[&[f32]]) -> (CpuStorage, Shape) {
+    fn run(&self, inputs: &[&[f32]]) -> candle_core::Result<(CpuStorage, Shape)> {
         let shape = self.node.shape();
         let mut y = parallel::zeros(shape.elem_count());
-        let tape = self.node.forward(inputs, &mut y);
+        let tape = self.node.forward(inputs, &mut y)?;
         if self.keep {
             *self.tape.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(tape);
         }
-        (CpuStorage::F32(y), shape)
+        Ok((CpuStorage::F32(y), shape))
     }
 
     fn run_back(&self, inputs: &[&Tensor], dy: &Tensor) -> candle_core::Result<Vec<Tensor>> {
@@ -95,7 +102,7 @@ impl<N: Node> Op<N> {
         let slices = guards.iter().map(|(storage, layout)| on_cpu(storage, layout)).collect::<Result<Vec<_>, _>>()?;
         let (dy_storage, dy_layout) = dy.storage_and_layout();
         let mut grads: Vec<Vec<f32>> = slices.iter().map(|s| parallel::zeros(s.len())).collect();
-        self.node.backward(&slices, tape, on_cpu(&dy_storage, dy_layout)?, &mut grads);
+        self.node.backward(&slices, tape, on_cpu(&dy_storage, dy_layout)?, &mut grads)?;
         grads.into_iter().zip(inputs).map(|(grad, t)| Tensor::from_vec(grad, t.shape(), &Device::Cpu)).collect()
     }
 
@@ -109,7 +116,7 @@ impl<N: Node> CustomOp1 for Op<N> {
         self.label()
     }
     fn cpu_fwd(&self, s: &CpuStorage, l: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        Ok(self.run(&[floats(s, l)?]))
+        self.run(&[floats(s, l)?])
     }
     fn bwd(&self, x: &Tensor, _: &Tensor, dy: &Tensor) -> candle_core::Result<Option<Tensor>> {
         Ok(self.run_back(&[x], dy)?.pop())
@@ -127,7 +134,7 @@ impl<N: Node> CustomOp2 for Op<N> {
         s2: &CpuStorage,
         l2: &Layout,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
-        Ok(self.run(&[floats(s1, l1)?, floats(s2, l2)?]))
+        self.run(&[floats(s1, l1)?, floats(s2, l2)?])
     }
     fn bwd(
         &self,

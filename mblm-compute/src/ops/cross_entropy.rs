@@ -115,7 +115,7 @@ impl Node for CrossEntropy {
         Shape::from(())
     }
 
-    fn forward(&self, inputs: &[&[f32]], y: &mut [f32]) -> Tape {
+    fn forward(&self, inputs: &[&[f32]], y: &mut [f32]) -> Result<Tape> {
         let (dim, vocab) = (self.dim(), self.bias.len());
         let weight = self.weight.values();
         let mut tape = Tape::default();
@@ -145,10 +145,10 @@ impl Node for CrossEntropy {
             }
         }
         y[0] = (loss / self.targets.len() as f64) as f32;
-        tape
+        Ok(tape)
     }
 
-    fn backward(&self, _: &[&[f32]], tape: Tape, dy: &[f32], grads: &mut [Vec<f32>]) {
+    fn backward(&self, _: &[&[f32]], tape: Tape, dy: &[f32], grads: &mut [Vec<f32>]) -> Result<()> {
         let dim = self.dim();
         let (mut dweight, mut dbias) = (self.weight.grad_mut(), self.bias.grad_mut());
         vectorize(
@@ -161,6 +161,7 @@ impl Node for CrossEntropy {
                 simd::axpy(dy[0], &tape.bias, &mut dbias);
             },
         );
+        Ok(())
     }
 }
 

@@ -4,13 +4,13 @@
 
 use std::sync::Arc;
 
-use candle_core::{CpuStorage, CustomOp1, Device, Layout, Shape, Tensor, Var};
+use candle_core::{Device, Shape, Tensor, Var};
 
 use crate::model::recompute::chunk_mode;
 use mblm_sdk::error::Result;
 use mblm_sdk::layer::Dims;
 use mblm_sdk::mode::Mode;
-use mblm_sdk::node::{apply1, backward_from, floats, with_floats};
+use mblm_sdk::node::{Node, apply1, backward_from, with_floats};
 use mblm_sdk::ops::cross_entropy::{CrossEntropy, Target};
 use mblm_sdk::param::{Param, fold_gradients};
 
@@ -35,17 +35,27 @@ impl LocalLoss {
     /// # Shapes
     /// - `above`: `(R, S, D)`; returns a scalar
     pub(crate) fn apply(self, above: &Tensor) -> Result<Tensor> {
-        let above = above.contiguous()?;
-        Ok(match self.mode {
-            Mode::Train { .. } => above.apply_op1(self)?,
-            Mode::Eval => above.apply_op1_no_bwd(&self)?,
-        })
+        let mode = self.mode;
+        Ok(apply1(self, above, mode)?)
+    }
+
+    /// The shape of `above`.
+    fn dims(&self) -> Dims {
+        let (seq, dim) = (self.stage.seq_len, self.stage.dim);
+        Dims { batch: self.ids.len() / seq, seq, dim }
     }
 
     /// First sequence and number of sequences of each chunk.
-    fn chunks(&self, rows: usize) -> impl Iterator<Item = (usize, usize)> + use<> {
-        let size = rows.div_ceil(self.chunks).max(1);
-        (0..rows).step_by(size).map(move |first| (first, size.min(rows - first)))
+    fn chunks(&self) -> impl Iterator<Item = (usize, usize)> + use<> {
+        let sequences = self.dims().batch;
+        let size = sequences.div_ceil(self.chunks).max(1);
+        (0..sequences).step_by(size).map(move |first| (first, size.min(sequences - first)))
+    }
+
+    /// The part of `above` that a chunk sees, as a tensor of its own.
+    fn part(&self, above: &[f32], first: usize, rows: usize) -> Result<Tensor> {
+        let Dims { seq, dim, .. } = self.dims();
+        Ok(Tensor::from_slice(&above[first * seq * dim..][..rows * seq * dim], (rows, seq, dim), &Device::Cpu)?)
     }
 
     /// A chunk's share of the loss, if it has any; `above`: `(rows, S, D)`.
@@ -72,53 +82,38 @@ impl LocalLoss {
         let loss = apply1(loss, &output, if keep { mode } else { Mode::Eval })?;
         Ok(Some((loss * share)?))
     }
+}
 
-    /// `above`: `(batch, seq, dim)`
-    fn forward(&self, above: &[f32], Dims { batch, seq, dim }: Dims) -> Result<f32> {
+impl Node for LocalLoss {
+    type Tape = ();
+
+    fn shape(&self) -> Shape {
+        Shape::from(())
+    }
+
+    fn forward(&self, inputs: &[&[f32]], y: &mut [f32]) -> Result<()> {
         let mut sum = 0.0;
-        for (first, rows) in self.chunks(batch) {
-            let above = &above[first * seq * dim..][..rows * seq * dim];
+        for (first, rows) in self.chunks() {
             // Not a variable of the graph: what the chunk keeps goes with its loss.
-            let above = Tensor::from_slice(above, (rows, seq, dim), &Device::Cpu)?;
-            if let Some(loss) = self.chunk(&above, first, false)? {
+            if let Some(loss) = self.chunk(&self.part(inputs[0], first, rows)?, first, false)? {
                 sum += loss.to_scalar::<f32>()? as f64;
             }
         }
-        Ok(sum as f32)
+        y[0] = sum as f32;
+        Ok(())
     }
 
-    fn backward(&self, above: &Tensor, dy: &Tensor) -> Result<Tensor> {
-        let mut dabove = Vec::with_capacity(above.elem_count());
-        for (first, rows) in self.chunks(above.dim(0)?) {
-            let x = Var::from_tensor(&above.narrow(0, first, rows)?.contiguous()?)?;
-            let grads = match self.chunk(x.as_tensor(), first, true)? {
-                Some(loss) => Some(backward_from(&loss, dy.clone())?),
-                None => None,
-            };
-            if let Some(grads) = &grads {
-                fold_gradients(self.stage.params.iter().chain([self.stage.embedding.table()]), grads)?;
-            }
-            match grads.as_ref().and_then(|grads| grads.get(x.as_tensor())) {
-                Some(grad) => with_floats(grad, |grad| dabove.extend_from_slice(grad))?,
-                None => dabove.resize(dabove.len() + x.elem_count(), 0.0),
+    fn backward(&self, inputs: &[&[f32]], (): (), dy: &[f32], grads: &mut [Vec<f32>]) -> Result<()> {
+        let row = self.dims().seq * self.dims().dim;
+        for (first, rows) in self.chunks() {
+            let above = Var::from_tensor(&self.part(inputs[0], first, rows)?)?;
+            let Some(loss) = self.chunk(above.as_tensor(), first, true)? else { continue };
+            let found = backward_from(&loss, Tensor::new(dy[0], &Device::Cpu)?)?;
+            fold_gradients(self.stage.params.iter().chain([self.stage.embedding.table()]), &found)?;
+            if let Some(grad) = found.get(above.as_tensor()) {
+                with_floats(grad, |grad| grads[0][first * row..][..rows * row].copy_from_slice(grad))?;
             }
         }
-        Ok(Tensor::from_vec(dabove, above.shape(), &Device::Cpu)?)
-    }
-}
-
-impl CustomOp1 for LocalLoss {
-    fn name(&self) -> &'static str {
-        "local-loss"
-    }
-
-    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        let (batch, seq, dim) = layout.shape().dims3()?;
-        let loss = self.forward(floats(storage, layout)?, Dims { batch, seq, dim })?;
-        Ok((CpuStorage::F32(vec![loss]), Shape::from(())))
-    }
-
-    fn bwd(&self, above: &Tensor, _: &Tensor, dy: &Tensor) -> candle_core::Result<Option<Tensor>> {
-        Ok(Some(self.backward(&above.detach(), dy)?))
+        Ok(())
     }
 }

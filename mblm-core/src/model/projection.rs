@@ -77,12 +77,13 @@ impl Node for Project {
         (self.dims.batch * self.keep, self.next.next_seq, self.next.next_dim).into()
     }
 
-    fn forward(&self, inputs: &[&[f32]], y: &mut [f32]) {
+    fn forward(&self, inputs: &[&[f32]], y: &mut [f32]) -> Result<()> {
         linear::forward(&self.kept(inputs[0]), &self.next.weight.values(), self.dims.dim, Update::Set, y);
         linear::add_bias(&self.next.bias.values(), y);
+        Ok(())
     }
 
-    fn backward(&self, inputs: &[&[f32]], (): (), dy: &[f32], grads: &mut [Vec<f32>]) {
+    fn backward(&self, inputs: &[&[f32]], (): (), dy: &[f32], grads: &mut [Vec<f32>]) -> Result<()> {
         let Dims { seq, dim, .. } = self.dims;
         let mut rows = self.kept(inputs[0]);
         linear::backward_weight(dy, &rows, dim, &mut self.next.weight.grad_mut());
@@ -91,5 +92,6 @@ impl Node for Project {
         for (kept, grad) in rows.chunks_exact(self.keep * dim).zip(grads[0].chunks_exact_mut(seq * dim)) {
             grad[..self.keep * dim].copy_from_slice(kept);
         }
+        Ok(())
     }
 }

@@ -4,13 +4,13 @@
 
 use std::sync::Arc;
 
-use candle_core::{CpuStorage, CustomOp1, Device, Layout, Shape, Tensor, Var};
+use candle_core::{Device, Shape, Tensor, Var};
 
 use mblm_sdk::block::StageModel;
 use mblm_sdk::error::Result;
 use mblm_sdk::layer::Dims;
 use mblm_sdk::mode::Mode;
-use mblm_sdk::node::{backward_from, floats, with_floats};
+use mblm_sdk::node::{Node, apply1, backward_from, with_floats};
 use mblm_sdk::param::{Param, fold_gradients};
 
 /// Runs `model` on `x` in `chunks` chunks of sequences. Gradients are those of one pass over all; with dropout, each
@@ -29,13 +29,10 @@ pub(crate) fn recompute(
     chunks: usize,
     mode: Mode,
 ) -> Result<Tensor> {
-    let rows = x.dim(0)?.div_ceil(chunks).max(1);
-    let op = Recompute { model: model.clone(), params: params.to_vec(), mask: mask.cloned(), rows, mode };
-    let x = x.contiguous()?;
-    Ok(match mode {
-        Mode::Train { .. } => x.apply_op1(op)?,
-        Mode::Eval => x.apply_op1_no_bwd(&op)?,
-    })
+    let (batch, seq, dim) = x.dims3()?;
+    let (dims, rows) = (Dims { batch, seq, dim }, batch.div_ceil(chunks).max(1));
+    let node = Recompute { model: model.clone(), params: params.to_vec(), mask: mask.cloned(), dims, rows, mode };
+    Ok(apply1(node, x, mode)?)
 }
 
 /// The mode of the chunk that begins with sequence `first`: training with a dropout seed of its own, or evaluation.
@@ -50,6 +47,7 @@ struct Recompute {
     model: Arc<dyn StageModel>,
     params: Vec<Arc<Param>>,
     mask: Option<Tensor>,
+    dims: Dims,
     /// Sequences of a chunk.
     rows: usize,
     mode: Mode,
@@ -57,59 +55,53 @@ struct Recompute {
 
 impl Recompute {
     /// The chunks as (first row, rows, mode).
-    fn chunks(&self, rows: usize) -> impl Iterator<Item = (usize, usize, Mode)> + use<'_> {
-        (0..rows)
-            .step_by(self.rows)
-            .map(move |first| (first, self.rows.min(rows - first), chunk_mode(self.mode, first)))
+    fn chunks(&self) -> impl Iterator<Item = (usize, usize, Mode)> + use<'_> {
+        let batch = self.dims.batch;
+        let chunk = move |first| (first, self.rows.min(batch - first), chunk_mode(self.mode, first));
+        (0..batch).step_by(self.rows).map(chunk)
+    }
+
+    /// The rows of a chunk as a tensor of its own.
+    fn part(&self, all: &[f32], first: usize, rows: usize) -> Result<Tensor> {
+        let Dims { seq, dim, .. } = self.dims;
+        Ok(Tensor::from_slice(&all[first * seq * dim..][..rows * seq * dim], (rows, seq, dim), &Device::Cpu)?)
     }
 
     /// The mask of a chunk.
     fn mask(&self, first: usize, rows: usize) -> Result<Option<Tensor>> {
         Ok(self.mask.as_ref().map(|mask| mask.narrow(0, first, rows)?.contiguous()).transpose()?)
     }
-
-    /// `x`: `(batch, seq, dim)`
-    fn forward(&self, x: &[f32], Dims { batch, seq, dim }: Dims) -> Result<Vec<f32>> {
-        let mut out = Vec::with_capacity(x.len());
-        for (first, rows, mode) in self.chunks(batch) {
-            let x = &x[first * seq * dim..][..rows * seq * dim];
-            // Not a variable of the graph: the chunk's tape goes with its output.
-            let x = Tensor::from_slice(x, (rows, seq, dim), &Device::Cpu)?;
-            let y = self.model.forward(&x, self.mask(first, rows)?.as_ref(), mode)?;
-            with_floats(&y, |y| out.extend_from_slice(y))?;
-        }
-        Ok(out)
-    }
-
-    fn backward(&self, x: &Tensor, dy: &Tensor) -> Result<Tensor> {
-        let mut dx = Vec::with_capacity(x.elem_count());
-        for (first, rows, mode) in self.chunks(x.dim(0)?) {
-            let x = Var::from_tensor(&x.narrow(0, first, rows)?.contiguous()?)?;
-            let y = self.model.forward(x.as_tensor(), self.mask(first, rows)?.as_ref(), mode)?;
-            let dy = dy.narrow(0, first, rows)?.contiguous()?;
-            let found = backward_from(&y, dy)?;
-            fold_gradients(self.params.iter(), &found)?;
-            match found.get(x.as_tensor()) {
-                Some(grad) => with_floats(grad, |grad| dx.extend_from_slice(grad))?,
-                None => dx.resize(dx.len() + x.elem_count(), 0.0),
-            }
-        }
-        Ok(Tensor::from_vec(dx, x.shape(), &Device::Cpu)?)
-    }
 }
 
-impl CustomOp1 for Recompute {
-    fn name(&self) -> &'static str {
-        "recompute"
+impl Node for Recompute {
+    type Tape = ();
+
+    fn shape(&self) -> Shape {
+        (self.dims.batch, self.dims.seq, self.dims.dim).into()
     }
 
-    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        let (batch, seq, dim) = layout.shape().dims3()?;
-        let y = self.forward(floats(storage, layout)?, Dims { batch, seq, dim })?;
-        Ok((CpuStorage::F32(y), layout.shape().clone()))
+    fn forward(&self, inputs: &[&[f32]], y: &mut [f32]) -> Result<()> {
+        let row = self.dims.seq * self.dims.dim;
+        for (first, rows, mode) in self.chunks() {
+            // Not a variable of the graph: the chunk's tape goes with its output.
+            let x = self.part(inputs[0], first, rows)?;
+            let out = self.model.forward(&x, self.mask(first, rows)?.as_ref(), mode)?;
+            with_floats(&out, |out| y[first * row..][..rows * row].copy_from_slice(out))?;
+        }
+        Ok(())
     }
 
-    fn bwd(&self, x: &Tensor, _: &Tensor, dy: &Tensor) -> candle_core::Result<Option<Tensor>> {
-        Ok(Some(self.backward(&x.detach(), dy)?))
+    fn backward(&self, inputs: &[&[f32]], (): (), dy: &[f32], grads: &mut [Vec<f32>]) -> Result<()> {
+        let row = self.dims.seq * self.dims.dim;
+        for (first, rows, mode) in self.chunks() {
+            let x = Var::from_tensor(&self.part(inputs[0], first, rows)?)?;
+            let y = self.model.forward(x.as_tensor(), self.mask(first, rows)?.as_ref(), mode)?;
+            let found = backward_from(&y, self.part(dy, first, rows)?)?;
+            fold_gradients(self.params.iter(), &found)?;
+            if let Some(grad) = found.get(x.as_tensor()) {
+                with_floats(grad, |grad| grads[0][first * row..][..rows * row].copy_from_slice(grad))?;
+            }
+        }
+        Ok(())
     }
 }

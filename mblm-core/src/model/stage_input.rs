@@ -104,7 +104,7 @@ impl Node for Assemble {
         (self.dims.batch, self.starts() + self.dims.seq, self.dims.dim).into()
     }
 
-    fn forward(&self, inputs: &[&[f32]], y: &mut [f32]) {
+    fn forward(&self, inputs: &[&[f32]], y: &mut [f32]) -> Result<()> {
         let Dims { batch, seq, dim } = self.dims;
         let (long, short) = (self.long(), seq * dim);
         let start = self.input.start.as_ref().map(|s| s.values());
@@ -138,9 +138,10 @@ impl Node for Assemble {
                 },
             );
         });
+        Ok(())
     }
 
-    fn backward(&self, _: &[&[f32]], (): (), dy: &[f32], grads: &mut [Vec<f32>]) {
+    fn backward(&self, _: &[&[f32]], (): (), dy: &[f32], grads: &mut [Vec<f32>]) -> Result<()> {
         let Dims { batch, seq, dim } = self.dims;
         let (long, short) = (self.long(), seq * dim);
         let grads: Vec<Shared> = grads.iter_mut().map(|g| Shared::new(g)).collect();
@@ -173,5 +174,6 @@ impl Node for Assemble {
         if let Positions::Fixed(table) = &self.input.positions {
             simd::add(rest, &mut table.grad_mut()[..short]);
         }
+        Ok(())
     }
 }

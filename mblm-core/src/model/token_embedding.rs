@@ -169,15 +169,18 @@ impl Node for Embed {
         (self.ids.len() / self.embedding.patch, self.embedding.dim()).into()
     }
 
-    fn forward(&self, inputs: &[&[f32]], y: &mut [f32]) -> Buffer {
+    fn forward(&self, inputs: &[&[f32]], y: &mut [f32]) -> Result<Buffer> {
         let mut projected = Buffer::take(if self.embedding.projection.is_some() { y.len() } else { 0 });
         self.embedding.run(inputs[0], &self.ids, y, &mut projected);
-        projected
+        Ok(projected)
     }
 
-    fn backward(&self, inputs: &[&[f32]], projected: Buffer, dy: &[f32], grads: &mut [Vec<f32>]) {
+    fn backward(&self, inputs: &[&[f32]], projected: Buffer, dy: &[f32], grads: &mut [Vec<f32>]) -> Result<()> {
         let embedding = &self.embedding;
-        let Some(p) = &embedding.projection else { return self.scatter(&self.ids, dy, &mut grads[0]) };
+        let Some(p) = &embedding.projection else {
+            self.scatter(&self.ids, dy, &mut grads[0]);
+            return Ok(());
+        };
         let mut d = Buffer::take(dy.len());
         parallel::copy(dy, &mut d);
         let [weight, bias] = &p.norm_out;
@@ -209,5 +212,6 @@ impl Node for Embed {
             );
             self.scatter(ids, &dflat, &mut grads[0]);
         }
+        Ok(())
     }
 }

@@ -181,16 +181,17 @@ impl Node for Border {
         self.shape.clone()
     }
 
-    fn forward(&self, inputs: &[&[f32]], y: &mut [f32]) {
+    fn forward(&self, inputs: &[&[f32]], y: &mut [f32]) -> Result<()> {
         y.copy_from_slice(inputs[0]);
         let mut seen = self.watch.seen();
         match self.end {
             End::Input => seen.input.add(y),
             End::Output => seen.output.add(y),
         }
+        Ok(())
     }
 
-    fn backward(&self, _: &[&[f32]], _: (), dy: &[f32], grads: &mut [Vec<f32>]) {
+    fn backward(&self, _: &[&[f32]], _: (), dy: &[f32], grads: &mut [Vec<f32>]) -> Result<()> {
         grads[0].copy_from_slice(dy);
         let mut began = self.began.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         let mut seen = self.watch.seen();
@@ -204,5 +205,6 @@ impl Node for Border {
                 seen.input_gradient.add(dy);
             }
         }
+        Ok(())
     }
 }

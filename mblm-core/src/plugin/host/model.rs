@@ -1,8 +1,8 @@
 //! A plugin's instance as a stage model: one node of candle's graph, and a decoder.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
-use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Shape, Tensor};
+use candle_core::{DType, Device, Shape, Tensor};
 
 use super::instance::{Instance, ParamValues, Pass, State, Tape};
 use mblm_sdk::abi;
@@ -10,7 +10,7 @@ use mblm_sdk::block::{Cost, StageDecoder, StageModel, replay};
 use mblm_sdk::error::{Error, Result};
 use mblm_sdk::layer::Dims;
 use mblm_sdk::mode::Mode;
-use mblm_sdk::node::{floats, with_floats};
+use mblm_sdk::node::{Node, apply1};
 use mblm_sdk::param::{Param, Values};
 use mblm_sdk::simd::vectorize;
 
@@ -46,19 +46,8 @@ impl StageModel for PluginModel {
             return Err(Error::Block(format!("{name}: it takes no attention mask, so it cannot run in an encoder")));
         }
         let mask = mask.map(|mask| mask.flatten_all()?.to_vec1::<u8>()).transpose()?;
-        let op = PluginOp {
-            instance: self.instance.clone(),
-            params: self.params.clone(),
-            dims: Dims { batch, seq, dim },
-            mask,
-            mode,
-            tape: Mutex::new(None),
-        };
-        let x = x.contiguous()?;
-        Ok(match mode {
-            Mode::Train { .. } => x.apply_op1(op)?,
-            Mode::Eval => x.apply_op1_no_bwd(&op)?,
-        })
+        let (instance, params, dims) = (self.instance.clone(), self.params.clone(), Dims { batch, seq, dim });
+        Ok(apply1(PluginPass { instance, params, dims, mask, mode }, x, mode)?)
     }
 
     fn is_causal(&self) -> bool {
@@ -79,47 +68,49 @@ impl StageModel for PluginModel {
 }
 
 /// One pass through the plugin.
-struct PluginOp {
+struct PluginPass {
     instance: Arc<Instance>,
     params: Arc<Vec<Arc<Param>>>,
     dims: Dims,
     mask: Option<Vec<u8>>,
     mode: Mode,
-    tape: Mutex<Option<Tape>>,
 }
 
-impl PluginOp {
+impl PluginPass {
     fn pass(&self) -> Pass<'_> {
         Pass { dims: self.dims, mask: self.mask.as_deref(), mode: self.mode }
-    }
-
-    fn forward(&self, x: &[f32]) -> Result<Vec<f32>> {
-        let mut y = vec![0.0; x.len()];
-        let keep = self.mode != Mode::Eval;
-        let tape = with_values(&self.params, |values| self.instance.forward(values, &self.pass(), x, &mut y, keep))?;
-        self.blame("forward", x, &y)?;
-        *self.tape.lock().unwrap_or_else(PoisonError::into_inner) = tape;
-        Ok(y)
-    }
-
-    fn backward(&self, x: &[f32], dy: &[f32]) -> Result<Vec<f32>> {
-        let tape = self.tape.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let Some(mut tape) = tape else {
-            return Err(Error::Block(format!("{}: backward runs once per forward", self.instance.name())));
-        };
-        let mut dx = vec![0.0; x.len()];
-        let mut guards: Vec<_> = self.params.iter().map(|param| param.grad_mut()).collect();
-        let mut grads: Vec<&mut [f32]> = guards.iter_mut().map(|guard| &mut guard[..]).collect();
-        with_values(&self.params, |values| {
-            self.instance.backward(values, &self.pass(), &mut tape, x, dy, &mut dx, &mut grads)
-        })?;
-        self.blame("backward", dy, &dx)?;
-        Ok(dx)
     }
 
     fn blame(&self, what: &str, input: &[f32], output: &[f32]) -> Result<()> {
         let Dims { seq, dim, .. } = self.dims;
         blame(&self.instance, &self.params, what, [input, output], dim, |row| (row / seq, row % seq))
+    }
+}
+
+impl Node for PluginPass {
+    /// None in evaluation.
+    type Tape = Option<Tape>;
+
+    fn shape(&self) -> Shape {
+        (self.dims.batch, self.dims.seq, self.dims.dim).into()
+    }
+
+    fn forward(&self, inputs: &[&[f32]], y: &mut [f32]) -> Result<Option<Tape>> {
+        let keep = self.mode != Mode::Eval;
+        let run = |values: ParamValues| self.instance.forward(values, &self.pass(), inputs[0], y, keep);
+        let tape = with_values(&self.params, run)?;
+        self.blame("forward", inputs[0], y)?;
+        Ok(tape)
+    }
+
+    fn backward(&self, inputs: &[&[f32]], tape: Option<Tape>, dy: &[f32], grads: &mut [Vec<f32>]) -> Result<()> {
+        let Some(mut tape) = tape else { return Ok(()) };
+        let mut guards: Vec<_> = self.params.iter().map(|param| param.grad_mut()).collect();
+        let mut dparams: Vec<&mut [f32]> = guards.iter_mut().map(|guard| &mut guard[..]).collect();
+        with_values(&self.params, |values| {
+            self.instance.backward(values, &self.pass(), &mut tape, inputs[0], dy, &mut grads[0], &mut dparams)
+        })?;
+        self.blame("backward", dy, &grads[0])
     }
 }
 
@@ -161,22 +152,6 @@ fn all_finite(values: &[f32]) -> bool {
             lanes.iter().chain(rest).all(|value| value.is_finite())
         },
     )
-}
-
-impl CustomOp1 for PluginOp {
-    fn name(&self) -> &'static str {
-        "plugin"
-    }
-
-    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        let y = self.forward(floats(storage, layout)?)?;
-        Ok((CpuStorage::F32(y), layout.shape().clone()))
-    }
-
-    fn bwd(&self, x: &Tensor, _: &Tensor, dy: &Tensor) -> candle_core::Result<Option<Tensor>> {
-        let dx = with_floats(x, |x| with_floats(dy, |dy| self.backward(x, dy)))???;
-        Ok(Some(Tensor::from_vec(dx, x.shape(), &Device::Cpu)?))
-    }
 }
 
 struct PluginDecoder<'m> {
