@@ -1,20 +1,29 @@
-//! Warnings of the library and of plugins, and messages of panics, as lines on standard error.
+//! Messages of the library and of plugins, and those of panics, as lines on standard error.
 
 use std::backtrace::{Backtrace, BacktraceStatus};
-use std::fmt::{Debug, Write};
+use std::env;
+use std::fmt;
+use std::io::{self, Write};
 
 use mblm::base::terminal;
-use tracing::field::{Field, Visit};
-use tracing::span::{Attributes, Id, Record};
-use tracing::{Event, Level, Metadata, Subscriber};
+use tracing::{Event, Level, Subscriber};
+use tracing_subscriber::fmt::format::Writer;
+use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
+use tracing_subscriber::registry::LookupSpan;
 
-/// Shows errors and warnings; everything else is dropped where it arises.
-struct Terminal;
+/// The least urgent messages that are shown, `warn` unless it says otherwise.
+const VARIABLE: &str = "MBLM_LOG";
 
 /// From now on warnings are shown, and panics in the words of the standard library's own hook.
 pub fn start() {
-    let started = tracing::subscriber::set_global_default(Terminal);
+    let wanted = env::var(VARIABLE).unwrap_or_else(|_| "warn".into());
+    let level = wanted.parse::<Level>();
+    let subscriber = tracing_subscriber::fmt().with_max_level(*level.as_ref().unwrap_or(&Level::WARN));
+    let started = subscriber.event_format(Plain).with_writer(|| Lines).try_init();
     debug_assert!(started.is_ok(), "started once");
+    if level.is_err() {
+        tracing::warn!("{VARIABLE}: expected error, warn, info, debug or trace, found {wanted:?}; warnings are shown");
+    }
     std::panic::set_hook(Box::new(|panic| {
         let thread = std::thread::current();
         let backtrace = Backtrace::capture();
@@ -24,36 +33,36 @@ pub fn start() {
     }));
 }
 
-impl Subscriber for Terminal {
-    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
-        *metadata.level() <= Level::WARN
-    }
+/// `warning: the message`, as all lines of the program.
+struct Plain;
 
-    fn event(&self, event: &Event<'_>) {
-        let mut line = Line(String::new());
-        event.record(&mut line);
-        let kind = if *event.metadata().level() == Level::ERROR { "error" } else { "warning" };
-        terminal::line(format_args!("{kind}: {}", line.0));
+impl<S, N> FormatEvent<S, N> for Plain
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+    N: for<'a> FormatFields<'a> + 'static,
+{
+    fn format_event(&self, context: &FmtContext<'_, S, N>, mut to: Writer<'_>, event: &Event<'_>) -> fmt::Result {
+        let kind = match *event.metadata().level() {
+            Level::ERROR => "error",
+            Level::WARN => "warning",
+            Level::INFO => "note",
+            _ => "debug",
+        };
+        write!(to, "{kind}: ")?;
+        context.field_format().format_fields(to.by_ref(), event)
     }
-
-    // Nothing opens spans.
-    fn new_span(&self, _: &Attributes<'_>) -> Id {
-        Id::from_u64(1)
-    }
-    fn record(&self, _: &Id, _: &Record<'_>) {}
-    fn record_follows_from(&self, _: &Id, _: &Id) {}
-    fn enter(&self, _: &Id) {}
-    fn exit(&self, _: &Id) {}
 }
 
-struct Line(String);
+/// Gets each message in one piece.
+struct Lines;
 
-impl Visit for Line {
-    fn record_debug(&mut self, field: &Field, value: &dyn Debug) {
-        // Writing to a string cannot fail.
-        let _ = match field.name() {
-            "message" => write!(self.0, "{value:?}"),
-            name => write!(self.0, " {name}={value:?}"),
-        };
+impl Write for Lines {
+    fn write(&mut self, message: &[u8]) -> io::Result<usize> {
+        terminal::line(String::from_utf8_lossy(message));
+        Ok(message.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }

@@ -1,4 +1,4 @@
-//! What every part of MBLM stands on: files that others may have made, the terminal, memory, time stamps and
+//! What every part of MBLM stands on: files that others may have made, the terminal, memory and
 //! pseudo-random numbers.
 #![warn(missing_docs)]
 #![deny(clippy::print_stdout, clippy::print_stderr)]
@@ -10,6 +10,5 @@ pub mod random;
 #[doc(hidden)]
 pub mod scramble;
 pub mod terminal;
-pub mod timestamp;
 pub mod usage;
 pub mod value;

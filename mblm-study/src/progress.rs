@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use mblm_base::terminal;
-use mblm_base::timestamp::Timestamp;
+use mblm_train::journal::timestamp::Timestamp;
 
 use crate::report::duration;
 

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use mblm::base::terminal::Output;
-use mblm::study::report::csv_field;
+use mblm::study::report::inert;
 use mblm::train::evaluate::{EvaluateOptions, Evaluation, Parts, evaluate, evaluate_parts};
 use mblm::train::model::Model;
 use serde_json::json;
@@ -68,7 +68,7 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
         None => evaluate(&trained.model, &args.data, &options)?,
     };
     if let (Some(path), Some(parts)) = (&args.csv, &parts) {
-        let written = fs::write(path, csv(parts));
+        let written = fs::write(path, csv(parts)?);
         written.map_err(|error| Usage(format!("--csv {}: {error}; choose a writable file", path.display())))?;
     }
     let mut out = Output::new();
@@ -116,17 +116,22 @@ fn print(out: &mut Output, parts: &Parts, args: &Args) -> io::Result<()> {
 }
 
 /// One row for everything, one per file, and one per position of each stage; stages and positions are counted from 1.
-fn csv(parts: &Parts) -> String {
-    let row = |part: &str, name: &str, position: &str, found: &Evaluation| {
+fn csv(parts: &Parts) -> Result<Vec<u8>> {
+    let mut csv = csv::Writer::from_writer(vec![]);
+    csv.write_record(["part", "name", "position", "bytes", "loss", "bpb"])?;
+    let mut row = |part: &str, name: &str, position: &str, found: &Evaluation| {
         let number = |number: f64| if found.bytes > 0 { number.to_string() } else { String::new() };
-        format!("{part},{name},{position},{},{},{}\n", found.bytes, number(found.loss), number(found.bpb()))
+        let [bytes, loss, bpb] = [found.bytes.to_string(), number(found.loss), number(found.bpb())];
+        csv.write_record([part, name, position, &bytes, &loss, &bpb])
     };
-    let mut text = String::from("part,name,position,bytes,loss,bpb\n") + &row("all", "", "", &parts.all);
-    parts.files.iter().for_each(|(path, found)| text += &row("file", &csv_field(&path.to_string_lossy()), "", found));
+    row("all", "", "", &parts.all)?;
+    for (path, found) in &parts.files {
+        row("file", &inert(&path.to_string_lossy()), "", found)?;
+    }
     for (n, stage) in parts.stages.iter().enumerate() {
         for (at, found) in stage.iter().enumerate() {
-            text += &row("stage", &(n + 1).to_string(), &(at + 1).to_string(), found);
+            row("stage", &(n + 1).to_string(), &(at + 1).to_string(), found)?;
         }
     }
-    text
+    Ok(csv.into_inner()?)
 }

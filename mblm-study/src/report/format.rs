@@ -91,17 +91,10 @@ pub(super) fn fenced(text: &str) -> String {
 }
 
 /// A cell that a spreadsheet takes for text or a number, and never for a formula: `'` is put before what begins like one.
-pub(super) fn inert(cell: &str) -> Cow<'_, str> {
+pub fn inert(cell: &str) -> Cow<'_, str> {
     let begins = cell.starts_with(['=', '+', '-', '@', '\t', '\r', '＝', '＋', '－', '＠']);
     let is_number = cell.parse::<f64>().is_ok_and(f64::is_finite);
     if begins && !is_number { format!("'{cell}").into() } else { cell.into() }
-}
-
-/// A text as a field of CSV (RFC 4180) that no spreadsheet takes for a formula.
-pub fn csv_field(text: &str) -> String {
-    let text = inert(text);
-    let needs_quotes = text.contains([',', '"', '\n', '\r']);
-    if needs_quotes { format!("\"{}\"", text.replace('"', "\"\"")) } else { text.into_owned() }
 }
 
 /// `n thing` or `n things`.
@@ -156,8 +149,6 @@ mod tests {
         let cells = ["-1.5", "+1e-3", "a=b", "", "0", "=1+1", "@x", "-a", "+cmd|x", "\t=1", "-inf", "＝1"];
         let want = ["-1.5", "+1e-3", "a=b", "", "0", "'=1+1", "'@x", "'-a", "'+cmd|x", "'\t=1", "'-inf", "'＝1"];
         assert_eq!(cells.map(|cell| inert(cell).into_owned()), want);
-        assert_eq!(csv_field("=a,\"b\"\r"), "\"'=a,\"\"b\"\"\r\"");
-        assert_eq!(csv_field("a b"), "a b");
     }
 
     #[test]

@@ -25,7 +25,7 @@ pub use basis::Apart;
 use charts::Measure;
 use charts::svg::{Format, Svg};
 use format::count;
-pub use format::csv_field;
+pub use format::inert;
 pub(crate) use format::{duration, with_unit};
 use mblm_base::files;
 use mblm_train::cost;

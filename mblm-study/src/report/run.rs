@@ -7,13 +7,13 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use mblm_base::files;
-use mblm_base::timestamp::Timestamp;
 use mblm_train::checkpoint::{Checkpoint, Shelf};
 use mblm_train::cost;
 use mblm_train::error::{AtPath, Error, Result};
 use mblm_train::evaluate::bpb;
 use mblm_train::journal::folder::read_losses;
 use mblm_train::journal::metrics::Kind;
+use mblm_train::journal::timestamp::Timestamp;
 use serde::{Deserialize, Serialize};
 use serde_json::Value as Json;
 use serde_yaml::Value;

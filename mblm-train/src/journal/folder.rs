@@ -17,8 +17,8 @@ use std::fs::{self, File, TryLockError};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
+use crate::journal::timestamp::Timestamp;
 use mblm_base::files;
-use mblm_base::timestamp::Timestamp;
 use mblm_core::plugin::host::blame;
 use serde::{Deserialize, Serialize};
 

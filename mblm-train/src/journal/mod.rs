@@ -6,3 +6,4 @@ mod line_log;
 pub mod metrics;
 mod tensorboard;
 pub mod timemem;
+pub mod timestamp;

@@ -10,9 +10,9 @@ use std::io::{IsTerminal, Write};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use crate::journal::timestamp::Timestamp;
 use indicatif::{DecimalBytes, FormattedDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use mblm_base::terminal;
-use mblm_base::timestamp::Timestamp;
 use sparkline::Sparkline;
 
 use crate::evaluate::bpb;

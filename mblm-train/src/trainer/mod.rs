@@ -6,8 +6,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
+use crate::journal::timestamp::Timestamp;
 use mblm_base::random::mix;
-use mblm_base::timestamp::Timestamp;
 use mblm_core::gemm::autocast;
 use mblm_core::{Mode, Param};
 use mblm_data::batches::{Batches, Cursor};
