@@ -3,6 +3,7 @@
 
 use candle_core::{DType, Device, Tensor};
 use mblm::config::MblmConfig;
+use mblm::model::Sequences;
 use mblm::nn::{self, Linear, Module, VarBuilder};
 use mblm::registry::BlockRegistry;
 use mblm::testing::noise;
@@ -109,7 +110,7 @@ fn findings(op: &str, candle: bool) -> Vec<Finding> {
     let document = Document::parse(&yaml, "test").unwrap();
     let config = MblmConfig::from_document(&document, "", &BlockRegistry::builtin().unwrap()).unwrap();
     let ids: Vec<u32> = noise(2 * 30, 5).iter().map(|noise| ((noise + 1.0) * 127.9) as u32).collect();
-    let ids = Tensor::from_vec(ids, (2, 30), &Device::Cpu).unwrap();
+    let ids = Sequences { ids: &ids, len: 30, loss_mask: None };
     examine(&ModelConfig::Generative(config), 0.0, 1, &ids).unwrap().findings
 }
 

@@ -161,7 +161,7 @@ impl<N: Node> CustomOp3 for Op<N> {
         s3: &CpuStorage,
         l3: &Layout,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
-        Ok(self.run(&[floats(s1, l1)?, floats(s2, l2)?, floats(s3, l3)?]))
+        self.run(&[floats(s1, l1)?, floats(s2, l2)?, floats(s3, l3)?])
     }
     fn bwd(
         &self,

@@ -4,6 +4,7 @@ use candle_core::{Result, Shape, Tensor};
 use candle_nn::VarBuilder;
 
 use super::is_fusible;
+use crate::error;
 use crate::mode::{self, Mode, stream};
 use crate::node::{Node, apply1};
 use crate::ops::dropout::{apply, dropout_composed};
@@ -46,14 +47,16 @@ impl Node for Mask {
         self.shape.clone()
     }
 
-    fn forward(&self, inputs: &[&[f32]], y: &mut [f32]) {
+    fn forward(&self, inputs: &[&[f32]], y: &mut [f32]) -> error::Result<()> {
         parallel::copy(inputs[0], y);
         apply(self.dropout, y);
+        Ok(())
     }
 
-    fn backward(&self, _: &[&[f32]], (): (), dy: &[f32], grads: &mut [Vec<f32>]) {
+    fn backward(&self, _: &[&[f32]], (): (), dy: &[f32], grads: &mut [Vec<f32>]) -> error::Result<()> {
         parallel::copy(dy, &mut grads[0]);
         apply(self.dropout, &mut grads[0]);
+        Ok(())
     }
 }
 

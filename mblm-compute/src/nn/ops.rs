@@ -4,6 +4,7 @@ use candle_core::{D, Result, Shape, Tensor, bail};
 pub use candle_nn::ops::{Identity, hard_sigmoid, leaky_relu, log_softmax, mish, selu, sigmoid, silu, softmax, swiglu};
 
 use super::{is_fusible, mode};
+use crate::error;
 use crate::layer::Dims;
 use crate::node::{Node, apply2, apply3};
 use crate::ops::layer_norm;
@@ -43,15 +44,17 @@ impl Node for LayerNorm {
         self.shape.clone()
     }
 
-    fn forward(&self, inputs: &[&[f32]], y: &mut [f32]) {
+    fn forward(&self, inputs: &[&[f32]], y: &mut [f32]) -> error::Result<()> {
         layer_norm::forward(inputs[0], inputs[1], inputs[2], self.eps, y);
+        Ok(())
     }
 
-    fn backward(&self, inputs: &[&[f32]], (): (), dy: &[f32], grads: &mut [Vec<f32>]) {
+    fn backward(&self, inputs: &[&[f32]], (): (), dy: &[f32], grads: &mut [Vec<f32>]) -> error::Result<()> {
         if let [dx, dalpha, dbeta] = grads {
             dx.copy_from_slice(dy);
             layer_norm::backward(inputs[0], inputs[1], self.eps, dx, dalpha, dbeta);
         }
+        Ok(())
     }
 }
 
@@ -89,16 +92,18 @@ impl Node for RootMeanSquare {
         self.shape.clone()
     }
 
-    fn forward(&self, inputs: &[&[f32]], y: &mut [f32]) {
+    fn forward(&self, inputs: &[&[f32]], y: &mut [f32]) -> error::Result<()> {
         let (kernel, dims) = self.kernel(inputs[1]);
         kernel.forward(inputs[0], dims, y);
+        Ok(())
     }
 
-    fn backward(&self, inputs: &[&[f32]], (): (), dy: &[f32], grads: &mut [Vec<f32>]) {
+    fn backward(&self, inputs: &[&[f32]], (): (), dy: &[f32], grads: &mut [Vec<f32>]) -> error::Result<()> {
         let (kernel, dims) = self.kernel(inputs[1]);
         if let [dx, dalpha] = grads {
             kernel.backward(inputs[0], dims, dy, dx, dalpha);
         }
+        Ok(())
     }
 }
 

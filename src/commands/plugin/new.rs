@@ -19,8 +19,10 @@ const LOCK: &str = include_str!("../../../Cargo.lock");
 const C_SOURCE: &str = include_str!("../../../plugins/mingru/mingru.c");
 const MAKEFILE: &str = include_str!("../../../plugins/mingru/Makefile");
 
-/// The crate that a plugin in Rust depends on, where this program was built.
-const CORE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/mblm-core");
+/// The crates that a plugin in Rust depends on: paths and contents. None in a program from a registry, which has them.
+const SDK: &[(&str, &str)] = include!(concat!(env!("OUT_DIR"), "/sdk.rs"));
+/// What these crates inherit.
+const WORKSPACE: &str = include_str!("../../../Cargo.toml");
 
 /// The longest name, as for crates.
 const LONGEST: usize = 64;
@@ -98,7 +100,7 @@ pub struct Args {
     /// The folder to create [default: NAME]
     #[arg(long)]
     dir: Option<PathBuf>,
-    /// The folder of the crate mblm-core [default: the one that this program was built from]
+    /// Build against the crate mblm-sdk in this folder of a checkout, instead of a copy in `vendor/`
     #[arg(long, value_name = "DIR", conflicts_with = "c")]
     core: Option<PathBuf>,
 }
@@ -130,12 +132,26 @@ pub fn run(args: &Args) -> Result<()> {
         files.push(("mblm_plugin.h", abi::HEADER.into()));
         files.push(("Makefile", makefile.replace("../../mblm-sdk/include", ".")));
     } else {
-        files.push(("Cargo.toml", CARGO.replace("NAME", name).replace("\"CORE\"", &core(args)?)));
+        let patch = match &args.core {
+            Some(sdk) => patch(&checkout(sdk)?)?,
+            None if SDK.is_empty() => String::new(),
+            None => patch(Path::new("vendor"))?,
+        };
+        let version = env!("CARGO_PKG_VERSION");
+        let manifest = CARGO.replace("NAME", name).replace("VERSION", version).replace("PATCH", &patch);
+        files.push(("Cargo.toml", manifest));
+        if args.core.is_none() && !SDK.is_empty() {
+            files.push(("vendor/Cargo.toml", vendored_workspace()));
+            files.extend(SDK.iter().map(|(path, text)| (*path, text.to_string())));
+        }
         files.push(("src/lib.rs", LIB.replace("TYPE", name)));
         files.push(("Cargo.lock", LOCK.into()));
         files.push((".gitignore", "/target\n".into()));
     }
-    files.iter().try_for_each(|(file, text)| write(&folder.join(file), text))?;
+    files.iter().try_for_each(|(file, text)| {
+        let is_vendored = file.starts_with("mblm-");
+        write(&if is_vendored { folder.join("vendor").join(file) } else { folder.join(file) }, text)
+    })?;
     writeln!(
         Output::new(),
         "wrote {}; next:\n  cd {} && {build}\n  mblm plugin check {place}/{library}",
@@ -170,17 +186,29 @@ fn check_name(name: &str, c: bool, builtin: &BlockRegistry) -> Result<(), String
     Err(format!("{taken}; choose another name, such as my-{name}"))
 }
 
-/// The crate mblm-core, as a string in TOML.
-fn core(args: &Args) -> Result<String> {
-    let folder = args.core.clone().unwrap_or_else(|| CORE.into());
-    match folder.join("Cargo.toml").is_file() {
-        true => Ok(serde_json::to_string(&folder.canonicalize()?)?),
-        false => Err(Usage(format!(
-            "no crate mblm-core in {}; pass its folder, in a checkout of this project, with --core",
-            folder.display()
-        ))
-        .into()),
+/// The folder of a checkout that has the crate mblm-sdk in `folder`, or beside it.
+fn checkout(folder: &Path) -> Result<PathBuf> {
+    let root = folder.canonicalize().ok().and_then(|folder| folder.parent().map(Path::to_path_buf));
+    root.filter(|root| root.join("mblm-sdk/Cargo.toml").is_file()).ok_or_else(|| {
+        let message = "no crate mblm-sdk; pass its folder, in a checkout of this project, with --core";
+        Usage(format!("{}: {message}", folder.display())).into()
+    })
+}
+
+/// Has cargo take the SDK from `folder`, for as long as no registry has this version.
+fn patch(folder: &Path) -> Result<String> {
+    let mut patch = String::from("\n[patch.crates-io]\n");
+    for name in ["mblm-base", "mblm-compute", "mblm-sdk"] {
+        let path = serde_json::to_string(&folder.join(name))?;
+        patch += &format!("{name} = {{ path = {path} }}\n");
     }
+    Ok(patch)
+}
+
+/// The manifest of the folder of vendored crates: versions, licence and dependencies, as in this project's own.
+fn vendored_workspace() -> String {
+    let inherited = WORKSPACE.split("[workspace.package]").nth(1).and_then(|rest| rest.split("\n[package]").next());
+    format!("[workspace]\nmembers = [\"mblm-*\"]\n\n[workspace.package]{}", inherited.unwrap_or_default())
 }
 
 fn write(path: &Path, text: &str) -> Result<()> {
