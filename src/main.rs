@@ -76,7 +76,6 @@ enum Command {
 
 fn main() -> ExitCode {
     memory::keep();
-    memory::end_plainly();
     log::start();
     blame::at_work(true);
     let code = work();

@@ -46,7 +46,7 @@ fn noted(block: *mut u8, size: usize) -> *mut u8 {
 }
 
 /// Rust aborts when memory cannot be had: has that end the program as any other error does. Other aborts stay.
-pub fn end_plainly() {
+fn end_plainly() {
     // SAFETY: the handler does what a handler may.
     unsafe { libc::signal(libc::SIGABRT, on_abort as *const () as libc::sighandler_t) };
 }
@@ -67,8 +67,10 @@ extern "C" fn on_abort(signal: libc::c_int) {
 /// mimalloc's `mi_option_purge_delay`, which its bindings leave out.
 const PURGE_DELAY: libmimalloc_sys::mi_option_t = 15;
 
-/// Tells this program's allocator, and the C library's, which plugins use. Call it before there are other threads.
+/// Tells this program's allocator, and the C library's, which plugins use, to keep memory, and has a lack of it end the
+/// program plainly. Call it before there are other threads.
 pub fn keep() {
+    end_plainly();
     // SAFETY: sets an integer option, before any other thread exists. -1: never.
     unsafe { libmimalloc_sys::mi_option_set(PURGE_DELAY, -1) };
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
