@@ -22,19 +22,19 @@ use layer::MambaLayer;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Mamba1Block {
-    /// Numbers of state per channel, N.
+    /// State size per channel, N.
     pub d_state: usize,
     /// Width of the causal convolution.
     pub d_conv: usize,
     /// Inner channels as a multiple of the stage's width.
     pub expand: usize,
-    /// Accepted for configurations shared with mamba2, and ignored: Mamba 1 has no heads.
+    /// Accepted for configurations shared with mamba2 and ignored: Mamba-1 has no heads.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub headdim: Option<usize>,
-    /// Accepted for configurations shared with mamba2, and ignored: Mamba 1 has no dropout.
+    /// Accepted for configurations shared with mamba2 and ignored: Mamba-1 has no dropout.
     #[serde(default)]
     pub dropout: f32,
-    /// How positions enter the stage; none by default, since the recurrence knows the order.
+    /// Position embeddings of the stage. None by default, because the recurrence knows the order.
     #[serde(default)]
     pub pos_emb_type: Option<PosEmb>,
 }

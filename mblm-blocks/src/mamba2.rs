@@ -24,18 +24,18 @@ use layer::{Mamba2Layer, NORM_EPS};
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Mamba2Block {
-    /// Numbers of state per channel, N.
+    /// State size per channel, N.
     pub d_state: usize,
     /// Width of the causal convolution.
     pub d_conv: usize,
     /// Inner channels as a multiple of the stage's width.
     pub expand: usize,
-    /// Channels of a head, which share a step size; divides `expand` times the stage's width.
+    /// Channels per head; they share a step size. Must divide `expand` times the stage's width.
     pub headdim: usize,
-    /// Dropout in training, on what the last layer adds to the residual stream.
+    /// Dropout probability of what the last layer adds to the residual, in training.
     #[serde(default)]
     pub dropout: f32,
-    /// How positions enter the stage; none by default, since the recurrence knows the order.
+    /// Position embeddings of the stage. None by default, because the recurrence knows the order.
     #[serde(default)]
     pub pos_emb_type: Option<PosEmb>,
 }

@@ -22,7 +22,7 @@ const MAX_STAGES: usize = 64;
 pub struct MblmConfig {
     /// Vocabulary size `V`.
     pub num_tokens: usize,
-    /// The id that pads sequences; its embedding is zero, and it is no target.
+    /// The id that pads sequences. Its embedding is zero, and it is never predicted.
     pub pad_token_id: usize,
     /// Width `D_n` of each stage.
     pub hidden_dims: Vec<usize>,
@@ -30,7 +30,8 @@ pub struct MblmConfig {
     pub num_layers: Vec<usize>,
     /// Sequence length `P_n` of each stage.
     pub seq_lens: Vec<usize>,
-    /// For each stage but the first: into how many chunks its patches are cut, each recomputed in backward.
+    /// For each stage except the first: the number of chunks that its patches are split into. Each chunk is recomputed
+    /// in the backward pass, which saves memory.
     pub train_checkpoint_chunks: Option<Vec<usize>>,
     /// What runs at each stage.
     #[serde(rename = "block", serialize_with = "serialize_blocks")]
@@ -205,9 +206,9 @@ pub enum MaskReduce {
 #[derive(Clone, Debug, Serialize, JsonSchema)]
 #[schemars(deny_unknown_fields)]
 pub struct MblmEncoderConfig {
-    /// The id that stands for a masked byte.
+    /// The id that replaces a masked byte.
     pub mask_token_id: usize,
-    /// How a patch's mask follows from its bytes'.
+    /// How the mask of a patch is derived from the masks of its bytes.
     #[schemars(default)]
     pub mask_reduce_strat: MaskReduce,
     /// The hierarchy.

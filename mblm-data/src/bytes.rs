@@ -32,10 +32,10 @@ crate::register_dataset!("bytes", "a file, a folder or a glob of files, byte by 
 #[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct BytesArgs {
-    /// Files, folders or globs below `io.dataset_dir`; empty for all of it.
+    /// Files, folders or globs below `io.dataset_dir`. Empty: everything.
     #[serde(default)]
     pub files: Vec<String>,
-    /// The share of the bytes, at the end, that is validated on; above 0 and below 1.
+    /// The fraction of the bytes, at the end, used for validation; above 0 and below 1.
     #[serde(default = "default_fraction")]
     pub validation_fraction: f64,
 }

@@ -466,7 +466,7 @@ static const mblm_block BLOCK = {
                         "\"expand\": {\"type\": \"integer\", \"minimum\": 1, \"maximum\": 16, \"default\": 1, "
                         "\"description\": \"Channels of the recurrence as a multiple of the stage's width.\"}, "
                         "\"pos_emb_type\": {\"enum\": [null, \"fixed\", \"rope\"], \"default\": null, "
-                        "\"description\": \"How positions enter the stage.\"}}}"),
+                        "\"description\": \"Position embeddings of the stage.\"}}}"),
     .check = check,
     .create = create,
     .destroy = destroy,

@@ -30,14 +30,14 @@ fn default_ff_multiplier() -> usize {
 #[serde(deny_unknown_fields)]
 #[schemars(inline)]
 pub struct TransformerConfig {
-    /// How positions enter the stage: `fixed`, `rope` or none.
+    /// Position embeddings of the stage: `fixed`, `rope` or none.
     #[serde(default)]
     pub pos_emb_type: Option<PosEmb>,
     /// Width of an attention head.
     pub attn_head_dims: usize,
     /// Number of attention heads.
     pub attn_num_heads: usize,
-    /// Whether queries and keys are rotated by their position.
+    /// Whether to apply rotary position embeddings to queries and keys.
     pub attn_use_rot_embs: bool,
     /// Dropout probability of the attention weights.
     #[serde(default)]
@@ -48,7 +48,7 @@ pub struct TransformerConfig {
     /// Dropout probability inside the feed-forward layer.
     #[serde(default)]
     pub ff_dropout: f32,
-    /// Accepted for the package's configs; attention is always computed in tiles.
+    /// Accepted for compatibility with the package and ignored: attention is always computed in tiles.
     #[serde(default)]
     pub use_flash_attn: bool,
 }

@@ -10,25 +10,24 @@ use crate::error::{Error, Result};
 #[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ClevrArgs {
-    /// What is learned: everything or the answer. Without effect, as in the reference package: `qiqa_loss_mask`
-    /// decides.
+    /// What to learn: everything, or the answer. It has no effect, as in the package: `qiqa_loss_mask` decides.
     pub target_mode: TargetMode,
-    /// The weights of the losses of question, image, repeated question and answer.
+    /// Loss weights of the question, the image, the repeated question and the answer.
     pub qiqa_loss_mask: [f32; 4],
-    /// Whether the answer is one character that stands for one of the 28 answers.
+    /// Whether to encode the answer as one character, one for each of the 28 answers.
     #[serde(default)]
     pub answer_categorical: bool,
-    /// The height in pixels to which the (cropped) image is resized.
+    /// Resize the (cropped) image to this height in pixels.
     pub resize_to_h: Option<usize>,
-    /// The width.
+    /// Resize the (cropped) image to this width in pixels.
     pub resize_to_w: Option<usize>,
-    /// The share of the height that is cut off above, and as much below.
+    /// The fraction of the height to crop at the top, and again at the bottom.
     pub crop_h_perc: Option<f64>,
-    /// The share of the width that is cut off at either side.
+    /// The fraction of the width to crop at each side.
     pub crop_w_perc: Option<f64>,
-    /// The number of bins for the values of a channel.
+    /// Number of bins for the values of a channel.
     pub downsample_channels: Option<usize>,
-    /// Binned values become consecutive tokens from this one on.
+    /// Map the binned values to consecutive tokens, starting with this one.
     pub shift_channels_start: Option<usize>,
     /// The token after each part.
     pub eom_token_id: Option<u32>,
@@ -36,9 +35,9 @@ pub struct ClevrArgs {
     pub som_text_token_id: Option<u32>,
     /// The token before the image.
     pub som_image_token_id: Option<u32>,
-    /// The image is a JPEG file of this quality, 0 to 95, instead of pixels.
+    /// Encode the image as a JPEG file of this quality (0 to 95) instead of pixels.
     pub enable_jpeg_stream_with_quality: Option<u8>,
-    /// Whether that file holds red, green and blue, or else luminance and halved chrominance.
+    /// Whether the JPEG file stores red, green and blue, or else luminance and chrominance at half resolution.
     #[serde(default = "yes")]
     pub jpeg_in_rgb_color_space: bool,
 }

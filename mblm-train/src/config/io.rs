@@ -13,27 +13,27 @@ use crate::journal::folder::LONGEST_NAME;
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct IoSection {
-    /// Name of the model, part of the run folder's name.
+    /// Name of the model; part of the run folder's name.
     pub name_model: String,
-    /// Where run folders are made.
+    /// The folder in which run folders are created.
     pub output_dir: PathBuf,
-    /// The data: a file, a folder or a glob for `bytes`.
+    /// The data. For `bytes`: a file, a folder or a glob.
     pub dataset_dir: String,
-    /// Which data set reads it.
+    /// The data set that reads `dataset_dir`.
     pub dataset_id: String,
     /// Options of the data set.
     #[serde(default)]
     pub dataset_args: Option<serde_json::Value>,
-    /// At most this many best models are kept.
+    /// Maximum number of best checkpoints to keep.
     pub num_models_to_save: usize,
-    /// How often to validate (and save) in all.
+    /// Number of validations, each with a checkpoint, in the whole run.
     pub validate_amount: usize,
-    /// How often to log the training loss in all.
+    /// Number of times that the training loss is logged in the whole run.
     pub log_train_loss_amount: usize,
-    /// Only the first worker logs here; accepted for the package's configs.
+    /// Accepted for compatibility with the package; ignored, because there is only one worker.
     #[serde(default)]
     pub enabled_loss_log_for_gpus: Option<Vec<usize>>,
-    /// Anything worth remembering.
+    /// Free text.
     #[serde(default)]
     pub description: Option<String>,
 }

@@ -25,7 +25,7 @@ pub struct RunConfig {
     pub train: TrainSection,
     /// What to read and where to write.
     pub io: IoSection,
-    /// What a new run begins with.
+    /// The checkpoint that a new run starts from.
     #[serde(skip)]
     pub resume: Option<ResumeSection>,
 }

@@ -12,23 +12,23 @@ use crate::checkpoint;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ResumeSection {
-    /// A run, one of its checkpoints, or a `.pth` file of the package. A relative path begins at the folder of the
-    /// configuration file, or else at the present one.
+    /// A run, one of its checkpoints, or a `.pth` file of the package. A relative path starts at the folder of the
+    /// configuration file, or else at the current directory.
     pub checkpoint_file: PathBuf,
-    /// The epoch to begin in.
+    /// The epoch to start in.
     pub next_epoch_index: u64,
-    /// The batch of that epoch to begin with.
+    /// The batch of that epoch to start with.
     pub next_batch_index: u64,
-    /// Whether the weights may be of a model with fewer tokens.
+    /// Whether to accept weights of a model with fewer tokens.
     #[serde(default)]
     pub migrate_embeddings: bool,
-    /// Accepted for the package's configs: names of its earlier versions are known without.
+    /// Accepted for compatibility with the package; names of its earlier versions are always recognized.
     #[serde(default)]
     pub rename_modules: bool,
-    /// What the run that wrote this section began with.
+    /// The checkpoint that the run that wrote this section started from.
     #[serde(default)]
     pub resumed_from: Option<PathBuf>,
-    /// The run that wrote this section: where a copy of its configuration outside of it finds the checkpoint.
+    /// The run that wrote this section, so that a copy of its configuration finds the checkpoint.
     #[serde(default)]
     pub run: Option<PathBuf>,
 }

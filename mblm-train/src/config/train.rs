@@ -32,65 +32,66 @@ pub enum LossAverage {
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct TrainSection {
-    /// Elements to train on; a lower bound, rounded up to whole batches.
+    /// Number of elements to train on, rounded up to whole batches.
     pub target_elements: u64,
-    /// How elements count.
+    /// What counts as an element: a sequence (`batch`) or a byte (`sequence`).
     pub target_elements_strategy: TargetStrategy,
-    /// The share of gradient steps that warm up.
+    /// The fraction of gradient steps used for warm-up.
     #[serde(default = "default_warmup")]
     pub warmup_steps_perc: f64,
     /// Sequences per batch.
     pub batch_size: usize,
-    /// Whether training sequences come in random order.
+    /// Whether to shuffle the training sequences.
     #[serde(default)]
     pub shuffle_train: bool,
-    /// Whether validation sequences come in random order.
+    /// Whether to shuffle the validation sequences, into one fixed order.
     #[serde(default)]
     pub shuffle_eval: bool,
-    /// At most this many validation batches.
+    /// Maximum number of validation batches.
     #[serde(default)]
     pub max_eval_steps: Option<usize>,
     /// The peak learning rate.
     pub learning_rate: f64,
-    /// Gradients are clipped to this global norm.
+    /// Clip gradients to this global norm.
     #[serde(default)]
     pub gradient_clipping: Option<f64>,
     /// Batches per gradient step.
     pub gradient_accumulate_every: usize,
-    /// What the loss of a gradient step over several batches is the mean of: all elements that count, or the batches'
-    /// means, as in the package (addition). The two differ where padding or loss masks leave batches with different
-    /// numbers of elements.
+    /// How to average the loss of a gradient step over several batches (addition): over all elements that count, or
+    /// over the means of the batches, as the package does. They differ if padding or loss masks leave batches with
+    /// different numbers of elements.
     #[serde(default)]
     pub loss_average: LossAverage,
-    /// Where a resumed run's number of gradient steps is changed: the share of the remaining steps in which the learning
-    /// rate rises again, from where it stands to `learning_rate`. Without it, the rate anneals from where it stands. It
-    /// counts for one such change: after that the run no longer has it (addition).
+    /// For a resumed run whose number of gradient steps changes: the fraction of the remaining steps in which the
+    /// learning rate rises again to `learning_rate`. Without it, the rate anneals from its current value. It applies to
+    /// one such change; after that, the run no longer has it (addition).
     #[serde(default)]
     pub rewarm_steps_perc: Option<f64>,
-    /// The probability that a byte is masked; for encoders, and only for these.
+    /// The probability that a byte is masked. Encoders require it; other models do not accept it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub masking_proba: Option<f64>,
-    /// Decoupled weight decay of matrices (addition; the package has none).
+    /// Decoupled weight decay of weight matrices (addition; the package has none).
     #[serde(default)]
     pub weight_decay: f64,
-    /// Adam's decay rates of the mean gradient and of its square (addition; the package's values are the default).
+    /// Adam's decay rates for the mean of the gradient and of its square (addition; the defaults are the package's
+    /// values).
     #[serde(default = "default_betas")]
     pub betas: (f64, f64),
-    /// What the operands of training's large matrix products are rounded to, those of attention included (addition).
-    /// Weights, moments, sums and everything else are `f32`, and so are validation, evaluation and generation.
+    /// Precision of the operands of large matrix products in training, including those of attention (addition).
+    /// Everything else stays in `f32`: weights, moments, sums, validation, evaluation and generation.
     #[serde(default)]
     pub precision: Precision,
-    /// Validate (and save) after every so many batches, in place of `io.validate_amount` (addition).
+    /// Validate and save after this many batches, instead of `io.validate_amount` times (addition).
     #[serde(default)]
     pub validate_every: Option<u64>,
-    /// End after so many validations in a row without a new best loss (addition).
+    /// Stop after this many validations in a row without a new best loss (addition).
     #[serde(default)]
     pub early_stop: Option<u64>,
-    /// End after so many seconds with a checkpoint, which is validated, and a test (addition). The run can be resumed; the
-    /// time then starts anew.
+    /// Stop after this many seconds with a checkpoint, a validation and a test (addition). The run can be resumed; the
+    /// time then starts again.
     #[serde(default)]
     pub max_seconds: Option<f64>,
-    /// Seed of initial values, shuffling and dropout (addition).
+    /// Seed of initial weights, shuffling and dropout (addition).
     #[serde(default)]
     pub seed: u64,
 }

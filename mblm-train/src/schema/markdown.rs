@@ -22,7 +22,7 @@ struct Page<'a> {
 impl<'a> Page<'a> {
     fn write(mut self) -> String {
         self.section("`params`", "The model that predicts the next byte.", &self.definitions["generative"]);
-        let about = "With `mblm_config`, `params` is an encoder, which restores masked bytes.";
+        let about = "With `mblm_config`, `params` describes an encoder, which restores masked bytes.";
         self.section("`params` of an encoder", about, &self.definitions["encoder"]);
         let about = "The fields of `params` without `input_seq_len`.";
         self.section("`params.mblm_config`", about, &self.definitions["mblm_config"]);

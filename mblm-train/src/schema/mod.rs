@@ -52,7 +52,7 @@ pub fn schema(registry: &BlockRegistry) -> Result<Value> {
         "type": "object",
         "properties": {
             "params": {
-                "description": "The model. With `mblm_config` it is an encoder, which restores masked bytes.",
+                "description": "The model. With `mblm_config`, it is an encoder that restores masked bytes.",
                 "type": "object",
                 "if": {"required": ["mblm_config"]},
                 "then": {"$ref": "#/definitions/encoder"},
@@ -61,10 +61,10 @@ pub fn schema(registry: &BlockRegistry) -> Result<Value> {
             "train": {"description": "How to train.", "allOf": [{"$ref": "#/definitions/train"}]},
             "io": {"description": "What to read and where to write.", "allOf": [{"$ref": "#/definitions/io"}]},
             "resume": {
-                "description": "What a new run begins with.",
+                "description": "The checkpoint that a new run starts from.",
                 "anyOf": [{"$ref": "#/definitions/resume"}, {"type": "null"}],
             },
-            SUMMARY: {"description": "Written by the package into its output; accepted and not read."},
+            SUMMARY: {"description": "Written by the package into its output; accepted and ignored."},
         },
         "required": SECTIONS,
         "additionalProperties": false,
@@ -164,7 +164,7 @@ fn block(registry: &BlockRegistry) -> Value {
         "description": "What runs at a stage.",
         "type": "object",
         "properties": {TAG: {
-            "description": "The block type; may be left out where only one type has the fields.",
+            "description": "The block type. May be left out if only one type has these fields.",
             "oneOf": choices,
         }},
         "allOf": cases,

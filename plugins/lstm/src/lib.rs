@@ -26,10 +26,10 @@ use layer::LstmLayer;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Lstm {
-    /// Dropout probability of the outputs of every layer but the last.
+    /// Dropout probability of the outputs of every layer except the last.
     #[serde(default)]
     pub dropout: f32,
-    /// How positions enter the stage; none by default, since the recurrence knows the order.
+    /// Position embeddings of the stage. None by default, because the recurrence knows the order.
     #[serde(default)]
     pub pos_emb_type: Option<PosEmb>,
 }
