@@ -54,7 +54,7 @@ fn a_mistake_is_named_with_what_was_meant() {
         ("params.block.num_heads=3", "params.block: these fields fit no block type"),
         ("params.block.num_heads=3", "transformer: num_heads: unknown field; did you mean `attn_num_heads`?"),
         ("params.block.block_type=transfomer", "unknown block type \"transfomer\"; did you mean `transformer`?"),
-        ("params.block.block_type=transformerEncoder", "it can run in an encoder only"),
+        ("params.block.block_type=transformerEncoder", "it can run only in an encoder"),
         ("params.input_len=3", "params.input_len: unknown field; did you mean `input_seq_len`?"),
         (
             "train.learning_rat=3",
@@ -65,11 +65,11 @@ fn a_mistake_is_named_with_what_was_meant() {
             "io.dataset_args={fraction: 0.2}",
             "io.dataset_args.fraction: unknown field; did you mean `validation_fraction`?",
         ),
-        ("io.dataset_dir=none.txt", "io.dataset_dir: \"none.txt\" names nothing"),
+        ("io.dataset_dir=none.txt", "io.dataset_dir: \"none.txt\" does not exist"),
         ("train.batch_size=50", "train.batch_size: found 50, but the training data are 28 sequence(s)"),
         (
             "resume={checkpoint_file: no, next_epoch_index: 0, next_batch_index: 0}",
-            "resume.checkpoint_file: there is no no",
+            "resume.checkpoint_file: no does not exist",
         ),
         ("resume={checkpoint: no}", "resume.checkpoint: unknown field; did you mean `checkpoint_file`?"),
     ];

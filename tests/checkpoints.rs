@@ -187,5 +187,5 @@ fn what_is_no_checkpoint_of_the_package_is_refused() {
     assert!(ran.code == 1 && ran.err.contains("legacy.pth: a file in the format of torch before 1.6"), "{}", ran.err);
     assert!(!folder.join("runs").exists());
     let ran = mblm(folder, &["checkpoint", "verify", "."]);
-    assert!(ran.code == 2 && ran.err.contains("expected the folder of a run"), "{}", ran.err);
+    assert!(ran.code == 2 && ran.err.contains("expected a run folder"), "{}", ran.err);
 }

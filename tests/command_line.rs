@@ -32,7 +32,7 @@ fn a_mistake_in_a_configuration_exits_with_2() {
     let cases = [
         (
             vec!["inspect", "no.yaml"],
-            "error: no.yaml: there is no such file; check the path, which starts at the current directory\n",
+            "error: no.yaml: no such file; check the path, which starts at the current directory\n",
         ),
         (
             vec!["inspect", "model.yaml", "--set", "block.attn_num_heads=sixteen"],

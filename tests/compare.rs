@@ -458,7 +458,7 @@ fn any_runs_can_be_compared_and_others_are_skipped() {
     assert!(error.contains("error: 2 of 5 folders could not be read; the report is of the others"), "{error}");
     assert!(error.contains("skipped: copy is a copy of ours (their logs begin with the same line)"), "{error}");
     assert!(
-        error.contains("skipped: foreign: expected the folder of a run") && error.contains("skipped: nowhere: "),
+        error.contains("skipped: foreign: expected a run folder") && error.contains("skipped: nowhere: "),
         "{error}"
     );
     assert!(out.contains("1  theirs") && out.contains("2.000") && out.contains("report: page/report.html"), "{out}");

@@ -358,7 +358,7 @@ fn a_refused_resume_changes_nothing() {
     let forced: [(&[&str], &str); 8] = [
         (&["train.learning_rate=5", "train.seed=7"], "train.seed: found 7"),
         (&["params.num_layers=[1, 1]"], "weights"),
-        (&["params.hidden_dims=[48, 16]", "params.block={block_type: lstm}"], "the model is another one"),
+        (&["params.hidden_dims=[48, 16]", "params.block={block_type: lstm}"], "a checkpoint of another model"),
         (&["train.batch_size=100000"], "train.target_elements: 26000 elements are 1 batch(es)"),
         (&["io.dataset_dir=nowhere.txt"], "nowhere.txt"),
         (&["io.dataset_dir=run.yaml"], "the data are not those of"),

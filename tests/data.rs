@@ -138,7 +138,7 @@ fn a_run_finds_its_data_when_its_project_or_its_folder_is_moved() {
     succeed(&place.path().join("runs"), &resume("R", &["--set", "train.target_elements=60"]));
     fs::rename(moved.join("d"), moved.join("e")).unwrap();
     let said = refused(place.path(), &resume("runs/R", &["--set", "train.target_elements=70"]));
-    assert!(said.contains("d\" names nothing"), "{said}");
+    assert!(said.contains("d\" does not exist"), "{said}");
     assert!(said.contains("; relative paths were tried in /") && said.contains("/moved"), "{said}");
     succeed(&moved, &resume("../runs/R", &["--set", "train.target_elements=70", "--set", "io.dataset_dir=e"]));
 }

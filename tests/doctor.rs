@@ -220,12 +220,12 @@ fn every_fault_is_named_with_its_stage() {
         ("decoder", "cached == full: the decoder at position 0: element "),
         ("large", "its output has a scale of "),
         ("nan", "its output is not finite"),
-        ("cut", "the gradient shrinks to 0.0e0 of itself on its way through"),
+        ("cut", "the gradient shrinks to 0.0e0 times its size"),
         ("own", "same outputs again: built again, with the same parameters, it gives another output"),
         ("stale", "same outputs again: built again, with the same parameters, it gives another output"),
         ("noise", "same outputs again: the same input gives another output after other calls"),
         ("count", "same outputs again: the same input gives another output after other calls"),
-        ("batch", "independent sequences: a sequence gives something else beside another than alone"),
+        ("batch", "independent sequences: a sequence gives a different result beside another sequence than alone"),
     ];
     for (fault, want) in cases {
         for stage in [1, 2] {
@@ -242,7 +242,10 @@ fn the_whole_model_is_held_to_the_same() {
     for (fault, want) in [
         ("leak", "the model: causal: byte "),
         ("decoder", "the model: cached == full: the logits after "),
-        ("batch", "the model: independent sequences: the last sequence of the batch gives something else alone"),
+        (
+            "batch",
+            "the model: independent sequences: the last sequence of the batch gives a different result when it runs alone",
+        ),
         ("nan", "the model: the loss is NaN"),
     ] {
         let found = found(fault);
@@ -253,7 +256,7 @@ fn the_whole_model_is_held_to_the_same() {
 #[test]
 fn a_parameter_without_a_gradient_is_dead_or_asleep() {
     let dead = report(1, "{block_type: faulty, fault: dead}");
-    assert_eq!(problems(&dead), ["stage_models.0.gain: it gets no gradient: it never learns"]);
+    assert_eq!(problems(&dead), ["stage_models.0.gain: it gets no gradient, so it never learns"]);
     let asleep = report(1, "{block_type: faulty, fault: asleep}");
     let [finding] = &asleep.findings[..] else { panic!("{:?}", asleep.findings) };
     assert_eq!((finding.severity, finding.place.as_str()), (Severity::Warning, "stage_models.0.gain"));
@@ -347,7 +350,7 @@ fn it_reads_data_and_writes_json() {
     assert!(code == 2 && said.contains("expected at least 64 bytes for one step, found 9"), "{said}");
     let missing = Path::new("no/such/file");
     let (code, _, said) = doctor(&[&small[..], &block, &["--data", missing.to_str().unwrap()]].concat());
-    assert!(code == 2 && said.contains("names nothing"), "{said}");
+    assert!(code == 2 && said.contains("does not exist"), "{said}");
 }
 
 #[test]

@@ -206,7 +206,7 @@ fn what_others_can_write_is_refused() {
     let mode = |path: &Path, mode| fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
     let folder = place.at("libraries");
     for (path, bits, want) in
-        [(&folder, 0o777, "chmod go-w"), (&folder, 0o1777, "everybody can put files"), (&library, 0o666, "chmod go-w")]
+        [(&folder, 0o777, "chmod go-w"), (&folder, 0o1777, "everybody can write to"), (&library, 0o666, "chmod go-w")]
     {
         let before = path.metadata().unwrap().permissions().mode();
         mode(path, bits);

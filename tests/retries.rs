@@ -79,7 +79,7 @@ fn a_plugin_that_fails_once_costs_a_retry_and_nothing_else() {
         let (said, run) = (said(&output), run_of(folder.path(), &output));
         let log = fs::read_to_string(run.join("train.log")).unwrap();
         for text in [&said, &log] {
-            let line = text.lines().find(|line| line.contains("retry 1 of 2 in 1 s, since training failed: "));
+            let line = text.lines().find(|line| line.contains("training failed; retry 1 of 2 in 1 s: "));
             assert!(line.is_some_and(|line| line.contains(what)), "{text}");
             assert!(text.contains("resume: batch ") && !text.contains("retry 2"), "{text}");
         }
@@ -233,9 +233,7 @@ fn data_and_blocks_of_this_process_may_fail_and_panic() {
         let (run, _) = train(2, &[first, second]).unwrap();
         assert!(fate(&run) == want, "{first:?}, {second:?}");
         let log = fs::read_to_string(run.join("train.log")).unwrap();
-        for line in
-            ["retry 1 of 2 in 1 s, since training failed: ONE", "retry 2 of 2 in 2 s, since training failed: TWO"]
-        {
+        for line in ["training failed; retry 1 of 2 in 1 s: ONE", "training failed; retry 2 of 2 in 2 s: TWO"] {
             let line = line.replace("ONE", one).replace("TWO", two);
             assert!(log.contains(&line), "{line}\n{log}");
         }

@@ -107,7 +107,10 @@ fn a_prompt_longer_than_the_context_asks_how_far_to_go_on() {
 #[test]
 fn data_that_cannot_be_read_are_named_as_they_were_given() {
     let (code, _, said) = mblm("eval", &["none.txt"], "");
-    assert!(code == 2 && said.starts_with("error: \"none.txt\" names nothing; expected a file, a folder or"), "{said}");
+    assert!(
+        code == 2 && said.starts_with("error: \"none.txt\" does not exist; expected a file, a folder or"),
+        "{said}"
+    );
 }
 
 #[test]

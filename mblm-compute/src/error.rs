@@ -13,7 +13,7 @@ pub enum Error {
     #[error("{0}")]
     Weights(String),
     /// A loss or logits are infinite or not a number; says which stage's output was first.
-    #[error("{0}; weights that have diverged do this: look for an earlier checkpoint that is sound")]
+    #[error("{0}; the weights may have diverged: try an earlier checkpoint")]
     NotFinite(String),
     /// A block failed or was asked for something it cannot do.
     #[error("{0}")]

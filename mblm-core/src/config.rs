@@ -423,7 +423,7 @@ block:
             (
                 "attn_use_rot_embs: true",
                 "attn_use_rot_embs: 1",
-                "block[1]: these fields fit no block type; name the one you mean with `block_type` (or `mamba1`) \
+                "block[1]: these fields fit no block type; choose one with `block_type` (or `mamba1`) \
                  (line 13)\n  \
                  mamba2: attn_head_dims: unknown field; expected one of `d_state`, `d_conv`, `expand`, `headdim`, \
                  `dropout`, `pos_emb_type`\n  \

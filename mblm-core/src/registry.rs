@@ -218,11 +218,11 @@ impl BlockRegistry {
             0 => {
                 let others: Vec<&str> = self.blocks().filter(|b| !b.infers).map(|b| b.name.as_str()).collect();
                 let others = if others.is_empty() { String::new() } else { format!(" (or {})", quoted(&others)) };
-                Err(format!("these fields fit no block type; name the one you mean with `{TAG}`{others}{misfits}"))
+                Err(format!("these fields fit no block type; choose one with `{TAG}`{others}{misfits}"))
             }
             _ => {
                 let names: Vec<&str> = fitting.iter().map(|&(name, _)| name).collect();
-                Err(format!("these fields fit several block types, {}; name one with `{TAG}`", quoted(&names)))
+                Err(format!("these fields fit several block types, {}; choose one with `{TAG}`", quoted(&names)))
             }
         }
     }
@@ -445,7 +445,7 @@ pub(crate) mod tests {
         let registry = registry().with_source(Plugin("lstm")).unwrap().with_source(Plugin("gru")).unwrap();
         let error = parse(&registry, "gates: 4").unwrap_err();
         let want =
-            "b.yaml: block: these fields fit several block types, `gru`, `lstm`; name one with `block_type` (line 1)";
+            "b.yaml: block: these fields fit several block types, `gru`, `lstm`; choose one with `block_type` (line 1)";
         assert_eq!(error, want);
     }
 

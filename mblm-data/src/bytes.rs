@@ -91,7 +91,7 @@ fn open(options: &DatasetOptions) -> Result<Splits> {
     let (len, seq_len) = (corpus.len(), options.seq_len as u64);
     if len == 0 {
         return Err(Error::Config(format!(
-            "io.dataset_dir: {:?} holds no bytes; expected at least {} (two sequences of input_seq_len){}",
+            "io.dataset_dir: {:?} contains no bytes; expected at least {} (two sequences of input_seq_len){}",
             options.dir,
             2 * seq_len,
             corpus.left_out()
@@ -132,7 +132,7 @@ pub fn check_vocabulary(corpus: &Corpus, num_tokens: usize) -> Result<()> {
     match corpus.first_at_least(num_tokens)? {
         None => Ok(()),
         Some((byte, path, place)) => Err(Error::Config(format!(
-            "params.num_tokens: found {num_tokens}, but {} holds the byte {byte} (at offset {place}); expected more than the \
+            "params.num_tokens: found {num_tokens}, but {} contains the byte {byte} (at offset {place}); expected more than the \
              largest byte, and 256 suffices for all",
             path.display()
         ))),
@@ -200,7 +200,7 @@ mod tests {
             assert!(error.is_configuration());
             error.to_string()
         };
-        assert!(message(0, 4, None, 256).contains("holds no bytes; expected at least 8"));
+        assert!(message(0, 4, None, 256).contains("contains no bytes; expected at least 8"));
         let short = message(7, 4, None, 256);
         assert!(short.contains("sequences of 4 bytes do not fit the 7 bytes"), "{short}");
         let small = message(100, 4, None, 64);

@@ -227,7 +227,9 @@ pub fn is_independent(model: &dyn StageModel, dims: Dims) -> Result<(), String> 
     for (x, together) in x.chunks_exact(row).zip(together.chunks_exact(row)) {
         let alone = forward(x, 1).map_err(words)?;
         if let Some(difference) = difference(together, &alone, ROUNDING) {
-            return Err(format!("a sequence gives something else beside another than alone: {difference}"));
+            return Err(format!(
+                "a sequence gives a different result beside another sequence than alone: {difference}"
+            ));
         }
     }
     Ok(())

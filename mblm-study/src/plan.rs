@@ -174,7 +174,7 @@ impl Plan {
             let state = Shelf::of_run(&folder).and_then(|shelf| shelf.newest()).and_then(|newest| newest.state());
             if state.is_ok_and(|state| !state.data.is_empty() && !self.variants[run.variant].data.is(&state.data)) {
                 return Err(Error::Config(format!(
-                    "{} was trained on other data; put them back as they were, remove that folder to train it again, or \
+                    "{} was trained on other data; restore them, remove that folder to train it again, or \
                      name another output_dir",
                     folder.display()
                 )));

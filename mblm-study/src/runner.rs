@@ -81,7 +81,10 @@ impl<'a> Runner<'a> {
         for name in ["configs", "runs", "logs", "failed"] {
             let place = folder.join(name);
             fs::create_dir_all(&place).map_err(|error| {
-                Error::Config(format!("output_dir: cannot make {}: {error}; choose a writable folder", place.display()))
+                Error::Config(format!(
+                    "output_dir: cannot create {}: {error}; choose a writable folder",
+                    place.display()
+                ))
             })?;
         }
         let path = folder.join(LOG);
@@ -291,7 +294,7 @@ impl<'a> Runner<'a> {
         match now.is(planned.as_str()) {
             true => Ok(()),
             false => Err(Error::Config(format!(
-                "io.dataset_dir: the data are not those that the study began with: {}; put them back as they were",
+                "io.dataset_dir: the data are not those that the study started with: {}; restore them",
                 now.changes(planned.files())
             ))),
         }

@@ -425,7 +425,7 @@ mod tests {
             ),
             (
                 "base: base.yaml\nvariants:\n  - name: a\n    set:\n      parms.num_layers: 3",
-                "base.yaml: there is no section `parms`; did you mean `params`? (My study.yaml line 5)",
+                "base.yaml: no section `parms`; did you mean `params`? (My study.yaml line 5)",
             ),
             ("base: base.yaml\ngrid: {train.lr: 3}", "grid.train.lr: expected a list of values"),
             ("base: base.yaml\ngrid: {train.lr: []}", "grid.train.lr: expected at least one value"),

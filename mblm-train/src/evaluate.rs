@@ -103,7 +103,7 @@ pub fn evaluate(model: &dyn TrainModel, place: &str, options: &EvaluateOptions) 
 /// What was found, if anything was predicted.
 fn some(losses: LossSum, place: &str) -> Result<Evaluation> {
     match losses.count {
-        0 => Err(Error::Config(format!("{place:?} has no byte to predict: every one is the pad token"))),
+        0 => Err(Error::Config(format!("{place:?} has no byte to predict: all bytes are the pad token"))),
         _ => Ok(losses.into()),
     }
 }
@@ -179,7 +179,7 @@ fn open(place: &str, options: &EvaluateOptions) -> Result<Corpus> {
         terminal::line(format!("note: {place:?}{left_out}"));
     }
     if num_bytes(&corpus, options) == 0 {
-        return Err(Error::Config(format!("{place:?} holds no bytes; expected at least one")));
+        return Err(Error::Config(format!("{place:?} contains no bytes; expected at least one")));
     }
     check_vocabulary(&corpus, options.num_tokens)?;
     Ok(corpus)

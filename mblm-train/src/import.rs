@@ -102,7 +102,7 @@ pub(crate) fn begin(trainer: &mut Trainer, model: &dyn TrainModel, resume: &Resu
     let path = &resume.checkpoint_file;
     if !path.exists() {
         return Err(Error::Config(format!(
-            "resume.checkpoint_file: there is no {}; expected a run, a checkpoint or a .pth file (a run keeps its \
+            "resume.checkpoint_file: {} does not exist; expected a run, a checkpoint or a .pth file (a run keeps its \
              io.num_models_to_save best checkpoints)",
             path.display()
         )));
@@ -150,7 +150,7 @@ fn take_buffers(weights: &mut Tensors, model: &dyn TrainModel) -> Result<()> {
     if differing.is_empty() {
         return Ok(());
     }
-    let message = format!("the weights are of a model that is configured otherwise: {}", differing.join("; "));
+    let message = format!("the weights do not fit the configuration: {}", differing.join("; "));
     Err(mblm_core::Error::Weights(message).into())
 }
 

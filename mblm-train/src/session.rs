@@ -183,7 +183,7 @@ impl<'a> Session<'a> {
         progress.line(&format!("run: {}", run.path().display()));
         progress.line(&format!("data: {about}"));
         if let Some(resume) = &self.config.resume {
-            progress.line(&format!("begins with the weights of {}", resume.checkpoint_file.display()));
+            progress.line(&format!("starts from the weights of {}", resume.checkpoint_file.display()));
         }
         warnings.iter().for_each(|warning| progress.warn(warning));
         let introduced = introduce(progress, &trainer, &*model, self.config);
@@ -241,7 +241,7 @@ impl<'a> Session<'a> {
              --set train.target_elements=N with a larger N, and --set train.rewarm_steps_perc=0.1 to warm up again"
         ));
         if !self.changes.is_empty() {
-            terminal::line(format_args!("note: nothing is left to train, so the changed configuration is not kept:"));
+            terminal::line(format_args!("note: nothing is left to train, so the changed configuration is discarded:"));
             self.changes.iter().for_each(|change| terminal::line(format_args!("  {change}")));
         }
     }
@@ -255,7 +255,7 @@ impl<'a> Session<'a> {
                 ended => return logged(run, ended),
             };
             let most = self.retries;
-            let text = format!("retry {retry} of {most} in {} s, since training failed: {error}", pause.as_secs());
+            let text = format!("training failed; retry {retry} of {most} in {} s: {error}", pause.as_secs());
             run.note(&text);
             terminal::line(&text);
             if !self.rest(pause) {

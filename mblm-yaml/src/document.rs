@@ -46,9 +46,7 @@ impl Document {
         let mut text = String::new();
         let read = |file: File| file.take(MAX_LEN + 1).read_to_string(&mut text);
         may_be_opened(path).and_then(|()| File::open(path)).and_then(read).map_err(|error| match error.kind() {
-            ErrorKind::NotFound => {
-                wrong("there is no such file; check the path, which starts at the current directory".into())
-            }
+            ErrorKind::NotFound => wrong("no such file; check the path, which starts at the current directory".into()),
             ErrorKind::IsADirectory => {
                 wrong("this is a folder; expected a YAML file, such as the config.yaml in the folder of a run".into())
             }
@@ -209,13 +207,13 @@ fn descend<'a>(value: &'a mut Value, name: &Segment, is_last: bool) -> Result<&'
         (Segment::Field(name), Value::Mapping(mapping)) => {
             if !is_last && !mapping.contains_key(*name) {
                 let names: Vec<&str> = mapping.keys().filter_map(Value::as_str).collect();
-                return Err(format!("there is no section `{name}`; {}", suggestion(name, &names)));
+                return Err(format!("no section `{name}`; {}", suggestion(name, &names)));
             }
             Ok(mapping.entry(Value::String((*name).into())).or_insert(Value::Null))
         }
         (Segment::Index(index), Value::Sequence(items)) => {
             let len = items.len();
-            items.get_mut(*index).ok_or_else(|| format!("there is no entry [{index}] in a list of {len}"))
+            items.get_mut(*index).ok_or_else(|| format!("no entry [{index}] in a list of {len}"))
         }
         (Segment::Field(name), _) => Err(format!("expected a mapping with a field `{name}`, found {found}")),
         (Segment::Index(index), _) => Err(format!("expected a list with an entry [{index}], found {found}")),
@@ -304,10 +302,10 @@ io: {dir: /data, keep: 3}
     fn wrong_overrides_say_what_is_there() {
         let cases = [
             ("train", "a.yaml: expected NAME=VALUE, such as train.learning_rate=3e-4 (--set train)"),
-            ("trian.steps=1", "a.yaml: there is no section `trian`; did you mean `train`? (--set trian.steps=1)"),
-            ("io.x.y=1", "a.yaml: io: there is no section `x`; expected one of `dir`, `keep` (--set io.x.y=1)"),
+            ("trian.steps=1", "a.yaml: no section `trian`; did you mean `train`? (--set trian.steps=1)"),
+            ("io.x.y=1", "a.yaml: io: no section `x`; expected one of `dir`, `keep` (--set io.x.y=1)"),
             ("io.keep.y=1", "a.yaml: io.keep: expected a mapping with a field `y`, found 3 (--set io.keep.y=1)"),
-            ("train.rates[2]=1", "a.yaml: train.rates: there is no entry [2] in a list of 2 (--set train.rates[2]=1)"),
+            ("train.rates[2]=1", "a.yaml: train.rates: no entry [2] in a list of 2 (--set train.rates[2]=1)"),
             ("io[0]=1", "a.yaml: io: expected a list with an entry [0], found a mapping (--set io[0]=1)"),
             ("a[b]=1", "a.yaml: expected a field such as `params.block[1].dropout`, found `a[b]` (--set a[b]=1)"),
             ("=1", "a.yaml: expected a field such as `params.block[1].dropout`, found `` (--set =1)"),
@@ -334,7 +332,7 @@ io: {dir: /data, keep: 3}
         let error = other.error("train.rates[1].final", "x").to_string();
         assert_eq!(error, "a.yaml: train.rates[1].final: x (study.yaml line 4)");
         let error = other.graft("train.x.y", value, &study, "set.train.rates[1]").unwrap_err().to_string();
-        assert!(error.starts_with("a.yaml: train: there is no section `x`"), "{error}");
+        assert!(error.starts_with("a.yaml: train: no section `x`"), "{error}");
         assert!(error.ends_with("(study.yaml line 3)"), "{error}");
     }
 
@@ -356,7 +354,7 @@ io: {dir: /data, keep: 3}
     #[test]
     fn a_missing_file_is_named() {
         let error = Document::read("no/such.yaml").unwrap_err().to_string();
-        let want = "no/such.yaml: there is no such file; check the path, which starts at the current directory";
+        let want = "no/such.yaml: no such file; check the path, which starts at the current directory";
         assert_eq!(error, want);
     }
 }

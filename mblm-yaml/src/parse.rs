@@ -156,7 +156,7 @@ impl Builder {
             },
             Event::Alias(anchor) => match self.anchors.get(&anchor).cloned() {
                 Some(node) => self.close(node, 0),
-                None => Err("not valid YAML: an alias stands inside the value it names".into()),
+                None => Err("not valid YAML: an alias inside the value that it names".into()),
             },
             Event::DocumentStart(_) if self.root.is_some() => {
                 Err("expected one document, found another one after `---`".into())
@@ -167,7 +167,7 @@ impl Builder {
 
     fn start(&mut self, node: Node, anchor: usize) -> Result<(), String> {
         if self.open.len() == MAX_DEPTH {
-            return Err(format!("more than {MAX_DEPTH} lists and mappings in each other"));
+            return Err(format!("more than {MAX_DEPTH} nested lists and mappings"));
         }
         self.open.push(Open { node, anchor, key: None, lines: HashMap::new(), merged: vec![] });
         Ok(())
@@ -207,7 +207,7 @@ impl Builder {
             (Content::Mapping(_), Some((key, _))) if key == "<<" => merge(node, &mut parent.merged)?,
             (Content::Mapping(entries), Some((key, line))) => {
                 if let Some(first) = parent.lines.insert(key.clone(), line) {
-                    return Err(format!("field `{key}` is given twice, in line {first} too"));
+                    return Err(format!("field `{key}` is given twice; first in line {first}"));
                 }
                 entries.push((key, Node { line, ..node }));
             }
@@ -429,7 +429,7 @@ mod tests {
         let cases = [
             ("a: 1\nb: [1, 2\nc: 3\n", (3, "not valid YAML: ")),
             ("a: 1\n b: 2\n", (2, "not valid YAML: ")),
-            ("a: 1\nb: 2\na: 3\n", (3, "field `a` is given twice, in line 1 too")),
+            ("a: 1\nb: 2\na: 3\n", (3, "field `a` is given twice; first in line 1")),
             ("a: 1\n\0b: 2\n", (2, "not valid YAML: the control character U+0000; ")),
             ("a: 1\nb: \x1b[2J\n", (2, "not valid YAML: the control character U+001B; ")),
             ("a:\n  b: !foo\n    c: 1\n", (3, "the tag `!foo` has no meaning here")),
@@ -442,7 +442,7 @@ mod tests {
             ("a: !!int 1\nb: !foo 1", (2, "the tag `!foo` has no meaning here")),
             ("[1]: 2", (1, "a list or mapping cannot be the name of a field")),
             ("a:\n  <<: 3\n", (2, "expected a mapping after `<<`")),
-            (&deep, (1, "more than 64 lists and mappings in each other")),
+            (&deep, (1, "more than 64 nested lists and mappings")),
             (&bomb, (6, "more than 1000000 values")),
         ];
         for (text, (line, message)) in cases {

@@ -34,7 +34,7 @@ impl<'m> Decoder<'m> {
     /// The state before any byte.
     pub fn new(model: &'m Mblm, batch: usize) -> Result<Self> {
         if batch == 0 {
-            return Err(Error::Input("a decoder needs a batch of at least one sequence".into()));
+            return Err(Error::Input("expected a batch of at least one sequence, found none".into()));
         }
         let stages = model.hierarchy().stages.iter().enumerate();
         let stages = stages.map(|(n, stage)| StageState::new(stage, n > 0, batch)).collect::<Result<_>>()?;
@@ -75,7 +75,7 @@ impl<'m> Decoder<'m> {
     /// are not finite.
     pub fn prefill(&mut self, prompt: &[u32]) -> Result<()> {
         if !self.is_empty() {
-            return Err(Error::Input("prefill expects a decoder that holds no bytes yet".into()));
+            return Err(Error::Input("prefill expects an empty decoder".into()));
         }
         let len = prompt.len() / self.batch;
         self.check(prompt, len)?;
@@ -226,7 +226,7 @@ impl<'m> Decoder<'m> {
                 "{what}: the output of {} is {value} at sequence {sequence}, position {position}",
                 self.model.hierarchy().stage_name(n)
             ),
-            None => format!("{what}, while the outputs of all stages are: those of the output layer overflow"),
+            None => format!("{what}, while the outputs of all stages are finite: the output layer overflows"),
         })
     }
 

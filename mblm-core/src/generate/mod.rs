@@ -50,7 +50,7 @@ pub fn generate(
     if prompts.iter().any(|p| p.len() != len) || samplers.len() != prompts.len() {
         let lens: Vec<usize> = prompts.iter().map(|p| p.len()).collect();
         return Err(mblm_sdk::Error::Input(format!(
-            "sequences of a batch grow together: expected prompts of one length and a sampler each, found lengths \
+            "the sequences of a batch grow together: expected prompts of equal length and one sampler each, found lengths \
              {lens:?} and {} samplers",
             samplers.len()
         )));

@@ -161,7 +161,7 @@ impl Hierarchy {
                 "{what}: the output of {} is {value} first, at sequence {sequence}, position {position}",
                 self.stage_name(n)
             ),
-            None => format!("{what}, while the outputs of all stages are finite: those of the output layer overflow"),
+            None => format!("{what}, while the outputs of all stages are finite: the output layer overflows"),
         })
     }
 

@@ -60,7 +60,7 @@ impl Mblm {
         let hierarchy = Hierarchy::new(config, params, true)?;
         match hierarchy.stages.iter().position(|stage| !stage.model.is_causal()) {
             Some(n) => Err(Error::Block(format!(
-                "the block of stage {} sees later bytes than it predicts; it can run in an encoder only (`mblm_config`)",
+                "the block of stage {} sees bytes that it should predict; it can run only in an encoder (`mblm_config`)",
                 n + 1
             ))),
             None => Ok(Mblm { hierarchy }),
@@ -257,7 +257,7 @@ fn zero() -> Result<Tensor> {
 /// A loss by itself, where nobody learns how many targets it is of.
 fn warned((loss, count): (Tensor, usize)) -> Tensor {
     if count == 0 {
-        tracing::warn!("every target is padding or masked out; the loss is 0");
+        tracing::warn!("all targets are padding or masked out; the loss is 0");
     }
     loss
 }

@@ -60,7 +60,7 @@ impl Questions {
             Error::Config(format!("{path}: {error}; expected an object with a list \"questions\", as CLEVR has it"))
         })?;
         if entries.is_empty() {
-            return Err(Error::Config(format!("{}: holds no questions; expected at least one", path.display())));
+            return Err(Error::Config(format!("{}: contains no questions; expected at least one", path.display())));
         }
         Ok(Questions { data, file, entries })
     }
@@ -103,7 +103,7 @@ impl Questions {
             let question = self.read(index)?;
             if categorical && question.answer_class().is_none() {
                 return Err(Error::Config(format!(
-                    "{}: question {index}: the answer {:?} is none of the 28 of CLEVR ({}); expected one of them, or \
+                    "{}: question {index}: the answer {:?} is not one of the 28 answers of CLEVR ({}); expected one of them, or \
                      io.dataset_args.answer_categorical: false",
                     self.path().display(),
                     question.answer,
@@ -154,7 +154,7 @@ mod tests {
         assert!(message("[]x").contains("expected an object with a list \"questions\""));
         assert!(message(r#"{"questions": []}"#).contains("holds no questions"));
         let maybe = message(&THREE.replace("\"no\"", "\"maybe\""));
-        assert!(maybe.contains("question 2: the answer \"maybe\" is none of the 28"), "{maybe}");
+        assert!(maybe.contains("question 2: the answer \"maybe\" is not one of the 28"), "{maybe}");
         assert_eq!(open(&THREE.replace("\"no\"", "\"maybe\"")).unwrap().check(false).unwrap(), 1);
         let missing = message(&THREE.replace("\"answer\": \"yes\",", ""));
         assert!(missing.contains("question 1: missing field `answer`"), "{missing}");

@@ -54,7 +54,7 @@ impl fmt::Display for LeftOut {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         let counts = [
             (self.output_folders, "output folder(s) of training"),
-            (self.broken_links, "link(s) that lead nowhere"),
+            (self.broken_links, "broken link(s)"),
             (self.special_files, "special file(s)"),
         ];
         let parts: Vec<String> =
@@ -162,7 +162,7 @@ impl Search {
                     let (folder, rest) = literal(place);
                     self.glob(&folder, &rest.to_string_lossy())
                 }
-                None if place.is_symlink() => Err(cannot(&"the link leads nowhere")),
+                None if place.is_symlink() => Err(cannot(&"the link is broken")),
                 None if error.kind() == ErrorKind::NotFound => Err(nothing(place)),
                 None => Err(cannot(&error)),
             },
@@ -273,7 +273,7 @@ impl Search {
 
 fn nothing(place: &Path) -> Error {
     Error::Config(format!(
-        "io.dataset_dir: {place:?} names nothing; expected a file, a folder or a glob that matches files (relative \
+        "io.dataset_dir: {place:?} does not exist; expected a file, a folder or a glob that matches files (relative \
          paths start at the current directory)"
     ))
 }
@@ -412,10 +412,10 @@ mod tests {
         let folder = folder(&[("a.txt", "1")]);
         for place in ["none", "*.md", "**/*.md", "a.txt/*", "none/*"] {
             let error = find(&folder.path().join(place), &[]).unwrap_err();
-            assert!(error.is_configuration() && error.to_string().contains("names nothing"), "{error}");
+            assert!(error.is_configuration() && error.to_string().contains("does not exist"), "{error}");
         }
         let error = find(folder.path(), &["a.txt", "*.md"]).unwrap_err().to_string();
-        assert!(error.contains("/*.md\" names nothing"), "{error}");
+        assert!(error.contains("/*.md\" does not exist"), "{error}");
         let error = find(folder.path(), &["a**"]).unwrap_err().to_string();
         assert!(error.contains("io.dataset_dir: glob ") && error.contains("recursive wildcards"), "{error}");
     }
@@ -438,9 +438,9 @@ mod tests {
         }
         assert_eq!(names(&root.join("b/.."), &[]), want);
         assert_eq!(names(&root.join("c"), &[]), ["up/b/y.txt", "x.txt"], "links to folders are followed");
-        assert_eq!(find(root, &[]).unwrap().left_out.to_string(), "; left out: 1 link(s) that lead nowhere");
+        assert_eq!(find(root, &[]).unwrap().left_out.to_string(), "; left out: 1 broken link(s)");
         let error = find(&root.join("broken.txt"), &[]).unwrap_err().to_string();
-        assert!(error.contains("the link leads nowhere"), "{error}");
+        assert!(error.contains("the link is broken"), "{error}");
     }
 
     #[cfg(unix)]

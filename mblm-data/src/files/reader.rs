@@ -46,7 +46,7 @@ impl DataFile {
             _ => format!("cannot be read now: {error}"),
         };
         let message = format!(
-            "this data file was {} bytes long when it was opened and {what}; restore it, then resume or start again",
+            "this data file was {} bytes long when it was opened and {what}; restore it, then resume or start a new run",
             self.len
         );
         Error::Io { path: self.path.clone(), error: io::Error::new(error.kind(), message) }

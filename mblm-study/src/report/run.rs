@@ -148,13 +148,13 @@ impl Run {
             (false, true) => (losses_as_points(&losses, config.as_ref())?, None),
             (false, false) => {
                 return Err(Error::Config(format!(
-                    "{}: expected the folder of a run, with {METRICS} or {LOSSES}; found neither",
+                    "{}: expected a run folder, with {METRICS} or {LOSSES}; found neither",
                     folder.display()
                 )));
             }
         };
         if points.is_empty() && config.is_none() {
-            let message = "expected the folder of a run; its losses cannot be read, and there is no config.yaml";
+            let message = "expected a run folder; its losses cannot be read, and there is no config.yaml";
             return Err(Error::Config(format!("{}: {message}", folder.display())));
         }
         let seed = config.as_ref().and_then(|config| config.get("train")?.get("seed")?.as_u64());

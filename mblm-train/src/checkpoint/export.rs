@@ -32,7 +32,7 @@ pub fn export_pth(weights: &Tensors, loss: Option<f64>, out: &Path) -> Result<()
 fn write_new(path: &Path, write: impl FnOnce(&mut BufWriter<&mut File>) -> io::Result<()>) -> Result<()> {
     match files::create(path, write) {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-            Err(Error::Config(format!("{}: exists already; name another file, or delete it first", path.display())))
+            Err(Error::Config(format!("{}: already exists; choose another file, or delete it first", path.display())))
         }
         written => written.at(path),
     }

@@ -161,7 +161,7 @@ impl Checkpoint {
     /// Checks the sum of every file.
     pub fn verify(&self) -> Result<()> {
         if let Some(name) = self.manifest.keys().find(|name| !FILES.contains(&name.as_str())) {
-            let message = format!("lists {name:?}, which is no file of a checkpoint: the manifest is damaged");
+            let message = format!("lists {name:?}, which is not a file of a checkpoint: the manifest is damaged");
             return Err(Error::checkpoint(&self.path.join(MANIFEST), message));
         }
         FILES.iter().try_for_each(|name| {
@@ -251,7 +251,10 @@ impl Checkpoint {
             let (name, len) = (param.name(), param.len());
             let (m, v) = (take("m", name, len)?, take("v", name, len)?);
             let (Some(m), Some(v)) = (m, v) else {
-                return Err(Error::checkpoint(&path, format!("no moments of {name}: the model is another one")));
+                return Err(Error::checkpoint(
+                    &path,
+                    format!("no moments of {name}: this is a checkpoint of another model"),
+                ));
             };
             moments.push(Moments { m, v });
             grads.push(take("grad", name, len)?);

@@ -62,7 +62,7 @@ impl Shelf {
         let folder = path.join(FOLDER);
         if !folder.is_dir() {
             return Err(Error::Config(format!(
-                "{}: expected the folder of a run (with {FOLDER}/) or of a checkpoint (with {MANIFEST}), found neither",
+                "{}: expected a run folder (with {FOLDER}/) or a checkpoint (with {MANIFEST}), found neither",
                 path.display()
             )));
         }
@@ -96,7 +96,7 @@ impl Shelf {
             Some(older) => Error::checkpoint(
                 &newest,
                 format!(
-                    "{error}; {} is whole: delete or move the damaged one to go on from there",
+                    "{error}; {} is intact: to continue from there, delete or move the damaged one",
                     older.path.display()
                 ),
             ),
@@ -107,7 +107,8 @@ impl Shelf {
     /// The checkpoint with the lowest validation loss.
     pub fn best(&self) -> Result<Checkpoint> {
         let ranked = self.ranked()?;
-        let (path, _) = ranked.first().ok_or_else(|| Error::checkpoint(&self.folder, "no checkpoint was validated"))?;
+        let (path, _) =
+            ranked.first().ok_or_else(|| Error::checkpoint(&self.folder, "no checkpoint has been validated"))?;
         Checkpoint::open(path)
     }
 

@@ -263,7 +263,7 @@ impl TrainState {
         let Some(missing) = self.missing_plugins(found).next() else { return Ok(()) };
         let other = found.iter().find(|plugin| plugin.name == missing.name).map_or("none".into(), shown_plugin);
         Err(Error::Config(format!(
-            "plugin {}: expected the file that trained, {}; found {other}: put the old one back, or accept the change \
+            "plugin {}: expected the file that trained, {}; found {other}: restore the old one, or accept the change \
              with --allow-plugin-change",
             missing.name,
             shown_plugin(missing)
@@ -275,9 +275,7 @@ impl TrainState {
         let change = |missing: &PluginOrigin| {
             let other = found.iter().find(|plugin| plugin.name == missing.name)?;
             let (saved, other) = (shown_plugin(missing), shown_plugin(other));
-            Some(format!(
-                "these weights were trained with another build of a plugin: with {saved}, and now {other} is used"
-            ))
+            Some(format!("these weights were trained with another build of a plugin: {saved}; now {other} is used"))
         };
         self.missing_plugins(found).filter_map(change).collect()
     }

@@ -64,7 +64,7 @@ impl RunConfig {
         match (&self.params.model, self.train.masking_proba) {
             (ModelConfig::Generative(_), None) => Ok(()),
             (ModelConfig::Generative(_), Some(_)) => {
-                Err(document.error(PATH, "is for encoders, whose `params` hold `mblm_config`; remove it"))
+                Err(document.error(PATH, "only encoders (`params.mblm_config`) use it; remove it"))
             }
             (ModelConfig::Encoder(_), Some(share)) => {
                 check(document, PATH, share > 0.0 && share <= 1.0, "a share above 0, up to 1", share)

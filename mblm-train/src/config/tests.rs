@@ -196,7 +196,7 @@ fn mistakes_are_named_with_their_line() {
     }
     // Without `block_type`, every type that could have been meant says what does not fit.
     let found = read(&RUN.replacen("toy_size", "toy_sizes", 1)).unwrap_err().to_string();
-    assert!(found.contains("params.block: these fields fit no block type; name the one you mean with `block_type`"));
+    assert!(found.contains("params.block: these fields fit no block type; choose one with `block_type`"));
     assert!(found.contains("\n  toy: toy_sizes: unknown field; did you mean `toy_size`?"), "{found}");
 }
 

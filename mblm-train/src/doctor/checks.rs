@@ -92,10 +92,10 @@ impl Whole<'_> {
             for (after, before) in self.logits(&changed)?.iter().zip(before) {
                 let leak = (0..t).find_map(|at| Some((at, difference(&row(after, at), &row(before, at), 1e-5)?)));
                 if let Some((at, difference)) = leak {
-                    return Ok(Some(format!("byte {t} shows in the logits that byte {at} gives: {difference}")));
+                    return Ok(Some(format!("the logits at byte {at} depend on byte {t}: {difference}")));
                 }
                 if row(after, t) == row(before, t) {
-                    return Ok(Some(format!("byte {t} does not show in the logits that it gives")));
+                    return Ok(Some(format!("the logits at byte {t} do not depend on that byte")));
                 }
             }
         }
@@ -134,6 +134,8 @@ impl Whole<'_> {
         let last = self.ids.len() - 1;
         let alone = self.logits(&self.ids[last..])?;
         let found = difference(&logits[last], &alone[0], 1e-4);
-        Ok(found.map(|difference| format!("the last sequence of the batch gives something else alone: {difference}")))
+        Ok(found.map(|difference| {
+            format!("the last sequence of the batch gives a different result when it runs alone: {difference}")
+        }))
     }
 }

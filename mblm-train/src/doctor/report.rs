@@ -139,22 +139,26 @@ pub(super) fn findings(report: &Examination, dead: &[String], asleep: &[String],
         let (output, through) =
             (stage.seen.output.rms(), stage.seen.input_gradient.rms() / stage.seen.output_gradient.rms());
         if !output.is_finite() {
-            let advice = "look for a division, a logarithm or an exponential without a bound in `forward`";
+            let advice = "look in `forward` for a division, logarithm or exponential without a bound";
             add(Problem, place(), "its output is not finite".into(), advice);
         } else if output > EXPLODED {
-            let advice = "normalise inside the block, or scale its initial weights down by the root of their inputs";
+            let advice = "normalize inside the block, or divide its initial weights by the square root of the number of their inputs";
             add(Problem, place(), format!("its output has a scale of {output:.3e}"), advice);
         }
         if through.is_finite() && through > EXPLODED {
-            let advice = "normalise inside the block, lower its initial weights, or bound what feeds back";
-            add(Problem, place(), format!("the gradient grows {through:.1e} times on its way through"), advice);
-        } else if through < VANISHED {
-            let advice =
-                "add a residual path, or look for an operation without a backward pass; what lies above learns nothing";
+            let advice = "normalize inside the block, lower its initial weights, or bound the feedback";
             add(
                 Problem,
                 place(),
-                format!("the gradient shrinks to {through:.1e} of itself on its way through"),
+                format!("the gradient grows to {through:.1e} times its size on the way through"),
+                advice,
+            );
+        } else if through < VANISHED {
+            let advice = "add a residual connection, or look for an operation without a backward pass; the stages above do not learn";
+            add(
+                Problem,
+                place(),
+                format!("the gradient shrinks to {through:.1e} times its size on the way through"),
                 advice,
             );
         }
@@ -163,23 +167,33 @@ pub(super) fn findings(report: &Examination, dead: &[String], asleep: &[String],
         let norm = sums(&param.grad()).1.sqrt();
         let name = || param.name().to_string();
         if !norm.is_finite() {
-            add(Problem, name(), "its gradient is not finite".into(), "look at the operations between it and the loss");
+            add(
+                Problem,
+                name(),
+                "its gradient is not finite".into(),
+                "check the operations between this parameter and the loss",
+            );
         } else if norm > EXPLODED {
-            let advice = "lower its initial values, or normalise what it is multiplied with";
-            add(Problem, name(), format!("its gradient has the norm {norm:.3e}"), advice);
+            let advice = "lower its initial values, or normalize what it is multiplied with";
+            add(Problem, name(), format!("its gradient has a norm of {norm:.3e}"), advice);
         }
         if dead.iter().any(|dead| dead == param.name()) {
-            add(Problem, name(), "it gets no gradient: it never learns".into(), WITHOUT_GRADIENT);
+            add(Problem, name(), "it gets no gradient, so it never learns".into(), WITHOUT_GRADIENT);
         } else if asleep.iter().any(|asleep| asleep == param.name()) {
-            let advice = "fine if it waits for another one that starts at zero; else start one of the two elsewhere";
-            add(Warning, name(), "it gets no gradient at its initial value, and one when moved".into(), advice);
+            let advice = "fine if it is multiplied with a parameter that starts at zero; otherwise change the initial value of one of them";
+            add(Warning, name(), "it gets no gradient at its initial value, but gets one elsewhere".into(), advice);
         }
     }
     if !report.loss.is_finite() {
-        add(Problem, "the model".into(), format!("the loss is {}", report.loss), "mend the stage that is named above");
+        add(Problem, "the model".into(), format!("the loss is {}", report.loss), "fix the stage named above");
     } else if report.loss > 2.0 * report.uniform_loss {
-        let what = format!("the loss is {:.2}, where guessing costs {:.2}", report.loss, report.uniform_loss);
-        add(Warning, "the model".into(), what, "scale the last stage's output down, for example by a norm at its end");
+        let what = format!("the loss is {:.2}; guessing gives {:.2}", report.loss, report.uniform_loss);
+        add(
+            Warning,
+            "the model".into(),
+            what,
+            "scale the output of the last stage down, for example with a norm at its end",
+        );
     }
     let block_types: Vec<&str> = report.stages.iter().map(|stage| stage.block_type).collect();
     for (n, block_type) in block_types.iter().enumerate() {
@@ -195,8 +209,8 @@ pub(super) fn of_stage(n: usize, block_type: &str, has_params: bool) -> Option<F
     (!has_params).then(|| Finding {
         severity: Severity::Warning,
         place: place(n + 1, block_type),
-        what: "it has no parameters, so nothing in it is learned".into(),
-        advice: "fine if that is meant; else create them in `build`, through `ParamScope`, and use them in `forward`",
+        what: "it has no parameters, so it cannot learn".into(),
+        advice: "fine if intended; otherwise create them in `build`, through `ParamScope`, and use them in `forward`",
     })
 }
 
@@ -206,12 +220,14 @@ pub(super) fn of_checks(checks: &[Check], block_types: &[&str]) -> Vec<Finding> 
         let fault = check.fault.as_ref()?;
         let advice = match check.name {
             CAUSAL => {
-                "position t may read positions up to t alone: look for a missing mask, a reversed scan or a mean over the \
+                "position t may only depend on positions up to t: look for a missing mask, a reversed scan or a mean over the \
                  sequence; a block that sees all on purpose says so in `is_causal`, and runs in encoders"
             }
-            CACHED => "make the decoder compute what `forward` does, or remove it: without one, `forward` is repeated",
-            SAME_OUTPUTS => "a run cannot be evaluated or continued: each load is another model",
-            SAME_BITS => "a run does not resume bit for bit; look for sums whose order depends on threads",
+            CACHED => {
+                "make the decoder compute the same as `forward`, or remove it: without a decoder, `forward` runs again for each byte"
+            }
+            SAME_OUTPUTS => "a run cannot be evaluated or resumed: each load gives a different model",
+            SAME_BITS => "a run will not resume bit for bit; look for sums whose order depends on threads",
             _ => "look for a sum or a norm over the batch",
         };
         Some(Finding {

@@ -59,7 +59,7 @@ impl RunFolder {
         let cannot = |error: io::Error| {
             let place = output_dir.display();
             Error::Config(format!(
-                "io.output_dir: cannot make a run folder in {place}: {error}; choose a writable folder"
+                "io.output_dir: cannot create a run folder in {place}: {error}; choose a writable folder"
             ))
         };
         fs::create_dir_all(output_dir).map_err(cannot)?;
@@ -84,7 +84,7 @@ impl RunFolder {
     /// The name is taken, or another process makes a run of this name.
     pub fn create_at(place: &Path, first: Snapshot) -> Result<Self> {
         Self::check_free(place)?;
-        let cannot = |error| Error::Config(format!("{}: cannot make this folder: {error}", place.display()));
+        let cannot = |error| Error::Config(format!("{}: cannot create this folder: {error}", place.display()));
         fs::create_dir_all(files::folder_of(place)).map_err(cannot)?;
         Making::begin(place).map_err(cannot)?.complete(first)
     }
@@ -101,7 +101,7 @@ impl RunFolder {
                 "the name has {len} bytes; expected at most {}; choose a shorter one",
                 LONGEST_NAME + 40
             )),
-            Some(_) if fs::symlink_metadata(place).is_ok() => refuse("exists already; name another folder".into()),
+            Some(_) if fs::symlink_metadata(place).is_ok() => refuse("already exists; choose another folder".into()),
             Some(_) => Ok(()),
         }
     }
@@ -126,7 +126,7 @@ impl RunFolder {
         for name in [CONFIG, LOG, checkpoint::FOLDER] {
             if !path.join(name).exists() {
                 let path = path.display();
-                return Err(Error::Config(format!("{path}: expected the folder of a run, found no {name} in it")));
+                return Err(Error::Config(format!("{path}: expected a run folder, found no {name} in it")));
             }
         }
         for folder in [path.join(checkpoint::FOLDER)].into_iter().chain(metrics::folders(path)) {
@@ -151,7 +151,7 @@ impl RunFolder {
         let path = path.join(CONFIG);
         match files::read_text(&path, files::SMALL) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Err(Error::Config(format!(
-                "{}: not found; expected the folder of a run, which holds {CONFIG}",
+                "{}: not found; expected a run folder, which contains {CONFIG}",
                 path.display()
             ))),
             text => text.at(&path),
@@ -215,7 +215,7 @@ impl Making {
         files::own_folder(&hidden)?;
         if let Some(foreign) = foreign(&hidden)? {
             let message = format!(
-                "{} is not part of a run in the making; move it away, or name another folder",
+                "{} does not belong to a run that is being created; move it away, or choose another folder",
                 foreign.display()
             );
             return Err(io::Error::new(io::ErrorKind::DirectoryNotEmpty, message));
@@ -225,7 +225,7 @@ impl Making {
         let Some(mut locked) = lock(&log)?.filter(|locked| files::is_at(locked, &log)) else {
             let who = files::read_text(&log, files::SMALL).unwrap_or_default();
             let who = who.split_once(MADE_BY).map_or("another process", |(_, who)| who.trim());
-            let message = format!("{who} is making this run; wait for it, or name another folder");
+            let message = format!("{who} is creating this run; wait for it, or choose another folder");
             return Err(io::Error::new(io::ErrorKind::ResourceBusy, message));
         };
         clear(&hidden)?;
@@ -500,7 +500,7 @@ mod tests {
 
         let alive = Making::begin(&at("S")).unwrap();
         let error = make(&at("S")).unwrap_err();
-        let who = format!("process {} is making this run; wait for it", std::process::id());
+        let who = format!("process {} is creating this run; wait for it", std::process::id());
         assert!(error.is_configuration() && error.to_string().contains(&who), "{error}");
         make(&at("T")).unwrap();
         assert!(at(".making-S").exists(), "it is not deleted while its maker lives");
@@ -519,7 +519,10 @@ mod tests {
                 fs::write(folder.join(name), "precious\n").unwrap();
             }
             let error = Making::begin(&output.path().join("R")).map(|_| ()).unwrap_err().to_string();
-            assert!(error.contains(&format!("{name} is not part of a run in the making; move it away")), "{error}");
+            assert!(
+                error.contains(&format!("{name} does not belong to a run that is being created; move it away")),
+                "{error}"
+            );
             for folder in [&hidden, &other] {
                 assert_eq!(fs::read_to_string(folder.join(name)).unwrap(), "precious\n");
             }

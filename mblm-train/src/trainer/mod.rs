@@ -444,7 +444,7 @@ impl<'a> Trainer<'a> {
     fn validate_at_limit(&mut self, record: &mut Record, stop: &AtomicBool) -> Result<End> {
         let seconds = self.config.train.max_seconds.unwrap_or_default();
         let (done, all) = (self.state.batches, self.plan.batches);
-        record.progress.line(&format!("time limit: {seconds} s are over after batch {done} of {all}"));
+        record.progress.line(&format!("time limit of {seconds} s reached after batch {done} of {all}"));
         if self.at_valid_point() && self.state.valid_loss.is_some() {
             return Ok(End::TimeLimit);
         }

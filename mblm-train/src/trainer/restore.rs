@@ -49,8 +49,8 @@ impl Trainer<'_> {
             && before != now
         {
             remarks.warnings.push(format!(
-                "{now} threads compute, where {before} did before: sums are rounded in another order, so the run does not \
-                 go on bit for bit; with RAYON_NUM_THREADS={before} it does"
+                "{now} threads instead of {before}: sums are rounded in another order, so the run does not \
+                 resume bit for bit; set RAYON_NUM_THREADS={before} if it should"
             ));
         }
         self.go_to(next);
@@ -134,8 +134,8 @@ impl Trainer<'_> {
         };
         if step > 0 && train.warmup_steps_perc != before.train.warmup_steps_perc {
             remarks.warnings.push(
-                "train.warmup_steps_perc changes nothing after the first gradient step; train.rewarm_steps_perc warms up \
-                 again"
+                "train.warmup_steps_perc has no effect after the first gradient step; use train.rewarm_steps_perc to \
+                 warm up again"
                     .into(),
             );
         }
@@ -176,7 +176,7 @@ pub(crate) fn check_data(checkpoint: &Checkpoint, now: &Fingerprint) -> Result<(
         return Ok(());
     }
     Err(Error::Config(format!(
-        "io.dataset_dir: the data are not those of {}: {}; put them back as they were, or begin a new run",
+        "io.dataset_dir: the data are not those of {}: {}; restore them, or start a new run",
         checkpoint.path().display(),
         DataRecord::changes(checkpoint.path(), &saved, now)
     )))

@@ -213,8 +213,8 @@ fn a_loss_or_gradient_that_is_not_finite_stops_before_the_weights_change() {
 fn mistakes_leave_no_run_folder() {
     type Change = fn(&mut RunConfig);
     let cases: [(Change, &str); 8] = [
-        (|c| c.io.dataset_dir += ".missing", "names nothing"),
-        (|c| c.io.dataset_dir = c.io.dataset_dir.replace("data.bin", "*.txt"), "names nothing"),
+        (|c| c.io.dataset_dir += ".missing", "does not exist"),
+        (|c| c.io.dataset_dir = c.io.dataset_dir.replace("data.bin", "*.txt"), "does not exist"),
         (|c| c.io.dataset_id = "pg20".into(), "unknown data set \"pg20\"; expected one of: bytes"),
         (|c| c.params.input_seq_len = 500, "sequences of 500 bytes do not fit the 900 bytes"),
         (
@@ -250,7 +250,7 @@ fn resuming_with_other_data_or_settings_is_refused() {
     };
     assert!(with(&data).contains("the data are not those of"));
     // Too few for a batch, for a split, and none: the reason is what was done to them.
-    for (len, want) in [(60, "the data are not those of"), (10, "do not fit the 10 bytes"), (0, "holds no bytes")] {
+    for (len, want) in [(60, "the data are not those of"), (10, "do not fit the 10 bytes"), (0, "contains no bytes")] {
         let said = with(&data[..len]);
         let resized = format!("resized: data.bin (900 bytes, now {len})");
         assert!(said.contains(want) && said.contains(&resized), "{said}");
@@ -576,5 +576,5 @@ fn another_number_of_threads_is_said() {
     other.state.threads = Some(999);
     let saved = Shelf::new(folder.path().into()).save(other.snapshot(), 0).unwrap();
     let remarks = trainer().restore(&Checkpoint::open(&saved).unwrap()).unwrap();
-    assert!(remarks.warnings[0].contains("threads compute, where 999 did before"), "{remarks:?}");
+    assert!(remarks.warnings[0].contains("threads instead of 999"), "{remarks:?}");
 }

@@ -120,7 +120,7 @@ pub(super) fn params(subject: &Subject) -> Result<Outcome, String> {
         return Err(format!("there are {} parameters, but one more is described", one.params().len()));
     }
     if one.params().is_empty() {
-        return Ok(Outcome::Passed("it has none: nothing in it is learned".into()));
+        return Ok(Outcome::Passed("it has no parameters, so it cannot learn".into()));
     }
     let numbers: usize = one.params().iter().map(|param| param.shape.iter().product::<usize>()).sum();
     Ok(Outcome::Passed(format!("{} parameters, {numbers} numbers in 2 layers", one.params().len())))

@@ -51,7 +51,7 @@ fn by_position(x: &[f32], batch: usize, seq: usize, dim: usize) -> Vec<f32> {
 pub(super) fn steps(subject: &Subject) -> Result<Outcome, String> {
     let rig = subject.rig(2)?;
     if !rig.instance.can(abi::STEP) {
-        return Ok(Outcome::Skipped("it has no step; the host repeats forward".into()));
+        return Ok(Outcome::Skipped("it has no step; the host runs forward again".into()));
     }
     for (batch, seq) in [(1, 1), (2, 9), (5, 4)] {
         let dims = rig.dims(batch, seq);
@@ -95,7 +95,7 @@ pub(super) fn states(subject: &Subject) -> Result<Outcome, String> {
     let mut done = vec![];
     if let Some(mut copy) = cloned {
         if let Some(difference) = difference(&decoding.advance(&mut copy, future, false)?, &want, 1e-6) {
-            return Err(format!("a clone goes on differently: {difference}"));
+            return Err(format!("a clone continues differently: {difference}"));
         }
         done.push("cloned");
     }
@@ -105,7 +105,7 @@ pub(super) fn states(subject: &Subject) -> Result<Outcome, String> {
             return Err("it has state_save, but no state_load".into());
         }
         if let Some(difference) = difference(&decoding.advance(&mut other, future, false)?, &want, 1e-6) {
-            return Err(format!("a saved and loaded state goes on differently: {difference}"));
+            return Err(format!("a saved and loaded state continues differently: {difference}"));
         }
         for (what, rubbish) in [("nothing", &[][..]), ("half a state", &bytes[..bytes.len() / 2]), ("zeros", &[0; 64])]
         {

@@ -120,11 +120,13 @@ pub(super) fn accumulation(subject: &Subject) -> Result<Outcome, String> {
         let want: Vec<f32> = want.iter().map(|value| value + BASE).collect();
         if let Some(difference) = difference(got, &want, 1e-5) {
             let name = rig.name(index);
-            return Err(format!("{name}: the buffer held {BASE} before, the gradient is not added: {difference}"));
+            return Err(format!(
+                "{name}: the buffer contained {BASE} before, and the gradient is not added to it: {difference}"
+            ));
         }
     }
     match difference(&dx, &clean.dx, 1e-5) {
-        Some(difference) => Err(format!("the gradient of x depends on what dparams held: {difference}")),
+        Some(difference) => Err(format!("the gradient of x depends on the previous contents of dparams: {difference}")),
         None => Ok(Outcome::Passed(format!("{} parameters", dparams.len()))),
     }
 }

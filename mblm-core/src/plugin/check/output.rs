@@ -81,7 +81,9 @@ pub(super) fn sizes(subject: &Subject) -> Result<Outcome, String> {
             let last = (batch - 1) * seq * dim;
             let (alone, _) = rig.forward(rig.dims(1, seq), &x[last..], Mode::Eval)?;
             if let Some(difference) = difference(&y[last..], &alone, 1e-4) {
-                return Err(format!("{what}: the last sequence gives something else alone: {difference}"));
+                return Err(format!(
+                    "{what}: the last sequence gives a different result when it runs alone: {difference}"
+                ));
             }
             tried += 1;
         }
@@ -106,7 +108,7 @@ pub(super) fn causality(subject: &Subject) -> Result<Outcome, String> {
         let (after, _) = rig.forward(dims, &changed, Mode::Eval)?;
         for (after, before) in after.chunks_exact(dims.seq * dims.dim).zip(before.chunks_exact(dims.seq * dims.dim)) {
             if let Some(difference) = difference(&after[..t * dims.dim], &before[..t * dims.dim], 1e-5) {
-                return Err(format!("a change at position {t} shows before it: {difference}"));
+                return Err(format!("a change at position {t} changes an earlier output: {difference}"));
             }
         }
     }
@@ -151,7 +153,7 @@ pub(super) fn deterministic(subject: &Subject) -> Result<Outcome, String> {
         let [one, two] = [rig.forward(dims, &x, Mode::Eval)?, rig.forward(dims, &x, Mode::Eval)?];
         return match one.0 == two.0 {
             true => Ok(Outcome::Passed("forward, twice".into())),
-            false => Err("forward gives other bits the second time".into()),
+            false => Err("forward gives different bits the second time".into()),
         };
     }
     let first = rig.train(dims, &x, &dy)?;
@@ -166,7 +168,7 @@ pub(super) fn deterministic(subject: &Subject) -> Result<Outcome, String> {
                     format!("the gradient of {}", rig.name(index))
                 }
             };
-            return Err(format!("{what} has other bits in round {}", round + 2));
+            return Err(format!("{what} has different bits in round {}", round + 2));
         }
     }
     Ok(Outcome::Passed("forward and backward, 4 times".into()))

@@ -44,7 +44,7 @@ pub(super) fn schema(subject: &Subject) -> Result<Outcome, String> {
     // A block may have no fields.
     let none = Map::new();
     let properties = match schema.get("properties") {
-        Some(properties) => properties.as_object().ok_or("its properties are no object")?,
+        Some(properties) => properties.as_object().ok_or("its properties are not an object")?,
         None => &none,
     };
     if schema["additionalProperties"] != false {
@@ -52,10 +52,10 @@ pub(super) fn schema(subject: &Subject) -> Result<Outcome, String> {
         return Err(format!("additionalProperties is not false, but unknown fields must be refused; {advice}"));
     }
     let config: Value = serde_json::from_str(&subject.config).map_err(|error| error.to_string())?;
-    let config = config.as_object().ok_or("the configuration is no object")?;
+    let config = config.as_object().ok_or("the configuration is not an object")?;
     for (name, property) in properties {
         if Walk::new(schema).enter(property, |_| ()).is_none() {
-            return Err(format!("the $ref of `{name}` leads to nothing or round in a circle"));
+            return Err(format!("the $ref of `{name}` leads nowhere or in a circle"));
         }
     }
     for (name, value) in config {

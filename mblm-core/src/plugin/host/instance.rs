@@ -148,7 +148,7 @@ impl Instance {
         let dims = info.dims.get(..info.num_dims as usize);
         let shape: Vec<usize> = match dims {
             Some(dims) => dims.iter().map(|&dim| dim as usize).collect(),
-            None => return Err(wrong(format!("{} dimensions, at most {} are possible", info.num_dims, abi::MAX_DIMS))),
+            None => return Err(wrong(format!("{} dimensions, expected at most {}", info.num_dims, abi::MAX_DIMS))),
         };
         let elements = shape.iter().try_fold(1usize, |product, &dim| product.checked_mul(dim));
         if elements.is_none_or(|elements| elements == 0 || elements > 1 << 40) {
@@ -269,7 +269,7 @@ impl Instance {
     fn guarded(&self, what: &str, work: impl FnOnce() -> abi::Status) -> std::result::Result<(), Failure> {
         let _calling = self.lock();
         if self.panicked.load(Ordering::Acquire) {
-            let message = "not called, since an earlier call panicked".into();
+            let message = "not called, because an earlier call panicked".into();
             return Err(Failure { status: abi::PANICKED, field: String::new(), message });
         }
         let done = call(&self.name, what, work);

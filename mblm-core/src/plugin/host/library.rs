@@ -201,7 +201,7 @@ fn read_blocks(plugin: &Plugin) -> Result<Vec<LibraryBlock>, String> {
         return Err("it has no blocks; a plugin in Rust registers them with register_block!".into());
     }
     if plugin.num_blocks > 1024 {
-        return Err(format!("it claims to have {} blocks", plugin.num_blocks));
+        return Err(format!("it says that it has {} blocks", plugin.num_blocks));
     }
     // SAFETY: by the contract, that many pointers, which live for ever.
     let tables = unsafe { std::slice::from_raw_parts(plugin.blocks, plugin.num_blocks as usize) };
@@ -209,7 +209,7 @@ fn read_blocks(plugin: &Plugin) -> Result<Vec<LibraryBlock>, String> {
     for (index, &table) in tables.iter().enumerate() {
         let block = read_block(table).map_err(|reason| format!("block {index}: {reason}"))?;
         if blocks.iter().any(|other: &LibraryBlock| other.block_type == block.block_type) {
-            return Err(format!("it has two blocks called `{}`", block.block_type));
+            return Err(format!("it has two blocks named `{}`", block.block_type));
         }
         blocks.push(block);
     }
@@ -235,8 +235,8 @@ fn read_block(table: *const Block) -> Result<LibraryBlock, String> {
     // Once per library, which lives for ever.
     let block_type: &'static str = Box::leak(block_type.into_boxed_str());
     let schema = text(table.schema, "schema")?;
-    let schema: serde_json::Value =
-        serde_json::from_str(&schema).map_err(|error| format!("{block_type}: its schema is no JSON: {error}"))?;
+    let schema: serde_json::Value = serde_json::from_str(&schema)
+        .map_err(|error| format!("{block_type}: its schema is not valid JSON: {error}"))?;
     if !schema.is_object() {
         return Err(format!("{block_type}: its schema is {schema}, expected an object"));
     }
@@ -268,7 +268,7 @@ fn check_functions(block: &Block) -> Result<(), &'static str> {
 
 fn text(text: Text, what: &str) -> Result<String, String> {
     if text.len > 1 << 24 || (text.data.is_null() && text.len > 0) {
-        return Err(format!("{what} is no text: {} bytes at {:?}", text.len, text.data));
+        return Err(format!("{what} is not a text: {} bytes at {:?}", text.len, text.data));
     }
     // SAFETY: by the contract, a static text.
     match std::str::from_utf8(unsafe { text.bytes() }) {

@@ -43,7 +43,9 @@ impl StageModel for PluginModel {
             return Err(Error::Block(format!("{name}: plugins compute in f32 on the CPU, found {:?}", x.dtype())));
         }
         if mask.is_some() && !self.instance.can(abi::MASK) {
-            return Err(Error::Block(format!("{name}: it takes no attention mask, so it cannot run in an encoder")));
+            return Err(Error::Block(format!(
+                "{name}: it does not accept an attention mask, so it cannot run in an encoder"
+            )));
         }
         let mask = mask.map(|mask| mask.flatten_all()?.to_vec1::<u8>()).transpose()?;
         let (instance, params, dims) = (self.instance.clone(), self.params.clone(), Dims { batch, seq, dim });

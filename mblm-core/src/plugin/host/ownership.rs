@@ -46,17 +46,17 @@ fn fault(mode: u32, (owner, owners_group): (u32, u32), (user, group): (u32, u32)
     let shown = mode & 0o7777;
     if owner != user && owner != 0 {
         return Some(format!(
-            "belongs to user {owner}, who can change it (you are user {user}); copy the library to a folder of your own"
+            "belongs to user {owner}, who can change it (you are user {user}); copy the library to your own folder"
         ));
     }
     if mode & 0o002 != 0 && mode & STICKY != 0 {
         return Some(format!(
-            "is a folder where everybody can put files (mode {shown:o}); move the library to a folder of your own"
+            "is a folder that everybody can write to (mode {shown:o}); move the library to your own folder"
         ));
     }
     if mode & 0o002 != 0 || (mode & 0o020 != 0 && owners_group != group) {
         let who = if mode & 0o002 != 0 { "everybody".into() } else { format!("group {owners_group}") };
-        return Some(format!("can be changed by {who} (mode {shown:o}); take that right away with: chmod go-w PATH"));
+        return Some(format!("can be changed by {who} (mode {shown:o}); to fix this: chmod go-w PATH"));
     }
     None
 }
@@ -77,7 +77,7 @@ mod tests {
             (0o100664, (me, other), "can be changed by group 1001 (mode 664)"),
             (0o100646, (me, me), "can be changed by everybody (mode 646)"),
             (0o40777, (root, root), "chmod go-w PATH"),
-            (0o41777, (root, root), "is a folder where everybody can put files (mode 1777)"),
+            (0o41777, (root, root), "is a folder that everybody can write to (mode 1777)"),
         ];
         for (mode, owner, want) in cases {
             let found = fault(mode, owner, (me, me)).unwrap_or_default();

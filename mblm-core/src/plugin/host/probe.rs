@@ -38,11 +38,11 @@ impl Probe {
         let ended = child::ask::<Result<(), String>>(command, self.limit)
             .map_err(|error| format!("cannot be probed: {}: {error}", self.program.display()))?;
         let Some(status) = ended.status else {
-            return Err(format!("hangs: it was not open after {} s", self.limit.as_secs_f64()));
+            return Err(format!("hangs: opening it took more than {} s", self.limit.as_secs_f64()));
         };
         match (ended.answer, status.success()) {
             (Some(Ok(())), true) => Ok(()),
-            (Some(Ok(())), false) => Err(format!("{} after it was opened, when the process ended", fate(status))),
+            (Some(Ok(())), false) => Err(format!("{} after it was opened, at the end of the process", fate(status))),
             (Some(Err(reason)), _) => Err(reason),
             (None, _) => Err(format!("{} when it was opened", fate(status))),
         }
@@ -54,7 +54,7 @@ pub fn answer(path: &Path, sha256: &str) {
     child::end_with_parent();
     let opened = LibraryFile::read(path).and_then(|file| match file.sha256 == sha256 {
         true => Library::open_file(&file).map(drop),
-        false => Err("it was written to while it was read; try again".into()),
+        false => Err("it changed while it was read; try again".into()),
     });
     child::answer(&opened);
 }

@@ -42,7 +42,7 @@ impl SearchPath {
     pub fn new(given: &[PathBuf], trusted: Vec<TrustedFolder>) -> mblm_sdk::Result<Self> {
         if let Some(missing) = given.iter().find(|path| !path.exists()) {
             return Err(Error::Input(format!(
-                "--plugin-dir {}: there is no such folder or file; the path starts at the current directory",
+                "--plugin-dir {}: no such folder or file; check the path, which starts at the current directory",
                 missing.display()
             )));
         }
@@ -117,10 +117,10 @@ fn candidate(path: &Path) -> Result<PathBuf, Skipped> {
     match file {
         Ok(file) if file.is_dir() => Err(skipped("a folder".into(), is_library)),
         _ if !is_library => {
-            Err(skipped(format!("not called like a shared library (.{})", std::env::consts::DLL_EXTENSION), false))
+            Err(skipped(format!("not named like a shared library (.{})", std::env::consts::DLL_EXTENSION), false))
         }
         Ok(file) => Ok(file),
-        Err(error) if path.is_symlink() => Err(skipped(format!("a symbolic link to nothing: {error}"), true)),
+        Err(error) if path.is_symlink() => Err(skipped(format!("a broken symbolic link: {error}"), true)),
         Err(error) => Err(skipped(error.to_string(), true)),
     }
 }
@@ -236,10 +236,10 @@ mod tests {
             (found.reason.split(':').next().unwrap().to_string(), found.looks_like_one)
         };
         assert_eq!(reason("folder.so"), ("a folder".into(), true));
-        assert_eq!(reason("README.md"), ("not called like a shared library (.so)".into(), false));
-        assert_eq!(reason("broken.so"), ("a symbolic link to nothing".into(), true));
+        assert_eq!(reason("README.md"), ("not named like a shared library (.so)".into(), false));
+        assert_eq!(reason("broken.so"), ("a broken symbolic link".into(), true));
         let error = SearchPath::new(&[at("none")], vec![]).unwrap_err().to_string();
-        assert!(error.contains("none: there is no such folder or file"), "{error}");
+        assert!(error.contains("none: no such folder or file"), "{error}");
     }
 
     #[test]
