@@ -1,5 +1,5 @@
-//! Reused scratch memory: a fresh large `Vec` costs several times a reused one in page faults, so the fused layers
-//! take their temporaries and tapes from a pool and give them back when dropped.
+//! Reused scratch memory. Page faults make a new large `Vec` several times as expensive as a reused one, so fused
+//! layers take their temporaries and tapes from a pool and return them when dropped.
 //!
 //! Two rules bound the pool where lengths vary, as they do in generation and evaluation. Capacities come in steps of an
 //! eighth, so that a length that grows by one each time seldom needs a new buffer. And the pool keeps at most
@@ -119,12 +119,12 @@ fn capacity(len: usize) -> usize {
     len.next_multiple_of((len.next_power_of_two() / 16).max(SMALLEST_STEP))
 }
 
-/// A slice of `f32` from the pool. Its contents are whatever its last user left.
+/// A slice of `f32` from the pool. Its contents are arbitrary.
 #[derive(Debug, Default)]
 pub struct Buffer(Vec<f32>);
 
 impl Buffer {
-    /// `len` floats of arbitrary (initialised) contents; whoever takes it must write before reading.
+    /// Takes `len` floats with arbitrary (initialized) contents. Write before you read.
     pub fn take(len: usize) -> Self {
         if len == 0 {
             return Self::default();

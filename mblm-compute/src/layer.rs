@@ -1,7 +1,7 @@
-//! Layer-wide fused ops: a [`Layer`] owns its parameters, computes forward and backward over slices, and adds the
-//! gradients of its parameters straight to their buffers. [`apply`] makes it one node of candle's graph.
+//! Layer-wide fused ops. A [`Layer`] owns its parameters, computes forward and backward over slices, and adds the
+//! gradients of its parameters directly to their buffers. [`apply`] makes it one node of candle's graph.
 //!
-//! The contract is that of a plugin's instance, with Rust types: forward leaves a tape, backward consumes it.
+//! The contract is that of a plugin's instance, with Rust types: forward returns a tape, and backward consumes it.
 
 use std::sync::Arc;
 
@@ -16,7 +16,7 @@ use crate::node::{Node, apply1};
 pub struct Dims {
     /// Number of sequences.
     pub batch: usize,
-    /// Positions of each.
+    /// Positions per sequence.
     pub seq: usize,
     /// Width.
     pub dim: usize,
@@ -33,45 +33,46 @@ impl Dims {
         self.rows() * self.dim
     }
 
-    /// True if there is no element.
+    /// Whether there are no elements.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 }
 
-/// What comes with the input of a forward pass.
+/// The context of a forward pass.
 #[derive(Clone, Copy, Debug)]
 pub struct Context<'a> {
     /// Shape of input and output.
     pub dims: Dims,
     /// `(batch, seq)`, nonzero = attend.
     pub mask: Option<&'a [u8]>,
-    /// Whether backward follows, and the dropout seed.
+    /// Whether a backward pass follows, and the dropout seed.
     pub mode: Mode,
 }
 
 /// A shape-preserving function `(batch, seq, dim) -> (batch, seq, dim)` with parameters and a hand-written backward.
 pub trait Layer: Send + Sync + 'static {
-    /// What forward keeps for backward.
+    /// What forward keeps for the backward pass.
     type Tape: Send + 'static;
 
-    /// The definition, in plain differentiable candle ops: the oracle in tests, and the path for other types and
-    /// devices. Parameters are to be read through [`param_like`].
+    /// The definition in differentiable candle operations. Tests compare the fused version with it, and other types and
+    /// devices run it. Read parameters with [`param_like`].
     fn composed(&self, x: &Tensor, mask: Option<&Tensor>, mode: Mode) -> Result<Tensor>;
 
-    /// Writes the output to `y` (which holds anything before) and returns the tape.
+    /// Writes the output to `y` and returns the tape. The previous contents of `y` are arbitrary.
     fn forward(&self, x: &[f32], context: Context, y: &mut [f32]) -> Self::Tape;
 
-    /// Writes the gradient of the input to `dx` (which holds anything before) and adds those of the parameters.
+    /// Writes the gradient of the input to `dx`, whose previous contents are arbitrary, and adds those of the
+    /// parameters to their buffers.
     fn backward(&self, x: &[f32], context: Context, tape: Self::Tape, dy: &[f32], dx: &mut [f32]);
 }
 
-/// A parameter as a tensor of `x`'s type, for compositions.
+/// Returns a parameter as a tensor with the type of `x`, for compositions.
 pub fn param_like(param: &crate::param::Param, x: &Tensor, mode: Mode) -> Result<Tensor> {
     Ok(param.tensor(mode).to_dtype(x.dtype())?)
 }
 
-/// Runs `layer` on `x`, fused for `f32` on the CPU, composed elsewhere.
+/// Runs `layer` on `x`: fused for `f32` on the CPU, composed otherwise.
 ///
 /// # Shapes
 /// - `x`: `(batch, seq, dim)`; returns the same shape

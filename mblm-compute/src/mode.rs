@@ -4,15 +4,15 @@ use candle_core::{Device, Tensor};
 
 use crate::error::Result;
 
-/// Training keeps what backward needs and drops out; evaluation does neither.
+/// Training keeps what the backward pass needs and applies dropout. Evaluation does neither.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
     /// A forward pass that is followed by backward.
     Train {
-        /// Decides which elements dropout drops: a new one for every forward pass.
+        /// The dropout seed. Use a new one for every forward pass.
         seed: u64,
     },
-    /// A forward pass alone.
+    /// Only a forward pass.
     Eval,
 }
 
@@ -22,7 +22,7 @@ impl Mode {
         Mode::Train { seed }
     }
 
-    /// The dropout of one place in the model, `stream`, with probability `p`; none outside training.
+    /// The dropout at one place in the model (`stream`) with probability `p`. `None` outside training.
     pub fn dropout(self, p: f32, stream: u64) -> Option<Dropout> {
         match self {
             Mode::Train { seed } if p > 0.0 => Some(Dropout::new(p, seed, stream)),
@@ -31,8 +31,8 @@ impl Mode {
     }
 }
 
-/// A dropout mask computed from element numbers, so that forward, backward and recomputation agree on any number of
-/// threads without storing it.
+/// A dropout mask that is computed from element indices. Forward, backward and recomputation agree on it with any
+/// number of threads, without storing it.
 #[derive(Clone, Copy, Debug)]
 pub struct Dropout {
     key: u64,
@@ -51,7 +51,7 @@ impl Dropout {
         Dropout { key: key ^ (key >> 31), threshold, scale: if p < 1.0 { 1.0 / (1.0 - p) } else { 0.0 } }
     }
 
-    /// What element `index` is multiplied by: 0 with probability `p`, else `1 / (1 - p)`.
+    /// The factor of element `index`: 0 with probability `p`, otherwise `1 / (1 - p)`.
     #[inline(always)]
     pub fn factor(&self, index: usize) -> f32 {
         let mixed = (index as u64).wrapping_add(self.key);

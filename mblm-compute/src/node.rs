@@ -9,9 +9,10 @@ use crate::error::Result;
 use crate::mode::Mode;
 use crate::parallel;
 
-/// A differentiable function of `f32` CPU tensors. It may own parameters, whose gradients it deposits in backward.
+/// A differentiable function of `f32` CPU tensors. It may own parameters; backward adds their gradients to their
+/// buffers.
 pub trait Node: Send + Sync + 'static {
-    /// What forward keeps for backward.
+    /// What forward keeps for the backward pass.
     type Tape: Send + 'static;
 
     /// The shape of the output.

@@ -19,7 +19,7 @@ pub enum Error {
     },
 }
 
-/// A result, with this crate's [`Error`] unless another is named.
+/// A result with this crate's [`Error`] by default.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 impl Error {

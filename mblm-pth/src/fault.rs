@@ -12,6 +12,6 @@ pub(crate) type Parsed<T> = Result<T, Fault>;
 pub struct Error {
     /// The file.
     pub path: PathBuf,
-    /// What was found, what was expected and what to do.
+    /// What was found, what was expected, and what to do.
     pub fault: String,
 }

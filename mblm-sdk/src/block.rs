@@ -1,5 +1,5 @@
-//! The contracts of the hierarchy: a *block* is the configuration of what runs at a stage; it builds a *stage model*,
-//! which has an incremental form, its *decoder*.
+//! The contracts of the hierarchy. A *block* is the configuration of what runs at a stage. It builds a *stage model*,
+//! and that creates a *decoder*, its incremental form.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -13,22 +13,22 @@ use mblm_compute::error::{Error, Result};
 use mblm_compute::mode::Mode;
 use mblm_compute::param::ParamScope;
 
-/// How positions enter a stage, before its start token is put in front.
+/// Position embeddings of a stage. They are applied before the start token is prepended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum PosEmb {
-    /// A learned vector per position is added; the stage's sequence can then not be longer than its `seq_lens` entry.
+    /// Adds a learned vector per position. The stage's sequence can then not be longer than its `seq_lens` entry.
     Fixed,
-    /// Pairs of channels are rotated by the position (Su et al. 2021, eq. 34).
+    /// Rotates pairs of channels by the position (Su et al. 2021, eq. 34).
     Rope,
 }
 
-/// A field of a block's configuration that does not fit where the block stands.
+/// An invalid field in a block's configuration.
 #[derive(Clone, Debug, PartialEq)]
 pub struct FieldError {
     /// The field, for example `headdim`.
     pub field: Cow<'static, str>,
-    /// What was found, what was expected and what to do.
+    /// What was found, what was expected, and what to do.
     pub message: String,
 }
 
@@ -39,16 +39,16 @@ impl FieldError {
     }
 }
 
-/// Channels of a stage or of a layer, and tokens, at most. No matrix between two layers so wide fits in memory; so sizes
-/// within this limit can be added, and their products checked, without overflow.
+/// The maximum number of channels of a stage or a layer, and of tokens. A matrix between two layers of this width does
+/// not fit in memory. Sizes within this limit can be added, and their products checked, without overflow.
 pub const MAX_WIDTH: usize = 1 << 24;
-/// Layers of a stage, at most.
+/// The maximum number of layers of a stage.
 pub const MAX_LAYERS: usize = 1 << 14;
 
-/// A width that a block's configuration gives: the product of `fields`, times `dim` (1 for none).
+/// Computes a width from a block's configuration: the product of `fields`, times `dim` (pass 1 for none).
 ///
 /// # Errors
-/// It is 0 or larger than [`MAX_WIDTH`]. The error names the largest of the fields.
+/// The width is 0 or larger than [`MAX_WIDTH`]. The error names the largest field.
 pub fn width(fields: &[(&'static str, usize)], dim: usize) -> Result<usize, FieldError> {
     if let Some((field, _)) = fields.iter().find(|(_, value)| *value == 0) {
         return Err(FieldError::new(*field, "expected a positive integer, found 0"));
@@ -64,13 +64,13 @@ pub fn width(fields: &[(&'static str, usize)], dim: usize) -> Result<usize, Fiel
     })
 }
 
-/// The configuration of a stage: names what runs there and builds it.
+/// The configuration of what runs at a stage.
 #[typetag::serde(tag = "block_type")]
 pub trait StageBlock: fmt::Debug + Send + Sync {
-    /// How positions enter this stage.
+    /// The position embeddings of this stage.
     fn pos_emb_type(&self) -> Option<PosEmb>;
 
-    /// The plugin that this block comes from; none for a type that is linked into the program.
+    /// The plugin that this block comes from, or `None` if the type is linked into the program.
     fn plugin(&self) -> Option<&PluginOrigin> {
         None
     }
@@ -80,11 +80,11 @@ pub trait StageBlock: fmt::Debug + Send + Sync {
         Ok(())
     }
 
-    /// Builds the model of one stage of width `dim`; parameters are created in `params` with PyTorch's names.
+    /// Builds the model of one stage of width `dim`. Creates its parameters in `params`, with PyTorch's names.
     fn build(&self, dim: usize, num_layers: usize, params: &mut ParamScope) -> Result<Box<dyn StageModel>>;
 }
 
-/// Which plugin a block comes from, for a run to record and to find again.
+/// The plugin that a block comes from. A run records it to find the plugin again.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PluginOrigin {
     /// The plugin's name.
@@ -98,71 +98,72 @@ pub struct PluginOrigin {
     pub sha256: String,
 }
 
-/// A path for a reader: one that is not UTF-8 must not keep a run from being saved.
+/// Serializes a path for readers. A path that is not UTF-8 must not prevent a run from being saved.
 fn shown<S: serde::Serializer>(path: &Path, serializer: S) -> std::result::Result<S::Ok, S::Error> {
     serializer.serialize_str(&path.to_string_lossy())
 }
 
 impl PluginOrigin {
-    /// Whether both are the same file, wherever it lies. Several libraries may have one plugin name.
+    /// Whether both are the same file, wherever it is stored. Several libraries may share a plugin name.
     pub fn is_file_of(&self, other: &Self) -> bool {
         self.sha256 == other.sha256
     }
 
-    /// The beginning of the sum, for messages.
+    /// The first digits of the SHA-256, for messages.
     pub fn short_sum(&self) -> String {
         format!("{}…", self.sha256.get(..12).unwrap_or(&self.sha256))
     }
 }
 
-/// What a stage costs, for `mblm inspect`. Counts are for one position of one sequence.
+/// The cost of a stage, for `mblm inspect`: per position of one sequence.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Cost {
-    /// Floating point operations of a forward pass; a multiply and an add are two.
+    /// Floating point operations of a forward pass. A multiplication and an addition count as two.
     pub flops: f64,
-    /// Floats that a training step keeps for backward.
+    /// Floats that a training step keeps for the backward pass.
     pub activations: f64,
 }
 
 /// The differentiable function that runs a stage.
 pub trait StageModel: Send + Sync {
-    /// Runs whole sequences.
+    /// Runs complete sequences.
     ///
     /// # Shapes
     /// - `x`: `(batch, seq, dim)`; returns the same shape
     /// - `mask`: `(batch, seq)`, `u8`, 1 = attend
     ///
     /// # Errors
-    /// A causal block may refuse a mask.
+    /// A causal block may reject a mask.
     fn forward(&self, x: &Tensor, mask: Option<&Tensor>, mode: Mode) -> Result<Tensor>;
 
-    /// Whether position t of the output depends on inputs up to t only. A block that is not causal runs in encoders
-    /// only, and cannot generate.
+    /// Whether position t of the output depends only on inputs up to t. A block that is not causal runs only in
+    /// encoders and cannot generate.
     fn is_causal(&self) -> bool {
         true
     }
 
-    /// The incremental form, for `batch` sequences at once; gives the outputs of [`forward`](Self::forward), position
-    /// by position. The default keeps the inputs and runs `forward` over all of them for each position.
+    /// Creates the incremental form for `batch` sequences at once. It gives the same outputs as
+    /// [`forward`](Self::forward), position by position. The default keeps all inputs and runs `forward` over them
+    /// again for each position.
     fn decoder(&self, batch: usize) -> Result<Box<dyn StageDecoder + '_>> {
         Ok(replay(self, batch))
     }
 
-    /// What the reference package's `state_dict` holds beside the parameters: vectors that follow from the
+    /// What the Python package's `state_dict` contains besides the parameters: vectors that are derived from the
     /// configuration, under their names within the stage. Files for the package need them.
     fn buffers(&self) -> Vec<(&'static str, Vec<f32>)> {
         Vec::new()
     }
 
-    /// What one position costs when sequences are `seq_len` long. `None`: not known, and shown as such.
+    /// The cost of one position if sequences have `seq_len` positions. `None` if it is unknown.
     fn cost(&self, _seq_len: usize) -> Option<Cost> {
         None
     }
 }
 
-/// Incremental decoding of a batch of sequences that advance together.
+/// Decodes a batch of sequences incrementally. They advance together.
 pub trait StageDecoder: Send {
-    /// Forgets everything: the next step is position 0.
+    /// Resets the state. The next step is position 0.
     fn reset(&mut self);
 
     /// Advances by one position.
@@ -183,33 +184,33 @@ pub trait StageDecoder: Send {
         Ok(())
     }
 
-    /// Appends all that decides what the next steps give, as numbers.
+    /// Appends the complete state, as numbers.
     ///
     /// # Errors
-    /// Always, unless a decoder has it.
+    /// Always, unless the decoder implements it.
     fn save(&self, _state: &mut Vec<f32>) -> Result<()> {
         Err(Error::Block("this block's decoder cannot be saved".into()))
     }
 
-    /// Puts back what [`save`](Self::save) gave.
+    /// Restores a state that [`save`](Self::save) returned.
     ///
     /// # Errors
-    /// The state is not one of a decoder like this; always, unless a decoder has it.
+    /// The state does not fit this decoder. Always, unless the decoder implements it.
     fn load(&mut self, _state: &[f32]) -> Result<()> {
         Err(Error::Block("this block's decoder cannot be loaded".into()))
     }
 }
 
-/// The decoder of a block that has none of its own.
+/// The decoder of a block that does not implement one.
 pub fn replay<M: StageModel + ?Sized>(model: &M, batch: usize) -> Box<dyn StageDecoder + '_> {
     Box::new(ReplayDecoder { forward: move |x: &Tensor| model.forward(x, None, Mode::Eval), batch, inputs: vec![] })
 }
 
-/// Re-runs the whole prefix at every step: slow and always right, so that a research block generates from day one.
+/// Runs the whole prefix again at every step. This is slow but always correct, so a new block can generate immediately.
 struct ReplayDecoder<F> {
     forward: F,
     batch: usize,
-    /// One entry `(batch, dim)` per position so far.
+    /// One entry `(batch, dim)` for each position so far.
     inputs: Vec<Tensor>,
 }
 

@@ -1,5 +1,5 @@
-//! What a stage block is made with: its contracts, parameters, layers and fused ops, and what turns a `cdylib` of blocks
-//! into a plugin.
+//! Everything that you need to write a stage block: contracts, parameters, layers and fused ops, and the macro that
+//! turns a `cdylib` of blocks into a plugin.
 #![warn(missing_docs)]
 #![deny(clippy::print_stdout, clippy::print_stderr)]
 

@@ -1,4 +1,4 @@
-//! Block types that are linked into a binary: the program, or a plugin.
+//! The registry of block types that are linked into a binary (the program or a plugin).
 
 use mblm_base::value::{ValueError, from_deserializer};
 use serde::de::IntoDeserializer;
@@ -24,7 +24,8 @@ pub struct Registration {
 inventory::collect!(Registration);
 
 impl Registration {
-    /// The JSON Schema of the fields, and a line that says what it is: `about`, or else the first line of the docs.
+    /// Returns the JSON Schema of the fields and a one-line description: `about`, or the first line of the struct's
+    /// docs.
     pub fn describe(&self) -> (serde_json::Value, String) {
         let schema = (self.schema)().to_value();
         let docs = schema["description"].as_str().and_then(|text| text.lines().next()).unwrap_or_default();
@@ -32,10 +33,10 @@ impl Registration {
         (schema, about)
     }
 
-    /// Makes a block from its fields, those of a mapping without `block_type`.
+    /// Parses a block from the fields of a mapping, without `block_type`.
     ///
     /// # Errors
-    /// Says which field is at fault: what was found and what was expected.
+    /// An invalid field. The error says which, what was found, and what was expected.
     pub fn parse<'de, V, E>(&self, fields: impl IntoIterator<Item = (V, V)>) -> Result<Box<dyn StageBlock>, ValueError>
     where
         V: From<&'static str> + IntoDeserializer<'de, E>,
@@ -47,14 +48,14 @@ impl Registration {
     }
 }
 
-/// Registers a block type under the name that its `#[typetag::serde(name = …)]` gives it.
+/// Registers a block type. `name` must be the one in its `#[typetag::serde(name = …)]`.
 ///
 /// ```ignore
 /// register_block!(Lstm, name = "lstm", about = "A stack of LSTM layers", infer = true);
 /// ```
 ///
-/// After `name`, in this order: `about`, a line for `mblm blocks`, by default the first line of the struct's docs;
-/// `infer = true`, which lets YAML leave out `block_type` where only this type accepts the fields; `aliases = ["…"]`,
+/// Optional arguments, in this order: `about`, a line for `mblm blocks` (default: the first line of the struct's docs);
+/// `infer = true`, which lets YAML leave out `block_type` if only this type accepts the fields; `aliases = ["…"]`,
 /// other names that YAML may use.
 #[macro_export]
 macro_rules! register_block {

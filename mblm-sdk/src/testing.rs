@@ -1,5 +1,5 @@
-//! Checks that every block should pass: fused equals composed, gradients included; decoder equals forward; causality.
-//! Public, because an author of a block runs them too.
+//! Checks that every block should pass: fused equals composed (outputs and gradients), decoder equals forward,
+//! causality. They are public so that block authors can use them in their tests.
 
 use std::sync::Arc;
 
@@ -12,27 +12,27 @@ use mblm_compute::layer::Dims;
 use mblm_compute::mode::Mode;
 use mblm_compute::param::{Param, ParamStore};
 
-/// What to do about a parameter without a gradient.
+/// Advice for a parameter without a gradient.
 pub const WITHOUT_GRADIENT: &str = "use it in `forward`, or do not create it; no operation between it and the output may cut \
                                     the gradient: `detach` does, and so do candle_nn's LayerNorm, RmsNorm, \
                                     softmax_last_dim and rope, which have counterparts of the same name in mblm_sdk::nn";
 
-/// A fault of a stage model, and what to do about it.
+/// A fault of a stage model, with advice.
 pub const OTHER_OUTPUT_AGAIN: &str = "the same input gives another output after other calls; look for random numbers in \
                                       evaluation, for state that is kept between calls, and for anything that `forward` \
                                       reads beside its parameters and its input";
 
-/// A fault of a stage model, and what to do about it.
+/// A fault of a stage model, with advice.
 pub const OTHER_OUTPUT_REBUILT: &str = "built again, with the same parameters, it gives another output; look for weights of \
                                         its own, such as a candle `VarMap`, which are not saved: create every weight as a \
                                         parameter (`ParamScope` in Rust, `param` in C)";
 
-/// A fault of a stage model, and what to do about it.
+/// A fault of a stage model, with advice.
 pub const OTHER_OUTPUT_IN_TRAINING: &str = "the same input and the same dropout seed give another output in training; \
                                             candle_nn's Dropout draws without a seed: use mblm_sdk::nn::Dropout, or \
                                             `mode.dropout`";
 
-/// Panics unless every parameter gets a finite, non-zero gradient through `model`.
+/// Panics unless every parameter of `model` gets a finite, non-zero gradient.
 pub fn check_gradients(model: &dyn StageModel, store: &ParamStore, dims: Dims) {
     mblm_compute::buffer::poison_buffers();
     let params: Vec<_> = store.iter().cloned().collect();
@@ -45,7 +45,7 @@ pub fn check_gradients(model: &dyn StageModel, store: &ParamStore, dims: Dims) {
     }
 }
 
-/// Panics unless the decoder gives the outputs of `forward` position by position, also after a reset.
+/// Panics unless the decoder gives the same outputs as `forward`, position by position, also after a reset.
 pub fn check_decoder(model: &dyn StageModel, dims: Dims, tolerance: f32) {
     mblm_compute::buffer::poison_buffers();
     if let Err(fault) = decoder_equals_forward(model, dims, tolerance) {
@@ -53,10 +53,10 @@ pub fn check_decoder(model: &dyn StageModel, dims: Dims, tolerance: f32) {
     }
 }
 
-/// Whether the decoder gives the outputs of `forward` position by position, by prefill and by steps, also after a reset.
+/// Checks that the decoder gives the same outputs as `forward`, with prefill and with steps, also after a reset.
 ///
 /// # Errors
-/// Says where it does not, or what failed.
+/// The outputs differ (the error says where), or a call failed.
 pub fn decoder_equals_forward(model: &dyn StageModel, dims: Dims, tolerance: f32) -> Result<(), String> {
     let Dims { batch, seq, dim } = dims;
     let row = batch * dim;
@@ -102,10 +102,10 @@ pub fn check_causality(model: &dyn StageModel, dims: Dims) {
     }
 }
 
-/// Whether a change of the input at each of `positions` leaves all outputs before it as they are, and not its own.
+/// Checks that changing the input at each of `positions` changes no earlier output, and does change the output there.
 ///
 /// # Errors
-/// Says what a change shows at, or what failed.
+/// An output that should not have changed, or a call that failed.
 pub fn is_causal(model: &dyn StageModel, dims: Dims, positions: &[usize]) -> Result<(), String> {
     let Dims { batch, seq, dim } = dims;
     let forward = |x: &[f32]| {
@@ -134,7 +134,7 @@ pub fn is_causal(model: &dyn StageModel, dims: Dims, positions: &[usize]) -> Res
     Ok(())
 }
 
-/// The model of one stage, built alone.
+/// Builds the model of a single stage.
 ///
 /// # Errors
 /// The block cannot be built at this width.
@@ -150,24 +150,25 @@ pub fn build_alone(
     Ok((store, model))
 }
 
-/// Outputs that should have been the same.
+/// Two outputs that should have been equal.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Variation {
-    /// What was done, what differs, and what to look for.
+    /// What was done, what differs, and where to look.
     pub what: String,
-    /// Whether evaluation gives other numbers. If not, training draws other ones, or sums are rounded in another way.
+    /// Whether evaluation gives different numbers. If not, training draws different random numbers, or sums are rounded
+    /// in a different order.
     pub changes_results: bool,
 }
 
-/// How far sums in another order may be apart, relative to the largest output.
+/// The tolerance for sums in a different order, relative to the largest output.
 const ROUNDING: f32 = 1e-4;
 
-/// Whether the outputs of `model` follow from its parameters and its input alone: they are compared bit for bit after
-/// other calls, and with those of `rebuilt`, the model of the same block built anew with other initial values, which gets
-/// the values of `params`. In training, the same dropout seed must give the same outputs.
+/// Checks that the outputs of `model` depend only on its parameters and its input. Compares them bit for bit after
+/// other calls, and with those of `rebuilt`: the same block, built again with other initial values, which then gets the
+/// values of `params`. In training, the same dropout seed must give the same outputs.
 ///
 /// # Errors
-/// A forward pass fails, or `rebuilt` has other parameters.
+/// A forward pass fails, or `rebuilt` has different parameters.
 pub fn variation(
     model: &dyn StageModel,
     params: &[Arc<Param>],
@@ -201,7 +202,7 @@ pub fn variation(
     Ok(found.min_by_key(|variation| !variation.changes_results))
 }
 
-/// Gives the parameters of `store` the values of those with the same names.
+/// Copies values into the parameters of `store`, by name.
 fn copy_values(from: &[Arc<Param>], store: &ParamStore) -> Result<()> {
     let names = |param: &Arc<Param>| (param.name().to_string(), param.shape().to_vec());
     if !from.iter().map(names).eq(store.iter().map(names)) {
@@ -213,10 +214,10 @@ fn copy_values(from: &[Arc<Param>], store: &ParamStore) -> Result<()> {
     })
 }
 
-/// Whether each sequence of a batch has the outputs that it has alone.
+/// Checks that each sequence of a batch gives the same outputs as when it runs alone.
 ///
 /// # Errors
-/// Says where it does not, or what failed.
+/// The outputs differ (the error says where), or a call failed.
 pub fn is_independent(model: &dyn StageModel, dims: Dims) -> Result<(), String> {
     let forward = |x: &[f32], batch: usize| {
         let x = Tensor::from_slice(x, (batch, dims.seq, dims.dim), &Device::Cpu)?;

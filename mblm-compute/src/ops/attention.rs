@@ -64,7 +64,7 @@ pub fn attention_composed(
 pub struct Attention<'a> {
     /// Sequences.
     pub batch: usize,
-    /// Positions of each.
+    /// Positions per sequence.
     pub seq: usize,
     /// Heads.
     pub heads: usize,

@@ -73,7 +73,7 @@ pub struct Ssd<'a> {
     pub dt_bias: &'a [f32],
 }
 
-/// What forward keeps for backward.
+/// What forward keeps for the backward pass.
 pub struct Tape {
     /// `(B S, H)`: step sizes.
     delta: Buffer,

@@ -19,9 +19,10 @@ type Build<M> = dyn Fn(VarBuilder) -> candle_core::Result<M> + Send + Sync;
 
 /// A candle-nn module, or any type that is built from a [`VarBuilder`], over parameters of a store.
 ///
-/// A candle-nn module captures its tensors when it is built, and those decide whether candle records a graph. So this type
-/// keeps the constructor, and [`at`](Self::at) builds the module anew for each pass: over variables in training, over
-/// detached tensors in evaluation, which then builds no graph. Building copies no weights.
+/// A candle-nn module captures its tensors when it is built, and the tensors decide whether candle records a graph.
+/// This type therefore keeps the constructor, and [`at`](Self::at) builds the module again for each pass: over
+/// variables in training, and over detached tensors in evaluation, so that evaluation builds no graph. Building copies
+/// no weights.
 pub struct CandleModule<M> {
     build: Box<Build<M>>,
     prefix: String,
@@ -29,10 +30,10 @@ pub struct CandleModule<M> {
 }
 
 impl<M> CandleModule<M> {
-    /// The module over the present values of its parameters.
+    /// Builds the module over the current values of its parameters.
     ///
     /// # Errors
-    /// Those of the constructor; or it asks for a tensor that it did not ask for when the parameters were created.
+    /// Errors of the constructor, or a tensor that it did not ask for when the parameters were created.
     pub fn at(&self, mode: Mode) -> Result<M> {
         let given = Mutex::default();
         let backend = Present { params: self.params.clone(), mode, given };
@@ -62,8 +63,8 @@ impl ParamScope<'_> {
     /// A name that is asked for twice is one parameter with two uses (tied weights).
     ///
     /// # Errors
-    /// Those of `build` and of creating a parameter; a tensor that is not `f32` on the CPU, that lies outside of this
-    /// scope, or that was asked for with another shape before.
+    /// Errors of `build` and of creating a parameter; a tensor that is not `f32` on the CPU, is outside this scope, or
+    /// was requested with another shape before.
     pub fn candle<M>(
         &mut self,
         build: impl Fn(VarBuilder) -> candle_core::Result<M> + Send + Sync + 'static,

@@ -1,12 +1,12 @@
-//! Initial values: a distribution, drawn from a random stream of its own.
+//! Initial values of parameters. Each parameter draws from its own random stream.
 
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::RngCore;
 
-/// How a parameter starts. The random ones draw from a stream of their own, keyed by seed and parameter name.
+/// The distribution of initial values. Random ones draw from a stream that is keyed by seed and parameter name.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Init {
-    /// Every element the same.
+    /// All elements have this value.
     Const(f32),
     /// Normal with mean 0 and standard deviation 1 (`torch.nn.Embedding`, `torch.randn`).
     Normal,
@@ -73,12 +73,12 @@ impl Init {
     }
 }
 
-/// How a parameter started: its distribution, times a gain.
+/// How a parameter was initialized: a distribution, times a gain.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Start {
     /// The distribution.
     pub init: Init,
-    /// What its draws are multiplied by.
+    /// The factor that its draws are multiplied by.
     pub gain: f32,
 }
 

@@ -1,7 +1,8 @@
 //! Parameters: values, gradient buffers that accumulate, and reproducible initial values.
 //!
-//! Names are those of the reference package's `state_dict`, so weights travel both ways unchanged. Creating a parameter
-//! allocates nothing: its values are drawn when they are first read. So a model can be counted without its memory.
+//! Names are those of the Python package's `state_dict`, so weights can be exchanged in both directions. Creating a
+//! parameter allocates nothing: its values are drawn when they are first read. A model can therefore be counted without
+//! its memory.
 
 mod candle;
 mod gradient;

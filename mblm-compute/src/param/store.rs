@@ -13,9 +13,10 @@ use crate::error::{Error, Result};
 use crate::parallel;
 use mblm_base::memory;
 
-/// Tensors in a model, at most: a mistyped number of layers ends here, before it fills the memory with names.
+/// The maximum number of tensors in a model. It stops a mistyped number of layers before it fills the memory with
+/// names.
 pub const MAX_TENSORS: usize = 1 << 20;
-/// Learned numbers in a model, at most: the bytes of several copies fit 63 bits.
+/// The maximum number of learned numbers in a model. The bytes of several copies fit in 63 bits.
 const MAX_ELEMENTS: usize = 1 << 56;
 
 /// All parameters of a model, sorted by name.
@@ -28,23 +29,23 @@ pub struct ParamStore {
 }
 
 impl ParamStore {
-    /// An empty store whose initial values follow from `seed`. It refuses parameters that do not fit in memory.
+    /// Creates an empty store. `seed` determines all initial values. Parameters that do not fit in memory are an error.
     pub fn new(seed: u64) -> Self {
         ParamStore { limit: memory::available(), ..Self::unlimited(seed) }
     }
 
-    /// As [`new`](Self::new), for parameters that are counted and need not fit in memory. Their values can be read all
-    /// the same.
+    /// Like [`new`](Self::new), but without the limit: for counting parameters that need not fit in memory. Their
+    /// values can still be read.
     pub fn unlimited(seed: u64) -> Self {
         ParamStore { params: BTreeMap::new(), seed, num_elements: 0, limit: None }
     }
 
-    /// Draws all initial values, on all threads. Those that are not drawn here are drawn when they are first read.
+    /// Draws all initial values on all threads. Values that are created later are drawn when they are first read.
     pub fn draw(&self) {
         self.params.par_iter().for_each(|(_, param)| _ = param.var());
     }
 
-    /// The scope without a prefix.
+    /// Returns the scope without a prefix.
     pub fn root(&mut self) -> ParamScope<'_> {
         ParamScope { store: self, prefix: String::new(), may_decay: true }
     }
@@ -54,7 +55,7 @@ impl ParamStore {
         self.params.values()
     }
 
-    /// The parameter called `name`.
+    /// Returns the parameter with this name.
     pub fn get(&self, name: &str) -> Option<&Arc<Param>> {
         self.params.get(name)
     }
@@ -93,10 +94,11 @@ impl ParamStore {
         }
     }
 
-    /// Runs backward from `loss` and adds the gradient of every parameter to its buffer.
+    /// Runs the backward pass from `loss` and adds the gradient of every parameter to its buffer.
     ///
-    /// Fused layers deposit theirs on the way; those that candle's graph holds are folded in here, and only here. The
-    /// row of the pad token gets none. Returns the graph's own gradients, of inputs for example.
+    /// Fused layers add the gradients of their parameters during the pass. Gradients in candle's graph are added here,
+    /// and only here. The row of the pad token gets no gradient. Returns the gradients of the graph itself, for example
+    /// of inputs.
     pub fn backward(&self, loss: &Tensor) -> Result<GradStore> {
         let grads = loss.backward()?;
         fold_gradients(self.iter(), &grads)?;
@@ -116,7 +118,7 @@ impl ParamStore {
         self.iter().for_each(|p| parallel::clear(&mut p.grad()));
     }
 
-    /// Replaces all values. Names and shapes must agree exactly; an error lists what does not.
+    /// Replaces all values. Names and shapes must match exactly; the error lists what does not match.
     pub fn load(&self, weights: &BTreeMap<String, (Vec<usize>, Vec<f32>)>) -> Result<()> {
         let mut wrong = Vec::new();
         for param in self.iter() {
@@ -151,7 +153,7 @@ pub fn fold_gradients<'a>(params: impl Iterator<Item = &'a Arc<Param>>, grads: &
     Ok(())
 }
 
-/// Where a module creates its parameters: a store and a name prefix.
+/// The place in which a module creates its parameters: a store and a name prefix.
 pub struct ParamScope<'a> {
     store: &'a mut ParamStore,
     prefix: String,
@@ -166,7 +168,7 @@ impl ParamScope<'_> {
         ParamScope { prefix, ..self.reborrow() }
     }
 
-    /// The same scope, in which weight decay acts on nothing that is created: for embeddings, for example.
+    /// The same scope, but parameters created in it do not decay. Use it for embeddings, for example.
     pub fn no_decay(&mut self) -> ParamScope<'_> {
         ParamScope { may_decay: false, ..self.reborrow() }
     }
@@ -176,23 +178,23 @@ impl ParamScope<'_> {
         ParamScope { store: self.store, prefix: self.prefix.clone(), may_decay: self.may_decay }
     }
 
-    /// The prefix of this scope: with the model's seed, it tells a module's random stream from all others.
+    /// The prefix of this scope. Together with the model's seed, it identifies the random stream of a module.
     pub fn prefix(&self) -> &str {
         &self.prefix
     }
 
-    /// Creates a parameter that weight decay leaves alone: a bias, a gain, `A_log`, `D`. Use [`weight`](Self::weight) for
-    /// the matrix of a linear layer or a convolution.
+    /// Creates a parameter without weight decay: a bias, a gain, `A_log`, `D`. Use [`weight`](Self::weight) for the
+    /// matrix of a linear layer or a convolution.
     pub fn param(&mut self, name: &str, shape: &[usize], start: impl Into<Start>) -> Result<Arc<Param>> {
         self.create(name, shape, start.into(), None, false)
     }
 
-    /// Creates a parameter that weight decay acts on: the matrix of a linear layer or a convolution.
+    /// Creates a parameter with weight decay: the matrix of a linear layer or a convolution.
     pub fn weight(&mut self, name: &str, shape: &[usize], start: impl Into<Start>) -> Result<Arc<Param>> {
         self.create(name, shape, start.into(), None, true)
     }
 
-    /// Creates an embedding table `(rows, dim)` whose row `zero_row` is zero and stays so. It does not decay.
+    /// Creates an embedding table `(rows, dim)` without weight decay. Row `zero_row` is zero and stays zero.
     pub fn embedding(&mut self, rows: usize, dim: usize, zero_row: Option<usize>) -> Result<Arc<Param>> {
         self.create("weight", &[rows, dim], Init::Normal.into(), zero_row, false)
     }

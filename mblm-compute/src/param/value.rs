@@ -18,7 +18,7 @@ use crate::mode::Mode;
 pub struct Param {
     name: String,
     shape: Vec<usize>,
-    /// Drawn when it is first read.
+    /// Initialized when it is first read.
     var: OnceLock<Var>,
     /// Of the store.
     seed: u64,
@@ -95,12 +95,12 @@ impl Param {
         self.shape.iter().product()
     }
 
-    /// True for a parameter without elements.
+    /// Whether the parameter has no elements.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// False for the parameters that weight decay must leave alone: biases, gains, embeddings, `A_log`, `D`.
+    /// Whether weight decay applies. False for biases, gains, embeddings, `A_log` and `D`.
     pub fn weight_decay(&self) -> bool {
         self.weight_decay
     }
@@ -138,7 +138,7 @@ impl Param {
         })
     }
 
-    /// The value as a tensor: a node of the graph in training, detached otherwise.
+    /// The value as a tensor: a node of the graph in training, detached in evaluation.
     pub fn tensor(&self, mode: Mode) -> Tensor {
         match mode {
             Mode::Train { .. } => self.var().as_tensor().clone(),
@@ -146,17 +146,17 @@ impl Param {
         }
     }
 
-    /// The value as a slice. Do not update the parameter while the borrow lives.
+    /// The value as a slice. Do not update the parameter while you hold the borrow.
     pub fn values(&self) -> Values<'_> {
         Values(self.var().storage_and_layout().0)
     }
 
-    /// The accumulated gradient; empty until something was added.
+    /// The accumulated gradient. Empty until something is added.
     pub fn grad(&self) -> MutexGuard<'_, Gradient> {
         self.grad.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
-    /// The accumulated gradient, allocated, for a backward pass to add to.
+    /// The accumulated gradient, allocated. Backward passes add to it.
     pub fn grad_mut(&self) -> MutexGuard<'_, Gradient> {
         let mut grad = self.grad();
         grad.allocate(self.len());
@@ -174,7 +174,7 @@ impl Param {
         Loan(self)
     }
 
-    /// Grows with every update, so that whoever keeps a copy knows when it is stale.
+    /// Increases with every update, so that the owner of a copy can tell when it is stale.
     pub fn version(&self) -> u64 {
         self.version.load(Ordering::Acquire)
     }

@@ -1,9 +1,9 @@
-//! The plugin side: [`export_plugin!`](crate::export_plugin) offers the blocks that a `cdylib` registers, through the C
-//! contract. The blocks are the same code as built-in ones; what crosses the border is copied here, once.
+//! The plugin's side of the ABI. [`export_plugin!`](crate::export_plugin) exports the blocks that a `cdylib` registers.
+//! The blocks are the same code as built-in ones. What crosses the boundary is copied here, once.
 //!
-//! Blocks in plain candle ops are differentiated by candle's own graph inside the plugin; fused layers deposit their
-//! gradients as they do in the program. Every call runs on the plugin's own thread pool, as large as the host says, and
-//! a panic becomes an error.
+//! candle's autograd runs inside the plugin for blocks in plain candle operations. Fused layers add their gradients to
+//! the buffers as they do in the program. Every call runs on the plugin's own thread pool, whose size the host sets. A
+//! panic becomes an error.
 
 mod calls;
 mod instance;
@@ -17,9 +17,9 @@ use crate::abi::{self, Status, Text};
 use crate::registration::Registration;
 use mblm_compute::error::Error;
 
-/// Makes a `cdylib` a plugin: offers every block that [`register_block!`](crate::register_block) registers in it.
+/// Turns a `cdylib` into a plugin that exports every block registered with [`register_block!`](crate::register_block).
 ///
-/// `export_plugin!(deterministic = false)` for blocks that do not give the same bits twice.
+/// Use `export_plugin!(deterministic = false)` if the blocks do not give the same bits every time.
 #[macro_export]
 macro_rules! export_plugin {
     () => {

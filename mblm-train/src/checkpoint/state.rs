@@ -64,7 +64,7 @@ pub struct TrainState {
     pub plugins: Vec<PluginOrigin>,
 }
 
-/// A path for a reader: one that is not UTF-8 must not keep a run from being saved.
+/// Serializes a path for readers. A path that is not UTF-8 must not prevent a run from being saved.
 fn shown<S: Serializer>(path: &Option<PathBuf>, serializer: S) -> std::result::Result<S::Ok, S::Error> {
     path.as_ref().map(|path| path.to_string_lossy()).serialize(serializer)
 }
