@@ -1,4 +1,5 @@
-//! MBLM: Multiscale Byte Language Models. This crate gathers the library: the core, the built-in blocks and training.
+//! MBLM: Multiscale Byte Language Models. This crate re-exports the library: the core, the built-in blocks, data sets,
+//! training and studies.
 #![warn(missing_docs)]
 #![deny(clippy::print_stdout, clippy::print_stderr)]
 

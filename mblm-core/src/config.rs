@@ -1,4 +1,4 @@
-//! The model's configuration, field by field that of the reference package.
+//! The model's configuration. Its fields are those of the Python package.
 
 use std::sync::Arc;
 
@@ -10,13 +10,13 @@ use serde_yaml::Value;
 use crate::registry::BlockRegistry;
 use mblm_sdk::block::{MAX_LAYERS, MAX_WIDTH, PosEmb, StageBlock};
 
-/// Stages, at most: more that hold two tokens or more would not fit a context of 64 bits.
+/// The maximum number of stages. With more stages of at least two tokens, the context length would not fit in 64 bits.
 const MAX_STAGES: usize = 64;
 
 /// The configuration of a [`Mblm`](crate::model::Mblm). Lists are ordered from the global stage to the local one.
 ///
-/// In YAML, `block` is one mapping for all stages or a list with one per stage; see
-/// [`BlockRegistry::parse`] for how its type is found. Serialised, it is a list with every `block_type` filled in.
+/// In YAML, `block` is one mapping for all stages or a list with one per stage. [`BlockRegistry::parse`] finds its
+/// type. Serialized, it is a list with every `block_type` filled in.
 #[derive(Clone, Debug, Serialize, JsonSchema)]
 #[schemars(deny_unknown_fields)]
 pub struct MblmConfig {
@@ -60,8 +60,8 @@ impl MblmConfig {
         Self::from_section(document, path, registry)
     }
 
-    /// As [`from_document`](Self::from_document), for a section in which other fields stand too: the caller checks
-    /// that there are no unknown ones.
+    /// Like [`from_document`](Self::from_document), for a section with other fields too. The caller checks for unknown
+    /// fields.
     pub fn from_section(document: &Document, path: &str, registry: &BlockRegistry) -> Result<Self, ConfigError> {
         let numbers: Numbers = document.section(path)?;
         let section = Section { document, path };
@@ -183,7 +183,7 @@ impl Section<'_> {
     }
 }
 
-/// Checks that `id` is one of the vocabulary's.
+/// Checks that `id` is in the vocabulary.
 fn check_token_id(document: &Document, path: &str, id: usize, num_tokens: usize) -> Result<(), ConfigError> {
     if id < num_tokens {
         return Ok(());
@@ -191,7 +191,7 @@ fn check_token_id(document: &Document, path: &str, id: usize, num_tokens: usize)
     Err(document.error(path, format!("expected an id below num_tokens, which is {num_tokens}, found {id}")))
 }
 
-/// How the attention mask of a patch follows from those of its bytes.
+/// How the attention mask of a patch is derived from the masks of its bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum MaskReduce {
@@ -225,7 +225,7 @@ impl MblmEncoderConfig {
         Self::from_section(document, path, registry)
     }
 
-    /// As [`from_document`](Self::from_document), of a section that may have other fields too.
+    /// Like [`from_document`](Self::from_document), for a section with other fields too.
     pub fn from_section(document: &Document, path: &str, registry: &BlockRegistry) -> Result<Self, ConfigError> {
         #[derive(Deserialize)]
         struct Fields {

@@ -1,5 +1,5 @@
-//! The core of MBLM: a byte sequence is cut into patches of patches, and each level of that hierarchy, a *stage*, is
-//! run by a block of its own.
+//! The core of MBLM. A byte sequence is cut into patches, and patches into larger patches. Each level of this
+//! hierarchy, a *stage*, runs its own block.
 //!
 //! Shape letters: `B` batch, `L` bytes, `P_n` sequence length of stage n, `D_n` its width, `V` vocabulary.
 #![warn(missing_docs)]

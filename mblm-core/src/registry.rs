@@ -1,7 +1,7 @@
-//! Which block types there are, and which one a mapping in YAML means.
+//! The registry of block types. It finds the block that a YAML mapping means.
 //!
-//! typetag and inventory know the blocks of one linked binary; a [`BlockSource`] adds others, such as plugins loaded at
-//! run time.
+//! typetag and inventory know only the blocks of one linked binary. A [`BlockSource`] adds others, such as plugins that
+//! are loaded at run time.
 
 use std::sync::{Arc, LazyLock};
 
@@ -19,24 +19,24 @@ pub use mblm_sdk::registration::{TAG, block_type};
 pub struct BlockInfo {
     /// Its `block_type`.
     pub name: String,
-    /// What it is, in a line.
+    /// A one-line description.
     pub about: String,
     /// Other names that YAML may use.
     pub aliases: Vec<String>,
-    /// Whether YAML may leave out `block_type` where only this type accepts the fields.
+    /// Whether YAML may leave out `block_type` if only this type accepts the fields.
     pub infers: bool,
     /// The JSON Schema of its fields.
     pub schema: serde_json::Value,
-    /// Where it comes from: a source file and line, or a shared library.
+    /// Its origin: a source file and line, or a shared library.
     pub location: String,
 }
 
-/// Somewhere block types come from.
+/// A source of block types.
 pub trait BlockSource: Send + Sync {
     /// The types.
     fn blocks(&self) -> Vec<BlockInfo>;
 
-    /// Makes a block from its fields, a mapping without `block_type`. Unknown fields are an error.
+    /// Parses a block from its fields, a mapping without `block_type`. Unknown fields are an error.
     fn parse(&self, block_type: &str, fields: &Value) -> std::result::Result<Arc<dyn StageBlock>, ValueError>;
 }
 
@@ -80,7 +80,7 @@ pub struct BlockRegistry {
 type MakeRegistry = Box<dyn FnOnce() -> BlockRegistry + Send>;
 
 impl BlockRegistry {
-    /// No types at all: [`with_source`](Self::with_source) adds them.
+    /// An empty registry. Use [`with_source`](Self::with_source) to add types.
     pub fn empty() -> Self {
         BlockRegistry { sources: vec![], blocks: vec![], advice: String::new(), fallback: None }
     }
@@ -88,38 +88,38 @@ impl BlockRegistry {
     /// The types that are linked into this binary.
     ///
     /// # Errors
-    /// Two types with one name; says where both stand.
+    /// Two types have the same name. The error names both places.
     pub fn builtin() -> Result<Self> {
         Self::empty().with_source(Builtin)
     }
 
-    /// Uses the types of another registry where a configuration asks for one that is not in this registry: it names an
-    /// unknown `block_type`, or leaves it out and no type of this registry accepts the fields. `make` is called only then,
-    /// and once. A plugin is therefore opened only for a configuration that needs one.
+    /// Adds a fallback registry. It is used if a configuration names a `block_type` that is not in this registry, or
+    /// leaves it out and no type of this registry accepts the fields. `make` is called only then, and once. So a plugin
+    /// is opened only for a configuration that needs one.
     pub fn with_fallback(mut self, make: impl FnOnce() -> BlockRegistry + Send + 'static) -> Self {
         self.fallback = Some(Box::new(LazyLock::new(Box::new(make))));
         self
     }
 
-    /// Adds a sentence to the error about an unknown block type, such as where else the type may be found.
+    /// Adds a sentence to the error about an unknown block type, for example where else to look.
     pub fn with_advice(mut self, advice: impl Into<String>) -> Self {
         self.advice = advice.into();
         self
     }
 
-    /// These types and those of a source.
+    /// Adds the types of a source.
     ///
     /// # Errors
-    /// Two types with one name; says where both come from.
+    /// Two types have the same name. The error names both origins.
     pub fn with_source(mut self, source: impl BlockSource + 'static) -> Result<Self> {
         self.add_source(source)?;
         Ok(self)
     }
 
-    /// Adds the types of a source, all of them or, if it fails, none.
+    /// Adds all types of a source, or none if that fails.
     ///
     /// # Errors
-    /// Two types with one name; says where both come from.
+    /// Two types have the same name. The error names both origins.
     pub fn add_source(&mut self, source: impl BlockSource + 'static) -> Result<()> {
         let before = self.blocks.clone();
         for block in source.blocks() {
@@ -150,7 +150,7 @@ impl BlockRegistry {
         self.blocks().find(|block| block.name == name || block.aliases.iter().any(|alias| alias == name))
     }
 
-    /// What to add to "unknown block type".
+    /// The advice to add to "unknown block type".
     pub fn suggestion(&self, name: &str) -> String {
         let text = suggestion(name, &self.blocks().map(|block| block.name.as_str()).collect::<Vec<_>>());
         if self.advice.is_empty() { text } else { format!("{text}; {}", self.advice) }
@@ -161,8 +161,8 @@ impl BlockRegistry {
         self.fallback.as_ref().map_or(self, |fallback| LazyLock::force(fallback))
     }
 
-    /// The block at `path` of a document: the type that `block_type` names, or else the only one that accepts the
-    /// fields, among those that opt in to that.
+    /// Parses the block at `path` of a document. Its type is the one that `block_type` names, or else the only type
+    /// that accepts the fields, among those that opt in.
     pub fn parse(&self, document: &Document, path: &str) -> std::result::Result<Arc<dyn StageBlock>, ConfigError> {
         let value = document.require(path)?;
         let Some(fields) = value.as_mapping() else {

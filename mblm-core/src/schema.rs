@@ -1,5 +1,5 @@
-//! Reading a JSON Schema that anybody may have written. Its references may go round in a circle, and a few lines of it may
-//! unfold to more than any memory holds, so that every walk has bounds.
+//! Reads JSON Schemas from untrusted authors. References may form a cycle, and a few lines may expand to more than fits
+//! in memory, so every walk is bounded.
 
 use std::cell::Cell;
 

@@ -8,7 +8,7 @@ use serde::de::DeserializeOwned;
 use crate::error::{Error, Result};
 use crate::files::fingerprint::Fingerprint;
 
-/// One split of a data set: sequences of a fixed length, in a fixed order.
+/// A split of a data set: sequences of a fixed length, in a fixed order.
 ///
 /// As in the reference package, sequential data is read with an offset that grows by one with every epoch, so that
 /// the borders between sequences move; hence `epoch`.
@@ -37,19 +37,19 @@ pub trait Dataset: Send + Sync {
 
 /// A data set, opened and checked.
 pub struct Splits {
-    /// What is trained on.
+    /// The training split.
     pub train: Box<dyn Dataset>,
-    /// What is validated on.
+    /// The validation split.
     pub valid: Box<dyn Dataset>,
-    /// What a trained model is measured on, if the data set has such a split.
+    /// The test split, if the data set has one.
     pub test: Option<Box<dyn Dataset>>,
-    /// What was read and how it was split, in a line for the log.
+    /// A line for the log: what was read and how it was split.
     pub about: String,
-    /// Changes when the data do, so that a run is not resumed on other data.
+    /// Identifies the data, so that a run is not resumed on other data.
     pub fingerprint: Fingerprint,
 }
 
-/// What a data set is opened with.
+/// The options for opening a data set.
 #[derive(Clone, Copy, Debug)]
 pub struct DatasetOptions<'a> {
     /// `io.dataset_dir`.

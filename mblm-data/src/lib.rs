@@ -1,4 +1,4 @@
-//! Data sets: what a training run reads, in which order, and whether it is still what the run began with.
+//! Data sets: what a training run reads, in which order, and whether it has changed since the run started.
 #![warn(missing_docs)]
 #![deny(clippy::print_stdout, clippy::print_stderr)]
 

@@ -1,5 +1,5 @@
-//! The kinds of data sets. One is registered under its id by one line beside it,
-//! [`register_dataset!`](crate::register_dataset), and found by `io.dataset_id`.
+//! The registry of data sets. [`register_dataset!`](crate::register_dataset) registers a data set under its id, and
+//! `io.dataset_id` finds it.
 
 use mblm_base::nearest::nearest;
 
@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 pub struct DatasetKind {
     /// The name in `io.dataset_id`.
     pub id: &'static str,
-    /// What it reads, in a line.
+    /// A one-line description of what it reads.
     pub about: &'static str,
     /// Opens and checks it.
     pub open: fn(&DatasetOptions) -> Result<Splits>,

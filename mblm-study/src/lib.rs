@@ -1,4 +1,4 @@
-//! A study: several variants of a model, trained under one budget on the same bytes, each with several seeds.
+//! Studies: several variants of a model, trained under one budget on the same bytes, each with several seeds.
 //!
 //! A study's YAML is read to a [`Spec`]; with the block types it becomes a [`Plan`], in which everything is checked and
 //! every width is solved for; a [`Runner`] trains the runs of a plan, each in a process of its own. Its folder:

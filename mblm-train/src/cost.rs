@@ -1,4 +1,4 @@
-//! What a model costs, stage by stage: parameters, operations and memory, and the table of `mblm inspect`.
+//! The cost of a model, stage by stage: parameters, operations and memory, and the table of `mblm inspect`.
 
 use std::fmt;
 

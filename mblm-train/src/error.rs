@@ -1,4 +1,4 @@
-//! The library's one error type. Messages say what was found, what was expected and what to do.
+//! The error type of the library. Messages say what was found, what was expected, and what to do.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -27,7 +27,7 @@ pub enum Error {
         /// Which check failed.
         message: String,
     },
-    /// A loss or a gradient was infinite or not a number; the weights are those of before the step.
+    /// A loss or a gradient is infinite or NaN. The weights are those before the step.
     #[error(
         "training stopped at gradient step {step} (batch {batch}), before the weights changed: {what}; lower \
          train.learning_rate or set train.gradient_clipping, then resume from the last checkpoint"
@@ -40,10 +40,10 @@ pub enum Error {
         /// The first tensor that is not finite.
         what: String,
     },
-    /// A part of the program panicked while it trained, a block for example.
+    /// Something panicked during training, for example a block.
     #[error("training panicked: {0}")]
     Panic(String),
-    /// A configuration is wrong; says file, path, line, found and expected.
+    /// The configuration is invalid. The message has file, field, line, what was found, and what was expected.
     #[error(transparent)]
     Yaml(#[from] mblm_yaml::ConfigError),
     /// The model failed.
@@ -61,7 +61,7 @@ impl Error {
         matches!(self, Error::Config(_) | Error::Yaml(_) | Error::Core(Core::Input(_)))
     }
 
-    /// Whether a loss, a gradient or logits were not finite. That comes again bit for bit, so a retry is of no use.
+    /// Whether a loss, a gradient or logits were not finite. A retry would give the same result, bit for bit.
     pub fn is_not_finite(&self) -> bool {
         matches!(self, Error::NonFinite { .. } | Error::Core(mblm_core::Error::NotFinite(_)))
     }

@@ -1,4 +1,4 @@
-//! How well a model predicts bytes: the mean loss over batches of a split, and the bits per byte of whole files.
+//! Evaluation: the mean loss over batches of a split, and the bits per byte of files.
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};

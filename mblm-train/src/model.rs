@@ -114,8 +114,8 @@ impl Model {
         Self::of(&config.params.model, config.train.masking_proba.unwrap_or_default(), seed)
     }
 
-    /// As [`new`](Self::new), without memory for the parameters, to count them: a model of any size. A value that is
-    /// read all the same is drawn then.
+    /// Like [`new`](Self::new), but without allocating the parameters, to count a model of any size. Values that are
+    /// read anyway are drawn then.
     pub fn outline(config: &RunConfig, seed: u64) -> Result<Self> {
         Self::outline_of(&config.params.model, config.train.masking_proba.unwrap_or_default(), seed)
     }

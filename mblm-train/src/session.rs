@@ -1,5 +1,5 @@
-//! A run from start to end: what the program's `train` does. Nothing is written before everything is known to be good,
-//! and a run that fails goes on from its newest checkpoint, as often as is asked for.
+//! A run from start to end, as in `mblm train`. Nothing is written until everything has been validated. A run that
+//! fails continues from its newest checkpoint, up to the requested number of retries.
 
 use std::any::Any;
 use std::cell::OnceCell;
@@ -103,7 +103,7 @@ pub fn check(model: &dyn TrainModel, splits: Splits, config: &RunConfig) -> Resu
     Ok(trainer.plan().clone())
 }
 
-/// What a run is trained with.
+/// Everything that a run is trained with.
 pub struct Session<'a> {
     /// Its configuration.
     pub config: &'a RunConfig,
@@ -118,14 +118,14 @@ pub struct Session<'a> {
     pub changes: Vec<String>,
     /// Whether nothing is shown; the run's log has it all.
     pub quiet: bool,
-    /// Raised to end with a checkpoint.
+    /// Set to end with a checkpoint.
     pub stop: &'a AtomicBool,
     /// Whether it trains, so that `stop` will be noticed: at other times nothing is lost if the process just ends.
     pub listening: Option<&'a AtomicBool>,
 }
 
 impl<'a> Session<'a> {
-    /// A session of the model that `config` describes, without retries.
+    /// A session that trains the model of `config`, without retries.
     ///
     /// # Errors
     /// A block's configuration cannot be written.
@@ -135,23 +135,23 @@ impl<'a> Session<'a> {
         Ok(Session { config, build, place: None, retries: 0, changes: vec![], quiet: false, stop, listening: None })
     }
 
-    /// Starts a run and trains until its end or until `stop` is raised. Returns the run's folder and how it ended.
+    /// Starts a run and trains until its end, or until `stop` is set. Returns the run's folder and how it ended.
     ///
     /// # Errors
-    /// Mistakes in the configuration or its data, before anything is written; later, what ends the run.
+    /// Errors in the configuration or its data, before anything is written. Later: whatever ends the run.
     pub fn train(&self) -> Result<(PathBuf, Outcome)> {
         let started = OnceCell::new();
         let (run, ended) = self.start(&started)?;
         Ok((run.path().into(), self.retry(&run, ended, &started)?))
     }
 
-    /// Goes on with a run from its newest checkpoint. The configuration is what the run's
-    /// [`config.yaml`](RunFolder::config_yaml) says, or differs from it by what [`changes`](Self::changes) lists; then
-    /// the run has it from now on. A run that has ended is left as it is.
+    /// Resumes a run from its newest checkpoint. The configuration is the run's
+    /// [`config.yaml`](RunFolder::config_yaml), or differs from it by [`changes`](Self::changes); then the run keeps it
+    /// from now on. A finished run stays as it is.
     ///
     /// # Errors
-    /// Its newest checkpoint is damaged, or the configuration or the data do not fit it; then nothing in the folder has
-    /// changed. Later, what ends the run.
+    /// The newest checkpoint is damaged, or the configuration or the data do not fit it; nothing in the folder has
+    /// changed. Later: whatever ends the run.
     pub fn resume(&self, run: &RunFolder) -> Result<Outcome> {
         let started = OnceCell::new();
         let ended = self.go_on(run, &started, self.config, &self.changes)?;

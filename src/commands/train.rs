@@ -1,4 +1,4 @@
-//! `mblm train`: start a run, or go on with one.
+//! `mblm train`: start or resume a run.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};

@@ -1,5 +1,5 @@
-//! Incremental decoding through the whole hierarchy: the local stage advances per byte, a stage above when one of its
-//! patches is complete. The logits are those of the full forward pass.
+//! Incremental decoding through the whole hierarchy. The local stage advances with every byte, a stage above with every
+//! complete patch. The logits are those of the full forward pass.
 
 use candle_core::{DType, Device, Tensor};
 
@@ -10,7 +10,7 @@ use mblm_sdk::gemm::Update;
 use mblm_sdk::mode::Mode;
 use mblm_sdk::ops::linear;
 
-/// The state of a batch of sequences of equal length that grow together.
+/// The state of a batch of sequences that have the same length and grow together.
 pub struct Decoder<'m> {
     model: &'m Mblm,
     batch: usize,
@@ -31,7 +31,7 @@ struct StageState<'m> {
 }
 
 impl<'m> Decoder<'m> {
-    /// The state before any byte.
+    /// Creates an empty state.
     pub fn new(model: &'m Mblm, batch: usize) -> Result<Self> {
         if batch == 0 {
             return Err(Error::Input("expected a batch of at least one sequence, found none".into()));
@@ -43,17 +43,17 @@ impl<'m> Decoder<'m> {
         Ok(decoder)
     }
 
-    /// Bytes of each sequence so far.
+    /// The number of bytes of each sequence so far.
     pub fn len(&self) -> usize {
         self.history.len() / self.batch
     }
 
-    /// True before the first byte.
+    /// Whether there are no bytes yet.
     pub fn is_empty(&self) -> bool {
         self.history.is_empty()
     }
 
-    /// How many bytes a sequence can have; `None`: no limit, since stage 1 has no fixed positions.
+    /// The maximum number of bytes of a sequence. `None` if stage 1 has no fixed positions and there is no limit.
     pub fn limit(&self) -> Option<usize> {
         let hierarchy = self.model.hierarchy();
         match hierarchy.stages[0].input.positions {
@@ -67,12 +67,11 @@ impl<'m> Decoder<'m> {
         &self.logits
     }
 
-    /// Feeds a prompt, `(B, L)`, to a state that holds nothing yet. Costs little more than a pass of the global stage:
-    /// of every other stage only the newest sequence is run.
+    /// Feeds a prompt `(B, L)` to an empty state. This costs little more than one pass of the global stage, because
+    /// only the newest sequence of every other stage runs.
     ///
     /// # Errors
-    /// If the state holds bytes already, if the prompt is too long, or has ids outside the vocabulary; or if the logits
-    /// are not finite.
+    /// The state is not empty, the prompt is too long or has ids outside the vocabulary, or the logits are not finite.
     pub fn prefill(&mut self, prompt: &[u32]) -> Result<()> {
         if !self.is_empty() {
             return Err(Error::Input("prefill expects an empty decoder".into()));
@@ -110,7 +109,7 @@ impl<'m> Decoder<'m> {
     /// Feeds the next byte of each sequence, `(B)`.
     ///
     /// # Errors
-    /// If an id lies outside the vocabulary, the context is full, a block fails, or the logits are not finite.
+    /// An id is outside the vocabulary, the context is full, a block fails, or the logits are not finite.
     pub fn step(&mut self, bytes: &[u32]) -> Result<()> {
         self.check(bytes, 1)?;
         if self.is_empty() {

@@ -11,10 +11,10 @@ pub use stream::{Format, TokenStream};
 use crate::model::Mblm;
 use mblm_sdk::error::Result;
 
-/// When generation ends.
+/// The conditions under which generation ends.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Until {
-    /// At most this many new tokens; `None`: up to the context length `P_1 · … · P_N`.
+    /// The maximum number of new tokens. `None`: up to the context length `P_1 · … · P_N`.
     pub max_tokens: Option<usize>,
     /// A sequence ends after this token.
     pub stop_token: Option<u32>,
@@ -23,22 +23,22 @@ pub struct Until {
 /// Why a sequence ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ended {
-    /// It has as many tokens as were asked for.
+    /// It has the requested number of tokens.
     MaxTokens,
-    /// It came to the stop token.
+    /// It reached the stop token.
     StopToken,
     /// It fills the model's context.
     ContextLength,
-    /// The receiver of the tokens asked to end.
+    /// `receive` returned false.
     Receiver,
 }
 
-/// Continues `prompts` (all of one length, possibly 0) until each has ended; hands over every new token with the number
-/// of its sequence. `receive` returns false to end.
+/// Continues `prompts`, which have the same length (possibly 0), until each sequence has ended. Calls `receive` with
+/// the number of the sequence and every new token; it returns false to end.
 ///
 /// # Errors
-/// If the prompts differ in length, have ids outside the vocabulary or do not fit the context. A model without fixed
-/// positions takes longer prompts too, if `until` says how many tokens to make.
+/// The prompts differ in length, have ids outside the vocabulary, or do not fit the context. A model without fixed
+/// positions accepts longer prompts too, if `until` limits the number of tokens.
 pub fn generate(
     model: &Mblm,
     prompts: &[Vec<u32>],

@@ -1,22 +1,23 @@
-//! Choosing the next byte from its logits.
+//! Samples the next byte from its logits.
 
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 
 use mblm_sdk::error::{Error, Result};
 
-/// How the next byte is chosen. The filters apply one after another, in the order of the fields.
+/// How to sample the next byte. The filters apply one after the other, in the order of the fields.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Sampling {
-    /// Logits are divided by it: below 1 sharper, above 1 flatter, 0 always takes the likeliest byte.
+    /// Divides the logits: below 1 is sharper, above 1 is flatter, 0 always takes the most likely byte.
     pub temperature: f32,
-    /// The package's filter: keeps the `max(⌊(1 - filter_thres) V⌋, 1)` likeliest tokens; 1 keeps the likeliest alone.
+    /// The Python package's filter: keeps the `max(⌊(1 - filter_thres) V⌋, 1)` most likely tokens; 1 keeps only the
+    /// most likely one.
     pub filter_thres: Option<f64>,
-    /// Keeps the `k` likeliest tokens.
+    /// Keeps the `k` most likely tokens.
     pub top_k: Option<usize>,
-    /// Keeps the fewest likeliest tokens whose probabilities sum to `p` (Holtzman et al. 2019).
+    /// Keeps the smallest set of tokens whose probabilities sum to `p` (Holtzman et al. 2019).
     pub top_p: Option<f32>,
-    /// Keeps tokens at least `p` times as likely as the likeliest.
+    /// Keeps tokens that are at least `p` times as likely as the most likely one.
     pub min_p: Option<f32>,
     /// The same seed gives the same bytes.
     pub seed: u64,
@@ -29,7 +30,7 @@ impl Default for Sampling {
 }
 
 impl Sampling {
-    /// Always the likeliest byte; the lowest id among equals.
+    /// Always takes the most likely byte, and the lowest id among equals.
     pub fn greedy() -> Self {
         Sampling { temperature: 0.0, ..Self::default() }
     }
@@ -64,7 +65,7 @@ pub struct Sampler {
 
 impl Sampler {
     /// # Errors
-    /// If a setting lies outside its range.
+    /// A setting is outside its range.
     pub fn new(sampling: Sampling) -> Result<Self> {
         sampling.validate()?;
         Ok(Sampler { rng: ChaCha8Rng::seed_from_u64(sampling.seed), sampling })

@@ -1,13 +1,13 @@
-//! Writing generated tokens as they come: as UTF-8 text, as raw bytes, or as numbers.
+//! Writes generated tokens immediately: as UTF-8 text, raw bytes, or ids.
 
 use std::io::{self, Write};
 
 /// The form of the output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
-    /// Text; a byte sequence that is not UTF-8 becomes U+FFFD, as does a token that is no byte.
+    /// Text. Invalid UTF-8 and tokens that are not bytes become U+FFFD.
     Utf8,
-    /// Bytes as they are; tokens that are no bytes are left out.
+    /// Raw bytes. Tokens that are not bytes are left out.
     Raw,
     /// Token ids in decimal, one per line.
     Ids,
@@ -27,7 +27,7 @@ impl<W: Write> TokenStream<W> {
         TokenStream { out, format, partial: vec![] }
     }
 
-    /// Writes a token, flushed, so that it is seen at once.
+    /// Writes a token and flushes, so that it is visible immediately.
     pub fn write(&mut self, token: u32) -> io::Result<()> {
         match (self.format, u8::try_from(token)) {
             (Format::Ids, _) => writeln!(self.out, "{token}")?,
@@ -45,7 +45,7 @@ impl<W: Write> TokenStream<W> {
         self.out.flush()
     }
 
-    /// Writes what is left of an incomplete character, and flushes.
+    /// Writes the rest of an incomplete character, and flushes.
     pub fn finish(mut self) -> io::Result<W> {
         self.finish_text()?;
         self.out.flush()?;

@@ -1,4 +1,4 @@
-//! The encoder: the hierarchy without start tokens, under an attention mask, trained to restore masked bytes.
+//! The encoder: the hierarchy without start tokens and with an attention mask. It is trained to restore masked bytes.
 
 use candle_core::{Device, Tensor};
 
@@ -20,17 +20,17 @@ pub struct MblmEncoder {
 }
 
 impl MblmEncoder {
-    /// Builds the model with initial values that follow from `seed`.
+    /// Builds the model. `seed` determines its initial values.
     ///
     /// # Errors
-    /// As of [`Mblm::new`](super::Mblm::new).
+    /// Those of [`Mblm::new`](super::Mblm::new).
     pub fn new(config: &MblmEncoderConfig, seed: u64) -> Result<Self> {
         let model = Self::build(config, ParamStore::new(seed))?;
         model.params().draw();
         Ok(model)
     }
 
-    /// As [`Mblm::outline`](super::Mblm::outline).
+    /// Like [`Mblm::outline`](super::Mblm::outline).
     pub fn outline(config: &MblmEncoderConfig, seed: u64) -> Result<Self> {
         Self::build(config, ParamStore::unlimited(seed))
     }
@@ -39,7 +39,7 @@ impl MblmEncoder {
         Ok(MblmEncoder { hierarchy: Hierarchy::new(&config.mblm_config, params, false)?, config: config.clone() })
     }
 
-    /// What the model was built from.
+    /// The configuration that the model was built from.
     pub fn config(&self) -> &MblmEncoderConfig {
         &self.config
     }
@@ -54,7 +54,7 @@ impl MblmEncoder {
         self.hierarchy.stages.iter().map(|stage| &*stage.model)
     }
 
-    /// As [`Mblm::measure_activations`](super::Mblm::measure_activations); an encoder has no start tokens.
+    /// Like [`Mblm::measure_activations`](super::Mblm::measure_activations); an encoder has no start tokens.
     pub fn measure_activations<R>(&self, work: impl FnOnce() -> R) -> (R, Vec<f64>) {
         self.hierarchy.measure_activations(work)
     }
@@ -74,7 +74,7 @@ impl MblmEncoder {
         self.hierarchy.logits(&self.hidden_state(ids, attention_mask, mode)?, mode)
     }
 
-    /// The mean loss in nats over the positions that are attended to and whose weight is not zero.
+    /// The mean loss in nats over all positions that are attended to and have a nonzero weight.
     ///
     /// # Shapes
     /// - `ids`, `labels`, `attention_mask`, `loss_mask`: `(B, L)` or folded; returns a scalar

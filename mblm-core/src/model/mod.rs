@@ -1,4 +1,4 @@
-//! The hierarchy: a decoder ([`Mblm`]) and an encoder ([`MblmEncoder`]) over the same stages.
+//! The hierarchy: a decoder ([`Mblm`]) and an encoder ([`MblmEncoder`]) that share their stages.
 
 mod activations;
 mod encoder;
@@ -32,26 +32,26 @@ const LOGIT_ROWS: usize = 4096;
 
 /// A Multiscale Byte Language Model: predicts each byte from all bytes before it.
 ///
-/// Results come in the shape of the ids: flat ids `(B, L)` give `(B, L, …)`, folded ids `(B, P_1', P_2, …, P_N)` give
-/// `(B, P_1', P_2, …, P_N, …)`; start positions are dropped. An empty input, `(B, 0)`, gives one position, made from
-/// the start tokens.
+/// Results have the shape of the ids: flat ids `(B, L)` give `(B, L, …)`, folded ids `(B, P_1', P_2, …, P_N)` give `(B,
+/// P_1', P_2, …, P_N, …)`. Start positions are dropped. An empty input `(B, 0)` gives one position, computed from the
+/// start tokens.
 pub struct Mblm {
     hierarchy: Hierarchy,
 }
 
 impl Mblm {
-    /// Builds the model with initial values that follow from `seed`.
+    /// Builds the model. `seed` determines its initial values.
     ///
     /// # Errors
-    /// If a block refuses its width, or is not causal; or if the parameters do not fit in memory.
+    /// A block rejects its width or is not causal, or the parameters do not fit in memory.
     pub fn new(config: &MblmConfig, seed: u64) -> Result<Self> {
         let model = Self::build(config, ParamStore::new(seed))?;
         model.params().draw();
         Ok(model)
     }
 
-    /// As [`new`](Self::new), without memory for the parameters, to count them: a model of any size. A value that is
-    /// read all the same is drawn then.
+    /// Like [`new`](Self::new), but without allocating the parameters, to count a model of any size. Values that are
+    /// read anyway are drawn then.
     pub fn outline(config: &MblmConfig, seed: u64) -> Result<Self> {
         Self::build(config, ParamStore::unlimited(seed))
     }
@@ -67,7 +67,7 @@ impl Mblm {
         }
     }
 
-    /// What the model was built from.
+    /// The configuration that the model was built from.
     pub fn config(&self) -> &MblmConfig {
         &self.hierarchy.config
     }
@@ -82,9 +82,9 @@ impl Mblm {
         self.hierarchy.stages.iter().map(|stage| &*stage.model)
     }
 
-    /// Does `work` and measures meanwhile how large the stages' outputs are, from global to local: the root mean square
-    /// over all elements (sequences, positions with start tokens and padding, channels) of each stage's output; not a
-    /// number for a stage that did not run. Passes that other threads make at the same time count too.
+    /// Runs `work` and measures the scale of the stages' outputs, from global to local: the root mean square over all
+    /// elements (sequences, positions including start tokens and padding, channels). NaN for a stage that did not run.
+    /// Passes on other threads at the same time count too.
     pub fn measure_activations<R>(&self, work: impl FnOnce() -> R) -> (R, Vec<f64>) {
         self.hierarchy.measure_activations(work)
     }
@@ -93,7 +93,7 @@ impl Mblm {
         &self.hierarchy
     }
 
-    /// The input of the output layer: position l holds what predicts byte l + 1.
+    /// The input of the output layer. Position l predicts byte l + 1.
     ///
     /// # Shapes
     /// - `ids`: `(B, L)` or `(B, P_1', P_2, …, P_N)`, integers; returns `(B, L, D_N)` or `(B, P_1', …, P_N, D_N)`
@@ -113,8 +113,8 @@ impl Mblm {
         self.hierarchy.logits(&self.hidden_state(ids, mode)?, mode)
     }
 
-    /// The mean loss in nats over the bytes that are not the pad token and whose weight is not zero. The first byte is
-    /// predicted from the first start token. Without any such byte: 0, with a warning.
+    /// The mean loss in nats over all bytes that are not the pad token and have a nonzero weight. The first byte is
+    /// predicted from the first start token. Returns 0 with a warning if there is no such byte.
     ///
     /// # Shapes
     /// - `ids`: `(B, L)` or folded; `loss_mask`: the same shape, weights; returns a scalar
@@ -139,7 +139,7 @@ impl Mblm {
         }
     }
 
-    /// [`loss`](Self::loss) and [`logits`](Self::logits) of one forward pass.
+    /// Computes [`loss`](Self::loss) and [`logits`](Self::logits) in one forward pass.
     pub fn loss_and_logits(&self, ids: &Tensor, loss_mask: Option<&Tensor>, mode: Mode) -> Result<(Tensor, Tensor)> {
         let read = self.read(ids)?;
         let weights = loss_mask.map(|mask| read.beside("loss_mask", mask)).transpose()?;
@@ -152,10 +152,11 @@ impl Mblm {
         Ok((self.cross_entropy(&local, targets, mode)?, logits))
     }
 
-    /// The loss in nats of every byte, whose mean is [`loss`](Self::loss); NaN for the pad token, which is no target.
+    /// The loss in nats of every byte. Its mean is [`loss`](Self::loss). NaN for the pad token, which is never
+    /// predicted.
     ///
     /// # Errors
-    /// A loss that is not finite; names the stage that it comes from.
+    /// A loss is not finite. The error names the stage that caused it.
     ///
     /// # Shapes
     /// - returns `(B, L)`

@@ -1,7 +1,7 @@
-//! Blocks that are compiled apart from the program: the C contract ([`abi`]), what a plugin in Rust is made with
-//! ([`sdk`]), what the program loads plugins with ([`host`]), and what holds them against the contract ([`check`]).
+//! Blocks that are compiled separately from the program: the C contract ([`abi`]), the SDK for plugins in Rust
+//! ([`sdk`]), the host that loads plugins ([`host`]), and the checks of the contract ([`check`]).
 //!
-//! A plugin is trusted code: it runs with the rights of whoever runs the program.
+//! A plugin is trusted code. It runs with the rights of the user who runs the program.
 
 pub mod check;
 pub mod host;

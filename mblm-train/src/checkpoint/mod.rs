@@ -1,4 +1,4 @@
-//! A checkpoint: everything a run needs to go on, in a folder that is either whole or not there.
+//! A checkpoint: everything that a run needs to resume, in a folder that is either complete or absent.
 //!
 //! | file | holds |
 //! |---|---|
@@ -8,7 +8,7 @@
 //! | `config.yaml` | the run's configuration |
 //! | `manifest.json` | size and SHA-256 of each file |
 //!
-//! It is written under a temporary name beside its place, every file is synced and read back, then the folder is
+//! Checkpoints are written atomically: under a temporary name, with every file synced and read back. Then the folder is
 //! renamed and its parent synced.
 
 mod export;
@@ -112,7 +112,8 @@ impl Snapshot<'_> {
     }
 }
 
-/// A checkpoint on disk whose manifest fits its files' sizes. What is read from it is checked against its sum.
+/// A checkpoint on disk whose files have the sizes in the manifest. Everything that is read from it is verified by
+/// SHA-256.
 #[derive(Debug)]
 pub struct Checkpoint {
     path: PathBuf,

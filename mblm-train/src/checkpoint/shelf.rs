@@ -1,4 +1,4 @@
-//! The checkpoints of one run: saving the next, finding the newest or the best, and deleting what is not kept.
+//! The checkpoints of a run: saves the next, finds the newest or the best, and deletes the others.
 
 use std::collections::BTreeSet;
 use std::fs;

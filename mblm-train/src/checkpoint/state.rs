@@ -1,4 +1,4 @@
-//! Where a run stands: the file `state.json` of a checkpoint.
+//! The state of a run: the file `state.json` of a checkpoint.
 
 use std::path::PathBuf;
 

@@ -1,4 +1,5 @@
-//! The training loop: batches in, gradients accumulated, clipped and stepped on; losses logged, validated and saved.
+//! The training loop: reads batches; accumulates, clips and applies gradients; logs losses, validates and saves
+//! checkpoints.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -36,7 +37,7 @@ pub mod schedule;
 pub use restore::Remarks;
 pub(crate) use restore::check_data;
 
-/// Where a run leaves what it finds.
+/// Output of a run: checkpoints, losses, metrics, progress.
 pub struct Record {
     /// Its folder.
     pub folder: PathBuf,
@@ -52,14 +53,14 @@ pub struct Record {
     pub progress: Progress,
 }
 
-/// Why a run is not trained further.
+/// Why training ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum End {
-    /// It is where its configuration wanted it.
+    /// It reached the target of its configuration.
     Finished,
-    /// `train.max_seconds` are over.
+    /// It reached `train.max_seconds`.
     TimeLimit,
-    /// It was asked to stop.
+    /// It was interrupted.
     Stopped,
 }
 
@@ -74,7 +75,7 @@ pub struct Outcome {
     pub state: TrainState,
 }
 
-/// A model in training. All that decides its future is in its parameters, its optimizer and its [`TrainState`].
+/// A model in training. Its parameters, its optimizer and its [`TrainState`] determine everything that follows.
 pub struct Trainer<'a> {
     model: &'a dyn TrainModel,
     config: &'a RunConfig,
@@ -163,7 +164,7 @@ impl<'a> Trainer<'a> {
         (self.state.next, self.state.epoch_batches) = (next, Some(self.train.num_batches(next.epoch)));
     }
 
-    /// Takes over weights and moments of another run, whose place in data and schedule counts no more.
+    /// Takes over the weights and moments of another run, but not its place in the data and its schedule.
     pub fn take_over(&mut self, checkpoint: &Checkpoint) -> Result<()> {
         checkpoint.restore(self.model.params(), &mut self.adam)?;
         self.state.optimizer_step = self.adam.step_count();
@@ -212,8 +213,8 @@ impl<'a> Trainer<'a> {
         ))
     }
 
-    /// Runs one training sequence through the model and changes nothing: what the model does not take shows now, and
-    /// not when a run folder has been made.
+    /// Runs one training sequence through the model and changes nothing, so that an input that the model rejects is
+    /// found before a run folder is created.
     pub fn rehearse(&self) -> Result<()> {
         let batch = self.train.read(self.state.next)?;
         match self.model.loss(&sequences(&batch).first(), Mode::Eval) {
@@ -229,7 +230,7 @@ impl<'a> Trainer<'a> {
     /// is finished and a checkpoint saved, at the time limit with a validation.
     ///
     /// # Errors
-    /// A loss or a gradient that is not finite ends the run before the weights change; checkpoints stay.
+    /// A loss or a gradient is not finite. The run ends before the weights change; checkpoints stay.
     pub fn run(&mut self, record: &mut Record, stop: &AtomicBool, started: Instant) -> Result<Outcome> {
         let is_late = || self.config.train.max_seconds.is_some_and(|limit| started.elapsed().as_secs_f64() >= limit);
         // A window that a change of the configuration completed.

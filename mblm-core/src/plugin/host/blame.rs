@@ -1,4 +1,4 @@
-//! Names the plugin when the process crashes or exits inside a call into it.
+//! Names the plugin if the process crashes or exits during a call into it.
 //!
 //! A signal cannot become an error of the run: the plugin may have left anything behind. All that can be done is to write
 //! a line before the process ends, from a handler that may do almost nothing. An exit code of 0 from inside a plugin, on

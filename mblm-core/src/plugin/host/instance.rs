@@ -1,4 +1,4 @@
-//! Instances, tapes and states of a plugin, with the contract's rules about lifetime and threads kept by types.
+//! Instances, tapes and states of a plugin. Types enforce the contract's rules about lifetime and threads.
 
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -1,4 +1,4 @@
-//! An opened plugin: its table, checked field by field before anything in it is used.
+//! An opened plugin. Every field of its table is checked before it is used.
 
 use std::collections::BTreeMap;
 use std::error::Error;
@@ -37,7 +37,7 @@ pub struct LibraryBlock {
     pub block_type: &'static str,
     /// Its version.
     pub version: String,
-    /// What it is, in a line.
+    /// A one-line description.
     pub about: String,
     /// The JSON Schema of its fields.
     pub schema: serde_json::Value,

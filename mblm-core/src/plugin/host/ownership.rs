@@ -1,14 +1,15 @@
-//! Whether somebody else can change a file: a library that others can write runs their code with the user's rights.
+//! Checks whether somebody else can change a file. A library that others can write would run their code with the user's
+//! rights.
 
 use std::path::Path;
 
 /// Accepts a file that belongs to the user or to root, and that nobody else can write or replace.
 ///
-/// The file's folder must fulfil the same: whoever can write to it can put another file in place of this one. The folders
-/// above do not matter, since whatever is moved there still has to belong to the user or to root.
+/// The same applies to the file's folder, because whoever can write to it can replace the file. The folders above do
+/// not matter: whatever is moved there must still belong to the user or to root.
 ///
 /// # Errors
-/// Who can change it, and how to mend that.
+/// Somebody else can change it. The error says who, and how to fix that.
 #[cfg(unix)]
 pub fn check(file: &Path) -> Result<(), String> {
     check_one(file)?;

@@ -1,4 +1,4 @@
-//! Opening a library in a child process first: what crashes, exits or hangs there does so without harm.
+//! Opens a library in a child process first, where a crash, an exit or a hang does no harm.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;

@@ -1,6 +1,6 @@
-//! Where plugins are looked for, in this order: the folders (or files) given, those in `MBLM_PLUGIN_PATH`, folders that the
-//! user trusts, and the user's data folder. Never the current directory by itself, and no folder that somebody else can
-//! write to.
+//! The search path of plugins, in this order: the given folders (or files), those in `MBLM_PLUGIN_PATH`, folders that
+//! the user trusts, and the user's data folder. Never the current directory by default, and never a folder that
+//! somebody else can write to.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
