@@ -245,7 +245,7 @@ fn a_change_that_was_not_saved_is_named_by_the_next_resume() {
     let error = text(&output.stderr);
     assert_eq!(output.status.code(), Some(2), "{error}");
     assert!(
-        error.contains("train.learning_rate: 0.01, now 0.02") && error.contains("accept it with --force"),
+        error.contains("train.learning_rate: 0.01, now 0.02") && error.contains("accept the change with --force"),
         "{error}"
     );
     succeed(command(folder.path(), &[&resume[..], &["--force"]].concat()));

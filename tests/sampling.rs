@@ -55,7 +55,7 @@ fn several_samples_have_seeds_of_their_own() {
     assert!(said.starts_with("60 bytes (3 samples), ") && said.ends_with(" bytes/s\n"), "{said}");
     assert_eq!(mblm("generate", &args, "").1, text, "the same seed gives the same samples");
     let (code, _, said) = mblm("generate", &[&args[..], &["--format", "raw"]].concat(), "");
-    assert!(code == 2 && said.contains("--format raw is for one sample"), "{said}");
+    assert!(code == 2 && said.contains("--format raw supports only one sample"), "{said}");
 }
 
 #[test]
