@@ -111,9 +111,9 @@ fn what_is_exported_is_imported_again() {
     assert!(import(folder, "x.pth", "second").contains("47 tensors, loss 1.2500"));
     assert!(exported(folder, "first", "1.safetensors") == exported(folder, "second", "2.safetensors"));
     let again = mblm(folder, &["checkpoint", "export", "first", "--out", "1.safetensors"]);
-    assert!(again.code == 2 && again.err.contains("1.safetensors: exists already"), "{}", again.err);
+    assert!(again.code == 2 && again.err.contains("1.safetensors: already exists"), "{}", again.err);
     let again = mblm(folder, &["import", "x.pth", "--config", "run.yaml", "--out", "first"]);
-    assert!(again.code == 2 && again.err.contains("first: exists already"), "{}", again.err);
+    assert!(again.code == 2 && again.err.contains("first: already exists"), "{}", again.err);
     let named = mblm(folder, &["checkpoint", "export", "first", "--out", "y.pth"]);
     assert!(named.code == 2 && named.err.contains("--pth-names"), "{}", named.err);
 }

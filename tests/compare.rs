@@ -225,7 +225,7 @@ fn data_that_change_while_a_study_runs_make_the_next_runs_fail() {
     assert_eq!(study.wait().unwrap().code(), Some(1));
     let failed = |run: &str| fs::read_to_string(folder.path().join("out/failed").join(format!("{run}.txt")));
     let why = failed(SLOW_RUNS[1]).unwrap();
-    let want = "the data are not those that the study began with: resized: data.txt (";
+    let want = "the data are not those that the study started with: resized: data.txt (";
     assert!(why.contains(want) && failed(SLOW_RUNS[0]).is_err(), "{why}");
     let (code, _, error) = mblm(folder.path(), &["compare", "study.yaml", "--retry-failed"]);
     assert!(code == 2 && error.contains(&format!("{} was trained on other data", SLOW_RUNS[0])), "{error}");

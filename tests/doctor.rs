@@ -240,7 +240,7 @@ fn every_fault_is_named_with_its_stage() {
 fn the_whole_model_is_held_to_the_same() {
     let found = |fault: &str| problems(&report(2, &format!("{{block_type: faulty, fault: {fault}}}")));
     for (fault, want) in [
-        ("leak", "the model: causal: byte "),
+        ("leak", "the model: causal: the logits at byte "),
         ("decoder", "the model: cached == full: the logits after "),
         (
             "batch",

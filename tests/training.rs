@@ -125,7 +125,7 @@ fn masking_is_for_encoders_and_only_for_these() {
     let cases = [
         (ENCODER, "train.early_stop=3", "train: missing field `masking_proba`"),
         (ENCODER, "train.masking_proba=0", "train.masking_proba: expected a share above 0, up to 1, found 0"),
-        (GENERATIVE, "train.masking_proba=0.1", "train.masking_proba: is for encoders"),
+        (GENERATIVE, "train.masking_proba=0.1", "train.masking_proba: only encoders"),
         (GENERATIVE, "train.precision=half", "train.precision: unknown value \"half\"; expected"),
         (GENERATIVE, "train.betas=[0.9, 1.0]", "train.betas: expected two rates from 0 to below 1, found [0.9, 1]"),
     ];

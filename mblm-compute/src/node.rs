@@ -18,13 +18,14 @@ pub trait Node: Send + Sync + 'static {
     /// The shape of the output.
     fn shape(&self) -> Shape;
 
-    /// Writes the output to `y`, which arrives zeroed, and returns the tape.
+    /// Writes the output to `y`, which is zero before, and returns the tape.
     ///
     /// # Errors
     /// Those of what the node runs, such as a plugin. They end the pass.
     fn forward(&self, inputs: &[&[f32]], y: &mut [f32]) -> Result<Self::Tape>;
 
-    /// Writes the gradient of each input to `grads`, which arrive zeroed, and adds those of the parameters.
+    /// Writes the gradient of each input to `grads`, which are zero before, and adds those of the parameters to their
+    /// buffers.
     ///
     /// # Errors
     /// As of [`forward`](Self::forward).

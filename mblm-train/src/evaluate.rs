@@ -138,7 +138,7 @@ pub fn evaluate_parts(
     let mut file = 0;
     for_sequences(&corpus, options, |at, sequences| {
         let Some(losses) = model.byte_losses(sequences)? else {
-            return Err(Error::Config("an encoder restores masked bytes; only its mean loss can be measured".into()));
+            return Err(Error::Config("this is an encoder; only its mean loss can be measured".into()));
         };
         let cols = sequences.len;
         for (i, loss) in losses.into_iter().enumerate() {

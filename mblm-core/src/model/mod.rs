@@ -124,8 +124,8 @@ impl Mblm {
         Ok(warned(self.mean_loss(&ids, weights.as_deref(), mode)?))
     }
 
-    /// [`loss`](Self::loss), and the number of bytes that it is the mean of; 0 of none, without a warning. Means of
-    /// several batches are made of it.
+    /// Like [`loss`](Self::loss), and returns the number of bytes too, so that losses of several batches can be
+    /// averaged. Returns 0 of 0 bytes without a warning.
     pub fn counted_loss(&self, sequences: &Sequences, mode: Mode) -> Result<(Tensor, usize)> {
         self.mean_loss(&self.take(sequences)?, sequences.loss_mask, mode)
     }

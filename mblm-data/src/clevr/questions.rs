@@ -152,7 +152,7 @@ mod tests {
             error.to_string()
         };
         assert!(message("[]x").contains("expected an object with a list \"questions\""));
-        assert!(message(r#"{"questions": []}"#).contains("holds no questions"));
+        assert!(message(r#"{"questions": []}"#).contains("contains no questions"));
         let maybe = message(&THREE.replace("\"no\"", "\"maybe\""));
         assert!(maybe.contains("question 2: the answer \"maybe\" is not one of the 28"), "{maybe}");
         assert_eq!(open(&THREE.replace("\"no\"", "\"maybe\"")).unwrap().check(false).unwrap(), 1);

@@ -49,7 +49,7 @@ mod tests {
         let weights = Tensors::from([("w".to_string(), (vec![2], vec![1.0, 2.0]))]);
         export_pth(&weights, None, &path).unwrap();
         let error = export_pth(&Tensors::new(), None, &path).unwrap_err();
-        assert!(error.is_configuration() && error.to_string().contains("w.pth: exists already"), "{error}");
+        assert!(error.is_configuration() && error.to_string().contains("w.pth: already exists"), "{error}");
         assert_eq!(pth::read(&path).unwrap(), pth::Saved { weights, loss: f64::INFINITY, ..Default::default() });
         let failing = folder.path().join("x.pth");
         write_new(&failing, |_| Err(io::ErrorKind::StorageFull.into())).unwrap_err();
