@@ -10,7 +10,7 @@ use crate::block::{StageBlock, StageModel};
 use mblm_compute::error::{Error, Result};
 use mblm_compute::layer::Dims;
 use mblm_compute::mode::Mode;
-use mblm_compute::param::{Param, ParamStore};
+use mblm_compute::param::{Param, ParamStore, Part};
 
 /// Advice for a parameter without a gradient.
 pub const WITHOUT_GRADIENT: &str = "use it in `forward`, or do not create it; no operation between it and the output may cut \
@@ -140,13 +140,14 @@ pub fn is_causal(model: &dyn StageModel, dims: Dims, positions: &[usize]) -> Res
 /// The block cannot be built at this width.
 pub fn build_alone(
     block: &dyn StageBlock,
-    place: &str,
+    stage: usize,
     dim: usize,
     num_layers: usize,
     seed: u64,
 ) -> Result<(ParamStore, Box<dyn StageModel>)> {
     let mut store = ParamStore::new(seed);
-    let model = block.build(dim, num_layers, &mut store.root().sub(place))?;
+    let model =
+        block.build(dim, num_layers, &mut store.root().sub("stage_models").sub(stage).of(Part::Stage(stage)))?;
     Ok((store, model))
 }
 

@@ -3,6 +3,7 @@
 use std::fmt;
 
 use mblm_core::config::MblmConfig;
+use mblm_core::param::Part;
 use mblm_core::registry::block_type;
 use mblm_core::{ParamStore, StageModel};
 use serde::{Deserialize, Serialize};
@@ -27,7 +28,7 @@ pub struct Step {
 
 /// What a part of the model costs. `None` where a block does not say.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Part {
+pub struct PartCost {
     /// Learned numbers.
     pub parameters: usize,
     /// Floating point operations of a forward pass.
@@ -49,7 +50,7 @@ pub struct Stage {
     pub num_layers: usize,
     /// What its model costs.
     #[serde(flatten)]
-    pub part: Part,
+    pub part: PartCost,
 }
 
 /// A model's costs.
@@ -61,13 +62,13 @@ pub struct ModelCost {
     /// From global to local.
     pub stages: Vec<Stage>,
     /// Token embeddings with their projections, positions and start tokens.
-    embeddings: Part,
+    embeddings: PartCost,
     /// From each stage to the next.
-    projections: Part,
+    projections: PartCost,
     /// The logits.
-    head: Part,
+    head: PartCost,
     /// The whole model.
-    pub total: Part,
+    pub total: PartCost,
     /// The most memory that a training step holds at once, in bytes.
     peak_bytes: Option<f64>,
     /// What it holds in any case.
@@ -89,9 +90,9 @@ impl ModelCost {
             })
             .collect();
         let (embeddings, projections, head) = (counts.embeddings(), counts.projections(), counts.head());
-        let parts: Vec<&Part> =
+        let parts: Vec<&PartCost> =
             stages.iter().map(|stage| &stage.part).chain([&embeddings, &projections, &head]).collect();
-        let total = Part {
+        let total = PartCost {
             parameters: params.num_elements(),
             flops_per_byte: parts.iter().map(|part| part.flops_per_byte).sum(),
             activation_bytes: parts.iter().map(|part| part.activation_bytes).sum(),
@@ -165,9 +166,8 @@ impl Counts<'_> {
         sum(floats) * FLOAT_BYTES
     }
 
-    fn parameters(&self, prefixes: &[&str]) -> usize {
-        let counted = self.params.iter().filter(|p| prefixes.iter().any(|prefix| p.name().starts_with(prefix)));
-        counted.map(|p| p.len()).sum()
+    fn parameters(&self, counts: impl Fn(Part) -> bool) -> usize {
+        self.params.iter().filter(|param| param.part().is_some_and(&counts)).map(|param| param.len()).sum()
     }
 
     /// Into how many chunks the sequences of stage `n` are cut.
@@ -188,7 +188,7 @@ impl Counts<'_> {
         2.0 * kept / self.config.num_layers[n] as f64 * at_once * positions * FLOAT_BYTES
     }
 
-    fn stage(&self, n: usize, model: Option<&dyn StageModel>) -> Part {
+    fn stage(&self, n: usize, model: Option<&dyn StageModel>) -> PartCost {
         // The start token is a position too.
         let positions = self.seq_len(n) + 1.0;
         let sequences = self.step_bytes() / (self.seq_len(n) * self.patch_bytes(n));
@@ -199,59 +199,64 @@ impl Counts<'_> {
             Some(chunks) => sequences * inputs + (sequences / chunks).ceil() * per_position,
             None => sequences * per_position,
         };
-        Part {
-            parameters: self.parameters(&[&format!("stage_models.{n}.")]),
+        PartCost {
+            parameters: self.parameters(|part| part == Part::Stage(n)),
             flops_per_byte: cost.map(|cost| cost.flops * positions / (self.seq_len(n) * self.patch_bytes(n))),
             activation_bytes: cost.map(|cost| kept(cost.activations) * positions * FLOAT_BYTES),
         }
     }
 
-    /// Floating point operations per byte of the matrices under `prefix`. `every` tells, from the number in the name,
-    /// how many bytes lie between two applications.
-    fn matrix_flops(&self, prefix: &str, every: impl Fn(usize) -> f64) -> f64 {
-        let matrices = self.params.iter().filter(|p| p.name().starts_with(prefix) && p.shape().len() == 2);
-        let used = matrices.filter(|p| !p.name().contains("embedding"));
-        let number = |name: &str| name.split('.').nth(1).and_then(|part| part.parse().ok()).unwrap_or(0);
-        sum(used.map(|p| 2.0 * p.len() as f64 / every(number(p.name()))))
+    /// Floating point operations per byte of the matrices of some parts. `every` gives the bytes between two
+    /// applications; none for other parts.
+    fn matrix_flops(&self, every: impl Fn(Part) -> Option<f64>) -> f64 {
+        // A table of embeddings is looked up.
+        let matrices = self.params.iter().filter(|param| param.shape().len() == 2 && param.zero_row().is_none());
+        sum(matrices.filter_map(|param| Some(2.0 * param.len() as f64 / every(param.part()?)?)))
     }
 
-    fn embeddings(&self) -> Part {
+    fn embeddings(&self) -> PartCost {
         let (last, dims) = (self.config.num_stages() - 1, &self.config.hidden_dims);
         // Of a stage above the local one: its tokens before and after the second norm.
         let above = |n: usize| 2.0 * dims[n] as f64 / self.patch_bytes(n);
         let local = if self.local_is_chunked() { 0.0 } else { dims[last] as f64 };
         let floats_per_byte = local + sum((0..last).map(above));
-        Part {
-            parameters: self.parameters(&["token_embs_rev.", "pos_embs.", "start_tokens."]),
-            // Named from the local stage up.
-            flops_per_byte: Some(self.matrix_flops("token_embs_rev.", |i| self.patch_bytes(last - i.min(last)))),
+        PartCost {
+            parameters: self
+                .parameters(|part| matches!(part, Part::Embedding(_) | Part::Positions(_) | Part::Start(_))),
+            flops_per_byte: Some(self.matrix_flops(|part| match part {
+                Part::Embedding(n) => Some(self.patch_bytes(n)),
+                _ => None,
+            })),
             activation_bytes: Some(floats_per_byte * self.step_bytes() * FLOAT_BYTES),
         }
     }
 
-    fn projections(&self) -> Part {
+    fn projections(&self) -> PartCost {
         let last = self.config.num_stages() - 1;
         // Where the local stage is cut into chunks, what the last projection says lies in memory four times at the peak:
         // itself, and its gradient as a zero, a summand and a sum. About as much again stays with the allocator.
         let copies = |n: usize| if n + 1 == last && self.local_is_chunked() { 5.0 } else { 1.0 };
         let kept = |n: usize| copies(n) * self.config.hidden_dims[n + 1] as f64 / self.patch_bytes(n + 1);
-        Part {
-            parameters: self.parameters(&["to_next_stage_proj."]),
-            flops_per_byte: Some(self.matrix_flops("to_next_stage_proj.", |n| self.patch_bytes(n.min(last)))),
+        PartCost {
+            parameters: self.parameters(|part| matches!(part, Part::Projection(_))),
+            flops_per_byte: Some(self.matrix_flops(|part| match part {
+                Part::Projection(n) => Some(self.patch_bytes(n)),
+                _ => None,
+            })),
             activation_bytes: Some(sum((0..last).map(kept)) * self.step_bytes() * FLOAT_BYTES),
         }
     }
 
-    fn head(&self) -> Part {
+    fn head(&self) -> PartCost {
         // The gradient of its input, kept from forward on and scattered in backward.
         let kept = if self.local_is_chunked() {
             0.0
         } else {
             2.0 * self.config.hidden_dims[self.config.num_stages() - 1] as f64
         };
-        Part {
-            parameters: self.parameters(&["to_logits."]),
-            flops_per_byte: Some(self.matrix_flops("to_logits.", |_| 1.0)),
+        PartCost {
+            parameters: self.parameters(|part| part == Part::Head),
+            flops_per_byte: Some(self.matrix_flops(|part| (part == Part::Head).then_some(1.0))),
             activation_bytes: Some(kept * self.step_bytes() * FLOAT_BYTES),
         }
     }
@@ -300,7 +305,7 @@ impl fmt::Display for ModelCost {
     }
 }
 
-impl Part {
+impl PartCost {
     fn cells(&self) -> [String; 3] {
         let parameters = metric(self.parameters as f64).trim_end().to_string();
         let flops = or_unknown(self.flops_per_byte, metric).trim_end().to_string();
@@ -401,23 +406,23 @@ mod tests {
             blocks: vec![Arc::new(Toy {}), Arc::new(Toy {}), Arc::new(Toy {})],
         };
         let mut params = ParamStore::new(0);
-        let shapes: [(&str, &[usize]); 12] = [
-            ("stage_models.0.w", &[5]),
-            ("stage_models.1.w", &[6]),
-            ("stage_models.2.w", &[7]),
-            ("token_embs_rev.0.embedding.weight", &[10, 4]),
-            ("token_embs_rev.1._post.2.weight", &[6, 8]),
-            ("token_embs_rev.2._post.2.weight", &[8, 24]),
-            ("token_embs_rev.2._post.2.bias", &[8]),
-            ("pos_embs.1.weight", &[3, 6]),
-            ("start_tokens.0", &[8]),
-            ("to_next_stage_proj.0.1.weight", &[18, 8]),
-            ("to_next_stage_proj.1.1.weight", &[8, 6]),
-            ("to_logits.weight", &[10, 4]),
+        let shapes: [(Part, &str, &[usize]); 11] = [
+            (Part::Stage(0), "w0", &[5]),
+            (Part::Stage(1), "w1", &[6]),
+            (Part::Stage(2), "w2", &[7]),
+            (Part::Embedding(1), "e1", &[6, 8]),
+            (Part::Embedding(0), "e0", &[8, 24]),
+            (Part::Embedding(0), "b0", &[8]),
+            (Part::Positions(1), "p1", &[3, 6]),
+            (Part::Start(0), "s0", &[8]),
+            (Part::Projection(0), "n0", &[18, 8]),
+            (Part::Projection(1), "n1", &[8, 6]),
+            (Part::Head, "out", &[10, 4]),
         ];
-        for (name, shape) in shapes {
-            params.root().param(name, shape, Init::Const(0.0)).unwrap();
+        for (part, name, shape) in shapes {
+            params.root().of(part).param(name, shape, Init::Const(0.0)).unwrap();
         }
+        params.root().of(Part::Embedding(2)).embedding(10, 4, Some(0)).unwrap();
         let model = |cost: Option<f64>| {
             let cost = cost.map(|cost| Cost { flops: cost, activations: 100.0 });
             Box::new(ToyModel(cost)) as Box<dyn StageModel>
@@ -431,8 +436,8 @@ mod tests {
     #[test]
     fn parts_add_up() {
         let report = report(None, [Some(1.0), Some(10.0), Some(100.0)], STEP);
-        let stages: Vec<Part> = report.stages.iter().map(|stage| stage.part).collect();
-        let part = |parameters, flops, floats| Part {
+        let stages: Vec<PartCost> = report.stages.iter().map(|stage| stage.part).collect();
+        let part = |parameters, flops, floats| PartCost {
             parameters,
             flops_per_byte: Some(flops),
             activation_bytes: Some(floats * 4.0),

@@ -3,7 +3,8 @@
 
 use std::path::{Path, PathBuf};
 
-use mblm_core::ParamStore;
+use mblm_core::param::Part;
+use mblm_core::{Param, ParamStore};
 use mblm_data::batches::Cursor;
 use mblm_pth::{self as pth, Saved};
 
@@ -69,7 +70,7 @@ pub fn load(model: &dyn TrainModel, saved: Saved, migrate_embeddings: bool) -> R
         return Err(mblm_core::Error::Weights(message).into());
     }
     if migrate_embeddings {
-        store.iter().for_each(|param| extend(&mut weights, param.name(), param.shape(), &param.values()));
+        store.iter().for_each(|param| extend(&mut weights, param));
     }
     let buffers = take_buffers(&mut weights, model);
     store.load(&weights).map_err(|error| match error {
@@ -155,10 +156,10 @@ fn take_buffers(weights: &mut Tensors, model: &dyn TrainModel) -> Result<()> {
 }
 
 /// Gives a table of embeddings, or the output layer, the rows of `initial` that it lacks.
-fn extend(weights: &mut Tensors, name: &str, shape: &[usize], initial: &[f32]) {
-    let is_table = name.starts_with("token_embs_rev.") && name.ends_with(".embedding.weight");
-    let is_output = ["to_logits.weight", "to_logits.bias"].contains(&name);
-    let Some((found, values)) = weights.get_mut(name).filter(|_| is_table || is_output) else { return };
+fn extend(weights: &mut Tensors, param: &Param) {
+    let has_row_per_token = param.zero_row().is_some() || param.part() == Some(Part::Head);
+    let (shape, initial) = (param.shape(), param.values());
+    let Some((found, values)) = weights.get_mut(param.name()).filter(|_| has_row_per_token) else { return };
     if found.len() == shape.len() && found[0] < shape[0] && found[1..] == shape[1..] {
         values.extend(&initial[values.len()..]);
         *found = shape.to_vec();
@@ -236,16 +237,18 @@ mod tests {
 
     #[test]
     fn missing_rows_keep_their_initial_values() {
-        let table = |name: &str| (name.to_string(), (vec![2, 2], vec![1.0, 2.0, 3.0, 4.0]));
-        let mut weights = Tensors::from(["token_embs_rev.1.embedding.weight", "to_logits.weight", "other"].map(table));
-        let initial = [9.0; 6];
-        for name in ["token_embs_rev.1.embedding.weight", "to_logits.weight"] {
-            extend(&mut weights, name, &[3, 2], &initial);
-            assert_eq!(weights[name], (vec![3, 2], vec![1.0, 2.0, 3.0, 4.0, 9.0, 9.0]));
-        }
-        extend(&mut weights, "other", &[3, 2], &initial);
+        let mut store = ParamStore::new(0);
+        store.root().sub("table").of(Part::Embedding(1)).embedding(3, 2, Some(0)).unwrap();
+        store.root().of(Part::Head).param("out", &[3, 2], Init::Const(9.0)).unwrap();
+        store.root().of(Part::Head).param("small", &[1, 2], Init::Const(9.0)).unwrap();
+        store.root().of(Part::Stage(0)).param("other", &[3, 2], Init::Const(9.0)).unwrap();
+        let tensor = |name: &str| (name.to_string(), (vec![2, 2], vec![1.0, 2.0, 3.0, 4.0]));
+        let mut weights = Tensors::from(["table.weight", "out", "small", "other"].map(tensor));
+        store.iter().for_each(|param| extend(&mut weights, param));
+        assert_eq!(weights["out"], (vec![3, 2], vec![1.0, 2.0, 3.0, 4.0, 9.0, 9.0]));
+        let initial = store.get("table.weight").unwrap().values().to_vec();
+        assert_eq!(weights["table.weight"], (vec![3, 2], [&[1.0, 2.0, 3.0, 4.0], &initial[4..]].concat()));
         assert_eq!(weights["other"].0, [2, 2], "only tables of tokens grow");
-        extend(&mut weights, "to_logits.weight", &[2, 2], &initial);
-        assert_eq!(weights["to_logits.weight"].0, [3, 2], "nothing shrinks");
+        assert_eq!(weights["small"].0, [2, 2], "nothing shrinks");
     }
 }

@@ -7,12 +7,14 @@
 mod candle;
 mod gradient;
 mod init;
+mod part;
 mod store;
 mod value;
 
 pub use candle::CandleModule;
 pub use gradient::Gradient;
 pub use init::{Init, Start};
+pub use part::Part;
 pub use store::{MAX_TENSORS, decays_by_name, fold_gradients};
 pub use store::{ParamScope, ParamStore};
 pub use value::{Loan, Param, Values};

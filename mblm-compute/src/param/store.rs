@@ -8,7 +8,8 @@ use candle_core::backprop::GradStore;
 use rayon::prelude::*;
 
 use super::init::{Init, Start};
-use super::value::Param;
+use super::part::Part;
+use super::value::{Made, Param};
 use crate::error::{Error, Result};
 use crate::parallel;
 use mblm_base::memory;
@@ -47,7 +48,7 @@ impl ParamStore {
 
     /// Returns the scope without a prefix.
     pub fn root(&mut self) -> ParamScope<'_> {
-        ParamScope { store: self, prefix: String::new(), may_decay: true }
+        ParamScope { store: self, prefix: String::new(), may_decay: true, part: None }
     }
 
     /// The parameters, sorted by name.
@@ -159,6 +160,7 @@ pub struct ParamScope<'a> {
     prefix: String,
     /// Whether weight decay may act on what is created here.
     may_decay: bool,
+    part: Option<Part>,
 }
 
 impl ParamScope<'_> {
@@ -173,9 +175,19 @@ impl ParamScope<'_> {
         ParamScope { may_decay: false, ..self.reborrow() }
     }
 
+    /// The same scope, for a part of the model: what is created in it belongs to that part.
+    pub fn of(&mut self, part: Part) -> ParamScope<'_> {
+        ParamScope { part: Some(part), ..self.reborrow() }
+    }
+
+    /// The part of the model that the scope is for.
+    pub fn part(&self) -> Option<Part> {
+        self.part
+    }
+
     /// The same scope, for a shorter time.
     pub(super) fn reborrow(&mut self) -> ParamScope<'_> {
-        ParamScope { store: self.store, prefix: self.prefix.clone(), may_decay: self.may_decay }
+        ParamScope { store: self.store, prefix: self.prefix.clone(), may_decay: self.may_decay, part: self.part }
     }
 
     /// The prefix of this scope. Together with the model's seed, it identifies the random stream of a module.
@@ -213,7 +225,8 @@ impl ParamScope<'_> {
         }
         let num_elements = self.store.num_elements_with(&name, shape)?;
         let decay = decay && self.may_decay;
-        let param = Arc::new(Param::new(name.clone(), shape, self.store.seed, start, zero_row, decay));
+        let made = Made { seed: self.store.seed, start, zero_row, weight_decay: decay, part: self.part };
+        let param = Arc::new(Param::new(name.clone(), shape, made));
         self.store.num_elements = num_elements;
         self.store.params.insert(name, param.clone());
         Ok(param)

@@ -11,6 +11,7 @@ use sha2::{Digest, Sha256};
 
 use super::gradient::Gradient;
 use super::init::Start;
+use super::part::Part;
 use crate::error::Result;
 use crate::mode::Mode;
 
@@ -20,13 +21,20 @@ pub struct Param {
     shape: Vec<usize>,
     /// Initialized when it is first read.
     var: OnceLock<Var>,
-    /// Of the store.
-    seed: u64,
     grad: Mutex<Gradient>,
     version: AtomicU64,
-    zero_row: Option<usize>,
-    weight_decay: bool,
-    start: Start,
+    made: Made,
+}
+
+/// What is said of a parameter where it is created.
+#[derive(Clone, Copy)]
+pub(super) struct Made {
+    /// Of the store.
+    pub seed: u64,
+    pub start: Start,
+    pub zero_row: Option<usize>,
+    pub weight_decay: bool,
+    pub part: Option<Part>,
 }
 
 /// Ends a loan when it is dropped.
@@ -58,26 +66,10 @@ impl Deref for Values<'_> {
 }
 
 impl Param {
-    /// A parameter whose values are drawn later, by `seed` and `name`.
-    pub(super) fn new(
-        name: String,
-        shape: &[usize],
-        seed: u64,
-        start: Start,
-        zero_row: Option<usize>,
-        weight_decay: bool,
-    ) -> Self {
-        Param {
-            name,
-            shape: shape.into(),
-            var: OnceLock::new(),
-            seed,
-            grad: Mutex::default(),
-            version: AtomicU64::new(0),
-            zero_row,
-            weight_decay,
-            start,
-        }
+    /// A parameter whose values are drawn later, by the store's seed and `name`.
+    pub(super) fn new(name: String, shape: &[usize], made: Made) -> Self {
+        let (var, grad, version) = (OnceLock::new(), Mutex::default(), AtomicU64::new(0));
+        Param { name, shape: shape.into(), var, grad, version, made }
     }
 
     /// The name in checkpoints, for example `stage_models.0.norm.g`.
@@ -102,17 +94,22 @@ impl Param {
 
     /// Whether weight decay applies. False for biases, gains, embeddings, `A_log` and `D`.
     pub fn weight_decay(&self) -> bool {
-        self.weight_decay
+        self.made.weight_decay
     }
 
     /// How the initial values were drawn.
     pub fn start(&self) -> Start {
-        self.start
+        self.made.start
+    }
+
+    /// The part of the model that it belongs to, if whoever created it says.
+    pub fn part(&self) -> Option<Part> {
+        self.made.part
     }
 
     /// The row of an embedding that stays zero.
     pub fn zero_row(&self) -> Option<usize> {
-        self.zero_row
+        self.made.zero_row
     }
 
     /// The variable, if its values were drawn.
@@ -123,12 +120,12 @@ impl Param {
     pub(super) fn var(&self) -> &Var {
         self.var.get_or_init(|| {
             let mut hash = Sha256::new();
-            hash.update(self.seed.to_le_bytes());
+            hash.update(self.made.seed.to_le_bytes());
             hash.update(self.name.as_bytes());
-            let Start { init, gain } = self.start;
+            let Start { init, gain } = self.made.start;
             let mut values = init.values(&self.shape, &mut ChaCha8Rng::from_seed(hash.finalize().into()));
             values.iter_mut().for_each(|v| *v *= gain);
-            if let Some(row) = self.zero_row {
+            if let Some(row) = self.made.zero_row {
                 values[row * self.shape[1]..(row + 1) * self.shape[1]].fill(0.0);
             }
             match Tensor::from_vec(values, &self.shape[..], &Device::Cpu).and_then(|values| Var::from_tensor(&values)) {

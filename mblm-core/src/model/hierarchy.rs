@@ -12,7 +12,7 @@ use mblm_sdk::mode::Mode;
 use mblm_sdk::node::apply1;
 use mblm_sdk::ops::cross_entropy::{CrossEntropy, Target};
 use mblm_sdk::ops::linear::linear_composed;
-use mblm_sdk::param::{Init, Param, ParamStore};
+use mblm_sdk::param::{Init, Param, ParamStore, Part};
 
 use super::activations::NotFinite;
 use super::input::Ids;
@@ -38,6 +38,7 @@ impl Hierarchy {
         let dim = config.hidden_dims[config.num_stages() - 1];
         let mut root = params.root();
         let mut out = root.sub("to_logits");
+        let mut out = out.of(Part::Head);
         let out_weight = out.weight("weight", &[config.num_tokens, dim], Init::linear(dim))?;
         let out_bias = out.param("bias", &[config.num_tokens], Init::linear(dim))?;
         Ok(Hierarchy { config: config.clone(), params, stages, out_weight, out_bias })

@@ -6,7 +6,7 @@ use candle_core::Tensor;
 use mblm_sdk::block::{PosEmb, StageModel};
 use mblm_sdk::error::Result;
 use mblm_sdk::mode::Mode;
-use mblm_sdk::param::{Init, Param, ParamStore};
+use mblm_sdk::param::{Init, Param, ParamStore, Part};
 
 use super::activations::Activations;
 use super::projection::NextStage;
@@ -46,27 +46,32 @@ impl Stage {
         };
         let mut root = params.root();
         let start = match starts {
-            true => Some(root.sub("start_tokens").param(&n.to_string(), &[dim], Init::Normal)?),
+            true => Some(root.sub("start_tokens").of(Part::Start(n)).param(&n.to_string(), &[dim], Init::Normal)?),
             false => None,
         };
         let kind: Option<PosEmb> = block.pos_emb_type();
-        let positions = Positions::new(kind, seq_len, dim, &mut root.sub("pos_embs").sub(n))?;
-        let embedding = TokenEmbedding::new(&sizes, &mut root.sub("token_embs_rev").sub(last - n))?;
-        let model = block.build(dim, config.num_layers[n], &mut root.sub("stage_models").sub(n))?;
+        let positions = Positions::new(kind, seq_len, dim, &mut root.sub("pos_embs").sub(n).of(Part::Positions(n)))?;
+        let embedding =
+            TokenEmbedding::new(&sizes, &mut root.sub("token_embs_rev").sub(last - n).of(Part::Embedding(n)))?;
+        let model = block.build(dim, config.num_layers[n], &mut root.sub("stage_models").sub(n).of(Part::Stage(n)))?;
         let next = match n == last {
             true => None,
             false => {
                 let (seq, width) = (config.seq_lens[n + 1], config.hidden_dims[n + 1]);
-                Some(NextStage::new(dim, seq, width, &mut root.sub("to_next_stage_proj").sub(n).sub(1))?)
+                Some(NextStage::new(
+                    dim,
+                    seq,
+                    width,
+                    &mut root.sub("to_next_stage_proj").sub(n).sub(1).of(Part::Projection(n)),
+                )?)
             }
         };
-        let prefix = format!("stage_models.{n}.");
         let chunks = config.train_checkpoint_chunks.as_ref().filter(|_| n > 0).map(|chunks| chunks[n - 1]);
         Ok(Stage {
             embedding,
             input: StageInput { positions, start },
             model: Arc::from(model),
-            params: params.iter().filter(|p| p.name().starts_with(&prefix)).cloned().collect(),
+            params: params.iter().filter(|p| p.part() == Some(Part::Stage(n))).cloned().collect(),
             chunks,
             next,
             seq_len,

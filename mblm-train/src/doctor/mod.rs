@@ -64,7 +64,7 @@ pub fn examine(config: &ModelConfig, masking_proba: f64, seed: u64, sequences: &
         forward_seconds: step.forward_seconds,
         backward_seconds: step.backward_seconds,
         stages: step.seen.iter().enumerate().map(stage).collect(),
-        groups: groups(model.params(), hierarchy.num_stages()),
+        groups: groups(model.params()),
         checks: vec![],
         findings: vec![],
     };

@@ -1,5 +1,6 @@
 //! What an examination found, and what to do about it.
 
+use mblm_core::param::Part;
 use mblm_core::testing::WITHOUT_GRADIENT;
 use mblm_core::{Param, ParamStore};
 use serde::Serialize;
@@ -97,24 +98,20 @@ pub struct Finding {
 }
 
 /// What a parameter belongs to, in the order of the hierarchy.
-fn group(param: &Param, stages: usize) -> (usize, usize, String) {
-    let mut parts = param.name().split('.');
-    let (first, number) = (parts.next().unwrap_or_default(), parts.next().and_then(|part| part.parse::<usize>().ok()));
-    let number = number.unwrap_or_default();
-    let stage = if first == "token_embs_rev" { stages.saturating_sub(1 + number) } else { number };
-    let (order, what) = match first {
-        "token_embs_rev" => (0, "embedding"),
-        "pos_embs" => (1, "positions"),
-        "start_tokens" => (2, "start token"),
-        "stage_models" => (3, "layers"),
-        "to_next_stage_proj" => (4, "projection to the next"),
-        _ => return (stages, 0, "output layer".into()),
+fn group(param: &Param) -> (usize, usize, String) {
+    let (stage, order, what) = match param.part() {
+        Some(Part::Embedding(stage)) => (stage, 0, "embedding"),
+        Some(Part::Positions(stage)) => (stage, 1, "positions"),
+        Some(Part::Start(stage)) => (stage, 2, "start token"),
+        Some(Part::Stage(stage)) => (stage, 3, "layers"),
+        Some(Part::Projection(stage)) => (stage, 4, "projection to the next"),
+        Some(Part::Head) | None => return (usize::MAX, 0, "output layer".into()),
     };
     (stage, order, format!("stage {} {what}", stage + 1))
 }
 
-pub(super) fn groups(store: &ParamStore, stages: usize) -> Vec<Group> {
-    let mut named: Vec<_> = store.iter().map(|param| (group(param, stages), param)).collect();
+pub(super) fn groups(store: &ParamStore) -> Vec<Group> {
+    let mut named: Vec<_> = store.iter().map(|param| (group(param), param)).collect();
     named.sort_by(|a, b| a.0.cmp(&b.0));
     let groups = named.chunk_by(|a, b| a.0 == b.0).map(|members| Group {
         name: members[0].0.2.clone(),
@@ -197,8 +194,8 @@ pub(super) fn findings(report: &Examination, dead: &[String], asleep: &[String],
     }
     let block_types: Vec<&str> = report.stages.iter().map(|stage| stage.block_type).collect();
     for (n, block_type) in block_types.iter().enumerate() {
-        let prefix = format!("stage_models.{n}.");
-        found.extend(of_stage(n, block_type, store.iter().any(|param| param.name().starts_with(&prefix))));
+        let has_params = store.iter().any(|param| param.part() == Some(Part::Stage(n)));
+        found.extend(of_stage(n, block_type, has_params));
     }
     found.extend(of_checks(&report.checks, &block_types));
     found

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use mblm_core::config::MblmConfig;
 use mblm_core::layer::Dims;
+use mblm_core::param::Part;
 use mblm_core::testing::{build_alone, decoder_equals_forward, is_causal, is_independent, variation};
 use mblm_core::{Param, ParamStore, StageModel};
 
@@ -41,8 +42,7 @@ pub(super) fn all(
 ) -> Result<Vec<Check>> {
     let mut checks = vec![];
     for (n, &model) in models.iter().enumerate() {
-        let prefix = format!("stage_models.{n}.");
-        let params = params.iter().filter(|param| param.name().starts_with(&prefix)).cloned().collect();
+        let params = params.iter().filter(|param| param.part() == Some(Part::Stage(n))).cloned().collect();
         let stage = Stage { config, n, num_layers: config.num_layers[n], model, params, generates };
         let seq = 1 + if n == 0 { tokens } else { config.seq_lens[n] };
         checks.extend(stage.checks(seq.min(LONGEST), seq.min(LONGEST_DECODED))?);
@@ -72,9 +72,9 @@ pub(super) fn shortly(config: &MblmConfig, n: usize, generates: bool) -> Result<
 }
 
 fn build_stage(config: &MblmConfig, n: usize, num_layers: usize) -> Result<(ParamStore, Box<dyn StageModel>)> {
-    let (block, dim, place) = (&*config.blocks[n], config.hidden_dims[n], format!("stage_models.{n}"));
+    let (block, dim) = (&*config.blocks[n], config.hidden_dims[n]);
     // No run has this seed by chance, so that values from the building show.
-    Ok(build_alone(block, &place, dim, num_layers, u64::MAX - n as u64)?)
+    Ok(build_alone(block, n, dim, num_layers, u64::MAX - n as u64)?)
 }
 
 impl Stage<'_> {

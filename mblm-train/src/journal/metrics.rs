@@ -25,6 +25,7 @@ use std::time::Instant;
 use mblm_base::files;
 use mblm_base::usage::Memory;
 use mblm_core::ParamStore;
+use mblm_core::param::Part;
 use serde::{Deserialize, Serialize, Serializer};
 
 use crate::error::{AtPath, Result};
@@ -207,13 +208,12 @@ pub fn activation_norms(norms: &[f64]) -> Scalars {
     norms.iter().zip(1..).map(|(norm, stage)| (format!("stage{stage}/activation_norm"), *norm)).collect()
 }
 
-/// The norm of each stage model's gradient: `stage1/grad_norm` of the parameters under `stage_models.0.`, and so on.
+/// The norm of each stage model's gradient, `stage1/grad_norm` and so on.
 /// Embeddings, start tokens and projections between stages are in none of them.
 pub fn stage_grad_norms(store: &ParamStore) -> Scalars {
     let mut squares = BTreeMap::<usize, f64>::new();
     for param in store.iter() {
-        let stage = param.name().strip_prefix("stage_models.").and_then(|rest| rest.split('.').next()?.parse().ok());
-        if let Some(stage) = stage {
+        if let Some(Part::Stage(stage)) = param.part() {
             *squares.entry(stage).or_default() += sums(&param.grad()).1;
         }
     }
@@ -315,15 +315,15 @@ mod tests {
     fn a_stages_gradient_is_that_of_its_model() {
         let mut store = ParamStore::new(0);
         let grads = [
-            ("start_tokens.0", 100.0),
-            ("stage_models.0.norm.g", 3.0),
-            ("stage_models.0.layers.0.weight", -4.0),
-            ("stage_models.1.weight", 12.0),
-            ("stage_models.10.weight", 0.5),
-            ("to_logits.weight", 100.0),
+            ("a", Part::Start(0), 100.0),
+            ("b", Part::Stage(0), 3.0),
+            ("c", Part::Stage(0), -4.0),
+            ("d", Part::Stage(1), 12.0),
+            ("e", Part::Stage(10), 0.5),
+            ("f", Part::Head, 100.0),
         ];
-        for (name, grad) in grads {
-            store.root().param(name, &[1], Init::Const(0.0)).unwrap().grad_mut()[0] = grad;
+        for (name, part, grad) in grads {
+            store.root().of(part).param(name, &[1], Init::Const(0.0)).unwrap().grad_mut()[0] = grad;
         }
         let want = [("stage1/grad_norm", 5.0), ("stage2/grad_norm", 12.0), ("stage11/grad_norm", 0.5)];
         assert_eq!(stage_grad_norms(&store), want.map(|(tag, norm)| (tag.to_string(), norm)));

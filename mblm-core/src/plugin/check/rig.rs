@@ -11,7 +11,7 @@ use crate::schema::Walk;
 use mblm_sdk::abi::{self, Text};
 use mblm_sdk::layer::Dims;
 use mblm_sdk::mode::Mode;
-use mblm_sdk::param::{Param, ParamStore};
+use mblm_sdk::param::{Param, ParamStore, Part};
 use mblm_sdk::testing::perturb;
 
 /// Widths to try, the first accepted one is taken.
@@ -78,7 +78,14 @@ impl Subject {
     }
 
     pub(super) fn instance(&self, dim: usize, layers: usize) -> Result<Arc<Instance>, String> {
-        let made = Instance::new(&self.library, self.block(), &self.config, "stage_models.0", dim, layers);
+        let made = Instance::new(
+            &self.library,
+            self.block(),
+            &self.config,
+            ("stage_models.0", Some(Part::Stage(0))),
+            dim,
+            layers,
+        );
         made.map_err(|error| error.to_string())
     }
 

@@ -142,7 +142,14 @@ impl StageBlock for PluginBlock {
     }
 
     fn build(&self, dim: usize, num_layers: usize, params: &mut ParamScope) -> Result<Box<dyn StageModel>> {
-        let instance = Instance::new(&self.library, self.block(), &self.config, params.prefix(), dim, num_layers)?;
+        let instance = Instance::new(
+            &self.library,
+            self.block(),
+            &self.config,
+            (params.prefix(), params.part()),
+            dim,
+            num_layers,
+        )?;
         let create = |spec: &super::instance::ParamSpec| match spec.decays {
             true => params.weight(&spec.name, &spec.shape, spec.start),
             false => params.param(&spec.name, &spec.shape, spec.start),

@@ -12,7 +12,7 @@ use mblm_sdk::block::Cost;
 use mblm_sdk::error::{Error, Result};
 use mblm_sdk::layer::Dims;
 use mblm_sdk::mode::Mode;
-use mblm_sdk::param::{Init, MAX_TENSORS, Start, decays_by_name};
+use mblm_sdk::param::{Init, MAX_TENSORS, Part, Start, decays_by_name};
 
 /// A parameter that an instance asks for.
 #[derive(Clone, Debug, PartialEq)]
@@ -56,16 +56,17 @@ unsafe impl Send for Instance {}
 unsafe impl Sync for Instance {}
 
 impl Instance {
-    /// Builds the model of a stage of width `dim`. `place` is the prefix of its parameters, such as `stage_models.0`.
+    /// Builds the model of a stage of width `dim`. `place` is the prefix of its parameters, such as `stage_models.0`, and
+    /// `part` says which stage that is.
     pub fn new(
         library: &Arc<Library>,
         block: &LibraryBlock,
         config: &str,
-        place: &str,
+        (place, part): (&str, Option<Part>),
         dim: usize,
         num_layers: usize,
     ) -> Result<Arc<Self>> {
-        let name = describe(library, block, place);
+        let name = describe(library, block, part);
         let table = block.table;
         let create = table.create.ok_or_else(|| missing(&name, "create"))?;
         let mut info = abi::InstanceInfo { struct_size: abi::size::<abi::InstanceInfo>(), is_causal: 1, num_params: 0 };
@@ -444,10 +445,10 @@ fn abi_params(pointers: &[*const f32], version: u64) -> abi::Params {
 }
 
 /// Plugin, block type and stage, for messages.
-fn describe(library: &Library, block: &LibraryBlock, place: &str) -> String {
-    let stage = match place.strip_prefix("stage_models.").and_then(|n| n.parse::<usize>().ok()) {
-        Some(n) => format!(" at stage {}", n + 1),
-        None => String::new(),
+fn describe(library: &Library, block: &LibraryBlock, part: Option<Part>) -> String {
+    let stage = match part {
+        Some(Part::Stage(n)) => format!(" at stage {}", n + 1),
+        _ => String::new(),
     };
     format!("block `{}`{stage}, of {}", block.block_type, library.description())
 }
