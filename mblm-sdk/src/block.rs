@@ -183,22 +183,6 @@ pub trait StageDecoder: Send {
         }
         Ok(())
     }
-
-    /// Appends the complete state, as numbers.
-    ///
-    /// # Errors
-    /// Always, unless the decoder implements it.
-    fn save(&self, _state: &mut Vec<f32>) -> Result<()> {
-        Err(Error::Block("this block's decoder cannot be saved".into()))
-    }
-
-    /// Restores a state that [`save`](Self::save) returned.
-    ///
-    /// # Errors
-    /// The state does not fit this decoder. Always, unless the decoder implements it.
-    fn load(&mut self, _state: &[f32]) -> Result<()> {
-        Err(Error::Block("this block's decoder cannot be loaded".into()))
-    }
 }
 
 /// The decoder of a block that does not implement one.
@@ -231,29 +215,6 @@ impl<F: Fn(&Tensor) -> Result<Tensor> + Send> StageDecoder for ReplayDecoder<F> 
             )));
         }
         y.copy_from_slice(&last);
-        Ok(())
-    }
-
-    fn save(&self, state: &mut Vec<f32>) -> Result<()> {
-        state.push(self.inputs.len() as f32);
-        for input in &self.inputs {
-            state.extend(input.flatten_all()?.to_vec1::<f32>()?);
-        }
-        Ok(())
-    }
-
-    fn load(&mut self, state: &[f32]) -> Result<()> {
-        let (positions, inputs) = match state.split_first() {
-            Some((&positions, inputs)) if positions >= 0.0 => (positions as usize, inputs),
-            _ => (usize::MAX, state),
-        };
-        let row = inputs.len().checked_div(positions).unwrap_or(0);
-        if row * positions != inputs.len() || row % self.batch != 0 || (positions > 0) == inputs.is_empty() {
-            let len = state.len();
-            return Err(Error::Block(format!("{len} numbers are no saved state of {} sequences", self.batch)));
-        }
-        let input = |x| Tensor::from_slice(x, (self.batch, row / self.batch), &Device::Cpu);
-        self.inputs = inputs.chunks_exact(row.max(1)).map(input).collect::<Result<_, _>>()?;
         Ok(())
     }
 }

@@ -39,9 +39,9 @@ pub(super) fn block(
         tape_free: Some(tape_free),
         state_create: Some(state_create),
         state_reset: Some(state_reset),
-        state_clone: Some(state_clone),
-        state_save: Some(state_save),
-        state_load: Some(state_load),
+        state_clone: None,
+        state_save: None,
+        state_load: None,
         state_free: Some(state_free),
         step: Some(step),
         prefill: Some(prefill),
@@ -328,50 +328,6 @@ unsafe extern "C" fn state_reset(pointer: *mut abi::State) -> Status {
         state.reset();
         Ok(())
     })
-}
-
-unsafe extern "C" fn state_clone(pointer: *const abi::State, out: *mut *mut abi::State) -> Status {
-    // SAFETY: by the contract.
-    let (state, instance) = unsafe { state(pointer as *mut _) };
-    let mut made = None;
-    let status = guard(Some(&instance.panicked), || {
-        let mut copy = State::new(instance.clone(), state.batch)?;
-        copy.load(&state.save()?)?;
-        made = Some(copy);
-        Ok(())
-    });
-    if let Some(copy) = made {
-        // SAFETY: by the contract.
-        unsafe { *out = leak(copy) };
-    }
-    status
-}
-
-unsafe extern "C" fn state_save(pointer: *const abi::State, buffer: *mut u8, len: *mut u64) -> Status {
-    // SAFETY: by the contract.
-    let ((state, instance), len) = unsafe { (state(pointer as *mut _), &mut *len) };
-    let capacity = *len as usize;
-    // SAFETY: by the contract, *len bytes, unless there is none.
-    let buffer = (!buffer.is_null()).then(|| unsafe { std::slice::from_raw_parts_mut(buffer, capacity) });
-    guard(Some(&instance.panicked), || {
-        let saved = state.save()?;
-        *len = saved.len() as u64;
-        match buffer.map(|buffer| buffer.get_mut(..saved.len())) {
-            Some(Some(buffer)) => buffer.copy_from_slice(&saved),
-            Some(None) => {
-                let message = format!("a state of {} bytes does not fit in {capacity}", saved.len());
-                return Err(Failure::new(abi::INVALID, "", message));
-            }
-            None => {}
-        }
-        Ok(())
-    })
-}
-
-unsafe extern "C" fn state_load(pointer: *mut abi::State, bytes: *const u8, len: u64) -> Status {
-    // SAFETY: by the contract.
-    let ((state, instance), bytes) = unsafe { (state(pointer), Text { data: bytes, len }.bytes()) };
-    guard(Some(&instance.panicked), || state.load(bytes))
 }
 
 unsafe extern "C" fn state_free(pointer: *mut abi::State) {

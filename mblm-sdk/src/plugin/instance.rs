@@ -19,9 +19,6 @@ use mblm_compute::param::{Param, ParamStore, fold_gradients};
 /// Floats that one thread copies.
 const COPIED_AT_ONCE: usize = 1 << 16;
 
-/// The first bytes of a saved state.
-const SAVED: [u8; 8] = *b"MBLMSTAT";
-
 /// Reads and checks a block's configuration.
 pub(super) fn parse(block: &Registration, config: &[u8], dim: usize) -> Result<Box<dyn StageBlock>, Failure> {
     let invalid = |field: &str, message: &dyn std::fmt::Display| Failure::new(abi::INVALID, field, message.to_string());
@@ -176,27 +173,5 @@ impl State {
 
     pub(super) fn prefill(&mut self, x: &[f32], y: &mut [f32], seq: usize) -> Result<(), Failure> {
         Ok(self.decoder.prefill(x, y, seq)?)
-    }
-
-    /// A tag, the batch, and the decoder's numbers.
-    // Mutable, since a decoder need not be fit for being looked at from two threads.
-    pub(super) fn save(&mut self) -> Result<Vec<u8>, Failure> {
-        let mut numbers = Vec::new();
-        let unsupported = |error: mblm_compute::Error| Failure::new(abi::UNSUPPORTED, "", error.to_string());
-        self.decoder.save(&mut numbers).map_err(unsupported)?;
-        let mut bytes = SAVED.to_vec();
-        bytes.extend((self.batch as u64).to_le_bytes());
-        bytes.extend(numbers.iter().flat_map(|number| number.to_le_bytes()));
-        Ok(bytes)
-    }
-
-    pub(super) fn load(&mut self, bytes: &[u8]) -> Result<(), Failure> {
-        let invalid = |message: String| Failure::new(abi::INVALID, "", message);
-        let numbers = bytes.strip_prefix(&SAVED).and_then(|rest| rest.strip_prefix(&(self.batch as u64).to_le_bytes()));
-        let Some((numbers, [])) = numbers.map(|numbers| numbers.as_chunks::<4>()) else {
-            return Err(invalid(format!("{} bytes are no saved state of {} sequences", bytes.len(), self.batch)));
-        };
-        let numbers: Vec<f32> = numbers.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect();
-        self.decoder.load(&numbers).map_err(|error| invalid(error.to_string()))
     }
 }

@@ -7,7 +7,7 @@ use mblm_sdk::buffer::Buffer;
 use mblm_sdk::gemm::Update;
 use mblm_sdk::ops::linear;
 use mblm_sdk::simd::vectorize;
-use mblm_sdk::{Error, Result};
+use mblm_sdk::Result;
 
 use crate::layer::LstmLayer;
 use crate::panels::{LANES, load, store};
@@ -77,27 +77,6 @@ impl StageDecoder for Decoder<'_> {
             y.copy_from_slice(x);
             let order = Order { batch: self.batch, seq: x.len() / row, time_major: true };
             self.layers.iter_mut().for_each(|layer| layer.prefill(self.units, order, y));
-        }
-        Ok(())
-    }
-
-    fn save(&self, state: &mut Vec<f32>) -> Result<()> {
-        for layer in &self.layers {
-            state.extend_from_slice(&layer.h);
-            state.extend_from_slice(&layer.c);
-        }
-        Ok(())
-    }
-
-    fn load(&mut self, state: &[f32]) -> Result<()> {
-        let row = self.batch * self.units;
-        let expected = 2 * row * self.layers.len();
-        if state.len() != expected {
-            return Err(Error::Block(format!("a saved state of {} numbers, expected {expected}", state.len())));
-        }
-        for (layer, saved) in self.layers.iter_mut().zip(state.chunks_exact(2 * row)) {
-            layer.h.copy_from_slice(&saved[..row]);
-            layer.c.copy_from_slice(&saved[row..]);
         }
         Ok(())
     }
