@@ -20,6 +20,20 @@ pub(crate) fn dispatch<W: pulp::WithSimd>(work: W) -> W::Output {
     ARCH.get_or_init(pulp::Arch::new).dispatch(work)
 }
 
+/// The instruction set that kernels use here. Another one rounds sums in another order.
+pub fn instruction_set() -> &'static str {
+    #[cfg(target_arch = "x86_64")]
+    return match (has_wide_registers(), std::arch::is_x86_feature_detected!("avx2")) {
+        (true, _) => "AVX-512",
+        (false, true) => "AVX2",
+        (false, false) => "SSE2",
+    };
+    #[cfg(target_arch = "aarch64")]
+    return "NEON";
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+    "baseline"
+}
+
 /// Whether the registers are those of AVX-512: 32 of 16 floats, which hold four times the sums that others hold.
 #[inline(always)]
 pub fn has_wide_registers() -> bool {

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use mblm_base::terminal;
+use mblm_core::simd;
 use mblm_data::files::record::DataRecord;
 use mblm_data::{self, DatasetOptions, Splits, unigram_entropy};
 
@@ -375,6 +376,6 @@ fn introduce(progress: &mut Progress, trainer: &Trainer, model: &dyn TrainModel,
         )),
     }
     progress.line(&format!("learning rate schedule: {}", plan.schedule.describe(0)));
-    progress.line(&format!("threads: {}", rayon::current_num_threads()));
+    progress.line(&format!("threads: {}, instruction set: {}", rayon::current_num_threads(), simd::instruction_set()));
     Ok(())
 }

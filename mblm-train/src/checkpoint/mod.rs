@@ -326,6 +326,8 @@ pub(crate) mod tests {
             schedule: Some(Schedule::new(0.1, 10, 0.1)),
             seed: 11,
             threads: Some(2),
+            instructions: Some("AVX2".into()),
+            version: Some("0.1.0".into()),
             data: "d".into(),
             valid_loss,
             best_valid_loss: Some(0.1 + 0.2),

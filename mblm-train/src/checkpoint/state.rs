@@ -48,6 +48,12 @@ pub struct TrainState {
     /// Threads that computed: another number rounds sums otherwise. Not known of checkpoints of earlier versions.
     #[serde(default)]
     pub threads: Option<usize>,
+    /// The instruction set that computed, for the same reason.
+    #[serde(default)]
+    pub instructions: Option<String>,
+    /// The version of the program.
+    #[serde(default)]
+    pub version: Option<String>,
     /// The fingerprint of the data; empty where no data were read yet.
     pub data: String,
     /// The validation loss of these weights; none if they were saved when the run was interrupted.
@@ -122,6 +128,8 @@ impl TrainState {
             schedule: None,
             seed,
             threads: None,
+            instructions: None,
+            version: None,
             data: String::new(),
             valid_loss: None,
             best_valid_loss: None,

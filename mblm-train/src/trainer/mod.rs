@@ -10,6 +10,7 @@ use std::time::Instant;
 use crate::journal::timestamp::Timestamp;
 use mblm_base::random::mix;
 use mblm_core::gemm::autocast;
+use mblm_core::simd::instruction_set;
 use mblm_core::{Mode, Param};
 use mblm_data::batches::{Batches, Cursor};
 use mblm_data::prefetch::Prefetch;
@@ -129,6 +130,8 @@ impl<'a> Trainer<'a> {
             data: splits.fingerprint.as_str().into(),
             schedule: Some(plan.schedule),
             threads: Some(rayon::current_num_threads()),
+            instructions: Some(instruction_set().into()),
+            version: Some(env!("CARGO_PKG_VERSION").into()),
             ..TrainState::new(section.seed, config.plugins())
         };
         let adam = Adam::new(model.params(), adam_config);

@@ -44,15 +44,7 @@ impl Trainer<'_> {
         let next = self.place(checkpoint, saved.next, &before, &mut remarks)?;
         let plan = RunPlan::resumed(self.config, &saved)?;
         let schedule = self.schedule(&saved, &before, &plan, &mut remarks)?;
-        let threads = self.state.threads;
-        if let (Some(before), Some(now)) = (saved.threads, threads)
-            && before != now
-        {
-            remarks.warnings.push(format!(
-                "{now} threads instead of {before}: sums are rounded in another order, so the run does not \
-                 resume bit for bit; set RAYON_NUM_THREADS={before} if it should"
-            ));
-        }
+        remarks.warnings.extend(self.rounds_otherwise(&saved));
         self.go_to(next);
         let epoch_batches = self.state.epoch_batches;
         let (plugins, data) = (std::mem::take(&mut self.state.plugins), std::mem::take(&mut self.state.data));
@@ -60,7 +52,9 @@ impl Trainer<'_> {
         self.state = TrainState {
             plugins,
             data,
-            threads,
+            threads: self.state.threads,
+            instructions: self.state.instructions.take(),
+            version: self.state.version.take(),
             next,
             epoch_batches,
             schedule: Some(schedule),
@@ -71,6 +65,24 @@ impl Trainer<'_> {
         self.plan = plan;
         self.plan.schedule = schedule;
         Ok(remarks)
+    }
+
+    /// What computes now and did not before: the run then does not go on bit for bit.
+    fn rounds_otherwise(&self, saved: &TrainState) -> Option<String> {
+        let now = &self.state;
+        let threads = saved.threads.zip(now.threads).filter(|(before, now)| before != now);
+        let instructions = saved.instructions.as_ref().zip(now.instructions.as_ref()).filter(|(a, b)| a != b);
+        let version = saved.version.as_ref().zip(now.version.as_ref()).filter(|(before, now)| before != now);
+        let differences = [
+            threads.map(|(before, now)| {
+                format!("{now} threads instead of {before} (set RAYON_NUM_THREADS={before})")
+            }),
+            instructions.map(|(before, now)| format!("{now} instructions instead of {before}")),
+            version.map(|(before, now)| format!("version {now} of the program instead of {before}")),
+        ];
+        let differences: Vec<String> = differences.into_iter().flatten().collect();
+        let effect = "sums are rounded in another order, so the run does not resume bit for bit";
+        (!differences.is_empty()).then(|| format!("{}: {effect}", differences.join("; ")))
     }
 
     /// The batch that comes next. In batches of another size it is the first that holds nothing of those before.

@@ -565,7 +565,7 @@ fn precision_is_checked_where_training_starts() {
 }
 
 #[test]
-fn another_number_of_threads_is_said() {
+fn what_computes_otherwise_is_said() {
     let (folder, config) = workplace();
     let model = Bigram::new();
     let trainer = || Trainer::new(&model, open_data(&config).unwrap(), &config).unwrap();
@@ -574,7 +574,11 @@ fn another_number_of_threads_is_said() {
     let remarks = trainer().restore(&Checkpoint::open(&same).unwrap()).unwrap();
     assert!(remarks.warnings.is_empty() && remarks.notes.is_empty(), "{remarks:?}");
     other.state.threads = Some(999);
+    other.state.instructions = Some("AVX-1024".into());
+    other.state.version = Some("0.0.1".into());
     let saved = Shelf::new(folder.path().into()).save(other.snapshot(), 0).unwrap();
     let remarks = trainer().restore(&Checkpoint::open(&saved).unwrap()).unwrap();
-    assert!(remarks.warnings[0].contains("threads instead of 999"), "{remarks:?}");
+    for part in ["threads instead of 999", "instructions instead of AVX-1024", "of the program instead of 0.0.1"] {
+        assert!(remarks.warnings[0].contains(part), "{remarks:?}");
+    }
 }

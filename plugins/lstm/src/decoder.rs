@@ -2,12 +2,12 @@
 
 use std::sync::Arc;
 
+use mblm_sdk::Result;
 use mblm_sdk::block::StageDecoder;
 use mblm_sdk::buffer::Buffer;
 use mblm_sdk::gemm::Update;
 use mblm_sdk::ops::linear;
 use mblm_sdk::simd::vectorize;
-use mblm_sdk::Result;
 
 use crate::layer::LstmLayer;
 use crate::panels::{LANES, load, store};
