@@ -74,9 +74,7 @@ impl Trainer<'_> {
         let instructions = saved.instructions.as_ref().zip(now.instructions.as_ref()).filter(|(a, b)| a != b);
         let version = saved.version.as_ref().zip(now.version.as_ref()).filter(|(before, now)| before != now);
         let differences = [
-            threads.map(|(before, now)| {
-                format!("{now} threads instead of {before} (set RAYON_NUM_THREADS={before})")
-            }),
+            threads.map(|(before, now)| format!("{now} threads instead of {before} (set RAYON_NUM_THREADS={before})")),
             instructions.map(|(before, now)| format!("{now} instructions instead of {before}")),
             version.map(|(before, now)| format!("version {now} of the program instead of {before}")),
         ];
