@@ -24,7 +24,7 @@ use mblm::yaml::Document;
 
 use crate::exit::{EXIT_CODES, Usage, is_closed_pipe};
 use crate::plugins::Plugins;
-use crate::{model, orphan, signals};
+use crate::{model, orphan, signals, streams};
 
 /// Bytes of validation data that the sample at a run's end continues, and bytes that it makes.
 const PROMPT: usize = 100;
@@ -233,7 +233,7 @@ fn too_large(report: &ModelCost, limit: &Limit) -> String {
 fn print_folder(run: &Path) -> Result<()> {
     let line = [run.as_os_str().as_encoded_bytes(), b"\n"].concat();
     let mut out = Output::new();
-    let printed = out.write_all(&line).and_then(|()| out.flush());
+    let printed = streams::check_output().and_then(|()| out.write_all(&line)).and_then(|()| out.flush());
     printed.with_context(|| format!("the run is in {}", run.display()))
 }
 
