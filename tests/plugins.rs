@@ -98,7 +98,7 @@ fn every_fault_is_caught_by_the_check_of_its_name() {
         ("OWN_WEIGHTS", "reproducible", "built again, with the same parameters, it gives another output"),
         ("STALE", "reproducible", "built again, with the same parameters, it gives another output"),
         ("STATE", "reproducible", "the same input gives another output after other calls"),
-        ("CAUSALITY", "causality", "a change at position 1 shows before it"),
+        ("CAUSALITY", "causality", "a change at position 1 changes an earlier output"),
         ("DETERMINISTIC", "deterministic", "the output has different bits"),
         ("GRADIENTS", "gradients", "the input: along a random direction"),
         ("GRADIENTS_PARAM", "gradients", "mix gets no gradient"),

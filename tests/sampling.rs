@@ -134,7 +134,7 @@ fn prompts_come_one_after_another() {
     for want in [
         "unknown setting `top-x`; did you mean `top-k`?",
         "temperature: expected a number of at least 0, found -1",
-        "end, as Ctrl-D does",
+        "end the session, as Ctrl-D does",
     ] {
         assert!(said.contains(want), "{said}");
     }
