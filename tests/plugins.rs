@@ -311,7 +311,7 @@ fn what_cannot_be_loaded_is_listed_with_the_reason_and_stops_nothing() {
         ("arm.so", "cannot be opened"),
         ("SYMBOL.so", "not a plugin: it has no symbol mblm_plugin_entry"),
         ("MAJOR.so", "use a newer MBLM"),
-        ("MINOR.so", "needs version 1.1"),
+        ("MINOR.so", "needs version 1.2"),
         ("INIT.so", "init failed: no licence"),
         ("LOAD_EXIT.so", "ended the process with exit code 0 when it was opened"),
         ("LOAD_ABORT.so", "crashed by signal 6 (abort) when it was opened"),
