@@ -66,12 +66,12 @@ fn the_shipped_plugins_pass_every_check() {
     let folder = tempfile::tempdir().unwrap();
     let mingru = compile("plugins/mingru/mingru.c", folder.path(), "mingru", &["-O2", "-Wall", "-Wextra", "-Werror"]);
     let leaky = compile("tests/plugins/broken.c", folder.path(), "leaky", &[]);
-    for (library, skipped) in [(lstm(), 0), (mingru, 1), (leaky, 1)] {
+    for library in [lstm(), mingru, leaky] {
         let ran = mblm(folder.path(), &["plugin", "check", path(&library)]);
         assert_eq!(ran.code, 0, "{}\n{}", ran.out, ran.err);
         let count = |word: &str| ran.out.lines().filter(|line| line.starts_with(&format!("  {word} "))).count();
-        // Nothing panics on demand in C.
-        assert_eq!((count("FAILED"), count("skipped"), count("passed")), (0, skipped, 17 - skipped), "{}", ran.out);
+        // Nothing panics on demand in C, and blocks in Rust do not save states.
+        assert_eq!((count("FAILED"), count("skipped"), count("passed")), (0, 1, 16), "{}", ran.out);
     }
 }
 
@@ -79,7 +79,7 @@ fn the_shipped_plugins_pass_every_check() {
 fn blocks_written_with_candle_nn_pass_every_check() {
     let folder = tempfile::tempdir().unwrap();
     let ran = mblm(folder.path(), &["plugin", "check", path(&compiled::candle())]);
-    assert_eq!((ran.code, ran.out.matches("  passed ").count()), (0, 2 * 17), "{}\n{}", ran.out, ran.err);
+    assert_eq!((ran.code, ran.out.matches("  passed ").count()), (0, 2 * 16), "{}\n{}", ran.out, ran.err);
 }
 
 #[test]
