@@ -4,6 +4,8 @@
 //! Such a file is a zip archive: a pickle, `data.pkl`, that says which tensors there are, and a file per storage with
 //! their numbers. A machine that knows nothing but tensors and dictionaries reads the pickle: whatever the file says,
 //! nothing of it is run, and no more is allocated than a small multiple of its size and a gigabyte.
+//!
+//! The reader is written by hand because candle's has no such limits and cannot write.
 
 #![warn(missing_docs)]
 #![deny(clippy::print_stdout, clippy::print_stderr)]

@@ -44,22 +44,10 @@ fn pair(seconds: u64, large: u64, large_name: &str, small: u64, small_name: &str
     }
 }
 
-/// Text between tags or in a quoted attribute.
-pub(super) fn escape(text: &str) -> String {
-    let mut safe = String::with_capacity(text.len());
-    for c in text.chars() {
-        match c {
-            '&' => safe.push_str("&amp;"),
-            '<' => safe.push_str("&lt;"),
-            '>' => safe.push_str("&gt;"),
-            '"' => safe.push_str("&quot;"),
-            '\'' => safe.push_str("&#39;"),
-            // Not allowed in XML: a sample may hold any byte.
-            c if c.is_control() && !matches!(c, '\n' | '\t') => safe.push('\u{FFFD}'),
-            c => safe.push(c),
-        }
-    }
-    safe
+/// Text in which every control character but line ends and tabs is shown as U+FFFD. A sample may hold any byte; XML does
+/// not allow them.
+pub(super) fn visible(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() && !matches!(c, '\n' | '\t') { '\u{FFFD}' } else { c }).collect()
 }
 
 /// Text on one line of Markdown, as text alone: no emphasis, link, code, table, heading, list or HTML begins in it.
@@ -83,8 +71,7 @@ pub(super) fn markdown(text: &str) -> String {
 
 /// Text of any lines in a fence of Markdown that no line of it closes.
 pub(super) fn fenced(text: &str) -> String {
-    let text: String =
-        text.chars().map(|c| if c.is_control() && !matches!(c, '\n' | '\t') { '\u{FFFD}' } else { c }).collect();
+    let text = visible(text);
     let longest = text.split(|c| c != '`').map(str::len).max().unwrap_or(0);
     let fence = "`".repeat((longest + 1).max(3));
     format!("{fence}text\n{text}\n{fence}\n\n")
@@ -152,7 +139,10 @@ mod tests {
     }
 
     #[test]
-    fn nothing_escapes() {
-        assert_eq!(escape("<a href=\"x\">&'\u{1}\n"), "&lt;a href=&quot;x&quot;&gt;&amp;&#39;\u{FFFD}\n");
+    fn control_characters_are_shown() {
+        assert_eq!(
+            visible("a\u{0}\u{1b}[31m\r\u{7f}\u{9b}\n\té"),
+            "a\u{FFFD}\u{FFFD}[31m\u{FFFD}\u{FFFD}\u{FFFD}\n\té"
+        );
     }
 }

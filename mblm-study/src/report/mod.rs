@@ -5,7 +5,6 @@
 
 mod basis;
 mod charts;
-mod details;
 mod format;
 mod front;
 mod markdown;

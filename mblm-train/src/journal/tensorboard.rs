@@ -3,7 +3,8 @@
 //! A record is the length of its data (`u64`), the masked CRC-32C of those eight bytes, the data, and the masked
 //! CRC-32C of the data, all little-endian (tensorflow/core/lib/io/record_writer.h). The messages are
 //! tensorflow/core/util/event.proto and tensorflow/core/framework/summary.proto; the few fields that
-//! scalars need are encoded here by hand.
+//! scalars need are encoded by hand, because a protobuf crate would bring a code generator and all of TensorFlow's
+//! definitions for about ten of them.
 //!
 //! Every file starts with the format's version and with a `SessionLog` that says `START` at the first step to come.
 //! From the second of these in a folder on, TensorBoard forgets what it has read of that step and later ones, so that

@@ -1,6 +1,9 @@
 //! Baseline JPEG (ITU-T T.81), byte for byte as libjpeg-turbo writes it by default, through which the reference package
 //! does: the slow integer transform, the standard Huffman tables, and either red, green and blue, or luminance with
 //! chrominance of half the resolution.
+//!
+//! It is written by hand because models are trained on the bytes of the file: they must equal libjpeg-turbo's, and encoders
+//! in Rust do not promise that.
 
 mod huffman;
 mod transform;

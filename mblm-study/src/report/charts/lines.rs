@@ -3,8 +3,8 @@
 use mblm_train::journal::metrics::Kind;
 
 use super::scale::{Scale, Unit, ceiling};
-use super::svg::{COLOURS, Format, Margins, Svg, colour, fitting, path, spread_labels, thinned};
-use crate::report::format::{duration, escape, with_unit};
+use super::svg::{COLOURS, Format, Margins, Svg, colour, escape, fitting, path, spread_labels, thinned};
+use crate::report::format::{duration, with_unit};
 use crate::report::variant::{Axis, CurvePoint, Variant};
 
 /// Points of a curve, at most.

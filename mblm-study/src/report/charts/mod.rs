@@ -4,11 +4,11 @@ pub(crate) mod lines;
 pub(crate) mod scale;
 pub(crate) mod svg;
 
-use crate::report::format::{escape, si};
+use crate::report::format::si;
 use crate::report::front::front;
 use crate::report::variant::Variant;
 use scale::{Scale, Unit, ceiling};
-use svg::{Format, Margins, Places, Svg, colour, fitting};
+use svg::{Format, Margins, Places, Svg, colour, escape, fitting};
 
 /// What a variant costs, against its bits per byte.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,12 +1,15 @@
 //! Drawing: a frame with axes, in which values have places; lines, dots and labels that do not lie on each other.
 //!
 //! Charts are styled by classes alone (`chart.css`), so that a page decides on colours, dark or light; a file of its own
-//! carries the same style inside.
+//! carries the same style inside. The SVG is written by hand because plotters writes fixed colours and has no
+//! classes, groups and tooltips (`<title>`), which dark mode and the page's highlighting need.
 
 use std::fmt::Write;
 
+use maud::Render;
+
 use super::scale::Scale;
-use crate::report::format::escape;
+use crate::report::format::visible;
 
 /// The style of charts.
 pub(crate) const STYLE: &str = include_str!("chart.css");
@@ -64,6 +67,11 @@ pub(crate) struct Svg {
 /// The class of a variant's colour, by its rank.
 pub(crate) fn colour(rank: usize) -> String {
     if rank < COLOURS { format!("c{rank}") } else { "rest".into() }
+}
+
+/// Text between tags or in an attribute in double quotes.
+pub(super) fn escape(text: &str) -> String {
+    text.render().into_string()
 }
 
 impl Svg {
@@ -135,11 +143,12 @@ impl Svg {
     pub(crate) fn file(&self) -> String {
         let Svg { body, width, height, title, .. } = self;
         let title = escape(title);
-        format!(
+        let file = format!(
             "<svg xmlns=\"http://www.w3.org/2000/svg\" class=\"chart\" viewBox=\"0 0 {width} {height}\" width=\"{width}\" \
              height=\"{height}\" role=\"img\" aria-label=\"{title}\">\n<title>{title}</title>\n<style>\n{STYLE}</style>\n\
              <rect class=\"paper\" width=\"100%\" height=\"100%\"/>\n{body}</svg>\n"
-        )
+        );
+        visible(&file)
     }
 }
 
