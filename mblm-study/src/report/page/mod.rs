@@ -105,10 +105,10 @@ fn footer() -> Markup {
     html! {
         footer {
             p {
-                "Bits per byte are the mean loss per byte divided by ln 2, of each run's best validation; parameters and FLOPs \
-                 are counted as " code { "mblm inspect" } " counts them, of a forward pass, from the global stage to the local \
-                 one; a training step counts as three forward passes. Training speed leaves out validations and checkpoints, \
-                 time does not. Memory is the most that a run's process held."
+                "Bits per byte are the mean loss per byte divided by ln 2, of each run's best validation; parameters and \
+                 FLOPs are counted as " code { "mblm inspect" } " counts them, of a forward pass, from the global stage to \
+                 the local one; a training step counts as three forward passes. Training speed leaves out validations and \
+                 checkpoints, time does not. Memory is the most that a run's process held."
             }
             p {
                 "Beside this page: " a href="report.md" { "report.md" } ", " a href="results.csv" { "results.csv" } ", "

@@ -120,8 +120,8 @@ pub(super) fn matrix(report: &Report) -> Markup {
     html! {
         h2 { "Global or local?" }
         p.soft {
-            "Bits per byte by the block of the global stage (rows) and of the local stage (columns); the stronger the colour, \
-             the better."
+            "Bits per byte by the block of the global stage (rows) and of the local stage (columns); the stronger the \
+             colour, the better."
         }
         div.scroll {
             table.matrix {
