@@ -50,6 +50,15 @@ fn mblm(folder: &Path, args: &[&str]) -> Command {
     command
 }
 
+/// Has a program hear its signals, even if these tests run in the background of a script, which ignores some. To be called
+/// between fork and exec.
+fn heard() {
+    for signal in [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT, libc::SIGTERM] {
+        // SAFETY: allowed between fork and exec.
+        unsafe { libc::signal(signal, libc::SIG_DFL) };
+    }
+}
+
 fn full() -> File {
     OpenOptions::new().write(true).open("/dev/full").unwrap()
 }
@@ -326,7 +335,7 @@ fn every_line_of_a_session_is_answered() {
     let (path, _) = interactive(folder.path(), &[], br"C:\\new\nx");
     assert!(path.starts_with(b"C:\\new\nx"), "{}", text(&path));
     let (_, said) = interactive(folder.path(), &[], b":help me\n:temperatur 1\n:quit now\nnever\n");
-    assert!(said.starts_with("text ") && said.contains("unknown setting `temperatur`"), "{said}");
+    assert!(said.starts_with("TEXT ") && said.contains("unknown setting `temperatur`"), "{said}");
     assert!(!said.contains("bytes/s"), "{said}");
 }
 
@@ -348,6 +357,7 @@ impl Person {
         unsafe {
             command.pre_exec(|| {
                 libc::setsid();
+                heard();
                 libc::ioctl(0, libc::TIOCSCTTY, 0);
                 Ok(())
             });
@@ -435,6 +445,7 @@ fn an_ignored_signal_stays_ignored() {
         // SAFETY: the call is allowed between fork and exec.
         unsafe {
             command.pre_exec(move || {
+                heard();
                 for signal in &signals {
                     libc::signal(*signal, libc::SIG_IGN);
                 }

@@ -55,6 +55,7 @@ mod tests {
         x: &Tensor,
         apply: Apply<M>,
     ) {
+        let module_type = std::any::type_name::<M>();
         let mut store = ParamStore::new(5);
         let module = store.root().candle(build).unwrap();
         perturb(&store);
@@ -76,7 +77,11 @@ mod tests {
             let (up, down) = (moved(1e-2), moved(-2e-2));
             moved(1e-2);
             let found = (up - down) / 2e-2;
-            assert!((found - want).abs() < 0.02 * norm.max(1.0), "{}: {found} and {want}", param.name());
+            assert!(
+                (found - want).abs() < 0.02 * norm.max(1.0),
+                "{} of {module_type}: {found} and {want}",
+                param.name()
+            );
         }
     }
 

@@ -267,7 +267,7 @@ mod tests {
         let newest = save(&shelf, 6, Some(2.0), 1).unwrap();
         fs::write(newest.join(CONFIG), "x").unwrap();
         let error = find(run.path(), Which::Newest).unwrap_err().to_string();
-        assert!(error.contains("batch-0000000006") && error.contains("batch-0000000005 is whole"), "{error}");
+        assert!(error.contains("batch-0000000006") && error.contains("batch-0000000005 is intact"), "{error}");
         let mut weights = fs::read(newest.join(WEIGHTS)).unwrap();
         weights.reverse();
         fs::write(newest.join(WEIGHTS), weights).unwrap();
