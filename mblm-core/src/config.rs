@@ -2,13 +2,13 @@
 
 use std::sync::Arc;
 
+use mblm_sdk::block::{MAX_LAYERS, MAX_WIDTH, PosEmb, StageBlock};
 use mblm_yaml::{ConfigError, Document, describe, join};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize, Serializer};
 use serde_yaml::Value;
 
 use crate::registry::BlockRegistry;
-use mblm_sdk::block::{MAX_LAYERS, MAX_WIDTH, PosEmb, StageBlock};
 
 /// The maximum number of stages. With more stages of at least two tokens, the context length would not fit in 64 bits.
 const MAX_STAGES: usize = 64;

@@ -6,13 +6,12 @@
 use std::sync::{Arc, LazyLock};
 
 use mblm_base::nearest::{quoted, suggestion};
-use mblm_yaml::{ConfigError, Document, ValueError, describe, join};
-use serde_yaml::Value;
-
 use mblm_sdk::block::StageBlock;
 use mblm_sdk::error::{Error, Result};
 use mblm_sdk::registration::Registration;
 pub use mblm_sdk::registration::{TAG, block_type};
+use mblm_yaml::{ConfigError, Document, ValueError, describe, join};
+use serde_yaml::Value;
 
 /// A block type.
 #[derive(Clone, Debug, PartialEq)]
@@ -230,13 +229,13 @@ impl BlockRegistry {
 
 #[cfg(test)]
 pub(crate) mod tests {
+    use mblm_sdk::block::{FieldError, PosEmb, StageModel};
+    use mblm_sdk::param::ParamScope;
     use schemars::JsonSchema;
     use serde::{Deserialize, Serialize};
     use serde_json::json;
 
     use super::*;
-    use mblm_sdk::block::{FieldError, PosEmb, StageModel};
-    use mblm_sdk::param::ParamScope;
 
     /// Transformer layers.
     ///

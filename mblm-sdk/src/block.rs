@@ -6,12 +6,11 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Tensor};
-use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
-
 use mblm_compute::error::{Error, Result};
 use mblm_compute::mode::Mode;
 use mblm_compute::param::ParamScope;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 
 /// Position embeddings of a stage. They are applied before the start token is prepended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]

@@ -14,6 +14,5 @@ pub use mblm_compute::error::{Error, Result};
 pub use mblm_compute::mode::Mode;
 pub use mblm_compute::param::{CandleModule, Init, Param, ParamScope, ParamStore};
 pub use mblm_compute::{buffer, error, gemm, layer, mode, nn, node, ops, parallel, param, rows, simd};
-
 #[doc(hidden)]
 pub use {inventory, schemars, serde_json, typetag};

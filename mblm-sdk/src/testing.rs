@@ -4,13 +4,13 @@
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
-pub use mblm_compute::testing::{Pass, assert_close, check_layer, difference, noise, perturb, run};
-
-use crate::block::{StageBlock, StageModel};
 use mblm_compute::error::{Error, Result};
 use mblm_compute::layer::Dims;
 use mblm_compute::mode::Mode;
 use mblm_compute::param::{Param, ParamStore, Part};
+pub use mblm_compute::testing::{Pass, assert_close, check_layer, difference, noise, perturb, run};
+
+use crate::block::{StageBlock, StageModel};
 
 /// Advice for a parameter without a gradient.
 pub const WITHOUT_GRADIENT: &str = "use it in `forward`, or do not create it; no operation between it and the output may cut \

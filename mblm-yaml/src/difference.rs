@@ -1,9 +1,9 @@
 //! How two configurations differ, field by field.
 
+use mblm_base::value::join;
 use serde_yaml::Value;
 
 use crate::error::describe;
-use mblm_base::value::join;
 
 /// The field that names the type of a block.
 const TAG: &str = "block_type";

@@ -5,14 +5,14 @@ use std::fs::File;
 use std::io::{ErrorKind, Read};
 use std::path::Path;
 
+use mblm_base::nearest::suggestion;
+use mblm_base::value::join;
 use serde::de::DeserializeOwned;
 use serde_yaml::Value;
 
 use crate::error::{ConfigError, Place, ValueError, describe, from_value};
 use crate::parse;
 use crate::path::{Segment, is_within, segments, split_last};
-use mblm_base::nearest::suggestion;
-use mblm_base::value::join;
 
 /// Bytes of a file, at most.
 const MAX_LEN: u64 = 1 << 26;

@@ -4,7 +4,6 @@ use std::fmt;
 
 pub use mblm_base::value::ValueError;
 use mblm_base::value::from_deserializer;
-
 use serde::de::DeserializeOwned;
 use serde_yaml::Value;
 

@@ -4,11 +4,11 @@
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap};
 
+use mblm_base::value::join;
 use saphyr_parser::{Event, Parser, ScalarStyle, Tag};
 use serde_yaml::{Mapping, Value};
 
 use crate::error::Place;
-use mblm_base::value::join;
 
 /// Mappings and lists in each other, at most: deeper ones would overflow the stack of whoever walks them.
 const MAX_DEPTH: usize = 64;

@@ -7,6 +7,7 @@ mod layer;
 use std::sync::Arc;
 
 use candle_core::Tensor;
+use layer::{Kind, TransformerLayer};
 use mblm_sdk::block::{Cost, FieldError, PosEmb, StageBlock, StageDecoder, StageModel, width};
 use mblm_sdk::layer::apply;
 use mblm_sdk::mode::Mode;
@@ -16,8 +17,6 @@ use mblm_sdk::param::{Init, ParamScope};
 use mblm_sdk::{Error, Result, register_block};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-
-use layer::{Kind, TransformerLayer};
 
 const EPS: Eps = Eps::Floor(1e-8);
 

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use candle_core::Tensor;
 use candle_core::backprop::GradStore;
+use mblm_base::memory;
 use rayon::prelude::*;
 
 use super::init::{Init, Start};
@@ -12,7 +13,6 @@ use super::part::Part;
 use super::value::{Made, Param};
 use crate::error::{Error, Result};
 use crate::parallel;
-use mblm_base::memory;
 
 /// The maximum number of tensors in a model. It stops a mistyped number of layers before it fills the memory with
 /// names.

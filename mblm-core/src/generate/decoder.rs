@@ -2,13 +2,13 @@
 //! complete patch. The logits are those of the full forward pass.
 
 use candle_core::{DType, Device, Tensor};
-
-use crate::model::{Hierarchy, Mblm, Positions, Stage};
 use mblm_sdk::block::StageDecoder;
 use mblm_sdk::error::{Error, Result};
 use mblm_sdk::gemm::Update;
 use mblm_sdk::mode::Mode;
 use mblm_sdk::ops::linear;
+
+use crate::model::{Hierarchy, Mblm, Positions, Stage};
 
 /// The state of a batch of sequences that have the same length and grow together.
 pub struct Decoder<'m> {

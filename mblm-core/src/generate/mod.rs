@@ -5,11 +5,11 @@ mod sampling;
 mod stream;
 
 pub use decoder::Decoder;
+use mblm_sdk::error::Result;
 pub use sampling::{Sampler, Sampling};
 pub use stream::{Format, TokenStream};
 
 use crate::model::Mblm;
-use mblm_sdk::error::Result;
 
 /// The conditions under which generation ends.
 #[derive(Clone, Debug, PartialEq)]

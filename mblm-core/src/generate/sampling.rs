@@ -1,9 +1,8 @@
 //! Samples the next byte from its logits.
 
+use mblm_sdk::error::{Error, Result};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
-
-use mblm_sdk::error::{Error, Result};
 
 /// How to sample the next byte. The filters apply one after the other, in the order of the fields.
 #[derive(Clone, Debug, PartialEq)]

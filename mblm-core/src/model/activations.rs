@@ -4,11 +4,10 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use candle_core::Tensor;
-use rayon::prelude::*;
-
 use mblm_sdk::error::Result;
 use mblm_sdk::node::with_floats;
 use mblm_sdk::parallel::MIN_PARALLEL;
+use rayon::prelude::*;
 
 /// What was summed up of one stage; nothing while nobody measures.
 #[derive(Default)]

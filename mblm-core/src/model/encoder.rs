@@ -1,8 +1,6 @@
 //! The encoder: the hierarchy without start tokens and with an attention mask. It is trained to restore masked bytes.
 
 use candle_core::{Device, Tensor};
-
-use crate::config::{MaskReduce, MblmEncoderConfig};
 use mblm_sdk::block::StageModel;
 use mblm_sdk::error::{Error, Result};
 use mblm_sdk::mode::Mode;
@@ -12,6 +10,7 @@ use mblm_sdk::param::ParamStore;
 use super::hierarchy::Hierarchy;
 use super::input::{Ids, Sequences, check_vocabulary, to_u32};
 use super::{warned, zero};
+use crate::config::{MaskReduce, MblmEncoderConfig};
 
 /// A Multiscale Byte Language Model that sees the whole sequence. Shapes as in [`Mblm`](super::Mblm).
 pub struct MblmEncoder {

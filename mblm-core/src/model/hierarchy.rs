@@ -4,8 +4,6 @@
 use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
-
-use crate::config::MblmConfig;
 use mblm_sdk::error::{Error, Result};
 use mblm_sdk::layer::param_like;
 use mblm_sdk::mode::Mode;
@@ -19,6 +17,7 @@ use super::input::Ids;
 use super::local_loss::LocalLoss;
 use super::stage::Stage;
 use super::stage_input::Positions;
+use crate::config::MblmConfig;
 
 /// The stages and the output layer.
 pub(crate) struct Hierarchy {

@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
+use mblm_sdk::error::{Error, Result};
 
 use crate::config::MblmConfig;
-use mblm_sdk::error::{Error, Result};
 
 /// Sequences of equal length, as data sets give them: nothing is copied on the way to the model.
 #[derive(Clone, Copy, Debug)]

@@ -5,8 +5,6 @@
 use std::sync::Arc;
 
 use candle_core::{Device, Shape, Tensor, Var};
-
-use crate::model::recompute::chunk_mode;
 use mblm_sdk::error::Result;
 use mblm_sdk::layer::Dims;
 use mblm_sdk::mode::Mode;
@@ -15,6 +13,7 @@ use mblm_sdk::ops::cross_entropy::{CrossEntropy, Target};
 use mblm_sdk::param::{Param, fold_gradients};
 
 use super::stage::Stage;
+use crate::model::recompute::chunk_mode;
 
 /// The mean loss as a function of what the stage above says.
 pub(crate) struct LocalLoss {

@@ -16,16 +16,16 @@ pub use encoder::MblmEncoder;
 pub(crate) use hierarchy::Hierarchy;
 use input::Ids;
 pub use input::Sequences;
-pub(crate) use stage::Stage;
-pub(crate) use stage_input::Positions;
-
-use crate::config::MblmConfig;
 use mblm_sdk::block::StageModel;
 use mblm_sdk::error::{Error, Result};
 use mblm_sdk::mode::Mode;
 use mblm_sdk::node::apply1;
 use mblm_sdk::ops::cross_entropy::{CrossEntropy, Target};
 use mblm_sdk::param::ParamStore;
+pub(crate) use stage::Stage;
+pub(crate) use stage_input::Positions;
+
+use crate::config::MblmConfig;
 
 /// Rows whose logits exist at the same time where every byte's loss is asked for.
 const LOGIT_ROWS: usize = 4096;

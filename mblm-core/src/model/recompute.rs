@@ -5,7 +5,6 @@
 use std::sync::Arc;
 
 use candle_core::{Device, Shape, Tensor, Var};
-
 use mblm_sdk::block::StageModel;
 use mblm_sdk::error::Result;
 use mblm_sdk::layer::Dims;

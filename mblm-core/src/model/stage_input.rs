@@ -4,7 +4,6 @@
 use std::sync::Arc;
 
 use candle_core::{Shape, Tensor};
-
 use mblm_sdk::block::PosEmb;
 use mblm_sdk::error::{Error, Result};
 use mblm_sdk::layer::Dims;

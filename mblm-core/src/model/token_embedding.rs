@@ -4,7 +4,6 @@
 use std::sync::Arc;
 
 use candle_core::{Shape, Tensor};
-
 use mblm_sdk::buffer::Buffer;
 use mblm_sdk::error::{Error, Result};
 use mblm_sdk::gemm::Update;

@@ -6,13 +6,14 @@ use std::mem::offset_of;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
+use mblm_compute::layer::Dims;
+use mblm_compute::param::{Init, Param};
+
 use super::instance::{Instance, Pass, State, Tape, parse};
 use super::{Failure, guard, panics_on_demand, registration, user};
 use crate::abi::{self, Block, InstanceInfo, ParamInfo, Params, Status, Text};
 use crate::block::PosEmb;
 use crate::registration::Registration;
-use mblm_compute::layer::Dims;
-use mblm_compute::param::{Init, Param};
 
 /// The table of one block.
 pub(super) fn block(

@@ -4,6 +4,10 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{Device, Tensor, Var};
+use mblm_compute::layer::Dims;
+use mblm_compute::mode::Mode;
+use mblm_compute::node::{backward_from, with_floats};
+use mblm_compute::param::{Param, ParamStore, fold_gradients};
 use rayon::prelude::*;
 use serde_json::Value;
 
@@ -11,10 +15,6 @@ use super::Failure;
 use crate::abi;
 use crate::block::{StageBlock, StageDecoder, StageModel};
 use crate::registration::Registration;
-use mblm_compute::layer::Dims;
-use mblm_compute::mode::Mode;
-use mblm_compute::node::{backward_from, with_floats};
-use mblm_compute::param::{Param, ParamStore, fold_gradients};
 
 /// Floats that one thread copies.
 const COPIED_AT_ONCE: usize = 1 << 16;

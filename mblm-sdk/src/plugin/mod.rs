@@ -13,9 +13,10 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
+use mblm_compute::error::Error;
+
 use crate::abi::{self, Status, Text};
 use crate::registration::Registration;
-use mblm_compute::error::Error;
 
 /// Turns a `cdylib` into a plugin that exports every block registered with [`register_block!`](crate::register_block).
 ///

@@ -17,7 +17,6 @@ use std::fs::{self, File, TryLockError};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
-use crate::journal::timestamp::Timestamp;
 use mblm_base::files;
 use mblm_core::plugin::host::blame;
 use serde::{Deserialize, Serialize};
@@ -26,6 +25,7 @@ use crate::checkpoint::{self, Shelf, Snapshot};
 use crate::error::{AtPath, Error, Result};
 use crate::journal::line_log::LineLog;
 use crate::journal::metrics;
+use crate::journal::timestamp::Timestamp;
 
 const CONFIG: &str = "config.yaml";
 const LOG: &str = "train.log";

@@ -10,12 +10,12 @@ use std::io::{IsTerminal, Write};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use crate::journal::timestamp::Timestamp;
 use indicatif::{DecimalBytes, FormattedDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use mblm_base::terminal;
 use sparkline::Sparkline;
 
 use crate::evaluate::bpb;
+use crate::journal::timestamp::Timestamp;
 
 /// The bar has no clock of its own: validations and checkpoints take time too.
 const TEMPLATE: &str = "{bar:24.cyan} {percent:>3}%  {prefix}\n{wide_msg}";

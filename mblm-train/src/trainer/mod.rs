@@ -7,9 +7,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use crate::journal::timestamp::Timestamp;
 use mblm_base::random::mix;
 use mblm_core::gemm::autocast;
+use mblm_core::model::Sequences;
 use mblm_core::simd::instruction_set;
 use mblm_core::{Mode, Param};
 use mblm_data::batches::{Batches, Cursor};
@@ -23,11 +23,11 @@ use crate::evaluate::{anything_counts, bpb, losses};
 use crate::journal::folder::{LossEntry, LossLog, replace_config};
 use crate::journal::metrics::{Kind, Metrics, Point, Scalars, activation_norms, loss_scalars, stage_grad_norms};
 use crate::journal::timemem::TimeMem;
+use crate::journal::timestamp::Timestamp;
 use crate::model::{Loss, TrainModel, sequences};
 use crate::progress::Progress;
 use crate::trainer::optimizer::{Adam, AdamConfig, GradNorm, clip_grad_norm, first_non_finite, scale_grads};
 use crate::trainer::plan::RunPlan;
-use mblm_core::model::Sequences;
 
 pub mod optimizer;
 pub mod plan;

@@ -1,10 +1,10 @@
 //! Configurations and parameter lists.
 
 use mblm_base::random::noise;
+use mblm_sdk::abi;
 use serde_json::{Value, json};
 
 use super::{Outcome, Subject};
-use mblm_sdk::abi;
 
 /// The configuration is accepted; unknown fields and what is no configuration are refused; nothing crashes.
 pub(super) fn hostile(subject: &Subject) -> Result<Outcome, String> {

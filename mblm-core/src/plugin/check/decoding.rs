@@ -1,11 +1,12 @@
 //! Decoding.
 
-use super::rig::{Rig, input};
-use super::{Outcome, Subject};
-use crate::plugin::host::{ParamValues, State};
 use mblm_sdk::abi;
 use mblm_sdk::mode::Mode;
 use mblm_sdk::testing::difference;
+
+use super::rig::{Rig, input};
+use super::{Outcome, Subject};
+use crate::plugin::host::{ParamValues, State};
 
 const TOLERANCE: f32 = 1e-4;
 

@@ -1,11 +1,11 @@
 //! Gradients.
 
 use mblm_base::random::noise;
+use mblm_sdk::layer::Dims;
+use mblm_sdk::testing::{WITHOUT_GRADIENT, difference};
 
 use super::rig::{Gradients, MODE, Rig, input};
 use super::{Outcome, Subject};
-use mblm_sdk::layer::Dims;
-use mblm_sdk::testing::{WITHOUT_GRADIENT, difference};
 
 const NO_BACKWARD: &str = "it has no backward pass";
 

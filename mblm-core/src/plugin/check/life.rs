@@ -1,11 +1,12 @@
 //! Threads, memory and panics.
 
+use mblm_sdk::abi;
+use mblm_sdk::mode::Mode;
+
 use super::PANIC_VARIABLE;
 use super::rig::{Gradients, input};
 use super::{Outcome, Subject};
 use crate::plugin::host::ParamValues;
-use mblm_sdk::abi;
-use mblm_sdk::mode::Mode;
 
 /// Threads that call at once.
 const THREADS: usize = 4;

@@ -1,11 +1,12 @@
 //! What forward (and backward) write.
 
-use super::rig::{Guarded, MODE, input};
-use super::{Outcome, Subject};
-use crate::plugin::host::{ParamValues, Pass};
 use mblm_sdk::abi;
 use mblm_sdk::mode::Mode;
 use mblm_sdk::testing::{OTHER_OUTPUT_AGAIN, OTHER_OUTPUT_IN_TRAINING, OTHER_OUTPUT_REBUILT, difference};
+
+use super::rig::{Guarded, MODE, input};
+use super::{Outcome, Subject};
+use crate::plugin::host::{ParamValues, Pass};
 
 /// One forward pass.
 pub(super) fn forward(subject: &Subject) -> Result<(), String> {

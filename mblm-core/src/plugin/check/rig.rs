@@ -4,15 +4,15 @@
 use std::sync::Arc;
 
 use mblm_base::random::noise;
-use serde_json::{Map, Value, json};
-
-use crate::plugin::host::{Failure, Instance, Library, LibraryBlock, ParamValues, Pass, Tape, call};
-use crate::schema::Walk;
 use mblm_sdk::abi::{self, Text};
 use mblm_sdk::layer::Dims;
 use mblm_sdk::mode::Mode;
 use mblm_sdk::param::{Param, ParamStore, Part};
 use mblm_sdk::testing::perturb;
+use serde_json::{Map, Value, json};
+
+use crate::plugin::host::{Failure, Instance, Library, LibraryBlock, ParamValues, Pass, Tape, call};
+use crate::schema::Walk;
 
 /// Widths to try, the first accepted one is taken.
 const WIDTHS: [usize; 7] = [8, 12, 16, 24, 32, 64, 128];

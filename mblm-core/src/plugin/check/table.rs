@@ -1,11 +1,11 @@
 //! The tables: what the plugin says of itself before it is asked to do anything.
 
+use mblm_sdk::abi::{self, Plugin};
 use serde_json::{Map, Value};
 
 use super::{Outcome, Subject};
 use crate::plugin::host::check_table;
 use crate::schema::Walk;
-use mblm_sdk::abi::{self, Plugin};
 
 /// The plugin's own table is accepted, and would not be if its version or size were another one.
 pub(super) fn header(subject: &Subject) -> Result<Outcome, String> {

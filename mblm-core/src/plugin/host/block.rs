@@ -3,6 +3,10 @@
 use std::sync::Arc;
 
 use mblm_base::nearest::suggestion;
+use mblm_sdk::abi::{self, Text};
+use mblm_sdk::block::{FieldError, PluginOrigin, PosEmb, StageBlock, StageModel};
+use mblm_sdk::error::{Error, Result};
+use mblm_sdk::param::ParamScope;
 use mblm_yaml::ValueError;
 use serde::Serialize;
 use serde_yaml::Value;
@@ -12,10 +16,6 @@ use super::instance::Instance;
 use super::library::{Library, LibraryBlock};
 use super::model::PluginModel;
 use crate::registry::{BlockInfo, BlockSource};
-use mblm_sdk::abi::{self, Text};
-use mblm_sdk::block::{FieldError, PluginOrigin, PosEmb, StageBlock, StageModel};
-use mblm_sdk::error::{Error, Result};
-use mblm_sdk::param::ParamScope;
 
 /// The blocks of a plugin.
 pub struct PluginSource(pub Arc<Library>);

@@ -4,8 +4,9 @@ use std::cell::RefCell;
 use std::ffi::c_void;
 use std::sync::LazyLock;
 
-use super::surroundings::kept;
 use mblm_sdk::abi::{self, Status, Text};
+
+use super::surroundings::kept;
 
 /// What the host offers. Lives for ever, as the contract says.
 pub(super) static HOST: LazyLock<abi::Host> = LazyLock::new(|| abi::Host {

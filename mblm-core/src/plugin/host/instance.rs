@@ -4,15 +4,16 @@ use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::calls::{Failure, call};
-use super::library::{Library, LibraryBlock};
-use super::surroundings::kept;
 use mblm_sdk::abi::{self, Block, Text};
 use mblm_sdk::block::Cost;
 use mblm_sdk::error::{Error, Result};
 use mblm_sdk::layer::Dims;
 use mblm_sdk::mode::Mode;
 use mblm_sdk::param::{Init, MAX_TENSORS, Part, Start, decays_by_name};
+
+use super::calls::{Failure, call};
+use super::library::{Library, LibraryBlock};
+use super::surroundings::kept;
 
 /// A parameter that an instance asks for.
 #[derive(Clone, Debug, PartialEq)]

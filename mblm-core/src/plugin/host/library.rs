@@ -5,11 +5,12 @@ use std::error::Error;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use mblm_sdk::abi::{self, Block, Plugin, Text};
+use mblm_sdk::block::PluginOrigin;
+
 use super::calls::{HOST, call};
 use super::file::LibraryFile;
 use super::surroundings::kept;
-use mblm_sdk::abi::{self, Block, Plugin, Text};
-use mblm_sdk::block::PluginOrigin;
 
 /// Why this build cannot load any plugin.
 pub const CANNOT_LOAD: Option<&str> = if cfg!(all(target_os = "linux", target_feature = "crt-static")) {

@@ -3,8 +3,6 @@
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Shape, Tensor};
-
-use super::instance::{Instance, ParamValues, Pass, State, Tape};
 use mblm_sdk::abi;
 use mblm_sdk::block::{Cost, StageDecoder, StageModel, replay};
 use mblm_sdk::error::{Error, Result};
@@ -13,6 +11,8 @@ use mblm_sdk::mode::Mode;
 use mblm_sdk::node::{Node, apply1};
 use mblm_sdk::param::{Param, Values};
 use mblm_sdk::simd::vectorize;
+
+use super::instance::{Instance, ParamValues, Pass, State, Tape};
 
 /// The model of a stage that a plugin runs. Its parameters are the host's.
 pub(super) struct PluginModel {

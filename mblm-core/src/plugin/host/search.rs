@@ -6,13 +6,14 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use mblm_sdk::error::Error;
+
 use super::block::PluginSource;
 use super::file::LibraryFile;
 use super::library::Library;
 use super::probe::Probe;
 use super::{blame, folders, ownership};
 use crate::registry::BlockRegistry;
-use mblm_sdk::error::Error;
 
 /// The environment variable that lists folders, separated as in `PATH`.
 pub const PATH_VARIABLE: &str = "MBLM_PLUGIN_PATH";

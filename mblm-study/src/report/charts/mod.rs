@@ -4,11 +4,12 @@ pub(crate) mod lines;
 pub(crate) mod scale;
 pub(crate) mod svg;
 
+use scale::{Scale, Unit, ceiling};
+use svg::{Format, Margins, Places, Svg, colour, escape, fitting};
+
 use crate::report::format::si;
 use crate::report::front::front;
 use crate::report::variant::Variant;
-use scale::{Scale, Unit, ceiling};
-use svg::{Format, Margins, Places, Svg, colour, escape, fitting};
 
 /// What a variant costs, against its bits per byte.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
