@@ -11,7 +11,7 @@
 //! | `runs/NAME-seedN/` | an ordinary run folder, and `result.json`: what was measured when it had ended |
 //! | `logs/` | what the process of each run said |
 //! | `failed/` | why a run failed; while that file is there, the run is not tried again |
-//! | `report.html`, … | the [report](crate::report) |
+//! | `report.html`, … | the [report](crate::report::Report) |
 #![warn(missing_docs)]
 #![deny(clippy::print_stdout, clippy::print_stderr)]
 

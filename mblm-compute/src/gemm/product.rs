@@ -6,7 +6,7 @@ use super::precision::{Precision, current};
 use crate::parallel::Threads;
 use crate::simd;
 
-/// `out (=|+=) a b`. Products of the whole pool take the precision of [`autocast`], those of one thread `f32`.
+/// `out (=|+=) a b`. Products of the whole pool take the precision of [`autocast`](super::autocast), those of one thread `f32`.
 ///
 /// `blocked.rs` is ahead of `gemm` where registers are wide and `b` has to be transposed, as in every forward pass.
 pub fn matmul(out: MatMut, update: Update, a: Mat, b: Mat, threads: Threads) {

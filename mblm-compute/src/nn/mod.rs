@@ -2,7 +2,7 @@
 //!
 //! Write `mblm_sdk::nn` where you would write `candle_nn`. What is listed here without a file of its own is candle-nn's own
 //! item. [`Conv1d`], [`LayerNorm`], [`RmsNorm`], [`Dropout`], [`ops`] and [`rotary_emb`] have the same signatures as candle-nn's, give the
-//! same outputs, and have the right gradient or, for dropout, a seed. See [`ParamScope::candle`](crate::ParamScope::candle).
+//! same outputs, and have the right gradient or, for dropout, a seed. See [`ParamScope::candle`](crate::param::ParamScope::candle).
 //!
 //! The other convolutions (candle passes transposed views to kernels that take them for contiguous, so that the gradient of
 //! the weights is wrong for batches), `sdpa`, `BatchNorm` (whose running statistics would be trained), `kv_cache`, `moe` and `VarMap` (whose weights are not

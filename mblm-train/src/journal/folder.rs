@@ -6,9 +6,9 @@
 //! | `data.json` | the data files with sizes and sums, and where relative paths start |
 //! | `train.log` | what the terminal showed, with the time |
 //! | `loss.csv` | the losses, in the reference package's columns |
-//! | `metrics.jsonl`, `tensorboard/` | the [metrics](crate::journal::metrics) |
+//! | `metrics.jsonl`, `tensorboard/` | the [metrics](super::metrics::Metrics) |
 //! | `timemem.csv` | [what the first batches cost](crate::journal::timemem) |
-//! | `checkpoints/` | [checkpoints](crate::checkpoint) |
+//! | `checkpoints/` | [checkpoints](crate::checkpoint::Checkpoint) |
 //!
 //! It appears under its name only when it is complete, with a first checkpoint, so that a run can always be resumed.
 
