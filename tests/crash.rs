@@ -6,6 +6,7 @@ mod compiled;
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant, SystemTime};
@@ -48,6 +49,16 @@ fn command(folder: &Path, args: &[&str]) -> Command {
     let mut command = Command::cargo_bin("mblm").unwrap();
     command.current_dir(folder).args(args).env("MBLM_PLUGIN_PATH", folder.join("plugins"));
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    // Signals are heard even if these tests run in the background of a script, which ignores some.
+    // SAFETY: the calls are allowed between fork and exec.
+    unsafe {
+        command.pre_exec(|| {
+            for signal in [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT, libc::SIGTERM] {
+                libc::signal(signal, libc::SIG_DFL);
+            }
+            Ok(())
+        });
+    }
     command
 }
 
