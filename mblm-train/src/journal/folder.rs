@@ -25,7 +25,7 @@ use crate::checkpoint::{self, Shelf, Snapshot};
 use crate::error::{AtPath, Error, Result};
 use crate::journal::line_log::LineLog;
 use crate::journal::metrics;
-use crate::journal::timestamp::Timestamp;
+use crate::journal::timestamp::{Timestamp, write_now};
 
 const CONFIG: &str = "config.yaml";
 const LOG: &str = "train.log";
@@ -50,7 +50,7 @@ impl RunFolder {
     /// `log` is locked.
     fn new(path: PathBuf, log: File) -> Result<Self> {
         let copy = log.try_clone().at(&path.join(LOG))?;
-        let _blame = blame::log_to(copy, |line| write!(line, "{}", Timestamp::now()));
+        let _blame = blame::log_to(copy, write_now);
         Ok(RunFolder { path, log, _blame })
     }
 
