@@ -11,6 +11,8 @@ use crate::simd;
 pub(crate) fn dispatch(precision: Precision, work: impl WithArithmetic) {
     match precision {
         Precision::F32 => simd::dispatch(InFloats(work)),
+        #[cfg(test)]
+        Precision::Bf16 if !precision.has_instructions() => super::portable::dispatch(work),
         #[cfg(target_arch = "x86_64")]
         Precision::Bf16 => bf16::dispatch(work),
         #[cfg(not(target_arch = "x86_64"))]

@@ -10,6 +10,8 @@ pub(crate) mod floats;
 pub(crate) mod matrix;
 #[cfg(target_arch = "x86_64")]
 mod pack;
+#[cfg(test)]
+mod portable;
 mod precision;
 mod product;
 pub(crate) mod tile;
