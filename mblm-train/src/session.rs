@@ -210,6 +210,8 @@ impl<'a> Session<'a> {
         let mut trainer = Trainer::new(&*model, splits, config)?;
         let remarks = trainer.restore(&checkpoint)?;
         if trainer.is_finished() && (!trainer.has_test() || has_test_loss(run.path())?) {
+            // A kill may have come while the last checkpoint that was not kept was deleted.
+            run.checkpoints().recover()?;
             self.say_finished(&trainer, &checkpoint);
             let (checkpoint, state) = (checkpoint.path().into(), trainer.state().clone());
             return Ok(Ok(Outcome { checkpoint, end: End::Finished, state }));
