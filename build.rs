@@ -37,7 +37,13 @@ fn list(folder: &Path, files: &mut Vec<PathBuf>) -> io::Result<()> {
         match path.is_dir() {
             true if path.ends_with("target") => {}
             true => list(&path, files)?,
-            false => files.push(path),
+            // And no file that an editor leaves behind.
+            false
+                if path.extension().is_some_and(|name| ["rs", "toml", "md", "h"].iter().any(|kind| name == *kind)) =>
+            {
+                files.push(path);
+            }
+            false => {}
         }
     }
     Ok(())

@@ -7,7 +7,7 @@ use mblm_sdk::error::{Error, Result};
 
 use crate::config::MblmConfig;
 
-/// Sequences of equal length, as data sets give them: nothing is copied on the way to the model.
+/// Sequences of equal length, as data sets give them. The model copies the ids once, when it pads them.
 #[derive(Clone, Copy, Debug)]
 pub struct Sequences<'a> {
     /// `(B, L)`
@@ -19,7 +19,7 @@ pub struct Sequences<'a> {
 }
 
 impl<'a> Sequences<'a> {
-    /// `B`.
+    /// `B`. Panics if [`len`](Self::len) is 0.
     pub fn batch(&self) -> usize {
         self.ids.len() / self.len
     }

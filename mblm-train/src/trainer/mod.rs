@@ -8,10 +8,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use mblm_base::random::mix;
+use mblm_core::Mode;
 use mblm_core::gemm::autocast;
-use mblm_core::model::Sequences;
 use mblm_core::simd::instruction_set;
-use mblm_core::{Mode, Param};
 use mblm_data::batches::{Batches, Cursor};
 use mblm_data::prefetch::Prefetch;
 use mblm_data::{Fingerprint, Splits};
@@ -19,21 +18,22 @@ use mblm_data::{Fingerprint, Splits};
 use crate::checkpoint::{Checkpoint, Shelf, Snapshot, TrainState, Window};
 use crate::config::{LossAverage, ResumeSection, RunConfig};
 use crate::error::{AtPath, Error, Result};
-use crate::evaluate::{anything_counts, bpb, losses};
 use crate::journal::folder::{LossEntry, LossLog, replace_config};
 use crate::journal::metrics::{Kind, Metrics, Point, Scalars, activation_norms, loss_scalars, stage_grad_norms};
 use crate::journal::timemem::TimeMem;
 use crate::journal::timestamp::Timestamp;
 use crate::model::{Loss, TrainModel, sequences};
 use crate::progress::Progress;
-use crate::trainer::optimizer::{Adam, AdamConfig, GradNorm, clip_grad_norm, first_non_finite, scale_grads};
+use crate::trainer::optimizer::{Adam, AdamConfig, GradNorm, clip_grad_norm, scale_grads};
 use crate::trainer::plan::RunPlan;
 
+mod faults;
 pub mod optimizer;
 pub mod plan;
 pub mod points;
 mod restore;
 pub mod schedule;
+mod validation;
 
 pub use restore::Remarks;
 pub(crate) use restore::check_data;
@@ -188,45 +188,6 @@ impl<'a> Trainer<'a> {
     /// How its training data are read.
     pub fn training_data(&self) -> &Batches {
         &self.train
-    }
-
-    /// Checks that the training and the validation data have something to predict.
-    ///
-    /// # Errors
-    /// Every element is the pad token, or its loss has weight 0.
-    pub fn check_data(&self) -> Result<()> {
-        let (pad, most) = (self.pad(), self.config.train.max_eval_steps);
-        for (what, batches, most) in [("training", &*self.train, None), ("validation", &self.valid, most)] {
-            if !anything_counts(batches, most, pad)? {
-                return Err(self.nothing_to_predict(what));
-            }
-        }
-        Ok(())
-    }
-
-    fn pad(&self) -> usize {
-        self.config.params.model.hierarchy().pad_token_id
-    }
-
-    fn nothing_to_predict(&self, what: &str) -> Error {
-        Error::Config(format!(
-            "params.pad_token_id: the {what} data have nothing to predict: every element is the pad token {}, or its loss \
-             has weight 0",
-            self.pad()
-        ))
-    }
-
-    /// Runs one training sequence through the model and changes nothing, so that an input that the model rejects is
-    /// found before a run folder is created.
-    pub fn rehearse(&self) -> Result<()> {
-        let batch = self.train.read(self.state.next)?;
-        match self.model.loss(&sequences(&batch).first(), Mode::Eval) {
-            Err(mblm_core::Error::Input(message)) => Err(Error::Config(format!(
-                "params.input_seq_len: the model does not take sequences of {} bytes: {message}",
-                self.config.params.input_seq_len
-            ))),
-            result => Ok(result.map(drop)?),
-        }
     }
 
     /// Trains to the end, or until `stop` is raised, or until `train.max_seconds` after `started`: then the current batch
@@ -408,90 +369,6 @@ impl<'a> Trainer<'a> {
         Ok(norm)
     }
 
-    /// Validates; false if it was stopped meanwhile.
-    fn validate(&mut self, record: &mut Record, stop: &AtomicBool) -> Result<bool> {
-        let started = Instant::now();
-        let Some(loss) = self.measure_valid_loss(stop)? else { return Ok(false) };
-        let seconds = started.elapsed().as_secs_f64();
-        let is_best = self.state.best_valid_loss.is_none_or(|best| loss < best);
-        self.state.valid_loss = Some(loss);
-        self.state.stale_validations += 1;
-        if is_best {
-            self.state.best_valid_loss = Some(loss);
-            self.state.stale_validations = 0;
-        }
-        let at = self.last_batch();
-        record.losses.add(&LossEntry { avg_grad: -1.0, avg_grad_clipped: -1.0, ..self.entry("valid", at, loss) })?;
-        record.progress.valid_loss(self.state.batches, loss, is_best);
-        record.metrics.record(&self.point(Kind::Valid, loss_scalars(loss)))?;
-        record.timemem.valid(self.state.cum_batch() - 1, self.state.elements_seen, seconds)?;
-        Ok(true)
-    }
-
-    /// The mean loss on the validation split; none if it was stopped meanwhile.
-    fn measure_valid_loss(&self, stop: &AtomicBool) -> Result<Option<f64>> {
-        let found = losses(self.model, &self.valid, self.config.train.max_eval_steps, stop);
-        let found = found.map_err(|error| match error {
-            Error::Core(mblm_core::Error::NotFinite(what)) => self.non_finite(format!("in validation {what}")),
-            other => other,
-        })?;
-        let Some(found) = found else { return Ok(None) };
-        match found.mean() {
-            Some(loss) if !loss.is_finite() => Err(self.non_finite(format!("the validation loss is {loss}"))),
-            None => Err(self.nothing_to_predict("validation")),
-            loss => Ok(loss),
-        }
-    }
-
-    /// Validates what was reached within the time limit. This is no point of the run's course: it counts as one batch
-    /// further, so that a run that is resumed drops it, and goes on as if it had not been interrupted.
-    fn validate_at_limit(&mut self, record: &mut Record, stop: &AtomicBool) -> Result<End> {
-        let seconds = self.config.train.max_seconds.unwrap_or_default();
-        let (done, all) = (self.state.batches, self.plan.batches);
-        record.progress.line(&format!("time limit of {seconds} s reached after batch {done} of {all}"));
-        if self.at_valid_point() && self.state.valid_loss.is_some() {
-            return Ok(End::TimeLimit);
-        }
-        let Some(loss) = self.measure_valid_loss(stop)? else { return Ok(End::Stopped) };
-        let is_best = self.state.best_valid_loss.is_none_or(|best| loss < best);
-        self.state.valid_loss = Some(loss);
-        let cum_batch = self.state.cum_batch();
-        let entry = LossEntry { cum_batch: cum_batch as i64, ..self.entry("valid", self.last_batch(), loss) };
-        record.losses.add(&LossEntry { avg_grad: -1.0, avg_grad_clipped: -1.0, ..entry })?;
-        record.progress.valid_loss(self.state.batches, loss, is_best);
-        record.metrics.record(&Point { batch: cum_batch, ..self.point(Kind::Valid, loss_scalars(loss)) })?;
-        Ok(End::TimeLimit)
-    }
-
-    /// Measures the best model on the test split, if the data set has one; the model keeps its weights.
-    pub fn test(&mut self, record: &mut Record, stop: &AtomicBool) -> Result<()> {
-        let Some(test) = &self.test else { return Ok(()) };
-        let best = match record.checkpoints.best() {
-            Ok(best) => best,
-            Err(_) => record.checkpoints.newest()?,
-        };
-        self.model.params().load(&best.weights()?)?;
-        let Some(found) = losses(self.model, test, self.config.train.max_eval_steps, stop)? else { return Ok(()) };
-        let Some(loss) = found.mean() else {
-            record.progress.line("no test loss: the test data have nothing to predict");
-            return Ok(());
-        };
-        // Counted as one batch further, so that a run that goes on after its end has one test. The row of `loss.csv`
-        // comes last: it says that the test is done.
-        let point = self.point(Kind::Test, loss_scalars(loss));
-        record.metrics.record(&Point { batch: self.state.cum_batch(), ..point })?;
-        let row = LossEntry {
-            elements_seen: -1,
-            epoch: -1,
-            batch: -1,
-            cum_batch: -1,
-            ..self.entry("test", Cursor::default(), loss)
-        };
-        record.losses.add(&LossEntry { avg_grad: -1.0, avg_grad_clipped: -1.0, ..row })?;
-        record.progress.line(&format!("test loss {loss:.4} ({:.4} bpb), of {}", bpb(loss), best.path().display()));
-        Ok(())
-    }
-
     /// The place of the batch before the next one.
     fn last_batch(&self) -> Cursor {
         let mut at = self.state.next;
@@ -577,32 +454,6 @@ impl<'a> Trainer<'a> {
 
     fn bytes_per_batch(&self) -> u64 {
         (self.train.batch_size * self.train.seq_len) as u64
-    }
-
-    /// Names the parameter that is not finite, or else the stage whose output is not.
-    fn non_finite_loss(&self, loss: f64, sequences: &Sequences) -> Error {
-        let finite = |param: &Param| param.values().iter().all(|value| value.is_finite());
-        if let Some(name) = first_non_finite(self.model.params(), finite) {
-            return self.non_finite(format!("the loss is {loss}, and so is a value of parameter {name}"));
-        }
-        // Outside training such a loss is an error that names the stage.
-        match self.model.loss(sequences, Mode::Eval) {
-            Err(mblm_core::Error::NotFinite(what)) => {
-                self.non_finite(format!("{what}, while all parameters are finite"))
-            }
-            _ => self.non_finite(format!("the loss is {loss}, while all parameters are finite")),
-        }
-    }
-
-    fn non_finite(&self, what: String) -> Error {
-        Error::NonFinite { step: self.state.step, batch: self.state.batches, what }
-    }
-
-    fn non_finite_gradient(&self) -> Error {
-        let finite = |param: &Param| param.grad().iter().all(|grad| grad.is_finite());
-        let name = first_non_finite(self.model.params(), finite).unwrap_or_default();
-        let what = format!("the gradient of {name} is not finite");
-        Error::NonFinite { step: self.state.step, batch: self.state.batches.saturating_sub(1), what }
     }
 }
 

@@ -54,7 +54,8 @@ static LOG: AtomicI32 = AtomicI32::new(-1);
 #[cfg(unix)]
 static TIME: OnceLock<WriteTime> = OnceLock::new();
 
-/// Writes the time. A signal handler calls it, so it must not allocate or lock anything.
+/// Writes the time. A signal handler calls it on a stack of a few kilobytes, so it must not allocate or lock anything, and
+/// needs little stack.
 pub type WriteTime = fn(&mut dyn fmt::Write) -> fmt::Result;
 
 /// As long as this lives, the line is written to a log too.
