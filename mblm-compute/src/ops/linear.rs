@@ -7,19 +7,24 @@ use crate::buffer::Buffer;
 use crate::error::Result;
 use crate::gemm::floats::pack_floats;
 use crate::gemm::{Mat, MatMut, Update, matmul};
+use crate::ops::product::Products;
 use crate::parallel::{MIN_PARALLEL, Shared, Threads, for_rows, reduce_rows};
 use crate::simd::{self, Cache, vectorize};
 
-/// The definition.
+/// The definition, with the product in the precision of [`gemm::autocast`](crate::gemm::autocast) on a GPU.
 ///
 /// # Shapes
 /// - `x`: `(…, I)`, `weight`: `(O, I)`, `bias`: `(O)`; returns `(…, O)`
 pub fn linear_composed(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    linear_in(Products::of(x), x, weight, bias)
+}
+
+fn linear_in(products: Products, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     let (outputs, inputs) = weight.dims2()?;
     let mut shape = x.dims().to_vec();
     shape[x.rank() - 1] = outputs;
     let rows = x.elem_count() / inputs;
-    let y = x.reshape((rows, inputs))?.matmul(&weight.t()?)?;
+    let y = products.product_transposed(&x.reshape((rows, inputs))?, weight)?;
     let y = match bias {
         Some(bias) => y.broadcast_add(bias)?,
         None => y,
@@ -367,6 +372,7 @@ fn dots<S: Simd, const O: usize, const B: usize>(simd: S, weight: &[f32], x: &[f
 
 #[cfg(test)]
 mod tests {
+    use candle_core::{DType, Device, Var};
     use mblm_base::random::noise;
 
     use super::*;
@@ -395,6 +401,26 @@ mod tests {
             step(&x, &w, Some(&b), inputs, Update::Add, &mut got);
             want.iter_mut().for_each(|v| *v *= 2.0);
             assert_close("added", &got, &want, 1e-5);
+        }
+    }
+
+    #[test]
+    fn a_composition_in_bf16_is_close_to_f32_and_so_are_its_gradients() {
+        let var = |shape: (usize, usize), seed| {
+            let values = noise(shape.0 * shape.1, seed);
+            Var::from_tensor(&Tensor::from_vec(values, shape, &Device::Cpu).unwrap()).unwrap()
+        };
+        let (x, weight, dy) = (var((9, 65), 1), var((33, 65), 2), var((9, 33), 3));
+        let [f32, bf16] = [Products::of(&x), Products::in_bf16()].map(|products| {
+            let y = linear_in(products, &x, &weight, None).unwrap();
+            assert_eq!(y.dtype(), DType::F32);
+            let grads = (&y * dy.detach()).unwrap().sum_all().unwrap().backward().unwrap();
+            [&y, grads.get(&x).unwrap(), grads.get(&weight).unwrap()]
+                .map(|t| t.flatten_all().unwrap().to_vec1::<f32>().unwrap())
+        });
+        assert!(f32[0] != bf16[0], "nothing was rounded");
+        for (part, (got, want)) in ["output", "input", "weight"].iter().zip(bf16.iter().zip(&f32)) {
+            assert_close(part, got, want, 0.02);
         }
     }
 

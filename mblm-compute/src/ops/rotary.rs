@@ -3,9 +3,10 @@
 
 use std::sync::{Arc, Mutex};
 
-use candle_core::{D, Tensor};
+use candle_core::{D, Device, Tensor};
 
 use crate::error::Result;
+use crate::ops::tables::Tables;
 use crate::parallel::{Shared, for_rows};
 use crate::simd::vectorize;
 
@@ -13,6 +14,8 @@ use crate::simd::vectorize;
 pub struct Rotary {
     inverse_frequencies: Vec<f32>,
     table: Mutex<Arc<Table>>,
+    /// Cosines and sines, `(2, positions, d)`, for compositions.
+    on_devices: Tables,
 }
 
 /// `(positions, d / 2)` each.
@@ -28,6 +31,7 @@ impl Rotary {
         Rotary {
             inverse_frequencies: (0..head_dim / 2).map(frequency).collect(),
             table: Mutex::new(Arc::new(Table { cos: vec![], sin: vec![] })),
+            on_devices: Tables::new(),
         }
     }
 
@@ -51,14 +55,19 @@ impl Rotary {
     /// The definition, for `x`: `(B, H, S, d)`.
     pub fn composed(&self, x: &Tensor) -> Result<Tensor> {
         let (_, _, seq, head_dim) = x.dims4()?;
-        let (half, table) = (head_dim / 2, self.table(seq));
-        let twice = |part: &[f32]| -> Result<Tensor> {
-            let part = Tensor::from_slice(&part[..seq * half], (seq, half), x.device())?.to_dtype(x.dtype())?;
-            Ok(Tensor::cat(&[&part, &part], 1)?)
-        };
+        let half = head_dim / 2;
+        let tables = self.on_devices.get(seq, x.dtype(), x.device(), |positions| {
+            let table = self.table(positions);
+            let twice = |part: &[f32]| {
+                let part = Tensor::from_slice(&part[..positions * half], (positions, half), &Device::Cpu)?;
+                Tensor::cat(&[&part, &part], 1)
+            };
+            Ok(Tensor::stack(&[twice(&table.cos)?, twice(&table.sin)?], 0)?)
+        })?;
+        let table = |which: usize| tables.get(which)?.narrow(0, 0, seq);
         let (first, second) = (x.narrow(D::Minus1, 0, half)?, x.narrow(D::Minus1, half, half)?);
         let rotated = Tensor::cat(&[&second.neg()?, &first], 3)?;
-        Ok((x.broadcast_mul(&twice(&table.cos)?)? + rotated.broadcast_mul(&twice(&table.sin)?)?)?)
+        Ok((x.broadcast_mul(&table(0)?)? + rotated.broadcast_mul(&table(1)?)?)?)
     }
 
     /// Rotates the heads at the start of every row, in place; `backward` rotates the other way.

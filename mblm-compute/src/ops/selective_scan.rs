@@ -41,9 +41,13 @@ pub fn selective_scan_composed(inputs: [&Tensor; 5], a_log: &Tensor, d: &Tensor,
     Ok((y * z.silu()?)?)
 }
 
-/// `ln(1 + e^x)` as `max(x, 0) + ln(1 + e^-|x|)`, which does not overflow.
+/// `ln(1 + e^x)` as `max(x, 0) + ln(1 + u)` with `u = e^-|x|`, which does not overflow. What rounding takes from `1 + u` is
+/// put back: without it, small steps would have few correct digits.
 pub fn softplus_composed(x: &Tensor) -> Result<Tensor> {
-    Ok((x.relu()? + (x.abs()?.neg()?.exp()? + 1.0)?.log()?)?)
+    let u = x.abs()?.neg()?.exp()?;
+    let sum = (&u + 1.0)?;
+    let lost = ((u - (&sum - 1.0)?)? / &sum)?.detach();
+    Ok((x.relu()? + sum.log()? + lost)?)
 }
 
 /// Channels of a group: one AVX-512 register, two of AVX2.

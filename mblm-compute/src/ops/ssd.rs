@@ -7,9 +7,6 @@
 
 use std::ops::Range;
 
-use candle_core::Tensor;
-
-use super::selective_scan::softplus_composed;
 use super::tasks::{Task, Tasks};
 use crate::buffer::Buffer;
 use crate::error::Result;
@@ -19,32 +16,9 @@ use crate::rows::{Rows, RowsMut};
 use crate::simd::{self, exp_decay, softplus, vectorize};
 
 mod backward;
+mod composed;
 pub use backward::{Grads, ParamGrads};
-
-/// The definition: `h_t = exp(δ_t a) h_{t-1} + δ_t B_t x_tᵀ`, `y_t = C_t h_t + D x_t`, head by head.
-///
-/// # Shapes
-/// - `x`: `(B, S, H P)`, `dt`: `(B, S, H)`, `b`, `c`: `(B, S, N)`; returns `(B, S, H P)`
-/// - `a_log`, `d`, `dt_bias`: `(H)`
-pub fn ssd_composed(inputs: [&Tensor; 4], a_log: &Tensor, d: &Tensor, dt_bias: &Tensor) -> Result<Tensor> {
-    let [x, dt, b, c] = inputs;
-    let (batch, seq, inner) = x.dims3()?;
-    let (heads, d_state) = (d.elem_count(), b.dim(2)?);
-    let x = x.reshape((batch, seq, heads, inner / heads))?;
-    let delta = softplus_composed(&dt.broadcast_add(dt_bias)?)?;
-    let decay = delta.broadcast_mul(&a_log.exp()?.neg()?)?.exp()?;
-    let mut h = Tensor::zeros((batch, heads, inner / heads, d_state), x.dtype(), x.device())?;
-    let mut ys = Vec::with_capacity(seq);
-    for t in 0..seq {
-        let at = |v: &Tensor| v.narrow(1, t, 1)?.squeeze(1);
-        let input = at(&x)?.broadcast_mul(&at(&delta)?.unsqueeze(2)?)?.unsqueeze(3)?;
-        let input = input.broadcast_mul(&at(b)?.reshape((batch, 1, 1, d_state))?)?;
-        h = h.broadcast_mul(&at(&decay)?.reshape((batch, heads, 1, 1))?)?.add(&input)?;
-        ys.push(h.broadcast_mul(&at(c)?.reshape((batch, 1, 1, d_state))?)?.sum(3)?);
-    }
-    let y = (Tensor::stack(&ys, 1)? + x.broadcast_mul(&d.reshape((heads, 1))?)?)?;
-    Ok(y.reshape((batch, seq, inner))?)
-}
+pub use composed::ssd_composed;
 
 /// Positions of a chunk, Q.
 pub const CHUNK: usize = 64;

@@ -1,7 +1,8 @@
-//! The chunked form against the definition, and its one-step form.
+//! The definition against the recurrence, the fused form against the definition, and its one-step form.
 
 use std::sync::Arc;
 
+use candle_core::{DType, Device, Tensor, Var};
 use mblm_base::random::noise;
 
 use super::*;
@@ -285,4 +286,41 @@ fn chunks_are_as_accurate_as_the_recurrence() {
     for_errors(|what, found, plain| {
         assert!(found < 2.0 * plain + 1e-6, "{what}: {found:.1e} of the largest, one by one {plain:.1e}");
     });
+}
+
+/// The definition in `dtype`.
+fn composed(s: &Sequence, dtype: DType) -> Results {
+    let (seq, inner) = (s.dt.len() / s.heads, s.heads * s.headdim);
+    let tensor =
+        |v: &[f32], shape: &[usize]| Tensor::from_slice(v, shape, &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
+    let var = |(v, shape): (&Vec<f32>, &[usize])| Var::from_tensor(&tensor(v, shape)).unwrap();
+    let (x, dt) = (var((&s.x, &[1, seq, inner])), var((&s.dt, &[1, seq, s.heads])));
+    let [b, c] = [&s.b, &s.c].map(|v| var((v, &[1, seq, s.d_state])));
+    let [a_log, d, dt_bias] = [&s.a_log, &s.d, &s.dt_bias].map(|v| var((v, &[s.heads])));
+    let y = ssd_composed([&x, &dt, &b, &c], &a_log, &d, &dt_bias).unwrap();
+    let grads = (&y * tensor(&s.dy, &[1, seq, inner])).unwrap().sum_all().unwrap().backward().unwrap();
+    let flat = |t: &Tensor| t.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1::<f64>().unwrap();
+    let [x, dt, b, c, a_log, d, dt_bias] = [&x, &dt, &b, &c, &a_log, &d, &dt_bias].map(|v| flat(grads.get(v).unwrap()));
+    [flat(&y), x, dt, b, c, a_log, d, dt_bias]
+}
+
+#[test]
+fn the_definition_equals_the_recurrence() {
+    // In the last there are more chunks than positions in a chunk.
+    for (i, seq) in [1, 7, 64, 65, 200, 64 * 65 + 3].into_iter().enumerate() {
+        for step in [1e-4, 1e-2, 1.0, 30.0] {
+            let sequence = Sequence::new(seq, step, true, i as u64);
+            let want = exact(&sequence);
+            for (dtype, tolerance) in [(DType::F64, 1e-12), (DType::F32, 2e-5)] {
+                for (part, (got, want)) in PARTS.iter().zip(composed(&sequence, dtype).iter().zip(&want)) {
+                    let what = format!("{part}, {seq} positions, steps up to {step}, {dtype:?}");
+                    assert!(got.iter().all(|v| v.is_finite()), "{what}");
+                    if want.iter().any(|v| *v != 0.0) {
+                        let found = error(got, want);
+                        assert!(found < tolerance, "{what}: {found:.1e} of the largest");
+                    }
+                }
+            }
+        }
+    }
 }
