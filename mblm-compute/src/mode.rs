@@ -1,6 +1,7 @@
 //! Training or evaluation, and the dropout masks of training.
 
 use candle_core::{Device, Tensor};
+use mblm_base::random;
 
 use crate::error::Result;
 
@@ -43,23 +44,15 @@ pub struct Dropout {
 
 impl Dropout {
     pub(crate) fn new(p: f32, seed: u64, stream: u64) -> Self {
-        let mut key = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ stream;
-        // SplitMix64's finaliser (Steele et al. 2014).
-        key = (key ^ (key >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        key = (key ^ (key >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        let key = random::finish(random::spread(seed) ^ stream);
         let threshold = (p as f64 * u32::MAX as f64) as u32;
-        Dropout { key: key ^ (key >> 31), threshold, scale: if p < 1.0 { 1.0 / (1.0 - p) } else { 0.0 } }
+        Dropout { key, threshold, scale: if p < 1.0 { 1.0 / (1.0 - p) } else { 0.0 } }
     }
 
     /// The factor of element `index`: 0 with probability `p`, otherwise `1 / (1 - p)`.
     #[inline(always)]
     pub fn factor(&self, index: usize) -> f32 {
-        let mixed = (index as u64).wrapping_add(self.key);
-        let mut hash = (mixed as u32) ^ ((mixed >> 32) as u32).wrapping_mul(0x9E37_79B9);
-        hash = (hash ^ (hash >> 16)).wrapping_mul(0x7FEB_352D);
-        hash = (hash ^ (hash >> 15) ^ (self.key >> 32) as u32).wrapping_mul(0x846C_A68B);
-        hash ^= hash >> 16;
-        if hash < self.threshold { 0.0 } else { self.scale }
+        if random::at(index as u64, self.key) < self.threshold { 0.0 } else { self.scale }
     }
 
     /// The factors of `len` elements as a tensor, for compositions.
@@ -71,8 +64,7 @@ impl Dropout {
 
 /// A stream number for [`Mode::dropout`] from a module's parameter prefix.
 pub fn stream(prefix: &str) -> u64 {
-    // FNV-1a
-    prefix.bytes().fold(0xCBF2_9CE4_8422_2325, |hash, byte| (hash ^ byte as u64).wrapping_mul(0x0000_0100_0000_01B3))
+    random::hash(prefix)
 }
 
 #[cfg(test)]
@@ -96,5 +88,15 @@ mod tests {
     #[test]
     fn no_dropout_outside_training() {
         assert!(Mode::Eval.dropout(0.5, 0).is_none() && Mode::train(0).dropout(0.0, 0).is_none());
+    }
+
+    #[test]
+    fn masks_stay_as_they_are() {
+        let dropout = Mode::train(3).dropout(0.3, stream("stage_models.0")).unwrap();
+        let dropped =
+            |from: usize| (0..64).filter(|i| dropout.factor(from + i) == 0.0).fold(0u64, |mask, i| mask | 1 << i);
+        let before = [0xC831_02CE_43F6_4663, 0x008C_9046_48B0_9C48, 0xA047_109A_1400_5000];
+        assert_eq!([0, 1 << 20, 1 << 40].map(dropped), before, "a run that is resumed needs the same masks");
+        assert_eq!(stream("stage_models.0"), 0xF9B2_4842_6FA1_83DE);
     }
 }

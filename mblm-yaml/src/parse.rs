@@ -496,13 +496,8 @@ mod tests {
             "[0]",
             "\r\n",
         ];
-        let mut random = 0x9E37_79B9_7F4A_7C15u64;
-        let mut below = move |limit: usize| {
-            random ^= random << 13;
-            random ^= random >> 7;
-            random ^= random << 17;
-            (random % limit as u64) as usize
-        };
+        let mut random = mblm_base::random::XorShift::new(1);
+        let mut below = move |limit: usize| (random.draw() % limit as u64) as usize;
         let whole =
             "io: {dir: /data, keep: 3}\nlist:\n- 1\n- {b: [1, 'two', 3.5]}\nbase: &base {a: 1}\nmore:\n  <<: *base\n";
         let mut read = 0;

@@ -5,6 +5,7 @@
 use std::sync::Arc;
 
 use candle_core::{Device, Shape, Tensor, Var};
+use mblm_base::random::spread;
 use mblm_sdk::block::StageModel;
 use mblm_sdk::error::Result;
 use mblm_sdk::layer::Dims;
@@ -37,7 +38,7 @@ pub(crate) fn recompute(
 /// The mode of the chunk that begins with sequence `first`: training with a dropout seed of its own, or evaluation.
 pub(crate) fn chunk_mode(mode: Mode, first: usize) -> Mode {
     match mode {
-        Mode::Train { seed } => Mode::train(seed.wrapping_add((first as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15))),
+        Mode::Train { seed } => Mode::train(seed.wrapping_add(spread(first as u64))),
         Mode::Eval => Mode::Eval,
     }
 }
@@ -102,5 +103,17 @@ impl Node for Recompute {
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn seeds_of_chunks_stay_as_they_are() {
+        let before = [3, 0x9E37_79B9_7F4A_7C18, 0xB54C_DA58_FBBE_E881];
+        assert_eq!([0, 1, 6].map(|first| chunk_mode(Mode::train(3), first)), before.map(Mode::train));
+        assert_eq!(chunk_mode(Mode::Eval, 1), Mode::Eval);
     }
 }
