@@ -10,5 +10,4 @@ pub mod random;
 #[doc(hidden)]
 pub mod scramble;
 pub mod terminal;
-pub mod usage;
 pub mod value;

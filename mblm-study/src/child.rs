@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use mblm_base::files;
-use mblm_base::usage::Memory;
+use mblm_base::memory::Memory;
 use mblm_train::error::{AtPath, Error, Result};
 
 /// How often a process is looked at.

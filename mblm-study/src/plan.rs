@@ -4,7 +4,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use mblm_base::files;
-use mblm_base::usage::Memory;
+use mblm_base::memory::Memory;
 use mblm_core::registry::BlockRegistry;
 use mblm_data::Fingerprint;
 use mblm_train::checkpoint::Shelf;

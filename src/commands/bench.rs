@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::{Result, ensure};
+use mblm::base::memory::Memory;
 use mblm::base::random::noise;
 use mblm::base::terminal::Output;
 use mblm::gemm::{self, autocast};
@@ -143,7 +144,7 @@ fn measure(
         let mut step = trainer(model, sequences);
         let step = || autocast(precision, &mut step);
         report.train_bytes_per_s = Some(show(args, "train", rate(shape.0 * shape.1, args.steps, step)?)?);
-        report.peak_rss_mb = peak_rss_mb();
+        report.peak_rss_mb = Memory::now().map(|memory| memory.resident_max >> 20);
         buffer::release_unused();
     }
     if wanted(Part::Forward) {
@@ -256,13 +257,6 @@ fn random_bytes(len: usize, num_tokens: usize) -> Vec<u32> {
 fn median(mut seconds: Vec<f64>) -> f64 {
     seconds.sort_by(f64::total_cmp);
     seconds[seconds.len() / 2]
-}
-
-/// The highest resident memory of this process so far, where the system tells.
-fn peak_rss_mb() -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find(|line| line.starts_with("VmHWM:"))?;
-    Some(line.split_whitespace().nth(1)?.parse::<u64>().ok()? / 1024)
 }
 
 fn begin(report: &Measurements) -> Result<()> {

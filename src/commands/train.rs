@@ -5,9 +5,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use mblm::base::memory::Limit;
+use mblm::base::memory::{Limit, Memory};
 use mblm::base::terminal::{self, Output};
-use mblm::base::usage::Memory;
 use mblm::data::{Splits, unigram_entropy};
 use mblm::generate::{Format, Sampler, Sampling, TokenStream, Until, generate};
 use mblm::model::Mblm;

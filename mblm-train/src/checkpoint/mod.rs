@@ -24,7 +24,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use mblm_base::files;
-use mblm_base::usage::Memory;
+use mblm_base::memory::Memory;
 use mblm_core::ParamStore;
 pub use mblm_pth::Tensors;
 use serde::{Deserialize, Serialize};

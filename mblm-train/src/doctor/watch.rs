@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
 
 use candle_core::{Shape, Tensor};
-use mblm_base::usage::Memory;
+use mblm_base::memory::Memory;
 use mblm_core::block::{Cost, FieldError, PluginOrigin, StageBlock, StageDecoder, StageModel};
 use mblm_core::config::MblmConfig;
 use mblm_core::node::{Node, apply1};

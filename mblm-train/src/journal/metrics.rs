@@ -23,7 +23,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use mblm_base::files;
-use mblm_base::usage::Memory;
+use mblm_base::memory::Memory;
 use mblm_core::ParamStore;
 use mblm_core::param::Part;
 use serde::{Deserialize, Serialize, Serializer};

@@ -5,7 +5,7 @@
 
 use std::path::Path;
 
-use mblm_base::usage::Memory;
+use mblm_base::memory::Memory;
 
 use crate::error::Result;
 use crate::journal::line_log::LineLog;
