@@ -5,8 +5,9 @@
 
 use std::sync::Arc;
 
-use candle_core::{DType, Device, Shape, Tensor};
+use candle_core::{Shape, Tensor};
 
+use crate::device;
 use crate::error::Result;
 use crate::mode::Mode;
 use crate::node::{Node, apply1};
@@ -72,20 +73,20 @@ pub fn param_like(param: &crate::param::Param, x: &Tensor, mode: Mode) -> Result
     Ok(param.tensor(mode).to_dtype(x.dtype())?)
 }
 
-/// Runs `layer` on `x`: fused for `f32` on the CPU, composed otherwise.
+/// Runs `layer` on `x`: fused where [`device::fuses`] says so, and composed elsewhere.
 ///
 /// # Shapes
 /// - `x`: `(batch, seq, dim)`; returns the same shape
 /// - `mask`: `(batch, seq)`, `u8`
 pub fn apply<L: Layer>(layer: &Arc<L>, x: &Tensor, mask: Option<&Tensor>, mode: Mode) -> Result<Tensor> {
-    if x.dtype() != DType::F32 || !matches!(x.device(), Device::Cpu) {
+    if !device::fuses(x) {
         return layer.composed(x, mask, mode);
     }
     let (batch, seq, dim) = x.dims3()?;
     let dims = Dims { batch, seq, dim };
     let mask = mask.map(|m| m.flatten_all()?.to_vec1::<u8>()).transpose()?;
     let node = Fused { layer: layer.clone(), dims, mask, mode };
-    Ok(apply1(node, x, mode)?)
+    apply1(node, x, mode)
 }
 
 struct Fused<L: Layer> {

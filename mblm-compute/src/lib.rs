@@ -5,7 +5,9 @@
 #![warn(missing_docs)]
 #![deny(clippy::print_stdout, clippy::print_stderr)]
 
+pub mod backward;
 pub mod buffer;
+pub mod device;
 pub mod error;
 pub mod gemm;
 pub mod layer;

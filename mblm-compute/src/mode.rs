@@ -55,10 +55,10 @@ impl Dropout {
         if random::at(index as u64, self.key) < self.threshold { 0.0 } else { self.scale }
     }
 
-    /// The factors of `len` elements as a tensor, for compositions.
-    pub fn tensor(&self, shape: &[usize]) -> Result<Tensor> {
+    /// The factors of elements of this shape as a tensor, for compositions.
+    pub fn tensor(&self, shape: &[usize], device: &Device) -> Result<Tensor> {
         let factors: Vec<f32> = (0..shape.iter().product()).map(|i| self.factor(i)).collect();
-        Ok(Tensor::from_vec(factors, shape, &Device::Cpu)?)
+        Ok(Tensor::from_vec(factors, shape, device)?)
     }
 }
 

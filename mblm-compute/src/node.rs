@@ -2,10 +2,10 @@
 
 use std::sync::Mutex;
 
-use candle_core::backprop::GradStore;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Device, Layout, Shape, Storage, Tensor};
 
-use crate::error::Result;
+use crate::device;
+use crate::error::{Error, Result};
 use crate::mode::Mode;
 use crate::parallel;
 
@@ -30,53 +30,57 @@ pub trait Node: Send + Sync + 'static {
     /// # Errors
     /// As of [`forward`](Self::forward).
     fn backward(&self, inputs: &[&[f32]], tape: Self::Tape, dy: &[f32], grads: &mut [Vec<f32>]) -> Result<()>;
+
+    /// The same function in differentiable candle ops. It runs wherever the slices cannot: on other devices and in other
+    /// types. A node without it runs on the CPU alone.
+    ///
+    /// # Errors
+    /// There is no composition; or those of candle.
+    fn composed(&self, inputs: &[&Tensor], _mode: Mode) -> Result<Tensor> {
+        let name = std::any::type_name::<Self>();
+        Err(Error::Block(format!(
+            "{name} has no composition in candle ops, so it runs in f32 on the CPU alone; found {:?} on {}. Implement \
+             `Node::composed`, or train with `--device cpu`",
+            inputs[0].dtype(),
+            device::name(inputs[0].device())
+        )))
+    }
 }
 
-/// `node(x)`.
-pub fn apply1<N: Node>(node: N, x: &Tensor, mode: Mode) -> candle_core::Result<Tensor> {
+/// `node(x)`: fused where [`device::fuses`] says so, and composed elsewhere.
+pub fn apply1<N: Node>(node: N, x: &Tensor, mode: Mode) -> Result<Tensor> {
+    if !device::fuses(x) {
+        return node.composed(&[x], mode);
+    }
     let x = x.contiguous()?;
-    match mode {
-        Mode::Train { .. } => x.apply_op1(Op { node, keep: true, tape: Mutex::new(None) }),
-        Mode::Eval => x.apply_op1_no_bwd(&Op { node, keep: false, tape: Mutex::new(None) }),
-    }
+    Ok(match mode {
+        Mode::Train { .. } => x.apply_op1(Op { node, keep: true, tape: Mutex::new(None) })?,
+        Mode::Eval => x.apply_op1_no_bwd(&Op { node, keep: false, tape: Mutex::new(None) })?,
+    })
 }
 
-/// `node(x, z)`.
-pub fn apply2<N: Node>(node: N, x: &Tensor, z: &Tensor, mode: Mode) -> candle_core::Result<Tensor> {
+/// `node(x, z)`, as [`apply1`].
+pub fn apply2<N: Node>(node: N, x: &Tensor, z: &Tensor, mode: Mode) -> Result<Tensor> {
+    if !device::fuses(x) {
+        return node.composed(&[x, z], mode);
+    }
     let (x, z) = (x.contiguous()?, z.contiguous()?);
-    match mode {
-        Mode::Train { .. } => x.apply_op2(&z, Op { node, keep: true, tape: Mutex::new(None) }),
-        Mode::Eval => x.apply_op2_no_bwd(&z, &Op { node, keep: false, tape: Mutex::new(None) }),
-    }
+    Ok(match mode {
+        Mode::Train { .. } => x.apply_op2(&z, Op { node, keep: true, tape: Mutex::new(None) })?,
+        Mode::Eval => x.apply_op2_no_bwd(&z, &Op { node, keep: false, tape: Mutex::new(None) })?,
+    })
 }
 
-/// `node(x, z, w)`.
-pub fn apply3<N: Node>(node: N, x: &Tensor, z: &Tensor, w: &Tensor, mode: Mode) -> candle_core::Result<Tensor> {
+/// `node(x, z, w)`, as [`apply1`].
+pub fn apply3<N: Node>(node: N, x: &Tensor, z: &Tensor, w: &Tensor, mode: Mode) -> Result<Tensor> {
+    if !device::fuses(x) {
+        return node.composed(&[x, z, w], mode);
+    }
     let (x, z, w) = (x.contiguous()?, z.contiguous()?, w.contiguous()?);
-    match mode {
-        Mode::Train { .. } => x.apply_op3(&z, &w, Op { node, keep: true, tape: Mutex::new(None) }),
-        Mode::Eval => x.apply_op3_no_bwd(&z, &w, &Op { node, keep: false, tape: Mutex::new(None) }),
-    }
-}
-
-/// Backward from `y` when the gradient of the loss with respect to it is `dy`.
-pub fn backward_from(y: &Tensor, dy: Tensor) -> candle_core::Result<GradStore> {
-    y.apply_op1(Seed(dy))?.backward()
-}
-
-/// A scalar whose gradient with respect to its input is what it holds.
-struct Seed(Tensor);
-
-impl CustomOp1 for Seed {
-    fn name(&self) -> &'static str {
-        "seed"
-    }
-    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        Ok((CpuStorage::F32(vec![0.0]), Shape::from(())))
-    }
-    fn bwd(&self, _: &Tensor, _: &Tensor, _: &Tensor) -> candle_core::Result<Option<Tensor>> {
-        Ok(Some(self.0.clone()))
-    }
+    Ok(match mode {
+        Mode::Train { .. } => x.apply_op3(&z, &w, Op { node, keep: true, tape: Mutex::new(None) })?,
+        Mode::Eval => x.apply_op3_no_bwd(&z, &w, &Op { node, keep: false, tape: Mutex::new(None) })?,
+    })
 }
 
 struct Op<N: Node> {

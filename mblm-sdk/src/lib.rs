@@ -13,6 +13,8 @@ pub use block::{PosEmb, StageBlock, StageDecoder, StageModel};
 pub use mblm_compute::error::{Error, Result};
 pub use mblm_compute::mode::Mode;
 pub use mblm_compute::param::{CandleModule, Init, Param, ParamScope, ParamStore};
-pub use mblm_compute::{buffer, error, gemm, layer, mode, nn, node, ops, parallel, param, rows, simd};
+pub use mblm_compute::{
+    backward, buffer, device, error, gemm, layer, mode, nn, node, ops, parallel, param, rows, simd,
+};
 #[doc(hidden)]
 pub use {inventory, schemars, serde_json, typetag};

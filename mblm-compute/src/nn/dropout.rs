@@ -29,7 +29,7 @@ impl Dropout {
     pub fn forward(&self, x: &Tensor, mode: Mode) -> Result<Tensor> {
         match mode.dropout(self.p, self.stream) {
             None => Ok(x.clone()),
-            Some(dropout) if is_fusible(&[x]) => apply1(Mask { dropout, shape: x.shape().clone() }, x, mode),
+            Some(dropout) if is_fusible(&[x]) => Ok(apply1(Mask { dropout, shape: x.shape().clone() }, x, mode)?),
             dropout => Ok(dropout_composed(x, dropout)?),
         }
     }

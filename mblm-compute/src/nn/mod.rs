@@ -15,7 +15,7 @@ pub mod ops;
 mod rms_norm;
 pub mod rotary_emb;
 
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
 pub use candle_core::{Module, ModuleT};
 pub use candle_nn::{
     Activation, Embedding, Func, FuncT, GRU, GRUConfig, GroupNorm, Init, LSTM, LSTMConfig, LayerNormConfig, Linear,
@@ -27,6 +27,7 @@ pub use dropout::Dropout;
 pub use layer_norm::{LayerNorm, layer_norm, layer_norm_no_bias};
 pub use rms_norm::{RmsNorm, rms_norm};
 
+use crate::device;
 use crate::mode::Mode;
 
 /// Whether backward may follow: candle's own rule.
@@ -34,9 +35,9 @@ fn mode(inputs: &[&Tensor]) -> Mode {
     if inputs.iter().any(|input| input.track_op()) { Mode::train(0) } else { Mode::Eval }
 }
 
-/// Whether fused ops, which are for `f32` on the CPU, can take these.
+/// Whether fused ops can take these.
 fn is_fusible(inputs: &[&Tensor]) -> bool {
-    inputs.iter().all(|input| input.dtype() == DType::F32 && input.device().is_cpu())
+    inputs.iter().all(|input| device::fuses(input))
 }
 
 #[cfg(test)]

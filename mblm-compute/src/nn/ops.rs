@@ -27,7 +27,7 @@ pub fn layer_norm(xs: &Tensor, alpha: &Tensor, beta: &Tensor, eps: f32) -> Resul
         bail!("layer_norm: expected a gain and a bias of {dim}, found {:?} and {:?}", alpha.dims(), beta.dims())
     }
     match is_fusible(&[xs, alpha, beta]) {
-        true => apply3(LayerNorm { shape: xs.shape().clone(), eps }, xs, alpha, beta, mode(&[xs, alpha, beta])),
+        true => Ok(apply3(LayerNorm { shape: xs.shape().clone(), eps }, xs, alpha, beta, mode(&[xs, alpha, beta]))?),
         false => candle_nn::ops::layer_norm_slow(xs, alpha, beta, eps),
     }
 }
@@ -68,7 +68,7 @@ pub fn rms_norm(xs: &Tensor, alpha: &Tensor, eps: f32) -> Result<Tensor> {
         bail!("rms_norm: expected a gain of {dim}, found {:?}", alpha.dims())
     }
     match is_fusible(&[xs, alpha]) {
-        true => apply2(RootMeanSquare { shape: xs.shape().clone(), eps }, xs, alpha, mode(&[xs, alpha])),
+        true => Ok(apply2(RootMeanSquare { shape: xs.shape().clone(), eps }, xs, alpha, mode(&[xs, alpha]))?),
         false => candle_nn::ops::rms_norm_slow(xs, alpha, eps),
     }
 }

@@ -5,9 +5,11 @@ use std::sync::Arc;
 
 use candle_core::{D, Shape, Tensor};
 
+use crate::backward::with_backward;
 use crate::buffer::Buffer;
 use crate::error::Result;
 use crate::gemm::{Mat, MatMut, Update, matmul};
+use crate::mode::Mode;
 use crate::node::Node;
 use crate::ops::linear::{self, linear_composed};
 use crate::parallel::{Shared, Threads, row_ranges};
@@ -16,6 +18,9 @@ use crate::simd::{self, vectorize};
 
 /// Rows whose logits exist at the same time.
 const CHUNK: usize = 1024;
+
+/// The same for a composition, which is for devices with more memory and dearer calls.
+const COMPOSED_CHUNK: usize = 16384;
 
 /// A position that is predicted: which row of the hidden states predicts which token, and with what weight.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -163,6 +168,98 @@ impl Node for CrossEntropy {
         );
         Ok(())
     }
+
+    fn composed(&self, inputs: &[&Tensor], mode: Mode) -> Result<Tensor> {
+        let (weight, bias) = (self.weight.tensor(mode), self.bias.tensor(mode));
+        let hidden = inputs[0].reshape(((), self.dim()))?;
+        let rows = Rows::new(&self.targets, &hidden)?;
+        let (loss, grads) = rows.run([&hidden, &weight, &bias], self.training)?;
+        with_backward(&[&hidden, &weight, &bias], &loss, move |_, dy| {
+            Ok(grads.iter().map(|grad| grad.broadcast_mul(dy)).collect::<candle_core::Result<_>>()?)
+        })
+    }
+}
+
+/// `a b` in the precision of [`autocast`](crate::gemm::autocast).
+fn product(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    Ok(a.matmul(b)?)
+}
+
+/// The rows of a composed cross-entropy: all of the hidden states where most are predicted from, those that do not count
+/// with weight 0, since gathering is slow on a GPU; and those of the targets otherwise.
+struct Rows {
+    /// Which rows of the hidden states; all without.
+    gathered: Option<Tensor>,
+    /// `(rows)`
+    tokens: Tensor,
+    /// `(rows)`, already divided by the number of targets.
+    weights: Tensor,
+}
+
+impl Rows {
+    fn new(targets: &[Target], hidden: &Tensor) -> Result<Self> {
+        let (rows, device) = (hidden.dim(0)?, hidden.device());
+        let share = |target: &Target| target.weight / targets.len() as f32;
+        let is_dense = targets.len() * 2 > rows;
+        let (tokens, weights) = match is_dense {
+            true => {
+                let (mut tokens, mut weights) = (vec![0; rows], vec![0.0; rows]);
+                for target in targets {
+                    (tokens[target.row as usize], weights[target.row as usize]) = (target.token, share(target));
+                }
+                (tokens, weights)
+            }
+            false => targets.iter().map(|target| (target.token, share(target))).unzip(),
+        };
+        let gathered = match is_dense {
+            true => None,
+            false => Some(Tensor::from_iter(targets.iter().map(|target| target.row), device)?),
+        };
+        let weights = Tensor::from_slice(&weights, weights.len(), device)?.to_dtype(hidden.dtype())?;
+        Ok(Rows { gathered, tokens: Tensor::from_slice(&tokens, tokens.len(), device)?, weights })
+    }
+
+    /// The loss of `[hidden, weight, bias]`, and their gradients in training.
+    fn run(&self, inputs: [&Tensor; 3], training: bool) -> Result<(Tensor, Vec<Tensor>)> {
+        let [hidden, weight, bias] = inputs.map(Tensor::detach);
+        let (vocab, dim) = weight.dims2()?;
+        let rows = match &self.gathered {
+            Some(gathered) => hidden.index_select(gathered, 0)?,
+            None => hidden.contiguous()?,
+        };
+        let tokens = Tensor::arange(0, vocab as u32, hidden.device())?.unsqueeze(0)?;
+        let mut loss = Tensor::zeros((), hidden.dtype(), hidden.device())?;
+        let (mut dweight, mut dbias, mut drows) = (weight.zeros_like()?, bias.zeros_like()?, vec![]);
+        for first in (0..rows.dim(0)?).step_by(COMPOSED_CHUNK) {
+            let count = COMPOSED_CHUNK.min(rows.dim(0)? - first);
+            let part = rows.narrow(0, first, count)?;
+            let weights = self.weights.narrow(0, first, count)?.unsqueeze(1)?;
+            let chosen = self.tokens.narrow(0, first, count)?.unsqueeze(1)?;
+            let logits = linear_composed(&part, &weight, Some(&bias))?;
+            let shifted = logits.broadcast_sub(&logits.max_keepdim(D::Minus1)?)?;
+            let powers = shifted.exp()?;
+            let totals = powers.sum_keepdim(D::Minus1)?;
+            loss = (loss + (totals.log()? - shifted.gather(&chosen, 1)?)?.mul(&weights)?.sum_all()?)?;
+            if training {
+                let one_hot = chosen.broadcast_eq(&tokens)?.to_dtype(hidden.dtype())?;
+                let d = (powers.broadcast_div(&totals)? - one_hot)?.broadcast_mul(&weights)?;
+                dweight = (dweight + product(&d.t()?, &part)?)?;
+                dbias = (dbias + d.sum(0)?)?;
+                drows.push(product(&d, &weight)?);
+            }
+        }
+        if !training {
+            return Ok((loss, vec![]));
+        }
+        let drows = Tensor::cat(&drows, 0)?;
+        let dhidden = match &self.gathered {
+            Some(gathered) => {
+                Tensor::zeros((hidden.dim(0)?, dim), hidden.dtype(), hidden.device())?.index_add(gathered, &drows, 0)?
+            }
+            None => drows,
+        };
+        Ok((loss, vec![dhidden, dweight, dbias]))
+    }
 }
 
 #[cfg(test)]
@@ -172,34 +269,40 @@ mod tests {
 
     use super::*;
     use crate::layer::param_like;
-    use crate::mode::Mode;
     use crate::node::apply1;
     use crate::param::{Init, ParamStore};
     use crate::testing::assert_close;
 
     #[test]
-    fn fused_equals_composed() {
+    fn fused_and_composed_equal_the_definition() {
         crate::buffer::poison_buffers();
         let (dim, vocab) = (5, 37);
-        for rows in [1, 7, 2500] {
+        // Most rows are predicted from, or few.
+        for (rows, every) in [(1, 1), (7, 3), (2500, 3), (40_000, 3), (2500, 1)] {
             let mut store = ParamStore::new(1);
             let weight = store.root().param("weight", &[vocab, dim], Init::Normal).unwrap();
             let bias = store.root().param("bias", &[vocab], Init::Normal).unwrap();
             let targets: Vec<Target> = (0..rows as u32)
-                .filter(|r| r % 3 != 1)
+                .filter(|r| (r % 3 != 1) == (every == 3))
                 .map(|row| Target { row, token: row * 7 % vocab as u32, weight: 0.5 + (row % 2) as f32 })
                 .collect();
-            let run = |dtype: DType| {
+            let targets = if targets.is_empty() { vec![Target { row: 0, token: 1, weight: 1.0 }] } else { targets };
+            let run = |dtype: DType, composed: bool| {
                 store.zero_grad();
                 let x = Tensor::from_vec(noise(rows * dim, 2), (rows, dim), &Device::Cpu).unwrap();
                 let x = Var::from_tensor(&x.to_dtype(dtype).unwrap()).unwrap();
                 let mode = Mode::train(0);
-                let loss = if dtype == DType::F32 {
+                let op = || {
                     let (weight, bias, targets) = (weight.clone(), bias.clone(), targets.clone());
                     apply1(CrossEntropy { weight, bias, targets, training: true }, &x, mode).unwrap()
-                } else {
-                    let param = |p| param_like(p, &x, mode).unwrap();
-                    cross_entropy_composed(&x, &param(&weight), &param(&bias), &targets).unwrap()
+                };
+                let loss = match (dtype, composed) {
+                    (DType::F32, false) => op(),
+                    (DType::F32, true) => crate::device::composed(op),
+                    _ => {
+                        let param = |p| param_like(p, &x, mode).unwrap();
+                        cross_entropy_composed(&x, &param(&weight), &param(&bias), &targets).unwrap()
+                    }
                 };
                 // A gradient other than 1 comes in.
                 let grads = store.backward(&(&loss * 3.0).unwrap()).unwrap();
@@ -207,10 +310,11 @@ mod tests {
                     |t: &Tensor| t.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
                 [flat(&loss), flat(grads.get(&x).unwrap()), weight.grad().to_vec(), bias.grad().to_vec()]
             };
-            for (part, (got, want)) in
-                ["loss", "hidden", "weight", "bias"].iter().zip(run(DType::F32).iter().zip(run(DType::F64)))
-            {
-                assert_close(&format!("{rows} rows, {part}"), got, &want, 1e-5);
+            let want = run(DType::F64, false);
+            for (name, got) in [("fused", run(DType::F32, false)), ("composed", run(DType::F32, true))] {
+                for (part, (got, want)) in ["loss", "hidden", "weight", "bias"].iter().zip(got.iter().zip(&want)) {
+                    assert_close(&format!("{name}, {rows} rows, {part}"), got, want, 1e-5);
+                }
             }
         }
     }

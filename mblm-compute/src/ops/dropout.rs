@@ -10,7 +10,7 @@ use crate::simd::vectorize;
 /// The definition: `x` times the mask.
 pub fn dropout_composed(x: &Tensor, dropout: Option<Dropout>) -> Result<Tensor> {
     match dropout {
-        Some(dropout) => Ok((x * dropout.tensor(x.dims())?.to_dtype(x.dtype())?)?),
+        Some(dropout) => Ok((x * dropout.tensor(x.dims(), x.device())?.to_dtype(x.dtype())?)?),
         None => Ok(x.clone()),
     }
 }

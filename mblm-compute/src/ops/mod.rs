@@ -4,6 +4,7 @@ pub mod attention;
 pub mod conv1d;
 pub mod cross_entropy;
 pub mod dropout;
+pub mod embedding;
 pub mod gated_rms_norm;
 pub mod gelu;
 pub mod layer_norm;

@@ -11,6 +11,7 @@ use candle_nn::var_builder::SimpleBackend;
 use super::init::{Init, Start};
 use super::store::{ParamScope, decays_by_name};
 use super::value::Param;
+use crate::device::Place;
 use crate::error::Result;
 use crate::mode::Mode;
 
@@ -26,6 +27,7 @@ type Build<M> = dyn Fn(VarBuilder) -> candle_core::Result<M> + Send + Sync;
 pub struct CandleModule<M> {
     build: Box<Build<M>>,
     prefix: String,
+    place: Place,
     params: Arc<Params>,
 }
 
@@ -37,7 +39,7 @@ impl<M> CandleModule<M> {
     pub fn at(&self, mode: Mode) -> Result<M> {
         let given = Mutex::default();
         let backend = Present { params: self.params.clone(), mode, given };
-        Ok((self.build)(builder(Box::new(backend), &self.prefix))?)
+        Ok((self.build)(builder(Box::new(backend), &self.prefix, &self.place))?)
     }
 }
 
@@ -69,16 +71,16 @@ impl ParamScope<'_> {
         &mut self,
         build: impl Fn(VarBuilder) -> candle_core::Result<M> + Send + Sync + 'static,
     ) -> Result<CandleModule<M>> {
-        let prefix = self.prefix().to_string();
+        let (prefix, place) = (self.prefix().to_string(), self.place().clone());
         let creator = Creator(Mutex::new(Created { scope: self.reborrow(), params: Params::new() }));
-        build(builder(Box::new(&creator), &prefix))?;
+        build(builder(Box::new(&creator), &prefix, &place))?;
         let params = creator.0.into_inner().unwrap_or_else(PoisonError::into_inner).params;
-        Ok(CandleModule { build: Box::new(build), prefix, params: Arc::new(params) })
+        Ok(CandleModule { build: Box::new(build), prefix, place, params: Arc::new(params) })
     }
 }
 
-fn builder<'a>(backend: Box<dyn SimpleBackend + 'a>, prefix: &str) -> VarBuilder<'a> {
-    let builder = VarBuilder::from_backend(backend, DType::F32, Device::Cpu);
+fn builder<'a>(backend: Box<dyn SimpleBackend + 'a>, prefix: &str, place: &Place) -> VarBuilder<'a> {
+    let builder = VarBuilder::from_backend(backend, place.dtype, place.device.clone());
     if prefix.is_empty() { builder } else { builder.push_prefix(prefix) }
 }
 
@@ -96,8 +98,8 @@ struct Created<'a> {
 
 impl SimpleBackend for &Creator<'_> {
     fn get(&self, shape: Shape, name: &str, init: candle_nn::Init, dtype: DType, device: &Device) -> Answer {
-        check_kind(name, dtype, device)?;
         let mut created = lock(&self.0);
+        check_kind(name, dtype, device, created.scope.place())?;
         if let Some(param) = created.params.get(name) {
             check_shape(param, &shape)?;
         } else {
@@ -142,13 +144,13 @@ struct Present {
 
 impl SimpleBackend for Present {
     fn get(&self, shape: Shape, name: &str, _: candle_nn::Init, dtype: DType, device: &Device) -> Answer {
-        check_kind(name, dtype, device)?;
         let Some(param) = self.params.get(name) else {
             candle_core::bail!(
                 "a module asks for {name}, which it did not ask for when it was built first: the function given to \
                  `ParamScope::candle` must build the same module each time"
             )
         };
+        check_kind(name, dtype, device, param.place())?;
         check_shape(param, &shape)?;
         lock(&self.given).insert(name.into());
         Ok(param.tensor(self.mode))
@@ -172,11 +174,12 @@ fn strip<'a>(name: &'a str, prefix: &str) -> Option<&'a str> {
     name.strip_prefix(prefix)?.strip_prefix('.')
 }
 
-fn check_kind(name: &str, dtype: DType, device: &Device) -> candle_core::Result<()> {
-    if dtype != DType::F32 || !device.is_cpu() {
-        let place = device.location();
+fn check_kind(name: &str, dtype: DType, device: &Device, place: &Place) -> candle_core::Result<()> {
+    if dtype != place.dtype || !device.same_device(&place.device) {
+        let (found, kind, expected) = (device.location(), place.dtype, place.device.location());
         candle_core::bail!(
-            "a module asks for {name} as {dtype:?} on {place:?}; parameters are F32 on Cpu: convert inside `forward`"
+            "a module asks for {name} as {dtype:?} on {found:?}; parameters are {kind:?} on {expected:?}: convert inside \
+             `forward`"
         )
     }
     Ok(())

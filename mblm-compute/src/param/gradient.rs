@@ -1,12 +1,34 @@
-//! The buffer that backward passes add a parameter's gradient to: its own memory, or a host's for the length of a call.
+//! The buffer that backward passes add a parameter's gradient to: its own memory, or a host's for the length of a call. The
+//! gradient of a parameter on another device is a tensor there.
 
 use std::ops::{Deref, DerefMut};
+use std::sync::OnceLock;
+
+use candle_core::{DType, Tensor};
+
+use crate::error::Result;
+use crate::parallel;
 
 /// The memory of an accumulated gradient: a parameter's own, or a host's for the length of a call.
 #[derive(Debug, Default)]
 pub struct Gradient {
     own: Vec<f32>,
     lent: Option<Lent>,
+    away: Option<Away>,
+}
+
+/// A gradient that is no slice of this process.
+#[derive(Debug)]
+struct Away {
+    sum: Tensor,
+    /// What was read of it here.
+    copy: OnceLock<Vec<f32>>,
+}
+
+impl Away {
+    fn read(&self) -> Result<Vec<f32>> {
+        Ok(self.sum.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
+    }
 }
 
 impl Gradient {
@@ -28,6 +50,32 @@ impl Gradient {
     pub(super) fn end_loan(&mut self) {
         self.lent = None;
     }
+
+    /// Sets the gradient to zero. On another device than the CPU, where passes bring the memory, there is none then.
+    pub fn clear(&mut self) {
+        self.away = None;
+        parallel::clear(self);
+    }
+
+    /// The gradient on its device, if the parameter lies on another one and has a gradient.
+    pub fn tensor(&self) -> Option<&Tensor> {
+        self.away.as_ref().map(|away| &away.sum)
+    }
+
+    /// Replaces the gradient of a parameter on another device.
+    pub fn set_tensor(&mut self, sum: Tensor) {
+        self.away = Some(Away { sum, copy: OnceLock::new() });
+    }
+
+    /// Adds to the gradient of a parameter on another device.
+    pub(super) fn add_tensor(&mut self, grad: &Tensor) -> Result<()> {
+        let sum = match self.tensor() {
+            Some(sum) => (sum + grad)?,
+            None => grad.contiguous()?.detach(),
+        };
+        self.set_tensor(sum);
+        Ok(())
+    }
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -42,7 +90,13 @@ impl Deref for Gradient {
         match self.lent {
             // SAFETY: borrowed for as long as it is lent, by the contract of `lend`.
             Some(Lent(memory)) => unsafe { &*memory },
-            None => &self.own,
+            None => match &self.away {
+                // What cannot be read is no number, which every reader notices.
+                Some(away) => {
+                    away.copy.get_or_init(|| away.read().unwrap_or_else(|_| vec![f32::NAN; away.sum.elem_count()]))
+                }
+                None => &self.own,
+            },
         }
     }
 }

@@ -11,8 +11,8 @@ use rayon::prelude::*;
 use super::init::{Init, Start};
 use super::part::Part;
 use super::value::{Made, Param};
+use crate::device::Place;
 use crate::error::{Error, Result};
-use crate::parallel;
 
 /// The maximum number of tensors in a model. It stops a mistyped number of layers before it fills the memory with
 /// names.
@@ -27,6 +27,7 @@ pub struct ParamStore {
     num_elements: usize,
     /// Bytes that the values may take; none if they are not to be read.
     limit: Option<memory::Limit>,
+    place: Place,
 }
 
 impl ParamStore {
@@ -38,7 +39,17 @@ impl ParamStore {
     /// Like [`new`](Self::new), but without the limit: for counting parameters that need not fit in memory. Their
     /// values can still be read.
     pub fn unlimited(seed: u64) -> Self {
-        ParamStore { params: BTreeMap::new(), seed, num_elements: 0, limit: None }
+        ParamStore { params: BTreeMap::new(), seed, num_elements: 0, limit: None, place: Place::default() }
+    }
+
+    /// Creates parameters at `place`, those that are created later.
+    pub fn at(self, place: Place) -> Self {
+        ParamStore { place, ..self }
+    }
+
+    /// Where parameters are created.
+    pub fn place(&self) -> &Place {
+        &self.place
     }
 
     /// Draws all initial values on all threads. Values that are created later are drawn when they are first read.
@@ -48,7 +59,8 @@ impl ParamStore {
 
     /// Returns the scope without a prefix.
     pub fn root(&mut self) -> ParamScope<'_> {
-        ParamScope { store: self, prefix: String::new(), may_decay: true, part: None }
+        let place = self.place.clone();
+        ParamScope { store: self, prefix: String::new(), may_decay: true, part: None, place }
     }
 
     /// The parameters, sorted by name.
@@ -105,10 +117,7 @@ impl ParamStore {
         fold_gradients(self.iter(), &grads)?;
         for param in self.iter() {
             if let Some(row) = param.zero_row() {
-                let width = param.shape()[1];
-                if let Some(row) = param.grad().get_mut(row * width..(row + 1) * width) {
-                    row.fill(0.0);
-                }
+                param.zero_grad_row(row)?;
             }
         }
         Ok(grads)
@@ -116,7 +125,7 @@ impl ParamStore {
 
     /// Sets every gradient to zero.
     pub fn zero_grad(&self) {
-        self.iter().for_each(|p| parallel::clear(&mut p.grad()));
+        self.iter().for_each(|param| param.grad().clear());
     }
 
     /// Replaces all values. Names and shapes must match exactly; the error lists what does not match.
@@ -148,7 +157,7 @@ pub fn fold_gradients<'a>(params: impl Iterator<Item = &'a Arc<Param>>, grads: &
     for param in params {
         // What was never drawn is in no graph.
         if let Some(from_graph) = param.drawn().and_then(|var| grads.get(var.as_tensor())) {
-            crate::node::with_floats(from_graph, |grad| crate::simd::add(grad, &mut param.grad_mut()))?;
+            param.add_grad(from_graph)?;
         }
     }
     Ok(())
@@ -161,6 +170,7 @@ pub struct ParamScope<'a> {
     /// Whether weight decay may act on what is created here.
     may_decay: bool,
     part: Option<Part>,
+    place: Place,
 }
 
 impl ParamScope<'_> {
@@ -185,9 +195,20 @@ impl ParamScope<'_> {
         self.part
     }
 
+    /// The same scope, but parameters created in it are `f32` on the CPU, wherever those of the model lie.
+    pub fn on_host(&mut self) -> ParamScope<'_> {
+        ParamScope { place: Place::default(), ..self.reborrow() }
+    }
+
+    /// Where parameters are created.
+    pub fn place(&self) -> &Place {
+        &self.place
+    }
+
     /// The same scope, for a shorter time.
     pub(super) fn reborrow(&mut self) -> ParamScope<'_> {
-        ParamScope { store: self.store, prefix: self.prefix.clone(), may_decay: self.may_decay, part: self.part }
+        let (prefix, place) = (self.prefix.clone(), self.place.clone());
+        ParamScope { store: self.store, prefix, may_decay: self.may_decay, part: self.part, place }
     }
 
     /// The prefix of this scope. Together with the model's seed, it identifies the random stream of a module.
@@ -226,7 +247,7 @@ impl ParamScope<'_> {
         let num_elements = self.store.num_elements_with(&name, shape)?;
         let decay = decay && self.may_decay;
         let made = Made { seed: self.store.seed, start, zero_row, weight_decay: decay, part: self.part };
-        let param = Arc::new(Param::new(name.clone(), shape, made));
+        let param = Arc::new(Param::new(name.clone(), shape, self.place.clone(), made));
         self.store.num_elements = num_elements;
         self.store.params.insert(name, param.clone());
         Ok(param)

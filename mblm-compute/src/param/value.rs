@@ -4,7 +4,7 @@ use std::ops::Deref;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock};
 
-use candle_core::{CpuStorage, Device, InplaceOp1, Layout, Storage, StorageRef, Tensor, Var};
+use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Storage, StorageRef, Tensor, Var};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
 use sha2::{Digest, Sha256};
@@ -12,7 +12,8 @@ use sha2::{Digest, Sha256};
 use super::gradient::Gradient;
 use super::init::Start;
 use super::part::Part;
-use crate::error::Result;
+use crate::device::Place;
+use crate::error::{Error, Result};
 use crate::mode::Mode;
 
 /// One learned tensor: its value, and the gradient that backward passes add to.
@@ -23,6 +24,7 @@ pub struct Param {
     var: OnceLock<Var>,
     grad: Mutex<Gradient>,
     version: AtomicU64,
+    place: Place,
     made: Made,
 }
 
@@ -52,24 +54,32 @@ impl std::fmt::Debug for Param {
     }
 }
 
-/// A parameter's values, borrowed as a slice.
-pub struct Values<'a>(StorageRef<'a>);
+/// A parameter's values as a slice: borrowed where they are `f32` on the CPU, and copied from any other place.
+pub struct Values<'a>(Lent<'a>);
+
+enum Lent<'a> {
+    Borrowed(StorageRef<'a>),
+    Copied(Vec<f32>),
+}
 
 impl Deref for Values<'_> {
     type Target = [f32];
     fn deref(&self) -> &[f32] {
-        match &*self.0 {
-            Storage::Cpu(CpuStorage::F32(values)) => values,
-            _ => unreachable!("parameters are created as f32 on the CPU"),
+        match &self.0 {
+            Lent::Copied(values) => values,
+            Lent::Borrowed(storage) => match &**storage {
+                Storage::Cpu(CpuStorage::F32(values)) => values,
+                _ => unreachable!("only f32 on the CPU is borrowed"),
+            },
         }
     }
 }
 
 impl Param {
     /// A parameter whose values are drawn later, by the store's seed and `name`.
-    pub(super) fn new(name: String, shape: &[usize], made: Made) -> Self {
+    pub(super) fn new(name: String, shape: &[usize], place: Place, made: Made) -> Self {
         let (var, grad, version) = (OnceLock::new(), Mutex::default(), AtomicU64::new(0));
-        Param { name, shape: shape.into(), var, grad, version, made }
+        Param { name, shape: shape.into(), var, grad, version, place, made }
     }
 
     /// The name in checkpoints, for example `stage_models.0.norm.g`.
@@ -95,6 +105,11 @@ impl Param {
     /// Whether weight decay applies. False for biases, gains, embeddings, `A_log` and `D`.
     pub fn weight_decay(&self) -> bool {
         self.made.weight_decay
+    }
+
+    /// Where the values lie.
+    pub fn place(&self) -> &Place {
+        &self.place
     }
 
     /// How the initial values were drawn.
@@ -128,11 +143,18 @@ impl Param {
             if let Some(row) = self.made.zero_row {
                 values[row * self.shape[1]..(row + 1) * self.shape[1]].fill(0.0);
             }
-            match Tensor::from_vec(values, &self.shape[..], &Device::Cpu).and_then(|values| Var::from_tensor(&values)) {
+            match self.placed(values).and_then(|values| Ok(Var::from_tensor(&values)?)) {
                 Ok(var) => var,
-                Err(error) => unreachable!("as many values as the shape says, on the CPU: {error}"),
+                // As when the CPU's memory is used up: nobody can go on without the parameter.
+                Err(error) => panic!("parameter {} cannot be created: {error}", self.name),
             }
         })
+    }
+
+    /// As many values as the parameter has, where it lies.
+    fn placed(&self, values: Vec<f32>) -> Result<Tensor> {
+        let values = Tensor::from_vec(values, &self.shape[..], &Device::Cpu)?;
+        Ok(values.to_dtype(self.place.dtype)?.to_device(&self.place.device)?)
     }
 
     /// The value as a tensor: a node of the graph in training, detached in evaluation.
@@ -144,8 +166,29 @@ impl Param {
     }
 
     /// The value as a slice. Do not update the parameter while you hold the borrow.
+    ///
+    /// # Panics
+    /// The device that holds the parameter fails.
     pub fn values(&self) -> Values<'_> {
-        Values(self.var().storage_and_layout().0)
+        if self.place.is_host() {
+            return Values(Lent::Borrowed(self.var().storage_and_layout().0));
+        }
+        match self.copied() {
+            Ok(values) => Values(Lent::Copied(values)),
+            Err(error) => panic!("parameter {} cannot be read: {error}", self.name),
+        }
+    }
+
+    fn copied(&self) -> Result<Vec<f32>> {
+        let values = self.var().as_detached_tensor().to_device(&Device::Cpu)?;
+        Ok(values.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
+    }
+
+    /// Replaces the values by a tensor of the same place and shape.
+    pub fn set(&self, values: &Tensor) -> Result<()> {
+        self.var().set(values)?;
+        self.version.fetch_add(1, Ordering::AcqRel);
+        Ok(())
     }
 
     /// The accumulated gradient. Empty until something is added.
@@ -154,10 +197,57 @@ impl Param {
     }
 
     /// The accumulated gradient, allocated. Backward passes add to it.
+    ///
+    /// # Panics
+    /// The parameter is not `f32` on the CPU.
     pub fn grad_mut(&self) -> MutexGuard<'_, Gradient> {
+        assert!(self.place.is_host(), "the gradient of {} is no slice: use add_grad", self.name);
         let mut grad = self.grad();
         grad.allocate(self.len());
         grad
+    }
+
+    /// Adds a tensor of the parameter's place and shape to its gradient.
+    pub fn add_grad(&self, grad: &Tensor) -> Result<()> {
+        match self.place.is_host() {
+            true => Ok(crate::node::with_floats(grad, |grad| crate::simd::add(grad, &mut self.grad_mut()))?),
+            false => self.grad().add_tensor(grad),
+        }
+    }
+
+    /// Replaces the gradient, as when a checkpoint is loaded.
+    pub fn set_grad(&self, grad: &[f32]) -> Result<()> {
+        if grad.len() != self.len() {
+            return Err(Error::Weights(format!("{} gradients for {}", grad.len(), self.name)));
+        }
+        match self.place.is_host() {
+            true => self.grad_mut().copy_from_slice(grad),
+            false => {
+                let sum = self.placed(grad.to_vec())?;
+                self.grad().set_tensor(sum);
+            }
+        }
+        Ok(())
+    }
+
+    /// Sets row `row` of the gradient to zero, if there is a gradient.
+    pub(super) fn zero_grad_row(&self, row: usize) -> Result<()> {
+        let width = self.shape[1];
+        let mut grad = self.grad();
+        match grad.tensor() {
+            Some(sum) => {
+                let (before, after) = (sum.narrow(0, 0, row)?, self.shape[0] - row - 1);
+                let rest = sum.narrow(0, row + 1, after)?.pad_with_zeros(0, 1, 0)?;
+                let sum = Tensor::cat(&[before, rest], 0)?;
+                grad.set_tensor(sum);
+            }
+            None => {
+                if let Some(row) = grad.get_mut(row * width..(row + 1) * width) {
+                    row.fill(0.0);
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Until the loan is dropped, gradients are added to `memory`.
@@ -176,8 +266,13 @@ impl Param {
         self.version.load(Ordering::Acquire)
     }
 
-    /// Changes the value in place.
-    pub fn update(&self, change: impl FnMut(&mut [f32])) -> Result<()> {
+    /// Changes the value: in place on the CPU, through a copy elsewhere.
+    pub fn update(&self, mut change: impl FnMut(&mut [f32])) -> Result<()> {
+        if !self.place.is_host() {
+            let mut values = self.copied()?;
+            change(&mut values);
+            return self.set(&self.placed(values)?);
+        }
         struct Change<F>(Mutex<F>);
         impl<F: FnMut(&mut [f32])> InplaceOp1 for Change<F> {
             fn name(&self) -> &'static str {

@@ -4,11 +4,13 @@
 
 use std::sync::Arc;
 
+use candle_core::backprop::GradStore;
 use candle_core::{Device, Shape, Tensor, Var};
+use mblm_sdk::backward::{backward_from, recomputed};
 use mblm_sdk::error::Result;
 use mblm_sdk::layer::Dims;
 use mblm_sdk::mode::Mode;
-use mblm_sdk::node::{Node, apply1, backward_from, with_floats};
+use mblm_sdk::node::{Node, apply1, with_floats};
 use mblm_sdk::ops::cross_entropy::{CrossEntropy, Target};
 use mblm_sdk::param::{Param, fold_gradients};
 
@@ -16,6 +18,7 @@ use super::stage::Stage;
 use crate::model::recompute::chunk_mode;
 
 /// The mean loss as a function of what the stage above says.
+#[derive(Clone)]
 pub(crate) struct LocalLoss {
     pub(crate) stage: Stage,
     /// `(R · S)`
@@ -35,7 +38,7 @@ impl LocalLoss {
     /// - `above`: `(R, S, D)`; returns a scalar
     pub(crate) fn apply(self, above: &Tensor) -> Result<Tensor> {
         let mode = self.mode;
-        Ok(apply1(self, above, mode)?)
+        apply1(self, above, mode)
     }
 
     /// The shape of `above`.
@@ -108,11 +111,26 @@ impl Node for LocalLoss {
             let above = Var::from_tensor(&self.part(inputs[0], first, rows)?)?;
             let Some(loss) = self.chunk(above.as_tensor(), first, true)? else { continue };
             let found = backward_from(&loss, Tensor::new(dy[0], &Device::Cpu)?)?;
-            fold_gradients(self.stage.params.iter().chain([self.stage.embedding.table()]), &found)?;
+            fold_gradients(self.stage.all_params(), &found)?;
             if let Some(grad) = found.get(above.as_tensor()) {
                 with_floats(grad, |grad| grads[0][first * row..][..rows * row].copy_from_slice(grad))?;
             }
         }
         Ok(())
+    }
+
+    fn composed(&self, inputs: &[&Tensor], _: Mode) -> Result<Tensor> {
+        let (this, above) = (Arc::new(self.clone()), inputs[0]);
+        let mut sum = Tensor::zeros((), above.dtype(), above.device())?;
+        for (first, rows) in self.chunks() {
+            let (run, fold) = (this.clone(), this.clone());
+            let loss = move |part: &[&Tensor]| match run.chunk(part[0], first, true)? {
+                Some(loss) => Ok(loss),
+                None => Ok(part[0].sum_all()?.affine(0.0, 0.0)?),
+            };
+            let fold = move |found: &GradStore| fold_gradients(fold.stage.all_params().chain(&fold.out), found);
+            sum = (sum + recomputed(&[&above.narrow(0, first, rows)?.contiguous()?], loss, fold)?)?;
+        }
+        Ok(sum)
     }
 }

@@ -9,7 +9,7 @@ use mblm_sdk::gemm::Update;
 use mblm_sdk::layer::Dims;
 use mblm_sdk::mode::Mode;
 use mblm_sdk::node::{Node, apply1};
-use mblm_sdk::ops::linear;
+use mblm_sdk::ops::linear::{self, linear_composed};
 use mblm_sdk::param::{Init, Param, ParamScope};
 
 /// `D_n -> P_{n+1} · D_{n+1}`.
@@ -41,7 +41,7 @@ impl NextStage {
     /// - `x`: `(R, S, D_n)`; returns `(R keep, P_{n+1}, D_{n+1})`
     pub(crate) fn forward(&self, x: &Tensor, keep: usize, mode: Mode) -> Result<Tensor> {
         let (batch, seq, dim) = x.dims3()?;
-        Ok(apply1(Project { next: self.clone(), dims: Dims { batch, seq, dim }, keep }, x, mode)?)
+        apply1(Project { next: self.clone(), dims: Dims { batch, seq, dim }, keep }, x, mode)
     }
 
     /// Projects the rows of `x`, for decoding.
@@ -92,5 +92,11 @@ impl Node for Project {
             grad[..self.keep * dim].copy_from_slice(kept);
         }
         Ok(())
+    }
+
+    fn composed(&self, inputs: &[&Tensor], mode: Mode) -> Result<Tensor> {
+        let kept = inputs[0].narrow(1, 0, self.keep)?.contiguous()?;
+        let (weight, bias) = (self.next.weight.tensor(mode), self.next.bias.tensor(mode));
+        Ok(linear_composed(&kept, &weight, Some(&bias))?.reshape(self.shape())?)
     }
 }

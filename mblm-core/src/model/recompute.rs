@@ -4,13 +4,15 @@
 
 use std::sync::Arc;
 
+use candle_core::backprop::GradStore;
 use candle_core::{Device, Shape, Tensor, Var};
 use mblm_base::random::spread;
+use mblm_sdk::backward::{backward_from, recomputed};
 use mblm_sdk::block::StageModel;
 use mblm_sdk::error::Result;
 use mblm_sdk::layer::Dims;
 use mblm_sdk::mode::Mode;
-use mblm_sdk::node::{Node, apply1, backward_from, with_floats};
+use mblm_sdk::node::{Node, apply1, with_floats};
 use mblm_sdk::param::{Param, fold_gradients};
 
 /// Runs `model` on `x` in `chunks` chunks of sequences. Gradients are those of one pass over all; with dropout, each
@@ -32,7 +34,7 @@ pub(crate) fn recompute(
     let (batch, seq, dim) = x.dims3()?;
     let (dims, rows) = (Dims { batch, seq, dim }, batch.div_ceil(chunks).max(1));
     let node = Recompute { model: model.clone(), params: params.to_vec(), mask: mask.cloned(), dims, rows, mode };
-    Ok(apply1(node, x, mode)?)
+    apply1(node, x, mode)
 }
 
 /// The mode of the chunk that begins with sequence `first`: training with a dropout seed of its own, or evaluation.
@@ -103,6 +105,16 @@ impl Node for Recompute {
             }
         }
         Ok(())
+    }
+
+    fn composed(&self, inputs: &[&Tensor], _: Mode) -> Result<Tensor> {
+        let chunk = |(first, rows, mode)| {
+            let (model, mask, params) = (self.model.clone(), self.mask(first, rows)?, self.params.clone());
+            let run = move |x: &[&Tensor]| model.forward(x[0], mask.as_ref(), mode);
+            let fold = move |found: &GradStore| fold_gradients(params.iter(), found);
+            recomputed(&[&inputs[0].narrow(0, first, rows)?.contiguous()?], run, fold)
+        };
+        Ok(Tensor::cat(&self.chunks().map(chunk).collect::<Result<Vec<_>>>()?, 0)?)
     }
 }
 

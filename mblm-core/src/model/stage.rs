@@ -80,6 +80,11 @@ impl Stage {
         })
     }
 
+    /// The parameters of the model, of its input and of the tokens that it reads; not those of projections.
+    pub(crate) fn all_params(&self) -> impl Iterator<Item = &Arc<Param>> {
+        self.params.iter().chain([self.embedding.table()]).chain(self.input.params())
+    }
+
     pub(crate) fn run(&self, input: &Tensor, mask: Option<&Tensor>, mode: Mode) -> Result<Tensor> {
         match self.chunks {
             Some(chunks) => recompute(&self.model, &self.params, input, mask, chunks, mode),

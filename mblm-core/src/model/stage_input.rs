@@ -57,6 +57,22 @@ fn rotate(frequencies: &[f32], position: usize, row: &mut [f32], sign: f32) {
     }
 }
 
+/// [`rotate`] of every position of `x`, `(R, S, D)`, as a composition.
+fn rotate_composed(frequencies: &[f32], x: &Tensor) -> Result<Tensor> {
+    let (batch, seq, dim) = x.dims3()?;
+    let angles = (0..seq).flat_map(|position| frequencies.iter().map(move |f| (position as f32 * f) as f64));
+    let (sin, cos): (Vec<f32>, Vec<f32>) = angles.map(|angle| (angle.sin() as f32, angle.cos() as f32)).unzip();
+    let table = |values: Vec<f32>| -> Result<Tensor> {
+        Ok(Tensor::from_vec(values, (seq, dim / 2), x.device())?.to_dtype(x.dtype())?)
+    };
+    let (sin, cos) = (table(sin)?, table(cos)?);
+    let pairs = x.reshape((batch, seq, dim / 2, 2))?;
+    let (even, odd) = (pairs.narrow(3, 0, 1)?.squeeze(3)?, pairs.narrow(3, 1, 1)?.squeeze(3)?);
+    let first = (even.broadcast_mul(&cos)? - odd.broadcast_mul(&sin)?)?;
+    let second = (odd.broadcast_mul(&cos)? + even.broadcast_mul(&sin)?)?;
+    Ok(Tensor::stack(&[first, second], 3)?.reshape((batch, seq, dim))?)
+}
+
 /// The input of one stage.
 #[derive(Clone)]
 pub(crate) struct StageInput {
@@ -66,15 +82,23 @@ pub(crate) struct StageInput {
 }
 
 impl StageInput {
+    pub(crate) fn params(&self) -> impl Iterator<Item = &Arc<Param>> {
+        let fixed = match &self.positions {
+            Positions::Fixed(table) => Some(table),
+            _ => None,
+        };
+        fixed.into_iter().chain(&self.start)
+    }
+
     /// # Shapes
     /// - `tokens`, `above`: `(R, S, D)`; returns `(R, 1 + S, D)`, or `(R, S, D)` without start tokens
     pub(crate) fn forward(&self, tokens: &Tensor, above: Option<&Tensor>, mode: Mode) -> Result<Tensor> {
         let (batch, seq, dim) = tokens.dims3()?;
         let node = Assemble { input: self.clone(), dims: Dims { batch, seq, dim } };
-        Ok(match above {
-            Some(above) => apply2(node, tokens, above, mode)?,
-            None => apply1(node, tokens, mode)?,
-        })
+        match above {
+            Some(above) => apply2(node, tokens, above, mode),
+            None => apply1(node, tokens, mode),
+        }
     }
 }
 
@@ -174,5 +198,25 @@ impl Node for Assemble {
             simd::add(rest, &mut table.grad_mut()[..short]);
         }
         Ok(())
+    }
+
+    fn composed(&self, inputs: &[&Tensor], mode: Mode) -> Result<Tensor> {
+        let Dims { batch, seq, dim } = self.dims;
+        let tokens = inputs[0];
+        let mut y = match &self.input.positions {
+            Positions::None => tokens.clone(),
+            Positions::Fixed(table) => tokens.broadcast_add(&table.tensor(mode).narrow(0, 0, seq)?)?,
+            Positions::Rope(frequencies) => rotate_composed(frequencies, tokens)?,
+        };
+        if let Some(above) = inputs.get(1) {
+            y = (y + *above)?;
+        }
+        match &self.input.start {
+            Some(start) => {
+                let start = start.tensor(mode).reshape((1, 1, dim))?.broadcast_as((batch, 1, dim))?;
+                Ok(Tensor::cat(&[&start.contiguous()?, &y], 1)?)
+            }
+            None => Ok(y),
+        }
     }
 }

@@ -9,8 +9,9 @@ use mblm_sdk::error::{Error, Result};
 use mblm_sdk::gemm::Update;
 use mblm_sdk::mode::Mode;
 use mblm_sdk::node::{Node, apply1};
-use mblm_sdk::ops::layer_norm;
-use mblm_sdk::ops::linear;
+use mblm_sdk::ops::embedding::embedding_composed;
+use mblm_sdk::ops::layer_norm::{self, layer_norm_composed};
+use mblm_sdk::ops::linear::{self, linear_composed};
 use mblm_sdk::parallel::{self, Shared, for_rows, reduce_rows};
 use mblm_sdk::param::{Init, Param, ParamScope};
 use mblm_sdk::simd;
@@ -85,7 +86,7 @@ impl TokenEmbedding {
 
     /// The tokens of `ids`, `(ids / patch, D)`.
     pub(crate) fn forward(&self, ids: &Arc<Vec<u32>>, mode: Mode) -> Result<Tensor> {
-        Ok(apply1(Embed { embedding: self.clone(), ids: ids.clone() }, &self.table.tensor(mode), mode)?)
+        apply1(Embed { embedding: self.clone(), ids: ids.clone() }, &self.table.tensor(mode), mode)
     }
 
     /// The tokens of `ids` as rows of `out`, for decoding.
@@ -212,5 +213,16 @@ impl Node for Embed {
             self.scatter(ids, &dflat, &mut grads[0]);
         }
         Ok(())
+    }
+
+    fn composed(&self, inputs: &[&Tensor], mode: Mode) -> Result<Tensor> {
+        let looked_up = embedding_composed(inputs[0], &self.ids)?;
+        let Some(p) = &self.embedding.projection else { return Ok(looked_up) };
+        let norm = |x: &Tensor, [weight, bias]: &[Arc<Param>; 2]| {
+            layer_norm_composed(x, &weight.tensor(mode), &bias.tensor(mode), layer_norm::EPS)
+        };
+        let flat = looked_up.reshape((self.ids.len() / self.embedding.patch, p.norm_in[0].len()))?;
+        let projected = linear_composed(&norm(&flat, &p.norm_in)?, &p.weight.tensor(mode), Some(&p.bias.tensor(mode)))?;
+        norm(&projected, &p.norm_out)
     }
 }

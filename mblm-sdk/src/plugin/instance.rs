@@ -4,9 +4,10 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{Device, Tensor, Var};
+use mblm_compute::backward::backward_from;
 use mblm_compute::layer::Dims;
 use mblm_compute::mode::Mode;
-use mblm_compute::node::{backward_from, with_floats};
+use mblm_compute::node::with_floats;
 use mblm_compute::param::{Param, ParamStore, fold_gradients};
 use rayon::prelude::*;
 use serde_json::Value;

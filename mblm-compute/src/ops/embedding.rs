@@ -1,0 +1,30 @@
+//! Rows of a table by their ids.
+
+use candle_core::Tensor;
+
+use crate::backward::with_backward;
+use crate::error::Result;
+
+/// Ids whose one-hot rows exist at the same time.
+const CHUNK: usize = 1 << 16;
+
+/// The rows `ids` of `table`. The gradient of the table is a product with one-hot rows: adding row by row would be a
+/// loop over the ids on a GPU.
+///
+/// # Shapes
+/// - `table`: `(V, D)`; returns `(ids, D)`
+pub fn embedding_composed(table: &Tensor, ids: &[u32]) -> Result<Tensor> {
+    let ids = Tensor::from_slice(ids, ids.len(), table.device())?;
+    let rows = table.detach().index_select(&ids, 0)?;
+    with_backward(&[table], &rows, move |table, dy| {
+        let (vocab, dim) = table[0].dims2()?;
+        let tokens = Tensor::arange(0, vocab as u32, dy.device())?.unsqueeze(1)?;
+        let mut sum = Tensor::zeros((vocab, dim), dy.dtype(), dy.device())?;
+        for first in (0..ids.elem_count()).step_by(CHUNK) {
+            let count = CHUNK.min(ids.elem_count() - first);
+            let one_hot = tokens.broadcast_eq(&ids.narrow(0, first, count)?.unsqueeze(0)?)?.to_dtype(dy.dtype())?;
+            sum = (sum + one_hot.matmul(&dy.narrow(0, first, count)?)?)?;
+        }
+        Ok(vec![sum])
+    })
+}
