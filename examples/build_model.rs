@@ -56,7 +56,7 @@ fn main() -> Result<()> {
         }
         model.params().zero_grad();
         model.params().backward(&loss)?;
-        clip_grad_norm(model.params(), 1.0);
+        clip_grad_norm(model.params(), 1.0)?;
         adam.step(model.params(), 3e-3)?;
     }
     println!("at the end: {:.3} bpb", bpb(f64::from(model.loss(&ids, None, Mode::Eval)?.to_scalar::<f32>()?)));

@@ -110,7 +110,7 @@ fn main() -> anyhow::Result<()> {
         }
         model.params().zero_grad();
         model.params().backward(&loss)?;
-        clip_grad_norm(model.params(), 1.0);
+        clip_grad_norm(model.params(), 1.0)?;
         adam.step(model.params(), 3e-3).map_err(|error| mblm::Error::Block(error.to_string()))?;
     }
     let prompt = b"use mblm::".map(u32::from).to_vec();

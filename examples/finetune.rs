@@ -72,7 +72,7 @@ fn train(model: &Mblm, pairs: &[(String, String)], steps: u64) -> Result<f32> {
         let loss = model.loss(&ids, Some(&mask), Mode::train(step))?;
         model.params().zero_grad();
         model.params().backward(&loss)?;
-        clip_grad_norm(model.params(), 1.0);
+        clip_grad_norm(model.params(), 1.0)?;
         adam.step(model.params(), 3e-3)?;
     }
     Ok(model.loss(&ids, Some(&mask), Mode::Eval)?.to_scalar()?)

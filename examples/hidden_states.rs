@@ -73,7 +73,7 @@ fn train(model: &Mblm, ids: &Tensor) -> Result<()> {
         let loss = model.loss(ids, None, Mode::train(step))?;
         model.params().zero_grad();
         model.params().backward(&loss)?;
-        clip_grad_norm(model.params(), 1.0);
+        clip_grad_norm(model.params(), 1.0)?;
         adam.step(model.params(), 3e-3)?;
     }
     Ok(())

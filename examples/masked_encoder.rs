@@ -44,7 +44,7 @@ fn main() -> Result<()> {
         }
         model.params().zero_grad();
         model.params().backward(&loss)?;
-        clip_grad_norm(model.params(), 1.0);
+        clip_grad_norm(model.params(), 1.0)?;
         adam.step(model.params(), 3e-3)?;
     }
     for text in ["the r_d fox ran over the hill.  ", "the _rown dog ran ov_r the h_ll."] {

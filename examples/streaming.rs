@@ -67,7 +67,7 @@ fn train(model: &Mblm) -> Result<()> {
         let loss = model.loss(&Tensor::from_vec(rows, (4, 96), &Device::Cpu)?, None, Mode::train(step))?;
         model.params().zero_grad();
         model.params().backward(&loss)?;
-        clip_grad_norm(model.params(), 1.0);
+        clip_grad_norm(model.params(), 1.0)?;
         adam.step(model.params(), 5e-3)?;
     }
     Ok(())

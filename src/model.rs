@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
+use mblm::device::DeviceName;
 use mblm::model::Mblm;
 use mblm::train::checkpoint::{self, TrainState, Which};
 use mblm::train::config::RunConfig;
@@ -20,6 +21,9 @@ pub struct Args {
     /// Use the checkpoint with the lowest validation loss instead of the newest
     #[arg(long)]
     pub best: bool,
+    /// Where the model runs: cpu, cuda, cuda:N, metal or auto
+    #[arg(long, value_name = "DEVICE", default_value_t)]
+    pub device: DeviceName,
     /// Accept a plugin whose file differs from the one that the run was trained with
     #[arg(long)]
     pub allow_plugin_change: bool,
@@ -53,7 +57,7 @@ pub fn load(args: &Args, plugins: &Plugins) -> Result<Trained> {
     let name = checkpoint.path().join("config.yaml").display().to_string();
     let document = Document::parse(&checkpoint.config_yaml()?, &name)?;
     let config = config_of_run(&args.run, &checkpoint.state()?, &document, args.allow_plugin_change, plugins)?;
-    let model = Model::new(&config, 0)?;
+    let model = Model::at(&config, 0, args.device.open()?.into())?;
     model.params().load(&checkpoint.weights()?)?;
     Ok(Trained { model, config, checkpoint: checkpoint.path().into() })
 }

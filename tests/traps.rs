@@ -3,6 +3,7 @@
 
 use candle_core::{DType, Device, Tensor};
 use mblm::config::MblmConfig;
+use mblm::device::Place;
 use mblm::model::Sequences;
 use mblm::nn::{self, Linear, Module, VarBuilder};
 use mblm::registry::BlockRegistry;
@@ -111,7 +112,7 @@ fn findings(op: &str, candle: bool) -> Vec<Finding> {
     let config = MblmConfig::from_document(&document, "", &BlockRegistry::builtin().unwrap()).unwrap();
     let ids: Vec<u32> = noise(2 * 30, 5).iter().map(|noise| ((noise + 1.0) * 127.9) as u32).collect();
     let ids = Sequences { ids: &ids, len: 30, loss_mask: None };
-    examine(&ModelConfig::Generative(config), 0.0, 1, &ids).unwrap().findings
+    examine(&ModelConfig::Generative(config), 0.0, 1, &ids, Place::default()).unwrap().findings
 }
 
 #[test]

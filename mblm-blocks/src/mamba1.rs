@@ -99,6 +99,10 @@ impl StageModel for Mamba1 {
         self.layers.iter().try_fold(x.clone(), |x, layer| apply(layer, &x, None, mode))
     }
 
+    fn decodes_on_host(&self) -> bool {
+        true
+    }
+
     fn decoder(&self, batch: usize) -> Result<Box<dyn StageDecoder + '_>> {
         Ok(Box::new(Decoder::new(&self.layers, self.sizes, batch)))
     }

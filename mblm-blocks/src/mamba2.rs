@@ -145,6 +145,10 @@ impl StageModel for Mamba2 {
         apply(&self.norm_f, &x, None, mode)
     }
 
+    fn decodes_on_host(&self) -> bool {
+        true
+    }
+
     fn decoder(&self, batch: usize) -> Result<Box<dyn StageDecoder + '_>> {
         Ok(Box::new(Decoder::new(&self.layers, &self.norm_f, self.sizes, batch)))
     }

@@ -175,6 +175,12 @@ pub fn composed<R>(work: impl FnOnce() -> R) -> R {
     work()
 }
 
+/// Runs `work` with fused ops, where there is no other way.
+pub fn fused<R>(work: impl FnOnce() -> R) -> R {
+    let _restore = Restore(COMPOSED.replace(false));
+    work()
+}
+
 /// Ends the scope, also when it panics.
 struct Restore(bool);
 

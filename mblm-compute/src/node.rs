@@ -2,7 +2,7 @@
 
 use std::sync::Mutex;
 
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Device, Layout, Shape, Storage, Tensor};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, DType, Device, Layout, Shape, Storage, Tensor};
 
 use crate::device;
 use crate::error::{Error, Result};
@@ -189,9 +189,9 @@ fn on_cpu<'a>(storage: &'a Storage, layout: &Layout) -> candle_core::Result<&'a 
     }
 }
 
-/// Lends the elements of an `f32` CPU tensor.
+/// Lends the elements of a tensor: those of `f32` on the CPU as they lie, others as a copy.
 pub fn with_floats<R>(x: &Tensor, work: impl FnOnce(&[f32]) -> R) -> candle_core::Result<R> {
-    let x = x.contiguous()?;
+    let x = x.detach().to_device(&Device::Cpu)?.to_dtype(DType::F32)?.contiguous()?;
     let (storage, layout) = x.storage_and_layout();
     Ok(work(on_cpu(&storage, layout)?))
 }

@@ -5,7 +5,8 @@ use std::borrow::Cow;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
+use mblm_compute::device::Place;
 use mblm_compute::error::{Error, Result};
 use mblm_compute::mode::Mode;
 use mblm_compute::param::ParamScope;
@@ -148,6 +149,13 @@ pub trait StageModel: Send + Sync {
         Ok(replay(self, batch))
     }
 
+    /// Whether [`decoder`](Self::decoder) reads parameters as slices ([`Param::values`](crate::Param::values)), which works
+    /// wherever they lie: it then decodes on the CPU a model that lies on a GPU. Without, such a model is decoded there, by
+    /// running [`forward`](Self::forward) again for each token.
+    fn decodes_on_host(&self) -> bool {
+        false
+    }
+
     /// What the Python package's `state_dict` contains besides the parameters: vectors that are derived from the
     /// configuration, under their names within the stage. Files for the package need them.
     fn buffers(&self) -> Vec<(&'static str, Vec<f32>)> {
@@ -186,13 +194,24 @@ pub trait StageDecoder: Send {
 
 /// The decoder of a block that does not implement one.
 pub fn replay<M: StageModel + ?Sized>(model: &M, batch: usize) -> Box<dyn StageDecoder + '_> {
-    Box::new(ReplayDecoder { forward: move |x: &Tensor| model.forward(x, None, Mode::Eval), batch, inputs: vec![] })
+    replay_at(model, batch, Place::default())
+}
+
+/// As [`replay`], for a model whose parameters lie at `place`.
+pub fn replay_at<M: StageModel + ?Sized>(model: &M, batch: usize, place: Place) -> Box<dyn StageDecoder + '_> {
+    Box::new(ReplayDecoder {
+        forward: move |x: &Tensor| model.forward(x, None, Mode::Eval),
+        batch,
+        place,
+        inputs: vec![],
+    })
 }
 
 /// Runs the whole prefix again at every step. This is slow but always correct, so a new block can generate immediately.
 struct ReplayDecoder<F> {
     forward: F,
     batch: usize,
+    place: Place,
     /// One entry `(batch, dim)` for each position so far.
     inputs: Vec<Tensor>,
 }
@@ -204,9 +223,11 @@ impl<F: Fn(&Tensor) -> Result<Tensor> + Send> StageDecoder for ReplayDecoder<F> 
 
     fn step(&mut self, x: &[f32], y: &mut [f32]) -> Result<()> {
         let dim = x.len() / self.batch;
-        self.inputs.push(Tensor::from_slice(x, (self.batch, dim), &Device::Cpu)?);
+        let x = Tensor::from_slice(x, (self.batch, dim), &Device::Cpu)?;
+        self.inputs.push(x.to_dtype(self.place.dtype)?.to_device(&self.place.device)?);
         let outputs = (self.forward)(&Tensor::stack(&self.inputs, 1)?)?;
-        let last = outputs.narrow(1, self.inputs.len() - 1, 1)?.flatten_all()?.to_vec1::<f32>()?;
+        let last = outputs.narrow(1, self.inputs.len() - 1, 1)?.flatten_all()?;
+        let last = last.to_dtype(DType::F32)?.to_vec1::<f32>()?;
         if last.len() != y.len() {
             return Err(Error::Block(format!(
                 "a stage model returned shape {:?} for {dim} wide input",

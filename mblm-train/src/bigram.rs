@@ -69,7 +69,7 @@ impl TrainModel for Bigram {
         let param = |name: &str| self.params.get(name).unwrap().tensor(mode);
         let mut logits = param("table.weight").index_select(&inputs, 0)?.broadcast_add(&param("bias"))?;
         if let Some(dropout) = mode.dropout(self.dropout, stream("bigram")) {
-            logits = (&logits * dropout.tensor(logits.dims())?)?;
+            logits = (&logits * dropout.tensor(logits.dims(), logits.device())?)?;
         }
         let right = logits.gather(&targets, D::Minus1)?.squeeze(1)?;
         let losses = (logits.log_sum_exp(1)? - right)?;
@@ -121,6 +121,7 @@ pub fn config() -> RunConfig {
     RunConfig {
         params: Params { model: model(VOCABULARY), input_seq_len: 16 },
         train: TrainSection {
+            device: Default::default(),
             target_elements: 20 * 4 * 16,
             target_elements_strategy: TargetStrategy::Sequence,
             warmup_steps_perc: 0.1,

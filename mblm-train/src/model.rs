@@ -2,6 +2,7 @@
 
 use candle_core::{DType, Tensor};
 use mblm_base::random::mix;
+use mblm_core::device::Place;
 use mblm_core::model::{Mblm, MblmEncoder, Sequences};
 use mblm_core::{Mode, ParamStore, StageModel};
 use mblm_data::batches::Batch;
@@ -111,7 +112,12 @@ pub enum Model {
 impl Model {
     /// Builds the model that `config` describes, with initial values that follow from `seed`.
     pub fn new(config: &RunConfig, seed: u64) -> Result<Self> {
-        Self::of(&config.params.model, config.train.masking_proba.unwrap_or_default(), seed)
+        Self::at(config, seed, Place::default())
+    }
+
+    /// Like [`new`](Self::new), with the parameters at `place`.
+    pub fn at(config: &RunConfig, seed: u64, place: Place) -> Result<Self> {
+        Self::of(&config.params.model, config.train.masking_proba.unwrap_or_default(), seed, place)
     }
 
     /// Like [`new`](Self::new), but without allocating the parameters, to count a model of any size. Values that are
@@ -130,12 +136,12 @@ impl Model {
         })
     }
 
-    /// As [`new`](Self::new), without the rest of a training configuration; `masking_proba` is for encoders.
-    pub fn of(model: &ModelConfig, masking_proba: f64, seed: u64) -> Result<Self> {
+    /// As [`at`](Self::at), without the rest of a training configuration; `masking_proba` is for encoders.
+    pub fn of(model: &ModelConfig, masking_proba: f64, seed: u64, place: Place) -> Result<Self> {
         Ok(match model {
-            ModelConfig::Generative(model) => Model::Generative(Mblm::new(model, seed)?),
+            ModelConfig::Generative(model) => Model::Generative(Mblm::at(model, seed, place)?),
             ModelConfig::Encoder(encoder) => {
-                Model::Masked(MaskedBytes { encoder: MblmEncoder::new(encoder, seed)?, masking_proba })
+                Model::Masked(MaskedBytes { encoder: MblmEncoder::at(encoder, seed, place)?, masking_proba })
             }
         })
     }

@@ -131,7 +131,8 @@ impl<'a> Session<'a> {
     /// # Errors
     /// A block's configuration cannot be written.
     pub fn new(config: &'a RunConfig, stop: &'a AtomicBool) -> Result<Self> {
-        let build = || Ok(Box::new(Model::new(config, config.train.seed)?) as Box<dyn TrainModel>);
+        let build =
+            || Ok(Box::new(Model::at(config, config.train.seed, config.train.place()?)?) as Box<dyn TrainModel>);
         let build = Box::new(build);
         Ok(Session { config, build, place: None, retries: 0, changes: vec![], quiet: false, stop, listening: None })
     }

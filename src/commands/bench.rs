@@ -8,6 +8,7 @@ use anyhow::{Result, ensure};
 use mblm::base::memory::Memory;
 use mblm::base::random::noise;
 use mblm::base::terminal::Output;
+use mblm::device::{self, DeviceName};
 use mblm::gemm::{self, autocast};
 use mblm::generate::Decoder;
 use mblm::model::{Mblm, Sequences};
@@ -51,6 +52,12 @@ pub struct Args {
     /// Measure only this
     #[arg(long, value_enum)]
     only: Option<Part>,
+    /// Where to run: cpu, cuda, cuda:N, metal or auto
+    #[arg(long, value_name = "DEVICE", default_value_t)]
+    device: DeviceName,
+    /// Compose every op of candle's, as on a GPU, instead of running fused ops on the CPU; generation is not measured
+    #[arg(long)]
+    composed: bool,
     /// Precision of matrix products in training and forward pass; bf16 needs a CPU with AVX-512 BF16
     #[arg(long, value_enum, default_value_t)]
     precision: Precision,
@@ -80,6 +87,7 @@ enum Precision {
 struct Measurements {
     config: String,
     threads: usize,
+    device: String,
     batch: usize,
     length: usize,
     params: usize,
@@ -102,14 +110,15 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
     let (config, _) = inspect::read(&document, &plugins.registry(Some(&args.config))?)?;
     let length = config.hierarchy().context_len();
     let generation = Generation::new(args, &config, length)?;
-    let precision = args.precision.available()?;
+    let precision = args.precision.available(args.device)?;
     if args.only.is_none_or(|only| only == Part::Train) {
         train::must_fit(&config, Step { batch: args.batch as usize, bytes: length })?;
     }
-    let model = Model::of(&config, MASKING_PROBA, 0)?;
+    let model = Model::of(&config, MASKING_PROBA, 0, args.device.open()?.into())?;
     let mut report = Measurements {
         config: args.config.to_string_lossy().into_owned(),
         threads: rayon::current_num_threads(),
+        device: device::name(&model.params().place().device),
         batch: args.batch as usize,
         length,
         params: model.params().num_elements(),
@@ -122,7 +131,8 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
     if !args.json {
         begin(&report)?;
     }
-    let measured = measure(args, &model, precision, generation, &mut report);
+    let measure = || measure(args, &model, precision, generation, &mut report);
+    let measured = if args.composed { device::composed(measure) } else { measure() };
     // What was measured before a failure is shown.
     end(&report, args.json)?;
     measured
@@ -183,6 +193,7 @@ impl Generation {
             Some(Part::Generate) if is_encoder => {
                 return Err(Usage("--only generate: an encoder cannot generate".into()).into());
             }
+            None if args.composed => return Ok(None),
             None | Some(Part::Generate) if !is_encoder => {}
             _ => return Ok(None),
         }
@@ -216,12 +227,15 @@ impl Generation {
 }
 
 impl Precision {
-    fn available(self) -> Result<gemm::Precision> {
+    fn available(self, device: DeviceName) -> Result<gemm::Precision> {
         let precision = match self {
             Precision::F32 => gemm::Precision::F32,
             Precision::Bf16 => gemm::Precision::Bf16,
         };
-        ensure!(precision.is_available(), Usage("--precision bf16: this CPU lacks AVX-512 BF16; use f32".into()));
+        ensure!(
+            device != DeviceName::Cpu || precision.is_available(),
+            Usage("--precision bf16: this CPU lacks AVX-512 BF16; use f32".into())
+        );
         Ok(precision)
     }
 }
@@ -235,7 +249,7 @@ fn trainer<'a>(model: &'a Model, sequences: Sequences<'a>) -> impl FnMut() -> Re
         let loss = model.loss(&sequences, Mode::train(step))?.mean;
         model.params().zero_grad();
         model.params().backward(&loss)?;
-        clip_grad_norm(model.params(), 1.0);
+        clip_grad_norm(model.params(), 1.0)?;
         Ok(adam.step(model.params(), 1e-3)?)
     }
 }
@@ -260,9 +274,9 @@ fn median(mut seconds: Vec<f64>) -> f64 {
 }
 
 fn begin(report: &Measurements) -> Result<()> {
-    let Measurements { config, params, threads, batch, length, .. } = report;
+    let Measurements { config, params, threads, device, batch, length, .. } = report;
     let mut out = Output::new();
-    writeln!(out, "{config} · {params} parameters · {threads} threads\nbatch {batch} x {length} bytes")?;
+    writeln!(out, "{config} · {params} parameters · {device}, {threads} threads\nbatch {batch} x {length} bytes")?;
     Ok(())
 }
 

@@ -5,9 +5,11 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use anyhow::Result;
+use candle_core::DType;
 use mblm::base::random::noise;
 use mblm::base::terminal::Output;
 use mblm::data::files::corpus::Corpus;
+use mblm::device::{DeviceName, Place};
 use mblm::model::Sequences;
 use mblm::train::config::ModelConfig;
 use mblm::train::cost::{Step, bytes as shown_bytes};
@@ -32,6 +34,12 @@ pub struct Args {
     /// Sequences in the step
     #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..))]
     batch: u32,
+    /// Where to run: cpu, cuda, cuda:N, metal or auto
+    #[arg(long, value_name = "DEVICE", default_value_t)]
+    device: DeviceName,
+    /// Compute in f64, composed of candle's ops, on the CPU: for gradients without rounding
+    #[arg(long, value_enum, default_value = "f32")]
+    dtype: Type,
     /// Seed of the initial weights and the random bytes
     #[arg(long, default_value_t = 0)]
     seed: u64,
@@ -41,6 +49,23 @@ pub struct Args {
     /// Print JSON instead of tables
     #[arg(long)]
     json: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, clap::ValueEnum)]
+enum Type {
+    F32,
+    F64,
+}
+
+impl Args {
+    fn place(&self) -> Result<Place> {
+        let device = self.device.open()?;
+        match self.dtype {
+            Type::F32 => Ok(device.into()),
+            Type::F64 if device.is_cpu() => Ok(Place { device, dtype: DType::F64 }),
+            Type::F64 => Err(Usage(format!("--dtype f64 runs on the CPU; found --device {}", self.device)).into()),
+        }
+    }
 }
 
 /// Runs `mblm doctor`; an error if it found a problem.
@@ -57,7 +82,8 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
         None => random(shape.0 * shape.1, args.seed, &config),
     };
     train::must_fit(&config, Step { batch: shape.0, bytes: shape.1 })?;
-    let report = examine(&config, MASKING, args.seed, &Sequences { ids: &ids, len: shape.1, loss_mask: None })?;
+    let sequences = Sequences { ids: &ids, len: shape.1, loss_mask: None };
+    let report = examine(&config, MASKING, args.seed, &sequences, args.place()?)?;
     let text = if args.json { serde_json::to_string_pretty(&report)? + "\n" } else { table(&report) };
     let shown = Output::new().write_all(text.as_bytes());
     match report.findings.iter().filter(|finding| finding.severity == Severity::Problem).count() {

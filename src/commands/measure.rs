@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use mblm::base::terminal::Output;
+use mblm::device::DeviceName;
 use mblm::generate::{Format, Sampler, Sampling, TokenStream, Until, generate};
 use mblm::model::Mblm;
 use mblm::study::report::{Generation, Measured};
@@ -34,7 +35,7 @@ pub struct Args {
 /// Runs `mblm measure-run`.
 pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
     orphan::end_with_parent(Duration::ZERO);
-    let of_run = model::Args { run: args.run.clone(), best: true, allow_plugin_change: false };
+    let of_run = model::Args { run: args.run.clone(), best: true, device: DeviceName::Cpu, allow_plugin_change: false };
     let trained = model::load(&of_run, plugins)?;
     let config = &trained.config;
     let step = Step { batch: config.train.batch_size, bytes: config.params.input_seq_len };

@@ -8,6 +8,7 @@ use anyhow::{Context, Result};
 use mblm::base::memory::{Limit, Memory};
 use mblm::base::terminal::{self, Output};
 use mblm::data::{Splits, unigram_entropy};
+use mblm::device::DeviceName;
 use mblm::generate::{Format, Sampler, Sampling, TokenStream, Until, generate};
 use mblm::model::Mblm;
 use mblm::train as training;
@@ -45,6 +46,9 @@ pub struct Args {
     /// The run folder to create [default: `io.output_dir`/`io.name_model`-TIME]
     #[arg(long, value_name = "RUN", conflicts_with = "resume")]
     out: Option<PathBuf>,
+    /// Where to train: cpu, cuda, cuda:N, metal or auto; the same as `--set train.device=DEVICE`
+    #[arg(long, value_name = "DEVICE")]
+    device: Option<DeviceName>,
     /// Override a field of the configuration, e.g. `--set train.learning_rate=3e-4`; may be repeated
     #[arg(long, value_name = "FIELD=VALUE")]
     set: Vec<String>,
@@ -65,6 +69,14 @@ pub struct Args {
     until_eof: bool,
 }
 
+impl Args {
+    /// The fields that the command line sets.
+    fn assignments(&self) -> impl Iterator<Item = String> {
+        let device = self.device.map(|device| format!("train.device={device}"));
+        self.set.iter().cloned().chain(device)
+    }
+}
+
 /// Runs `mblm train`.
 pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
     if args.until_eof {
@@ -75,7 +87,7 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
         (Some(run), _) => (run.clone(), resume(run, args, plugins)?),
         (None, Some(path)) => {
             let mut document = Document::read(path)?;
-            args.set.iter().try_for_each(|assignment| document.set(assignment))?;
+            args.assignments().try_for_each(|assignment| document.set(&assignment))?;
             let mut config = RunConfig::from_document(&document, &plugins.registry(Some(path))?)?;
             find_checkpoint(&mut config, path, &args.set);
             // Errors of the data and of the plan begin with the field that is at fault; here its line is known.
@@ -115,12 +127,21 @@ fn resume(path: &Path, args: &Args, plugins: &Plugins) -> Result<Outcome> {
         set.iter().try_for_each(|assignment| document.set(assignment))?;
         Ok(RunConfig::from_document(&document, &registry)?)
     };
-    let config = read(&RunFolder::config_yaml(path)?, &path.join("config.yaml"), &args.set)?;
+    let assignments: Vec<String> = args.assignments().collect();
+    let config = read(&RunFolder::config_yaml(path)?, &path.join("config.yaml"), &assignments)?;
     if !args.allow_plugin_change {
         state.check_plugins(&config.plugins())?;
     }
     let before = read(&checkpoint.config_yaml()?, &checkpoint.path().join("config.yaml"), &[])?;
-    let changes = before.differences(&config)?;
+    let mut changes = before.differences(&config)?;
+    if before.train.device != config.train.device {
+        changes.retain(|change| !change.starts_with("train.device:"));
+        terminal::line(format_args!(
+            "warning: the checkpoint was trained on {}, and the run goes on on {}: its numbers will not be bit for bit those \
+             of a run without interruption",
+            before.train.device, config.train.device
+        ));
+    }
     if !changes.is_empty() {
         let list = changes.iter().map(|change| format!("\n  {change}")).collect::<String>();
         if !args.force {
@@ -163,6 +184,10 @@ fn session<'a>(config: &'a RunConfig, args: &Args) -> Result<Session<'a>> {
 /// As of [`outline`].
 pub fn build(config: &RunConfig) -> training::Result<Model> {
     let model = outline(config, true)?;
+    let place = config.train.place()?;
+    if !place.is_host() {
+        return Ok(Model::at(config, config.train.seed, place)?);
+    }
     model.params().draw();
     Ok(model)
 }
@@ -248,7 +273,8 @@ fn shell_word(path: &Path) -> String {
 
 /// Says what was reached, shows what the model writes, and how to have it write more.
 fn conclude(run: &Path, outcome: &Outcome, allow_plugin_change: bool, plugins: &Plugins) -> Result<()> {
-    let trained = model::load(&model::Args { run: run.into(), best: false, allow_plugin_change }, plugins)?;
+    let args = model::Args { run: run.into(), best: false, device: DeviceName::Cpu, allow_plugin_change };
+    let trained = model::load(&args, plugins)?;
     let (data, _) = session::open_data_of(run, &trained.config)?;
     let mut out = Output::new();
     writeln!(out)?;

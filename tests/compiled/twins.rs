@@ -57,7 +57,7 @@ pub fn bit_for_bit(config: &str, library: &Path) {
             model.params().backward(loss).unwrap();
             let again = model.loss(&ids(50 + step), None, Mode::train(step)).unwrap();
             model.params().backward(&again).unwrap();
-            clip_grad_norm(model.params(), 1.0);
+            clip_grad_norm(model.params(), 1.0).unwrap();
             adam.step(model.params(), 1e-2).unwrap();
         }
         for (a, b) in one.params().iter().zip(two.params().iter()) {

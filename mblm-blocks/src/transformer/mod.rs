@@ -166,6 +166,10 @@ impl StageModel for TransformerModel {
         self.layers.iter().all(|layer| layer.kind() == Kind::Decoder)
     }
 
+    fn decodes_on_host(&self) -> bool {
+        true
+    }
+
     fn decoder(&self, batch: usize) -> Result<Box<dyn StageDecoder + '_>> {
         if !self.is_causal() {
             return Err(Error::Block("`transformerEncoder` sees the whole sequence and cannot generate".into()));

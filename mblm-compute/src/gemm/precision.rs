@@ -38,16 +38,20 @@ thread_local! {
     static CURRENT: Cell<Precision> = const { Cell::new(Precision::F32) };
 }
 
-/// The precision of [`autocast`] around this call.
+/// The precision of [`autocast`] around this call, for this machine's processor: `f32` if it has no instructions for the
+/// other, as where a model lies on a GPU that has.
 pub(crate) fn current() -> Precision {
+    Some(requested()).filter(|precision| precision.is_available()).unwrap_or_default()
+}
+
+/// The precision of [`autocast`] around this call, for a device.
+pub(crate) fn requested() -> Precision {
     CURRENT.get()
 }
 
 /// Runs `work`, with the matrix products that it hands to the whole pool in `precision` (as `torch.autocast` does), and
-/// those of attention over many keys.
-///
-/// # Panics
-/// If the machine cannot: see [`Precision::is_available`].
+/// those of attention over many keys. A processor without the instructions computes in `f32`: see
+/// [`Precision::is_available`].
 pub fn autocast<R>(precision: Precision, work: impl FnOnce() -> R) -> R {
     assert!(precision.is_available(), "{precision:?} products are not available on this machine");
     let _restore = Restore(CURRENT.replace(precision));

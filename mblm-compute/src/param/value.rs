@@ -2,7 +2,7 @@
 
 use std::ops::Deref;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Storage, StorageRef, Tensor, Var};
 use rand_chacha::ChaCha8Rng;
@@ -25,6 +25,8 @@ pub struct Param {
     grad: Mutex<Gradient>,
     version: AtomicU64,
     place: Place,
+    /// The values of a version, where they were read from another place.
+    copy: Mutex<Option<(u64, Arc<Vec<f32>>)>>,
     made: Made,
 }
 
@@ -59,7 +61,7 @@ pub struct Values<'a>(Lent<'a>);
 
 enum Lent<'a> {
     Borrowed(StorageRef<'a>),
-    Copied(Vec<f32>),
+    Copied(Arc<Vec<f32>>),
 }
 
 impl Deref for Values<'_> {
@@ -79,7 +81,7 @@ impl Param {
     /// A parameter whose values are drawn later, by the store's seed and `name`.
     pub(super) fn new(name: String, shape: &[usize], place: Place, made: Made) -> Self {
         let (var, grad, version) = (OnceLock::new(), Mutex::default(), AtomicU64::new(0));
-        Param { name, shape: shape.into(), var, grad, version, place, made }
+        Param { name, shape: shape.into(), var, grad, version, place, copy: Mutex::default(), made }
     }
 
     /// The name in checkpoints, for example `stage_models.0.norm.g`.
@@ -179,7 +181,21 @@ impl Param {
         }
     }
 
-    fn copied(&self) -> Result<Vec<f32>> {
+    /// The values of now, read from their place once.
+    fn copied(&self) -> Result<Arc<Vec<f32>>> {
+        let mut copy = self.copy.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let version = self.version();
+        match &*copy {
+            Some((of, values)) if *of == version => Ok(values.clone()),
+            _ => {
+                let values = Arc::new(self.read()?);
+                *copy = Some((version, values.clone()));
+                Ok(values)
+            }
+        }
+    }
+
+    fn read(&self) -> Result<Vec<f32>> {
         let values = self.var().as_detached_tensor().to_device(&Device::Cpu)?;
         Ok(values.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
     }
@@ -269,7 +285,7 @@ impl Param {
     /// Changes the value: in place on the CPU, through a copy elsewhere.
     pub fn update(&self, mut change: impl FnMut(&mut [f32])) -> Result<()> {
         if !self.place.is_host() {
-            let mut values = self.copied()?;
+            let mut values = self.read()?;
             change(&mut values);
             return self.set(&self.placed(values)?);
         }

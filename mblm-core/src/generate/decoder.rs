@@ -2,7 +2,8 @@
 //! complete patch. The logits are those of the full forward pass.
 
 use candle_core::{DType, Device, Tensor};
-use mblm_sdk::block::StageDecoder;
+use mblm_sdk::block::{StageDecoder, replay_at};
+use mblm_sdk::device::Place;
 use mblm_sdk::error::{Error, Result};
 use mblm_sdk::gemm::Update;
 use mblm_sdk::mode::Mode;
@@ -36,8 +37,9 @@ impl<'m> Decoder<'m> {
         if batch == 0 {
             return Err(Error::Input("expected a batch of at least one sequence, found none".into()));
         }
+        let place = model.params().place();
         let stages = model.hierarchy().stages.iter().enumerate();
-        let stages = stages.map(|(n, stage)| StageState::new(stage, n > 0, batch)).collect::<Result<_>>()?;
+        let stages = stages.map(|(n, stage)| StageState::new(stage, n > 0, batch, place)).collect::<Result<_>>()?;
         let mut decoder = Decoder { model, batch, history: vec![], stages, logits: vec![] };
         decoder.logits = decoder.empty_logits()?;
         Ok(decoder)
@@ -232,7 +234,7 @@ impl<'m> Decoder<'m> {
     fn empty_logits(&self) -> Result<Vec<f32>> {
         let empty = Tensor::zeros((self.batch, 0), DType::U32, &Device::Cpu)?;
         let logits = || self.model.logits(&empty, Mode::Eval);
-        let values: Vec<f32> = logits()?.flatten_all()?.to_vec1()?;
+        let values: Vec<f32> = logits()?.flatten_all()?.to_dtype(DType::F32)?.to_vec1()?;
         match values.iter().all(|logit| logit.is_finite()) {
             true => Ok(values),
             false => Err(self.model.hierarchy().not_finite("the logits of the first byte are not finite", logits)),
@@ -241,9 +243,12 @@ impl<'m> Decoder<'m> {
 }
 
 impl<'m> StageState<'m> {
-    fn new(stage: &'m Stage, has_above: bool, batch: usize) -> Result<Self> {
+    fn new(stage: &'m Stage, has_above: bool, batch: usize, place: &Place) -> Result<Self> {
         Ok(StageState {
-            decoder: stage.model.decoder(batch)?,
+            decoder: match place.is_host() || stage.model.decodes_on_host() {
+                true => stage.model.decoder(batch)?,
+                false => replay_at(&*stage.model, batch, place.clone()),
+            },
             position: 0,
             above: vec![0.0; if has_above { batch * stage.seq_len * stage.dim } else { 0 }],
             output: vec![0.0; batch * stage.dim],

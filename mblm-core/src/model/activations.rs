@@ -3,7 +3,7 @@
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use candle_core::Tensor;
+use candle_core::{DType, Device, Tensor};
 use mblm_sdk::error::Result;
 use mblm_sdk::node::with_floats;
 use mblm_sdk::parallel::MIN_PARALLEL;
@@ -39,7 +39,10 @@ impl Activations {
     pub(crate) fn add(&self, output: &Tensor) -> Result<()> {
         if let Some(sum) = &mut *self.sum() {
             let (sequences, positions, dim) = output.dims3()?;
-            let of_output = with_floats(output, squares)?;
+            let of_output = match output.device() {
+                Device::Cpu => with_floats(output, squares)?,
+                _ => f64::from(output.detach().sqr()?.sum_all()?.to_dtype(DType::F32)?.to_scalar::<f32>()?),
+            };
             if sum.not_finite.is_none() && !of_output.is_finite() {
                 let first = with_floats(output, |x| {
                     let at = x.iter().position(|value| !value.is_finite())?;

@@ -1,7 +1,8 @@
 //! The encoder: the hierarchy without start tokens and with an attention mask. It is trained to restore masked bytes.
 
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 use mblm_sdk::block::StageModel;
+use mblm_sdk::device::Place;
 use mblm_sdk::error::{Error, Result};
 use mblm_sdk::mode::Mode;
 use mblm_sdk::ops::cross_entropy::Target;
@@ -9,7 +10,7 @@ use mblm_sdk::param::ParamStore;
 
 use super::hierarchy::Hierarchy;
 use super::input::{Ids, Sequences, check_vocabulary, to_u32};
-use super::{warned, zero};
+use super::warned;
 use crate::config::{MaskReduce, MblmEncoderConfig};
 
 /// A Multiscale Byte Language Model that sees the whole sequence. Shapes as in [`Mblm`](super::Mblm).
@@ -32,6 +33,13 @@ impl MblmEncoder {
     /// Like [`Mblm::outline`](super::Mblm::outline).
     pub fn outline(config: &MblmEncoderConfig, seed: u64) -> Result<Self> {
         Self::build(config, ParamStore::unlimited(seed))
+    }
+
+    /// Like [`Mblm::at`](super::Mblm::at).
+    pub fn at(config: &MblmEncoderConfig, seed: u64, place: Place) -> Result<Self> {
+        let model = Self::build(config, ParamStore::new(seed).at(place))?;
+        model.params().draw();
+        Ok(model)
     }
 
     fn build(config: &MblmEncoderConfig, params: ParamStore) -> Result<Self> {
@@ -114,7 +122,7 @@ impl MblmEncoder {
         let targets = targets(ids, labels, attend, weights);
         let count = targets.len();
         match count {
-            0 => Ok((zero()?, 0)),
+            0 => Ok((self.hierarchy.zero()?, 0)),
             _ => Ok((self.hierarchy.loss(ids, targets, Some(&self.masks(ids, attend)?), mode)?, count)),
         }
     }
@@ -148,7 +156,7 @@ impl MblmEncoder {
             .collect();
         let seq = if n > 0 { self.hierarchy.stages[n].seq_len } else { ids.padded_len / patch };
         let sequences = reduced.len() / seq;
-        Ok(Tensor::from_vec(reduced, (sequences, seq), &Device::Cpu)?)
+        Ok(Tensor::from_vec(reduced, (sequences, seq), &self.hierarchy.params.place().device)?)
     }
 
     fn per_byte(&self, ids: &Ids, local: &Tensor) -> Result<Tensor> {

@@ -97,7 +97,7 @@ impl Hierarchy {
         }
         let [weight, bias] = out;
         let loss = CrossEntropy { weight, bias, targets, training: mode != Mode::Eval };
-        Ok(apply1(loss, &self.run(ids, masks, mode)?, mode)?)
+        apply1(loss, &self.run(ids, masks, mode)?, mode)
     }
 
     /// What the stages above the local one say of its tokens, `(local sequences, P_N, D_N)`, if there are any.
@@ -178,6 +178,11 @@ impl Hierarchy {
     /// Bytes of one token of stage `n` (from 0).
     pub(crate) fn patch_len(&self, n: usize) -> usize {
         self.config.seq_lens[n + 1..].iter().product()
+    }
+
+    /// The loss of no targets.
+    pub(crate) fn zero(&self) -> Result<Tensor> {
+        Ok(Tensor::zeros((), self.params.place().dtype, &self.params.place().device)?)
     }
 
     /// The output layer.

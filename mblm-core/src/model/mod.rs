@@ -11,12 +11,13 @@ mod stage;
 mod stage_input;
 mod token_embedding;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 pub use encoder::MblmEncoder;
 pub(crate) use hierarchy::Hierarchy;
 use input::Ids;
 pub use input::Sequences;
 use mblm_sdk::block::StageModel;
+use mblm_sdk::device::Place;
 use mblm_sdk::error::{Error, Result};
 use mblm_sdk::mode::Mode;
 use mblm_sdk::node::apply1;
@@ -54,6 +55,14 @@ impl Mblm {
     /// read anyway are drawn then.
     pub fn outline(config: &MblmConfig, seed: u64) -> Result<Self> {
         Self::build(config, ParamStore::unlimited(seed))
+    }
+
+    /// Like [`new`](Self::new), with the parameters at `place`. Inputs and results stay on the CPU but for tensors that go
+    /// through the model.
+    pub fn at(config: &MblmConfig, seed: u64, place: Place) -> Result<Self> {
+        let model = Self::build(config, ParamStore::new(seed).at(place))?;
+        model.params().draw();
+        Ok(model)
     }
 
     fn build(config: &MblmConfig, params: ParamStore) -> Result<Self> {
@@ -134,7 +143,7 @@ impl Mblm {
         let targets = self.targets(ids, weights);
         let count = targets.len();
         match count {
-            0 => Ok((zero()?, 0)),
+            0 => Ok((self.hierarchy.zero()?, 0)),
             _ => Ok((self.hierarchy.loss(ids, targets, None, mode)?, count)),
         }
     }
@@ -145,7 +154,7 @@ impl Mblm {
         let weights = loss_mask.map(|mask| read.beside("loss_mask", mask)).transpose()?;
         let targets = self.targets(&read, weights.as_deref());
         if targets.is_empty() {
-            return Ok((warned((zero()?, 0)), self.logits(ids, mode)?));
+            return Ok((warned((self.hierarchy.zero()?, 0)), self.logits(ids, mode)?));
         }
         let local = self.hierarchy.run(&read, None, mode)?;
         let logits = self.hierarchy.logits(&self.per_byte(&read, &local)?, mode)?;
@@ -198,7 +207,7 @@ impl Mblm {
 
     fn cross_entropy(&self, local: &Tensor, targets: Vec<Target>, mode: Mode) -> Result<Tensor> {
         let (weight, bias) = (self.hierarchy.out_weight.clone(), self.hierarchy.out_bias.clone());
-        Ok(apply1(CrossEntropy { weight, bias, targets, training: mode != Mode::Eval }, local, mode)?)
+        apply1(CrossEntropy { weight, bias, targets, training: mode != Mode::Eval }, local, mode)
     }
 
     /// Which row of the local stage's output predicts which byte. Start positions predict nothing but the first byte
@@ -248,11 +257,6 @@ fn surprise(logits: &[f32], token: u32) -> f32 {
     let max = logits.iter().fold(f32::NEG_INFINITY, |max, logit| max.max(*logit));
     let sum: f64 = logits.iter().map(|logit| f64::from(logit - max).exp()).sum();
     (sum.ln() - f64::from(logits[token as usize] - max)) as f32
-}
-
-/// The loss of no targets.
-fn zero() -> Result<Tensor> {
-    Ok(Tensor::new(0f32, &Device::Cpu)?)
 }
 
 /// A loss by itself, where nobody learns how many targets it is of.

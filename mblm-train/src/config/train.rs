@@ -1,5 +1,6 @@
 //! Section `train`: how to train.
 
+use mblm_core::device::{DeviceName, Place};
 use mblm_core::gemm::Precision;
 use mblm_yaml::{ConfigError, Document};
 use schemars::JsonSchema;
@@ -91,6 +92,10 @@ pub struct TrainSection {
     /// time then starts again.
     #[serde(default)]
     pub max_seconds: Option<f64>,
+    /// Where to train (addition): `cpu`, `cuda` (the first NVIDIA card), `cuda:N`, `metal`, or `auto`. Devices besides the
+    /// CPU need a program that was built with them.
+    #[serde(default)]
+    pub device: DeviceName,
     /// Seed of initial weights, shuffling and dropout (addition).
     #[serde(default)]
     pub seed: u64,
@@ -105,6 +110,14 @@ fn default_betas() -> (f64, f64) {
 }
 
 impl TrainSection {
+    /// Where the model's parameters lie.
+    ///
+    /// # Errors
+    /// This program or this machine does not have the device.
+    pub fn place(&self) -> mblm_core::Result<Place> {
+        Ok(self.device.open()?.into())
+    }
+
     /// What a batch of sequences of `seq_len` bytes adds to the elements seen.
     pub(crate) fn elements_per_batch(&self, seq_len: usize) -> u64 {
         match self.target_elements_strategy {

@@ -13,6 +13,7 @@ use candle_core::DType;
 pub use checks::Check;
 use checks::SAME_OUTPUTS;
 use mblm_base::random::noise;
+use mblm_core::device::Place;
 use mblm_core::model::Sequences;
 use mblm_core::registry::block_type;
 use mblm_core::{Mode, ParamStore};
@@ -34,14 +35,20 @@ const MODE: Mode = Mode::Train { seed: 1 };
 ///
 /// # Errors
 /// The model cannot be built, or a pass fails; what is merely wrong is in the report.
-pub fn examine(config: &ModelConfig, masking_proba: f64, seed: u64, sequences: &Sequences) -> Result<Examination> {
+pub fn examine(
+    config: &ModelConfig,
+    masking_proba: f64,
+    seed: u64,
+    sequences: &Sequences,
+    place: Place,
+) -> Result<Examination> {
     let mut config = config.clone();
     let hierarchy = match &mut config {
         ModelConfig::Generative(model) => model,
         ModelConfig::Encoder(encoder) => &mut encoder.mblm_config,
     };
     let watches = Watch::every_stage(hierarchy);
-    let model = Model::of(&config, masking_proba, seed)?;
+    let model = Model::of(&config, masking_proba, seed, place)?;
     let hierarchy = config.hierarchy();
     // The first step takes memory that later ones have; the second shows the time.
     let first = Step::run(&model, sequences, &watches)?;

@@ -5,9 +5,10 @@ use std::time::Instant;
 
 use candle_core::{Shape, Tensor};
 use mblm_base::memory::Memory;
+use mblm_core::backward::with_backward;
 use mblm_core::block::{Cost, FieldError, PluginOrigin, StageBlock, StageDecoder, StageModel};
 use mblm_core::config::MblmConfig;
-use mblm_core::node::{Node, apply1};
+use mblm_core::node::{Node, apply1, with_floats};
 use mblm_core::{Mode, ParamScope, PosEmb, Result};
 use serde::Serialize;
 
@@ -132,7 +133,7 @@ impl StageModel for WatchedModel {
         seen.memory += resident().saturating_sub(before);
         drop(seen);
         match y.dims() == x.dims() {
-            true => Ok(apply1(border(End::Output), &y, mode)?),
+            true => apply1(border(End::Output), &y, mode),
             // The hierarchy says what is wrong with it.
             false => Ok(y),
         }
@@ -144,6 +145,10 @@ impl StageModel for WatchedModel {
 
     fn decoder(&self, batch: usize) -> Result<Box<dyn StageDecoder + '_>> {
         self.inner.decoder(batch)
+    }
+
+    fn decodes_on_host(&self) -> bool {
+        self.inner.decodes_on_host()
     }
 
     fn buffers(&self) -> Vec<(&'static str, Vec<f32>)> {
@@ -166,6 +171,7 @@ enum End {
 }
 
 /// The identity, before a stage and after it: backward comes to the output first, and to the input when it is through.
+#[derive(Clone)]
 struct Border {
     watch: Watch,
     end: End,
@@ -183,16 +189,39 @@ impl Node for Border {
 
     fn forward(&self, inputs: &[&[f32]], y: &mut [f32]) -> Result<()> {
         y.copy_from_slice(inputs[0]);
-        let mut seen = self.watch.seen();
-        match self.end {
-            End::Input => seen.input.add(y),
-            End::Output => seen.output.add(y),
-        }
+        self.passes(y);
         Ok(())
     }
 
     fn backward(&self, _: &[&[f32]], _: (), dy: &[f32], grads: &mut [Vec<f32>]) -> Result<()> {
         grads[0].copy_from_slice(dy);
+        self.returns(dy);
+        Ok(())
+    }
+
+    fn composed(&self, inputs: &[&Tensor], _: Mode) -> Result<Tensor> {
+        let x = inputs[0];
+        with_floats(x, |x| self.passes(x))?;
+        let border = self.clone();
+        with_backward(&[x], x, move |_, dy| {
+            with_floats(dy, |dy| border.returns(dy))?;
+            Ok(vec![dy.clone()])
+        })
+    }
+}
+
+impl Border {
+    /// Notes what goes through.
+    fn passes(&self, x: &[f32]) {
+        let mut seen = self.watch.seen();
+        match self.end {
+            End::Input => seen.input.add(x),
+            End::Output => seen.output.add(x),
+        }
+    }
+
+    /// Notes the gradient that comes back.
+    fn returns(&self, dy: &[f32]) {
         let mut began = self.began.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         let mut seen = self.watch.seen();
         match self.end {
@@ -205,6 +234,5 @@ impl Node for Border {
                 seen.input_gradient.add(dy);
             }
         }
-        Ok(())
     }
 }

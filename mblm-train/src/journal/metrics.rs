@@ -32,7 +32,7 @@ use crate::error::{AtPath, Result};
 use crate::evaluate::bpb;
 use crate::journal::line_log::LineLog;
 use crate::journal::tensorboard::EventFile;
-use crate::trainer::optimizer::sums;
+use crate::trainer::optimizer::grad_sums;
 
 const LINES: &str = "metrics.jsonl";
 const BOARD: &str = "tensorboard";
@@ -210,14 +210,14 @@ pub fn activation_norms(norms: &[f64]) -> Scalars {
 
 /// The norm of each stage model's gradient, `stage1/grad_norm` and so on.
 /// Embeddings, start tokens and projections between stages are in none of them.
-pub fn stage_grad_norms(store: &ParamStore) -> Scalars {
+pub fn stage_grad_norms(store: &ParamStore) -> Result<Scalars> {
     let mut squares = BTreeMap::<usize, f64>::new();
-    for param in store.iter() {
+    for (param, sums) in store.iter().zip(grad_sums(store)?) {
         if let Some(Part::Stage(stage)) = param.part() {
-            *squares.entry(stage).or_default() += sums(&param.grad()).1;
+            *squares.entry(stage).or_default() += sums.map_or(0.0, |(_, square)| square);
         }
     }
-    squares.iter().map(|(stage, square)| (format!("stage{}/grad_norm", stage + 1), square.sqrt())).collect()
+    Ok(squares.iter().map(|(stage, square)| (format!("stage{}/grad_norm", stage + 1), square.sqrt())).collect())
 }
 
 #[cfg(test)]
@@ -326,6 +326,6 @@ mod tests {
             store.root().of(part).param(name, &[1], Init::Const(0.0)).unwrap().grad_mut()[0] = grad;
         }
         let want = [("stage1/grad_norm", 5.0), ("stage2/grad_norm", 12.0), ("stage11/grad_norm", 0.5)];
-        assert_eq!(stage_grad_norms(&store), want.map(|(tag, norm)| (tag.to_string(), norm)));
+        assert_eq!(stage_grad_norms(&store).unwrap(), want.map(|(tag, norm)| (tag.to_string(), norm)));
     }
 }

@@ -100,7 +100,7 @@ impl<'a> Trainer<'a> {
     pub fn new(model: &'a dyn TrainModel, splits: Splits, config: &'a RunConfig) -> Result<Self> {
         let plan = RunPlan::new(config)?;
         let section = &config.train;
-        if !section.precision.is_available() {
+        if model.params().place().device.is_cpu() && !section.precision.is_available() {
             return Err(Error::Config(
                 "train.precision: expected f32: this CPU has no AVX-512 BF16 instructions, found bf16".into(),
             ));
@@ -199,7 +199,7 @@ impl<'a> Trainer<'a> {
         let is_late = || self.config.train.max_seconds.is_some_and(|limit| started.elapsed().as_secs_f64() >= limit);
         // A window that a change of the configuration completed.
         if self.window_is_complete() {
-            self.complete_window();
+            self.complete_window()?;
             self.gradient_step()?;
             self.state.valid_loss = None;
         }
@@ -339,8 +339,8 @@ impl<'a> Trainer<'a> {
     fn measured_step(&mut self, scalars: &mut Scalars) -> Result<()> {
         let window = self.state.batches - self.state.window.batches..self.state.batches;
         let is_measured = self.plan.train_points.any_in(window);
-        self.complete_window();
-        let stages = if is_measured { stage_grad_norms(self.model.params()) } else { Scalars::new() };
+        self.complete_window()?;
+        let stages = if is_measured { stage_grad_norms(self.model.params())? } else { Scalars::new() };
         let GradNorm { norm, factor, .. } = self.gradient_step()?;
         if is_measured {
             scalars.extend([("grad_norm".into(), norm), ("grad_norm_clipped".into(), norm * factor)]);
@@ -350,14 +350,15 @@ impl<'a> Trainer<'a> {
     }
 
     /// Makes the gradients that wait those of their mean.
-    fn complete_window(&mut self) {
-        scale_grads(self.model.params(), self.state.window.scale());
+    fn complete_window(&mut self) -> Result<()> {
+        scale_grads(self.model.params(), self.state.window.scale())?;
         self.state.window = Window::default();
+        Ok(())
     }
 
     fn gradient_step(&mut self) -> Result<GradNorm> {
         let store = self.model.params();
-        let norm = clip_grad_norm(store, self.config.train.gradient_clipping.unwrap_or(f64::INFINITY));
+        let norm = clip_grad_norm(store, self.config.train.gradient_clipping.unwrap_or(f64::INFINITY))?;
         if !norm.norm.is_finite() {
             return Err(self.non_finite_gradient());
         }
@@ -383,7 +384,7 @@ impl<'a> Trainer<'a> {
     pub(crate) fn save(&self, record: &mut Record) -> Result<PathBuf> {
         let store = self.model.params();
         // Gradients that wait in the checkpoint must be good ones.
-        if self.state.window.weight > 0.0 && !clip_grad_norm(store, f64::INFINITY).norm.is_finite() {
+        if self.state.window.weight > 0.0 && !clip_grad_norm(store, f64::INFINITY)?.norm.is_finite() {
             return Err(self.non_finite_gradient());
         }
         let saved = record.checkpoints.save(self.snapshot(), self.config.io.num_models_to_save)?;

@@ -1,12 +1,18 @@
 //! Adam (Kingma & Ba 2015, algorithm 1) with decoupled weight decay (Loshchilov & Hutter 2019, algorithm 2), and
 //! clipping of the gradient's norm; both as PyTorch computes them.
 
+use std::borrow::Cow;
+
+use candle_core::Tensor;
 use mblm_core::parallel::MIN_PARALLEL;
 use mblm_core::simd::vectorize;
 use mblm_core::{Param, ParamStore};
 use rayon::prelude::*;
 
+use self::tensors::{TensorMoments, sums_of_tensors};
 use crate::error::Result;
+
+mod tensors;
 
 /// What the reference package trains with.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -42,7 +48,23 @@ pub struct Adam {
     config: AdamConfig,
     step: u64,
     /// In the order of the store.
-    moments: Vec<Moments>,
+    moments: Vec<Held>,
+}
+
+/// The moments of one parameter, where it lies.
+#[derive(Clone, Debug)]
+enum Held {
+    Host(Moments),
+    Device(TensorMoments),
+}
+
+impl Held {
+    fn new(param: &Param) -> Self {
+        match param.place().is_host() {
+            true => Held::Host(Moments { m: vec![0.0; param.len()], v: vec![0.0; param.len()] }),
+            false => Held::Device(TensorMoments::default()),
+        }
+    }
 }
 
 /// The scalars of one step.
@@ -59,8 +81,7 @@ struct Scalars {
 impl Adam {
     /// An optimizer that has taken no step.
     pub fn new(store: &ParamStore, config: AdamConfig) -> Self {
-        let moments = store.iter().map(|p| Moments { m: vec![0.0; p.len()], v: vec![0.0; p.len()] }).collect();
-        Adam { config, step: 0, moments }
+        Adam { config, step: 0, moments: store.iter().map(|param| Held::new(param)).collect() }
     }
 
     /// Steps taken.
@@ -68,15 +89,25 @@ impl Adam {
         self.step
     }
 
-    /// The moments of each parameter, in the order of the store it was made for.
-    pub fn moments(&self) -> &[Moments] {
-        &self.moments
+    /// The moments of each parameter, in the order of `store`, which it was made for. Those of a device are copied.
+    pub fn moments(&self, store: &ParamStore) -> Result<Vec<Cow<'_, Moments>>> {
+        let held = self.moments.iter().zip(store.iter());
+        held.map(|(held, param)| match held {
+            Held::Host(moments) => Ok(Cow::Borrowed(moments)),
+            Held::Device(moments) => Ok(Cow::Owned(moments.read(param)?)),
+        })
+        .collect()
     }
 
     /// Goes on from saved moments, one per parameter of the store and as long as it, after `step` steps.
-    pub fn restore(&mut self, moments: Vec<Moments>, step: u64) {
-        self.moments = moments;
+    pub fn restore(&mut self, store: &ParamStore, moments: Vec<Moments>, step: u64) -> Result<()> {
+        let hold = |(param, moments): (&std::sync::Arc<Param>, Moments)| match param.place().is_host() {
+            true => Ok(Held::Host(moments)),
+            false => Ok(Held::Device(TensorMoments::new(param, &moments)?)),
+        };
+        self.moments = store.iter().zip(moments).map(hold).collect::<Result<_>>()?;
         self.step = step;
+        Ok(())
     }
 
     /// Changes every parameter that has a gradient. The gradients stay as they are.
@@ -85,10 +116,6 @@ impl Adam {
         let AdamConfig { beta1, beta2, eps, weight_decay } = self.config;
         let bias = |beta: f64| 1.0 - beta.powf(self.step as f64);
         for (param, moments) in store.iter().zip(&mut self.moments) {
-            let grad = param.grad();
-            if grad.is_empty() {
-                continue;
-            }
             let scalars = Scalars {
                 beta2: beta2 as f32,
                 one_minus_beta1: (1.0 - beta1) as f32,
@@ -98,17 +125,28 @@ impl Adam {
                 step_size: (lr / bias(beta1)) as f32,
                 decay: if param.weight_decay() { (1.0 - lr * weight_decay) as f32 } else { 1.0 },
             };
-            param.update(|values| {
-                values
-                    .par_chunks_mut(MIN_PARALLEL)
-                    .zip(grad.par_chunks(MIN_PARALLEL))
-                    .zip(moments.m.par_chunks_mut(MIN_PARALLEL))
-                    .zip(moments.v.par_chunks_mut(MIN_PARALLEL))
-                    .for_each(|(((p, g), m), v)| vectorize(|| update_chunk(p, g, m, v, &scalars)));
-            })?;
+            match moments {
+                Held::Host(moments) => update(param, moments, &scalars)?,
+                Held::Device(moments) => moments.update(param, &scalars)?,
+            }
         }
         Ok(())
     }
+}
+
+fn update(param: &Param, moments: &mut Moments, scalars: &Scalars) -> Result<()> {
+    let grad = param.grad();
+    if grad.is_empty() {
+        return Ok(());
+    }
+    Ok(param.update(|values| {
+        values
+            .par_chunks_mut(MIN_PARALLEL)
+            .zip(grad.par_chunks(MIN_PARALLEL))
+            .zip(moments.m.par_chunks_mut(MIN_PARALLEL))
+            .zip(moments.v.par_chunks_mut(MIN_PARALLEL))
+            .for_each(|(((p, g), m), v)| vectorize(|| update_chunk(p, g, m, v, scalars)));
+    })?)
 }
 
 #[inline(always)]
@@ -134,10 +172,10 @@ pub struct GradNorm {
 
 /// Scales all gradients so that their common norm is at most `max_norm`: by `max_norm / (norm + 1e-6)` if that is
 /// less than 1. An infinite `max_norm` only measures.
-pub fn clip_grad_norm(store: &ParamStore, max_norm: f64) -> GradNorm {
+pub fn clip_grad_norm(store: &ParamStore, max_norm: f64) -> Result<GradNorm> {
     let (mut squares, mut means, mut count) = (0.0, 0.0, 0u64);
-    for param in store.iter().filter(|p| !p.grad().is_empty()) {
-        let (sum, square) = sums(&param.grad());
+    let found = grad_sums(store)?;
+    for (param, (sum, square)) in store.iter().zip(found).filter_map(|(param, sums)| Some((param, sums?))) {
         squares += square;
         means += sum / param.len() as f64;
         count += 1;
@@ -145,19 +183,38 @@ pub fn clip_grad_norm(store: &ParamStore, max_norm: f64) -> GradNorm {
     let norm = f64::sqrt(squares);
     let coefficient = max_norm / (norm + 1e-6);
     let factor = if norm.is_finite() && coefficient < 1.0 { coefficient } else { 1.0 };
-    scale_grads(store, factor);
-    GradNorm { norm, mean: means / count.max(1) as f64, factor }
+    scale_grads(store, factor)?;
+    Ok(GradNorm { norm, mean: means / count.max(1) as f64, factor })
+}
+
+/// The sum and the sum of squares of each parameter's gradient, in the order of the store; none for one without.
+/// From a device, all of them come in one copy.
+pub(crate) fn grad_sums(store: &ParamStore) -> Result<Vec<Option<(f64, f64)>>> {
+    let tensors: Vec<Option<Tensor>> = store.iter().map(|param| param.grad().tensor().cloned()).collect();
+    let mut of_tensors = sums_of_tensors(tensors.iter().flatten())?.into_iter();
+    let sums_of = |(param, tensor): (&std::sync::Arc<Param>, &Option<Tensor>)| match tensor {
+        Some(_) => of_tensors.next(),
+        None => Some(param.grad()).filter(|grad| !grad.is_empty()).map(|grad| sums(&grad)),
+    };
+    Ok(store.iter().zip(&tensors).map(sums_of).collect())
 }
 
 /// Multiplies all gradients by `factor`.
-pub fn scale_grads(store: &ParamStore, factor: f64) {
+pub fn scale_grads(store: &ParamStore, factor: f64) -> Result<()> {
     if factor == 1.0 {
-        return;
+        return Ok(());
     }
     for param in store.iter() {
-        let scale = |chunk: &mut [f32]| vectorize(|| mblm_core::simd::scale(factor as f32, chunk));
-        param.grad().par_chunks_mut(MIN_PARALLEL).for_each(scale);
+        let mut grad = param.grad();
+        match grad.tensor().map(|sum| sum.affine(factor, 0.0)) {
+            Some(scaled) => grad.set_tensor(scaled?),
+            None => {
+                let scale = |chunk: &mut [f32]| vectorize(|| mblm_core::simd::scale(factor as f32, chunk));
+                grad.par_chunks_mut(MIN_PARALLEL).for_each(scale);
+            }
+        }
     }
+    Ok(())
 }
 
 /// The sum and the sum of squares, chunk by chunk: the same bits on any number of threads.
@@ -223,7 +280,7 @@ mod tests {
         let mut norms = Vec::new();
         for grads in GRADS {
             set_grads(&store, grads);
-            norms.push(clip_grad_norm(&store, 1.0).norm);
+            norms.push(clip_grad_norm(&store, 1.0).unwrap().norm);
             adam.step(&store, 0.01).unwrap();
         }
         let values = |name: &str| store.get(name).unwrap().values().to_vec();
@@ -263,7 +320,8 @@ mod tests {
             first.step(&straight, 0.01).unwrap();
             set_grads(&resumed, grads);
             let mut fresh = Adam::new(&resumed, AdamConfig::default());
-            fresh.restore(second.moments().to_vec(), second.step_count());
+            let moments = second.moments(&resumed).unwrap().into_iter().map(Cow::into_owned).collect();
+            fresh.restore(&resumed, moments, second.step_count()).unwrap();
             second = fresh;
             second.step(&resumed, 0.01).unwrap();
         }
@@ -275,11 +333,11 @@ mod tests {
     fn clipping_scales_only_what_is_too_long_and_measures_the_mean() {
         let store = store();
         set_grads(&store, ([3.0, 0.0, 0.0, 1.0], [4.0, 0.0]));
-        let norm = clip_grad_norm(&store, f64::INFINITY);
+        let norm = clip_grad_norm(&store, f64::INFINITY).unwrap();
         assert_eq!((norm.norm, norm.mean, norm.factor), (26f64.sqrt(), 1.5, 1.0));
-        let norm = clip_grad_norm(&store, 2.0);
+        let norm = clip_grad_norm(&store, 2.0).unwrap();
         assert!((norm.factor - 2.0 / (26f64.sqrt() + 1e-6)).abs() < 1e-12);
-        assert!((clip_grad_norm(&store, 2.0).norm - 2.0).abs() < 1e-6);
+        assert!((clip_grad_norm(&store, 2.0).unwrap().norm - 2.0).abs() < 1e-6);
     }
 
     #[test]
@@ -289,14 +347,14 @@ mod tests {
         let param = store.root().param("w", &[len], Init::Const(0.0)).unwrap();
         param.grad_mut().iter_mut().enumerate().for_each(|(i, g)| *g = (i % 7) as f32);
         let want: f64 = (0..len).map(|i| ((i % 7) * (i % 7)) as f64).sum();
-        assert_eq!(clip_grad_norm(&store, f64::INFINITY).norm, want.sqrt());
+        assert_eq!(clip_grad_norm(&store, f64::INFINITY).unwrap().norm, want.sqrt());
     }
 
     #[test]
     fn a_nan_gradient_shows_in_the_norm_and_is_not_spread() {
         let store = store();
         set_grads(&store, ([1.0, 0.0, 0.0, 0.0], [f32::NAN, 1.0]));
-        let norm = clip_grad_norm(&store, 0.5);
+        let norm = clip_grad_norm(&store, 0.5).unwrap();
         assert!(norm.norm.is_nan() && norm.factor == 1.0);
         let found = first_non_finite(&store, |param| param.grad().iter().all(|g| g.is_finite()));
         assert_eq!(found.as_deref(), Some("q.weight"));

@@ -390,7 +390,7 @@ fn accumulated_batches_are_one_large_batch_whatever_counts_in_them() {
             trainer.add_gradient(&loss).unwrap();
             trainer.state.next = trainer.train.after(trainer.state.next);
         }
-        trainer.complete_window();
+        trainer.complete_window().unwrap();
         model.params().iter().flat_map(|param| param.grad().to_vec()).collect::<Vec<f32>>()
     };
     let apart = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);

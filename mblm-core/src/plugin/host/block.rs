@@ -150,6 +150,8 @@ impl StageBlock for PluginBlock {
             dim,
             num_layers,
         )?;
+        // A plugin reads its parameters as slices.
+        let mut params = params.on_host();
         let create = |spec: &super::instance::ParamSpec| match spec.decays {
             true => params.weight(&spec.name, &spec.shape, spec.start),
             false => params.param(&spec.name, &spec.shape, spec.start),

@@ -1,10 +1,12 @@
 //! A plugin's instance as a stage model: one node of candle's graph, and a decoder.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use candle_core::{DType, Device, Shape, Tensor};
 use mblm_sdk::abi;
 use mblm_sdk::block::{Cost, StageDecoder, StageModel, replay};
+use mblm_sdk::device;
 use mblm_sdk::error::{Error, Result};
 use mblm_sdk::layer::Dims;
 use mblm_sdk::mode::Mode;
@@ -18,11 +20,26 @@ use super::instance::{Instance, ParamValues, Pass, State, Tape};
 pub(super) struct PluginModel {
     instance: Arc<Instance>,
     params: Arc<Vec<Arc<Param>>>,
+    has_warned: AtomicBool,
 }
 
 impl PluginModel {
     pub(super) fn new(instance: Arc<Instance>, params: Vec<Arc<Param>>) -> Self {
-        PluginModel { instance, params: Arc::new(params) }
+        PluginModel { instance, params: Arc::new(params), has_warned: AtomicBool::new(false) }
+    }
+
+    /// Says once what it costs that a plugin computes on the CPU while its model lies elsewhere.
+    fn warn_of_copies(&self, x: &Tensor, mode: Mode) {
+        if x.device().is_cpu() || mode == Mode::Eval || self.has_warned.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        let megabytes = 4.0 * (x.elem_count() * size_of::<f32>()) as f64 / 1e6;
+        tracing::warn!(
+            "{}: a plugin computes on the CPU, so each training step copies {megabytes:.1} MB from {} and back and waits \
+             for it; compile the block in to run it there",
+            self.instance.name(),
+            device::name(x.device())
+        );
     }
 }
 
@@ -39,9 +56,6 @@ impl StageModel for PluginModel {
     fn forward(&self, x: &Tensor, mask: Option<&Tensor>, mode: Mode) -> Result<Tensor> {
         let (batch, seq, dim) = x.dims3()?;
         let name = self.instance.name();
-        if x.dtype() != DType::F32 || !matches!(x.device(), Device::Cpu) {
-            return Err(Error::Block(format!("{name}: plugins compute in f32 on the CPU, found {:?}", x.dtype())));
-        }
         if mask.is_some() && !self.instance.can(abi::MASK) {
             return Err(Error::Block(format!(
                 "{name}: it does not accept an attention mask, so it cannot run in an encoder"
@@ -49,7 +63,11 @@ impl StageModel for PluginModel {
         }
         let mask = mask.map(|mask| mask.flatten_all()?.to_vec1::<u8>()).transpose()?;
         let (instance, params, dims) = (self.instance.clone(), self.params.clone(), Dims { batch, seq, dim });
-        Ok(apply1(PluginPass { instance, params, dims, mask, mode }, x, mode)?)
+        self.warn_of_copies(x, mode);
+        let here = x.to_device(&Device::Cpu)?.to_dtype(DType::F32)?;
+        let pass = PluginPass { instance, params, dims, mask, mode };
+        let y = device::fused(|| apply1(pass, &here, mode))?;
+        Ok(y.to_dtype(x.dtype())?.to_device(x.device())?)
     }
 
     fn is_causal(&self) -> bool {
@@ -62,6 +80,10 @@ impl StageModel for PluginModel {
         }
         let state = with_values(&self.params, |values| self.instance.state(values, batch))?;
         Ok(Box::new(PluginDecoder { model: self, state, batch, position: 0, failed_reset: None }))
+    }
+
+    fn decodes_on_host(&self) -> bool {
+        true
     }
 
     fn cost(&self, seq_len: usize) -> Option<Cost> {
