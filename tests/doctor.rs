@@ -169,7 +169,7 @@ fn config(stage: usize, block: &str) -> MblmConfig {
 fn report(stage: usize, block: &str) -> Examination {
     let ids: Vec<u32> = noise(2 * 30, 5).iter().map(|noise| ((noise + 1.0) * 127.9) as u32).collect();
     let ids = Sequences { ids: &ids, len: 30, loss_mask: None };
-    examine(&ModelConfig::Generative(config(stage, block)), 0.0, 1, &ids).unwrap()
+    examine(&ModelConfig::Generative(config(stage, block)), 0.0, 1, &ids, mblm::device::Place::default()).unwrap()
 }
 
 /// Problems as `place: what`.
