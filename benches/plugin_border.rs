@@ -105,7 +105,7 @@ impl Side {
         let loss = self.model.loss(&self.ids, None, Mode::train(self.times.len() as u64))?;
         self.model.params().zero_grad();
         self.model.params().backward(&loss)?;
-        clip_grad_norm(self.model.params(), 1.0);
+        clip_grad_norm(self.model.params(), 1.0).unwrap();
         self.adam.step(self.model.params(), 1e-3)?;
         Ok(start.elapsed().as_secs_f64() * 1e3)
     }
