@@ -2,62 +2,25 @@
 //! causal skip; scores are recomputed in backward (Dao et al. 2022). Short sequences take plain loops; long ones take
 //! products, in the precision of [`gemm::autocast`].
 
-use candle_core::{D, Tensor};
-
 use crate::buffer::Buffer;
-use crate::error::Result;
 use crate::gemm::dispatch::dispatch;
 use crate::gemm::{self, MatMut};
 use crate::mode::Dropout;
 use crate::parallel::{Shared, for_rows};
 use crate::simd::{self, Cache, vectorize};
 
+mod composed;
 mod operands;
 mod short;
 mod tiled;
+
+pub use composed::{attention_composed, softmax_composed};
 
 /// Up to this many keys the products are plain loops.
 const SHORT: usize = 24;
 
 /// How many positions ahead decoding asks for keys and values.
 const AHEAD: usize = 12;
-
-/// Softmax over the last dimension; every operation has a backward.
-pub fn softmax_composed(x: &Tensor) -> Result<Tensor> {
-    let shifted = x.broadcast_sub(&x.max_keepdim(D::Minus1)?.detach())?;
-    let exp = shifted.exp()?;
-    Ok(exp.broadcast_div(&exp.sum_keepdim(D::Minus1)?)?)
-}
-
-/// The definition.
-///
-/// # Shapes
-/// - `q`, `k`, `v`: `(B, H, S, d)`; `mask`: `(B, S)`, nonzero = attend; returns `(B, H, S, d)`
-pub fn attention_composed(
-    q: &Tensor,
-    k: &Tensor,
-    v: &Tensor,
-    causal: bool,
-    mask: Option<&Tensor>,
-    dropout: Option<Dropout>,
-) -> Result<Tensor> {
-    let (_, _, seq, head_dim) = q.dims4()?;
-    let scores = (q.contiguous()?.matmul(&k.transpose(2, 3)?.contiguous()?)? * (head_dim as f64).powf(-0.5))?;
-    // A large negative number rather than -inf: a row without any key to attend to becomes uniform, as in the package.
-    let hidden = Tensor::new(-1e30f32, q.device())?.to_dtype(q.dtype())?.broadcast_as(scores.shape())?;
-    let mut scores = scores;
-    if let Some(mask) = mask {
-        let mask = mask.unsqueeze(1)?.unsqueeze(1)?.broadcast_as(scores.shape())?;
-        scores = mask.where_cond(&scores, &hidden)?;
-    }
-    if causal {
-        let past: Vec<u8> = (0..seq * seq).map(|i| (i % seq <= i / seq) as u8).collect();
-        let past = Tensor::from_vec(past, (seq, seq), q.device())?.broadcast_as(scores.shape())?;
-        scores = past.where_cond(&scores, &hidden)?;
-    }
-    let weights = super::dropout::dropout_composed(&softmax_composed(&scores)?, dropout)?;
-    Ok(weights.matmul(&v.contiguous()?)?)
-}
 
 /// The kernel's constants. Rows of `qkv` are `[q | k | v]`, each `heads * head_dim` wide.
 #[derive(Clone, Copy)]

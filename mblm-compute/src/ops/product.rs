@@ -24,6 +24,11 @@ impl Products {
         Products(Precision::Bf16)
     }
 
+    /// `a b`
+    pub fn product(self, a: &Tensor, b: &Tensor) -> Result<Tensor> {
+        Ok(self.rounded(a)?.matmul(&self.rounded(b)?)?.to_dtype(a.dtype())?)
+    }
+
     /// `a bᵀ`
     pub fn product_transposed(self, a: &Tensor, b: &Tensor) -> Result<Tensor> {
         Ok(self.rounded(a)?.matmul(&self.rounded(b)?.t()?)?.to_dtype(a.dtype())?)

@@ -5,50 +5,16 @@
 
 use std::ops::Range;
 
-use candle_core::Tensor;
-
 use super::tasks::{Task, Tasks};
 use crate::buffer::Buffer;
-use crate::error::Result;
 use crate::parallel::{MIN_PARALLEL, Shared, for_rows};
 use crate::rows::Rows;
 use crate::simd::{self, exp_decay, silu, softplus, vectorize};
 
 mod backward;
+mod composed;
 pub use backward::{Grads, ParamGrads};
-
-/// The definition, with `a = -exp(a_log)` and `δ = softplus(dt + dt_bias)`:
-/// `h_t = exp(δ_t a) h_{t-1} + δ_t B_t x_t`, `y_t = (C_t · h_t + D x_t) silu(z_t)`.
-///
-/// # Shapes
-/// - `x`, `dt`, `z`: `(B, S, E)`, `b`, `c`: `(B, S, N)`; returns `(B, S, E)`
-/// - `a_log`: `(E, N)`, `d`, `dt_bias`: `(E)`
-pub fn selective_scan_composed(inputs: [&Tensor; 5], a_log: &Tensor, d: &Tensor, dt_bias: &Tensor) -> Result<Tensor> {
-    let [x, dt, b, c, z] = inputs;
-    let (batch, seq, channels) = x.dims3()?;
-    let a = a_log.exp()?.neg()?;
-    let delta = softplus_composed(&dt.broadcast_add(dt_bias)?)?;
-    let mut h = Tensor::zeros((batch, channels, a.dim(1)?), x.dtype(), x.device())?;
-    let mut ys = Vec::with_capacity(seq);
-    for t in 0..seq {
-        let at = |v: &Tensor| v.narrow(1, t, 1)?.squeeze(1);
-        let delta = at(&delta)?.unsqueeze(2)?;
-        let input = delta.broadcast_mul(&at(x)?.unsqueeze(2)?)?.broadcast_mul(&at(b)?.unsqueeze(1)?)?;
-        h = (delta.broadcast_mul(&a)?.exp()? * h)?.add(&input)?;
-        ys.push(h.broadcast_mul(&at(c)?.unsqueeze(1)?)?.sum(2)?);
-    }
-    let y = (Tensor::stack(&ys, 1)? + x.broadcast_mul(d)?)?;
-    Ok((y * z.silu()?)?)
-}
-
-/// `ln(1 + e^x)` as `max(x, 0) + ln(1 + u)` with `u = e^-|x|`, which does not overflow. What rounding takes from `1 + u` is
-/// put back: without it, small steps would have few correct digits.
-pub fn softplus_composed(x: &Tensor) -> Result<Tensor> {
-    let u = x.abs()?.neg()?.exp()?;
-    let sum = (&u + 1.0)?;
-    let lost = ((u - (&sum - 1.0)?)? / &sum)?.detach();
-    Ok((x.relu()? + sum.log()? + lost)?)
-}
+pub use composed::{selective_scan_composed, softplus_composed};
 
 /// Channels of a group: one AVX-512 register, two of AVX2.
 const LANES: usize = 16;

@@ -9,7 +9,6 @@ use std::ops::Range;
 
 use super::tasks::{Task, Tasks};
 use crate::buffer::Buffer;
-use crate::error::Result;
 use crate::gemm::{Mat, MatMut, Update, matmul};
 use crate::parallel::{MIN_PARALLEL, Shared, Threads, for_rows};
 use crate::rows::{Rows, RowsMut};

@@ -1,10 +1,12 @@
-//! The scan against its definition, and its one-step form.
+//! The definition against the recurrence, the scan against the definition, and its one-step form.
 
 use std::sync::Arc;
 
+use candle_core::{DType, Device, Tensor, Var};
 use mblm_base::random::noise;
 
 use super::*;
+use crate::error::Result;
 use crate::layer::{Context, Dims, Layer, param_like};
 use crate::mode::Mode;
 use crate::param::{Init, Param, ParamStore};
@@ -114,5 +116,85 @@ fn steps_give_forward() {
         let (now, mut y) = (at(&packed, dim), vec![f32::NAN; batch * channels]);
         kernel.step(&layer.inputs(&now, &layer.split(&now)), &mut state, &mut y);
         assert_close("step", &y, &at(&want, channels), 1e-6);
+    }
+}
+
+/// The definition's recurrence in a loop over positions.
+fn position_by_position(inputs: [&Tensor; 5], a_log: &Tensor, d: &Tensor, dt_bias: &Tensor) -> Result<Tensor> {
+    let [x, dt, b, c, z] = inputs;
+    let (batch, seq, channels) = x.dims3()?;
+    let a = a_log.exp()?.neg()?;
+    let delta = softplus_composed(&dt.broadcast_add(dt_bias)?)?;
+    let mut h = Tensor::zeros((batch, channels, a.dim(1)?), x.dtype(), x.device())?;
+    let mut ys = Vec::with_capacity(seq);
+    for t in 0..seq {
+        let at = |v: &Tensor| v.narrow(1, t, 1)?.squeeze(1);
+        let delta = at(&delta)?.unsqueeze(2)?;
+        let input = delta.broadcast_mul(&at(x)?.unsqueeze(2)?)?.broadcast_mul(&at(b)?.unsqueeze(1)?)?;
+        h = (delta.broadcast_mul(&a)?.exp()? * h)?.add(&input)?;
+        ys.push(h.broadcast_mul(&at(c)?.unsqueeze(1)?)?.sum(2)?);
+    }
+    let y = (Tensor::stack(&ys, 1)? + x.broadcast_mul(d)?)?;
+    Ok((y * z.silu()?)?)
+}
+
+const PARTS: [&str; 9] = ["y", "dx", "ddt", "dB", "dC", "dz", "da_log", "dD", "ddt_bias"];
+
+/// The output and the gradients of all inputs, for step sizes around `e^log_step`.
+fn run(
+    dtype: DType,
+    seq: usize,
+    log_step: f64,
+    f: impl Fn([&Tensor; 5], &Tensor, &Tensor, &Tensor) -> Result<Tensor>,
+) -> [Vec<f64>; PARTS.len()] {
+    let (batch, channels, d_state) = (2, 5, 3);
+    let tensor = |shape: &[usize], seed: u64| {
+        let values = noise(shape.iter().product(), seed);
+        Tensor::from_vec(values, shape, &Device::Cpu).unwrap().to_dtype(dtype).unwrap()
+    };
+    let var = |shape: &[usize], seed| Var::from_tensor(&tensor(shape, seed)).unwrap();
+    let [x, z] = [1, 2].map(|seed| var(&[batch, seq, channels], seed));
+    let dt = Var::from_tensor(&(tensor(&[batch, seq, channels], 3) + log_step).unwrap()).unwrap();
+    let [b, c] = [4, 5].map(|seed| var(&[batch, seq, d_state], seed));
+    let (a_log, d, dt_bias) = (var(&[channels, d_state], 6), var(&[channels], 7), var(&[channels], 8));
+    let y = f([&x, &dt, &b, &c, &z], &a_log, &d, &dt_bias).unwrap();
+    let grads = (&y * tensor(&[batch, seq, channels], 9)).unwrap().sum_all().unwrap().backward().unwrap();
+    let flat = |t: &Tensor| t.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1::<f64>().unwrap();
+    let [x, dt, b, c, z, a_log, d, dt_bias] =
+        [&x, &dt, &b, &c, &z, &a_log, &d, &dt_bias].map(|v| flat(grads.get(v).unwrap()));
+    [flat(&y), x, dt, b, c, z, a_log, d, dt_bias]
+}
+
+#[test]
+fn the_definition_equals_the_recurrence() {
+    for seq in [1, 7, 64, 65, 200] {
+        for log_step in [-9.0, -3.0, 0.0, 30.0] {
+            let want = run(DType::F64, seq, log_step, position_by_position);
+            for (dtype, tolerance) in [(DType::F64, 1e-12), (DType::F32, 2e-5)] {
+                let got = run(dtype, seq, log_step, selective_scan_composed);
+                for (part, (got, want)) in PARTS.iter().zip(got.iter().zip(&want)) {
+                    let largest = want.iter().fold(0.0f64, |max, v| max.max(v.abs()));
+                    let off = got.iter().zip(want).map(|(g, w)| (g - w).abs()).fold(0.0, f64::max);
+                    let what = format!("{part}, {seq} positions, steps of e^{log_step}, {dtype:?}");
+                    assert!(got.iter().all(|v| v.is_finite()), "{what}");
+                    assert!(off <= tolerance * largest, "{what}: off by {off:.1e} of {largest:.1e}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn channels_in_turn_have_the_gradients_of_all_at_once() {
+    let (batch, seq, channels, d_state) = (2, 19, 5, 3);
+    let tensor =
+        |shape: [usize; 3], seed| Tensor::from_vec(noise(shape.iter().product(), seed), &shape, &Device::Cpu).unwrap();
+    let inputs = tensor([batch, seq, 2 * channels], 1).abs().unwrap();
+    let (maps, dy) = (tensor([batch, seq, 2 * d_state], 2), tensor([batch, seq, channels], 3));
+    let a = tensor([1, channels, d_state], 4).squeeze(0).unwrap().abs().unwrap().neg().unwrap();
+    let [all, turns] = [channels, 2].map(|count| composed::backward(&inputs, &maps, &a, &dy, count).unwrap());
+    for (part, (got, want)) in ["u and δ", "B and C", "a"].iter().zip(turns.iter().zip(&all)) {
+        let flat = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        assert_close(part, &flat(got), &flat(want), 1e-6);
     }
 }

@@ -6,6 +6,7 @@ use candle_core::{DType, Device, Tensor, Var};
 use mblm_base::random::noise;
 
 use super::*;
+use crate::error::Result;
 use crate::layer::{Context, Dims, Layer, param_like};
 use crate::mode::Mode;
 use crate::param::{Init, Param, ParamStore};
