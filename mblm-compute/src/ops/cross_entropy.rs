@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use candle_core::{D, Shape, Tensor};
+use candle_core::{D, DType, Shape, Tensor};
 
 use crate::backward::with_backward;
 use crate::buffer::Buffer;
@@ -12,6 +12,8 @@ use crate::gemm::{Mat, MatMut, Update, matmul};
 use crate::mode::Mode;
 use crate::node::Node;
 use crate::ops::linear::{self, linear_composed};
+use crate::ops::product::Products;
+use crate::ops::tables::positions;
 use crate::parallel::{Shared, Threads, row_ranges};
 use crate::param::Param;
 use crate::simd::{self, vectorize};
@@ -180,11 +182,6 @@ impl Node for CrossEntropy {
     }
 }
 
-/// `a b` in the precision of [`autocast`](crate::gemm::autocast).
-fn product(a: &Tensor, b: &Tensor) -> Result<Tensor> {
-    Ok(a.matmul(b)?)
-}
-
 /// The rows of a composed cross-entropy: all of the hidden states where most are predicted from, those that do not count
 /// with weight 0, since gathering is slow on a GPU; and those of the targets otherwise.
 struct Rows {
@@ -227,7 +224,8 @@ impl Rows {
             Some(gathered) => hidden.index_select(gathered, 0)?,
             None => hidden.contiguous()?,
         };
-        let tokens = Tensor::arange(0, vocab as u32, hidden.device())?.unsqueeze(0)?;
+        let products = Products::of(&hidden);
+        let tokens = positions(vocab, hidden.device())?.to_dtype(DType::U32)?.unsqueeze(0)?;
         let mut loss = Tensor::zeros((), hidden.dtype(), hidden.device())?;
         let (mut dweight, mut dbias, mut drows) = (weight.zeros_like()?, bias.zeros_like()?, vec![]);
         for first in (0..rows.dim(0)?).step_by(COMPOSED_CHUNK) {
@@ -243,9 +241,9 @@ impl Rows {
             if training {
                 let one_hot = chosen.broadcast_eq(&tokens)?.to_dtype(hidden.dtype())?;
                 let d = (powers.broadcast_div(&totals)? - one_hot)?.broadcast_mul(&weights)?;
-                dweight = (dweight + product(&d.t()?, &part)?)?;
+                dweight = (dweight + products.product(&d.t()?, &part)?)?;
                 dbias = (dbias + d.sum(0)?)?;
-                drows.push(product(&d, &weight)?);
+                drows.push(products.product(&d, &weight)?);
             }
         }
         if !training {
@@ -264,7 +262,7 @@ impl Rows {
 
 #[cfg(test)]
 mod tests {
-    use candle_core::{DType, Device, Var};
+    use candle_core::{Device, Var};
     use mblm_base::random::noise;
 
     use super::*;

@@ -1,9 +1,10 @@
 //! Rows of a table by their ids.
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 
 use crate::backward::with_backward;
 use crate::error::Result;
+use crate::ops::tables::positions;
 
 /// Ids whose one-hot rows exist at the same time.
 const CHUNK: usize = 1 << 16;
@@ -18,7 +19,7 @@ pub fn embedding_composed(table: &Tensor, ids: &[u32]) -> Result<Tensor> {
     let rows = table.detach().index_select(&ids, 0)?;
     with_backward(&[table], &rows, move |table, dy| {
         let (vocab, dim) = table[0].dims2()?;
-        let tokens = Tensor::arange(0, vocab as u32, dy.device())?.unsqueeze(1)?;
+        let tokens = positions(vocab, dy.device())?.to_dtype(DType::U32)?.unsqueeze(1)?;
         let mut sum = Tensor::zeros((vocab, dim), dy.dtype(), dy.device())?;
         for first in (0..ids.elem_count()).step_by(CHUNK) {
             let count = CHUNK.min(ids.elem_count() - first);

@@ -5,7 +5,7 @@ use candle_core::{DType, Tensor};
 use crate::error::Result;
 use crate::gemm::{self, Precision};
 
-/// What the operands of products are rounded to. Results are of the type of the first operand.
+/// What the operands of products are rounded to. Operands are contiguous or transposed; results are of the type of the first.
 #[derive(Clone, Copy)]
 pub struct Products(Precision);
 
@@ -35,9 +35,8 @@ impl Products {
     }
 
     fn rounded(self, x: &Tensor) -> Result<Tensor> {
-        let x = x.contiguous()?;
         Ok(match self.0 {
-            Precision::F32 => x,
+            Precision::F32 => x.clone(),
             Precision::Bf16 => x.to_dtype(DType::BF16)?,
         })
     }

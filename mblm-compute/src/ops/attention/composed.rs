@@ -82,6 +82,7 @@ impl Definition {
     /// The outputs of `queries`, where `k` and `v` are those of all keys from 0 on that they see.
     fn attend(&self, [q, k, v]: [&Tensor; 3], queries: Range<usize>) -> Result<Tensor> {
         let (_, _, keys, head_dim) = k.dims4()?;
+        let (q, k, v) = (&q.contiguous()?, &k.contiguous()?, &v.contiguous()?);
         let mut scores = (self.products.product_transposed(q, k)? * (head_dim as f64).powf(-0.5))?;
         if let Some(mask) = &self.mask {
             let mask = mask.narrow(1, 0, keys)?.unsqueeze(1)?.unsqueeze(1)?.broadcast_as(scores.shape())?;
