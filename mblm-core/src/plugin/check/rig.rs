@@ -11,7 +11,7 @@ use mblm_sdk::param::{Param, ParamStore, Part};
 use mblm_sdk::testing::perturb;
 use serde_json::{Map, Value, json};
 
-use crate::plugin::host::{Failure, Instance, Library, LibraryBlock, ParamValues, Pass, Tape, call};
+use crate::plugin::host::{Callee, Failure, Instance, Library, LibraryBlock, ParamValues, Pass, Tape};
 use crate::schema::Walk;
 
 /// Widths to try, the first accepted one is taken.
@@ -69,10 +69,11 @@ impl Subject {
         let text = Text { data: config.as_ptr(), len: config.len() as u64 };
         let mut positions = abi::POS_NONE;
         match table.check {
-            // SAFETY: as the contract says; the text need not be UTF-8 to be refused.
-            Some(check) => call(&format!("block `{}`", self.block().block_type), "check", || unsafe {
-                check(table, text, dim as u64, &mut positions)
-            }),
+            Some(check) => {
+                let callee = Callee::new(format!("block `{}`", self.block().block_type), true);
+                // SAFETY: as the contract says; the text need not be UTF-8 to be refused.
+                callee.call("check", || unsafe { check(table, text, dim as u64, &mut positions) })
+            }
             None => Ok(()),
         }
     }

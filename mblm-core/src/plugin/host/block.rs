@@ -11,7 +11,7 @@ use mblm_yaml::ValueError;
 use serde::Serialize;
 use serde_yaml::Value;
 
-use super::calls::{Failure, call};
+use super::calls::{Callee, Failure};
 use super::instance::Instance;
 use super::library::{Library, LibraryBlock};
 use super::model::PluginModel;
@@ -42,7 +42,7 @@ impl BlockSource for PluginSource {
         let config = serde_json::to_string(fields).map_err(|error| invalid(error.to_string()))?;
         let mut block =
             PluginBlock { fields: fields.clone(), library: self.0.clone(), index, config, pos_emb_type: None };
-        block.pos_emb_type = block.check(0).map_err(|failure| block.value_error(failure))?;
+        block.pos_emb_type = block.check(0).map_err(value_error)?;
         Ok(Arc::new(block))
     }
 }
@@ -94,28 +94,26 @@ impl PluginBlock {
     fn check(&self, dim: usize) -> std::result::Result<Option<PosEmb>, Failure> {
         let table = self.block().table;
         let mut positions = abi::POS_NONE;
-        let failed = |message: String| Failure { status: abi::FAILED, field: String::new(), message };
-        let check = table.check.ok_or_else(|| failed("it has no check".into()))?;
+        let callee = Callee::new(self.library.description(), true);
+        let failed = |message: &str| callee.failure("check", abi::FAILED, message);
+        let check = table.check.ok_or_else(|| failed("it has no check"))?;
         let config = Text::of(&self.config);
         // SAFETY: as the contract says; the text lives during the call.
-        call(&self.library.description(), "check", || unsafe { check(table, config, dim as u64, &mut positions) })?;
+        callee.call("check", || unsafe { check(table, config, dim as u64, &mut positions) })?;
         match positions {
             abi::POS_NONE => Ok(None),
             abi::POS_FIXED => Ok(Some(PosEmb::Fixed)),
             abi::POS_ROPE => Ok(Some(PosEmb::Rope)),
-            other => Err(failed(format!("unknown kind of positions, {other}"))),
+            other => Err(failed(&format!("unknown kind of positions, {other}"))),
         }
     }
+}
 
-    /// What the plugin says of a configuration is the user's to mend; anything else is the plugin's author's.
-    fn value_error(&self, failure: Failure) -> ValueError {
-        match failure.status {
-            abi::INVALID if !failure.message.is_empty() => ValueError { path: failure.field, message: failure.message },
-            _ => {
-                let message = format!("{}: check: {failure}", self.library.description());
-                ValueError { path: String::new(), message }
-            }
-        }
+/// What the plugin says of a configuration is the user's to mend; anything else is the plugin's author's.
+fn value_error(failure: Failure) -> ValueError {
+    match failure.status {
+        abi::INVALID if !failure.message.is_empty() => ValueError { path: failure.field, message: failure.message },
+        _ => ValueError { path: String::new(), message: Error::from(failure).to_string() },
     }
 }
 
@@ -136,7 +134,7 @@ impl StageBlock for PluginBlock {
 
     fn validate(&self, dim: usize) -> std::result::Result<(), FieldError> {
         self.check(dim).map(drop).map_err(|failure| {
-            let ValueError { path, message } = self.value_error(failure);
+            let ValueError { path, message } = value_error(failure);
             FieldError::new(path, message)
         })
     }

@@ -1,8 +1,7 @@
 //! Instances, tapes and states of a plugin. Types enforce the contract's rules about lifetime and threads.
 
 use std::collections::HashSet;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use mblm_sdk::abi::{self, Block, Text};
 use mblm_sdk::block::Cost;
@@ -11,9 +10,8 @@ use mblm_sdk::layer::Dims;
 use mblm_sdk::mode::Mode;
 use mblm_sdk::param::{Init, MAX_TENSORS, Part, Start, decays_by_name};
 
-use super::calls::{Failure, call};
+use super::calls::{Callee, Failure};
 use super::library::{Library, LibraryBlock};
-use super::surroundings::kept;
 
 /// A parameter that an instance asks for.
 #[derive(Clone, Debug, PartialEq)]
@@ -41,17 +39,13 @@ pub struct ParamValues<'a> {
 pub struct Instance {
     pointer: *mut abi::Instance,
     table: &'static Block,
-    /// What messages call it: plugin, block type and stage.
-    name: String,
+    callee: Callee,
     is_causal: bool,
     params: Vec<ParamSpec>,
-    panicked: AtomicBool,
-    /// Held during calls, unless the block says that they may overlap.
-    calling: Mutex<()>,
     _library: Arc<Library>,
 }
 
-// SAFETY: the contract lets an instance move between threads; `calling` keeps calls from overlapping where they must not.
+// SAFETY: the contract lets an instance move between threads; `callee` keeps calls from overlapping where they must not.
 unsafe impl Send for Instance {}
 // SAFETY: as above.
 unsafe impl Sync for Instance {}
@@ -67,38 +61,35 @@ impl Instance {
         dim: usize,
         num_layers: usize,
     ) -> Result<Arc<Self>> {
-        let name = describe(library, block, part);
         let table = block.table;
-        let create = table.create.ok_or_else(|| missing(&name, "create"))?;
+        let callee = Callee::new(describe(library, block, part), table.flags & abi::CONCURRENT != 0);
+        let create = table.create.ok_or_else(|| missing(&callee.name, "create"))?;
         let mut info = abi::InstanceInfo { struct_size: abi::size::<abi::InstanceInfo>(), is_causal: 1, num_params: 0 };
         let mut pointer = std::ptr::null_mut();
         let (config, place) = (Text::of(config), Text::of(place));
         // SAFETY: as the contract says; all pointers live during the call.
-        call(&name, "create", || unsafe {
+        callee.call("create", || unsafe {
             create(table, config, place, dim as u64, num_layers as u64, &mut info, &mut pointer)
-        })
-        .map_err(|failure| error(&name, "create", &failure))?;
+        })?;
         if pointer.is_null() {
-            return Err(Error::Block(format!("{name}: create returned no instance")));
+            return Err(Error::Block(format!("{}: create returned no instance", callee.name)));
         }
         let mut instance = Instance {
             pointer,
             table,
-            name,
+            callee,
             is_causal: info.is_causal != 0,
             params: vec![],
-            panicked: AtomicBool::new(false),
-            calling: Mutex::new(()),
             _library: library.clone(),
         };
         if info.num_params > MAX_TENSORS as u64 {
-            let (name, found) = (&instance.name, info.num_params);
+            let (name, found) = (instance.name(), info.num_params);
             return Err(Error::Block(format!("{name}: expected at most {MAX_TENSORS} parameters, found {found}")));
         }
         instance.params = (0..info.num_params).map(|index| instance.param(index)).collect::<Result<_>>()?;
         let mut names = HashSet::new();
         if let Some(twice) = instance.params.iter().find(|param| !names.insert(&param.name)) {
-            return Err(Error::Block(format!("{}: it lists parameter {} twice", instance.name, twice.name)));
+            return Err(Error::Block(format!("{}: it lists parameter {} twice", instance.name(), twice.name)));
         }
         Ok(Arc::new(instance))
     }
@@ -110,7 +101,7 @@ impl Instance {
 
     /// What messages call it.
     pub fn name(&self) -> &str {
-        &self.name
+        &self.callee.name
     }
 
     /// Whether outputs depend on earlier inputs alone.
@@ -137,12 +128,12 @@ impl Instance {
             decay: abi::DECAY_BY_NAME,
             reserved: 0,
         };
-        let param = self.table.param.ok_or_else(|| missing(&self.name, "param"))?;
+        let param = self.table.param.ok_or_else(|| missing(self.name(), "param"))?;
         // SAFETY: as the contract says.
-        self.call("param", || unsafe { param(self.pointer, index, &mut info) })?;
+        self.callee.call("param", || unsafe { param(self.pointer, index, &mut info) })?;
         // SAFETY: valid until the instance is destroyed, by the contract.
         let name = String::from_utf8_lossy(unsafe { info.name.bytes() }).into_owned();
-        let wrong = |what: String| Error::Block(format!("{}: parameter {index} ({name}): {what}", self.name));
+        let wrong = |what: String| Error::Block(format!("{}: parameter {index} ({name}): {what}", self.name()));
         let is_name = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == '.';
         if name.is_empty() || !name.chars().all(is_name) || name.split('.').any(str::is_empty) {
             return Err(wrong("its name is not made of letters, digits, `_` and single `.`".into()));
@@ -186,18 +177,19 @@ impl Instance {
         keep: bool,
     ) -> Result<Option<Tape>> {
         assert_eq!((x.len(), y.len()), (pass.dims.len(), pass.dims.len()), "buffers of {:?}", pass.dims);
-        let forward = self.table.forward.ok_or_else(|| missing(&self.name, "forward"))?;
+        let forward = self.table.forward.ok_or_else(|| missing(self.name(), "forward"))?;
         if keep && !self.can(abi::BACKWARD) {
-            return Err(Error::Block(format!("{}: it has no backward pass, so it cannot be trained", self.name)));
+            return Err(Error::Block(format!("{}: it has no backward pass, so it cannot be trained", self.name())));
         }
         let pointers: Vec<*const f32> = params.values.iter().map(|values| values.as_ptr()).collect();
         let (params, about) = (abi_params(&pointers, params.version), pass.abi());
         let mut tape = std::ptr::null_mut();
         let out = if keep { &raw mut tape } else { std::ptr::null_mut() };
+        let (instance, x, y) = (self.pointer, x.as_ptr(), y.as_mut_ptr());
         // SAFETY: buffers have the lengths of `pass`, and all pointers live during the call.
-        self.call("forward", || unsafe { forward(self.pointer, &params, &about, x.as_ptr(), y.as_mut_ptr(), out) })?;
+        self.callee.call("forward", || unsafe { forward(instance, &params, &about, x, y, out) })?;
         match keep {
-            true if tape.is_null() => Err(Error::Block(format!("{}: forward left no tape", self.name))),
+            true if tape.is_null() => Err(Error::Block(format!("{}: forward left no tape", self.name()))),
             true => Ok(Some(Tape { pointer: tape, instance: self.clone() })),
             false => Ok(None),
         }
@@ -219,25 +211,26 @@ impl Instance {
         assert_eq!((x.len(), dy.len(), dx.len()), (len, len, len), "buffers of {:?}", pass.dims);
         let lens = dparams.iter().map(|grad| grad.len());
         assert!(lens.eq(params.values.iter().map(|value| value.len())), "gradients fit parameters");
-        let backward = self.table.backward.ok_or_else(|| missing(&self.name, "backward"))?;
+        let backward = self.table.backward.ok_or_else(|| missing(self.name(), "backward"))?;
         let pointers: Vec<*const f32> = params.values.iter().map(|values| values.as_ptr()).collect();
         let grads: Vec<*mut f32> = dparams.iter_mut().map(|grad| grad.as_mut_ptr()).collect();
         let (params, about) = (abi_params(&pointers, params.version), pass.abi());
+        let (instance, tape) = (self.pointer, tape.pointer);
         let (x, dy, dx, grads) = (x.as_ptr(), dy.as_ptr(), dx.as_mut_ptr(), grads.as_ptr());
         // SAFETY: buffers have the lengths of `pass` and of the parameters, and live during the call.
-        self.call("backward", || unsafe { backward(self.pointer, &params, &about, tape.pointer, x, dy, dx, grads) })
+        Ok(self.callee.call("backward", || unsafe { backward(instance, &params, &about, tape, x, dy, dx, grads) })?)
     }
 
     /// Starts `batch` sequences.
     pub fn state(self: &Arc<Self>, params: ParamValues, batch: usize) -> Result<State> {
-        let create = self.table.state_create.ok_or_else(|| missing(&self.name, "state_create"))?;
+        let create = self.table.state_create.ok_or_else(|| missing(self.name(), "state_create"))?;
         let pointers: Vec<*const f32> = params.values.iter().map(|values| values.as_ptr()).collect();
         let params = abi_params(&pointers, params.version);
         let mut state = std::ptr::null_mut();
         // SAFETY: as the contract says.
-        self.call("state_create", || unsafe { create(self.pointer, &params, batch as u64, &mut state) })?;
+        self.callee.call("state_create", || unsafe { create(self.pointer, &params, batch as u64, &mut state) })?;
         match state.is_null() {
-            true => Err(Error::Block(format!("{}: state_create returned no state", self.name))),
+            true => Err(Error::Block(format!("{}: state_create returned no state", self.name()))),
             false => Ok(State { pointer: state, batch, instance: self.clone() }),
         }
     }
@@ -245,40 +238,10 @@ impl Instance {
     /// What a position costs, if the block knows.
     pub fn cost(&self, seq_len: usize) -> Option<Cost> {
         let cost = self.table.cost?;
-        let (mut flops, mut activations) = (0.0, 0.0);
+        let (mut flops, mut activations, seq_len) = (0.0, 0.0, seq_len as u64);
         // SAFETY: as the contract says.
-        let known = self.call("cost", || unsafe { cost(self.pointer, seq_len as u64, &mut flops, &mut activations) });
-        known.ok().map(|()| Cost { flops, activations })
-    }
-
-    fn lock(&self) -> Option<MutexGuard<'_, ()>> {
-        (!self.can(abi::CONCURRENT)).then(|| self.calling.lock().unwrap_or_else(PoisonError::into_inner))
-    }
-
-    /// Makes a call with the contract's rules: not beside another one, and not after a panic.
-    fn call(&self, what: &str, work: impl FnOnce() -> abi::Status) -> Result<()> {
-        self.guarded(what, work).map_err(|failure| error(&self.name, what, &failure))
-    }
-
-    /// As [`call`](Self::call); `None` if the plugin says that it does not do this.
-    fn call_if_supported(&self, what: &str, work: impl FnOnce() -> abi::Status) -> Result<Option<()>> {
-        match self.guarded(what, work) {
-            Err(failure) if failure.status == abi::UNSUPPORTED => Ok(None),
-            done => done.map(Some).map_err(|failure| error(&self.name, what, &failure)),
-        }
-    }
-
-    fn guarded(&self, what: &str, work: impl FnOnce() -> abi::Status) -> std::result::Result<(), Failure> {
-        let _calling = self.lock();
-        if self.panicked.load(Ordering::Acquire) {
-            let message = "not called, because an earlier call panicked".into();
-            return Err(Failure { status: abi::PANICKED, field: String::new(), message });
-        }
-        let done = call(&self.name, what, work);
-        if done.as_ref().is_err_and(|failure| failure.status == abi::PANICKED) {
-            self.panicked.store(true, Ordering::Release);
-        }
-        done
+        self.callee.call("cost", || unsafe { cost(self.pointer, seq_len, &mut flops, &mut activations) }).ok()?;
+        Some(Cost { flops, activations })
     }
 }
 
@@ -286,7 +249,7 @@ impl Drop for Instance {
     fn drop(&mut self) {
         if let Some(destroy) = self.table.destroy {
             // SAFETY: tapes and states hold the instance, so none is left.
-            kept(&self.name, "destroy", || unsafe { destroy(self.pointer) });
+            self.callee.call_void("destroy", || unsafe { destroy(self.pointer) });
         }
     }
 }
@@ -334,10 +297,9 @@ unsafe impl Send for Tape {}
 
 impl Drop for Tape {
     fn drop(&mut self) {
-        let _calling = self.instance.lock();
         if let Some(free) = self.instance.table.tape_free {
             // SAFETY: freed once, before its instance.
-            kept(&self.instance.name, "tape_free", || unsafe { free(self.pointer) });
+            self.instance.callee.call_void("tape_free", || unsafe { free(self.pointer) });
         }
     }
 }
@@ -355,20 +317,20 @@ unsafe impl Send for State {}
 impl State {
     /// Back to position 0.
     pub fn reset(&mut self) -> Result<()> {
-        let reset = self.instance.table.state_reset.ok_or_else(|| missing(&self.instance.name, "state_reset"))?;
+        let reset = self.instance.table.state_reset.ok_or_else(|| missing(self.instance.name(), "state_reset"))?;
         // SAFETY: as the contract says.
-        self.instance.call("state_reset", || unsafe { reset(self.pointer) })
+        Ok(self.instance.callee.call("state_reset", || unsafe { reset(self.pointer) })?)
     }
 
     /// Advances by one position; `x` and `y` are `(batch, dim)`.
     pub fn step(&mut self, params: ParamValues, x: &[f32], y: &mut [f32]) -> Result<()> {
         assert!(x.len() == y.len() && x.len().is_multiple_of(self.batch), "buffers of a step");
-        let step = self.instance.table.step.ok_or_else(|| missing(&self.instance.name, "step"))?;
+        let step = self.instance.table.step.ok_or_else(|| missing(self.instance.name(), "step"))?;
         let pointers: Vec<*const f32> = params.values.iter().map(|values| values.as_ptr()).collect();
         let params = abi_params(&pointers, params.version);
         let (instance, state, x, y) = (self.instance.pointer, self.pointer, x.as_ptr(), y.as_mut_ptr());
         // SAFETY: as the contract says; buffers live during the call.
-        self.instance.call("step", || unsafe { step(instance, &params, state, x, y) })
+        Ok(self.instance.callee.call("step", || unsafe { step(instance, &params, state, x, y) })?)
     }
 
     /// Advances by `seq` positions; `x` and `y` are `(seq, batch, dim)`.
@@ -383,7 +345,7 @@ impl State {
         let params = abi_params(&pointers, params.version);
         let (instance, state, x, y) = (self.instance.pointer, self.pointer, x.as_ptr(), y.as_mut_ptr());
         // SAFETY: as the contract says; buffers live during the call.
-        self.instance.call("prefill", || unsafe { prefill(instance, &params, state, seq as u64, x, y) })
+        Ok(self.instance.callee.call("prefill", || unsafe { prefill(instance, &params, state, seq as u64, x, y) })?)
     }
 
     /// A second state at the same position; `None` if the block has no such function.
@@ -391,11 +353,11 @@ impl State {
         let Some(clone) = self.instance.table.state_clone else { return Ok(None) };
         let mut copy = std::ptr::null_mut();
         // SAFETY: as the contract says.
-        let cloned = self.instance.call_if_supported("state_clone", || unsafe { clone(self.pointer, &mut copy) })?;
-        match cloned {
+        let cloned = self.instance.callee.call("state_clone", || unsafe { clone(self.pointer, &mut copy) });
+        match if_supported(cloned)? {
             None => Ok(None),
             Some(()) if copy.is_null() => {
-                Err(Error::Block(format!("{}: state_clone returned no state", self.instance.name)))
+                Err(Error::Block(format!("{}: state_clone returned no state", self.instance.name())))
             }
             Some(()) => Ok(Some(State { pointer: copy, batch: self.batch, instance: self.instance.clone() })),
         }
@@ -407,12 +369,12 @@ impl State {
         let mut len = 0;
         // SAFETY: a null buffer asks for the size.
         let sized = || unsafe { save(self.pointer, std::ptr::null_mut(), &mut len) };
-        if self.instance.call_if_supported("state_save", sized)?.is_none() {
+        if if_supported(self.instance.callee.call("state_save", sized))?.is_none() {
             return Ok(None);
         }
         let mut bytes = vec![0; len as usize];
         // SAFETY: a buffer of `len` bytes.
-        self.instance.call("state_save", || unsafe { save(self.pointer, bytes.as_mut_ptr(), &mut len) })?;
+        self.instance.callee.call("state_save", || unsafe { save(self.pointer, bytes.as_mut_ptr(), &mut len) })?;
         bytes.truncate(len as usize);
         Ok(Some(bytes))
     }
@@ -420,18 +382,17 @@ impl State {
     /// Puts back what [`save`](Self::save) gave; `None` if the block has no such function.
     pub fn load(&mut self, bytes: &[u8]) -> Result<Option<()>> {
         let Some(load) = self.instance.table.state_load else { return Ok(None) };
+        let (pointer, len) = (bytes.as_ptr(), bytes.len() as u64);
         // SAFETY: as the contract says.
-        self.instance
-            .call_if_supported("state_load", || unsafe { load(self.pointer, bytes.as_ptr(), bytes.len() as u64) })
+        if_supported(self.instance.callee.call("state_load", || unsafe { load(self.pointer, pointer, len) }))
     }
 }
 
 impl Drop for State {
     fn drop(&mut self) {
-        let _calling = self.instance.lock();
         if let Some(free) = self.instance.table.state_free {
             // SAFETY: freed once, before its instance.
-            kept(&self.instance.name, "state_free", || unsafe { free(self.pointer) });
+            self.instance.callee.call_void("state_free", || unsafe { free(self.pointer) });
         }
     }
 }
@@ -454,8 +415,12 @@ fn describe(library: &Library, block: &LibraryBlock, part: Option<Part>) -> Stri
     format!("block `{}`{stage}, of {}", block.block_type, library.description())
 }
 
-fn error(name: &str, what: &str, failure: &Failure) -> Error {
-    Error::Block(format!("{name}: {what}: {failure}"))
+/// `None` if the plugin says that it does not do this.
+fn if_supported(done: std::result::Result<(), Failure>) -> Result<Option<()>> {
+    match done {
+        Err(failure) if failure.status == abi::UNSUPPORTED => Ok(None),
+        done => Ok(Some(done?)),
+    }
 }
 
 fn missing(name: &str, what: &str) -> Error {

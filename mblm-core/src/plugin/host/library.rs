@@ -8,9 +8,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use mblm_sdk::abi::{self, Block, Plugin, Text};
 use mblm_sdk::block::PluginOrigin;
 
-use super::calls::{HOST, call};
+use super::calls::{Callee, HOST};
 use super::file::LibraryFile;
-use super::surroundings::kept;
 
 /// Why this build cannot load any plugin.
 pub const CANNOT_LOAD: Option<&str> = if cfg!(all(target_os = "linux", target_feature = "crt-static")) {
@@ -87,17 +86,19 @@ impl Library {
     }
 
     fn load(file: &LibraryFile) -> Result<Self, String> {
-        let table = kept(&file.path.display().to_string(), "opening", || entry(&file.loadable()))?;
+        let mut table = Ok(std::ptr::null());
+        let callee = Callee::new(file.path.display().to_string(), true);
+        callee.call_void("opening", || table = entry(&file.loadable()));
         // SAFETY: an entry point returns null or a static table, whose first 16 bytes are the same in every version.
-        let plugin = unsafe { check_table(table) }?;
+        let plugin = unsafe { check_table(table?) }?;
         let name = text(plugin.name, "its name")?;
         let version = text(plugin.version, "its version")?;
         let blocks = read_blocks(plugin)?;
         let init = plugin.init.ok_or("its table has no init")?;
         let origin = PluginOrigin { name, version, path: file.path.clone(), sha256: file.sha256.clone() };
         // SAFETY: called once, since a library is opened once, with a table that lives for ever.
-        call(&describe(&origin), "init", || unsafe { init(&*HOST) })
-            .map_err(|failure| format!("init failed: {failure}"))?;
+        let done = Callee::new(describe(&origin), true).call("init", || unsafe { init(&*HOST) });
+        done.map_err(|failure| format!("init failed: {failure}"))?;
         Ok(Library { origin, table: plugin, blocks })
     }
 

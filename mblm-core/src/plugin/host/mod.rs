@@ -15,8 +15,8 @@ mod search;
 mod surroundings;
 
 pub use block::PluginSource;
+pub(crate) use calls::Callee;
 pub use calls::Failure;
-pub(crate) use calls::call;
 pub use file::LibraryFile;
 pub use instance::{Instance, ParamSpec, ParamValues, Pass, State, Tape};
 pub(crate) use library::check_table;

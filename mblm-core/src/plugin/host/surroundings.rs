@@ -6,30 +6,9 @@
 //! checkpoints elsewhere. One that closes standard error has the next file that is opened receive messages. One that resets
 //! SIGPIPE has the run end with the pipe that shows it.
 
-use super::blame;
-
-/// The function that decodes one position. It may take less time than a look at the process, so only the floating-point
-/// modes are restored after it.
-const SHORT: &str = "step";
-
-/// Makes a call, and restores what it changed. The process ends if that cannot be done: if the plugin has closed files that
-/// are not its own, or in a child that the plugin has forked and that returns from the call.
-pub(super) fn kept<R>(whose: &str, what: &str, work: impl FnOnce() -> R) -> R {
-    let modes = float::modes();
-    #[cfg(unix)]
-    let process = (what != SHORT).then(process::Surroundings::now);
-    let result = blame::during(whose, what, work);
-    float::restore(modes);
-    #[cfg(unix)]
-    if let Some(process) = process {
-        process.restore(whose, what);
-    }
-    result
-}
-
 /// Rounding, the treatment of small numbers, and which exceptions trap.
 #[cfg(target_arch = "x86_64")]
-mod float {
+pub(super) mod float {
     use std::arch::asm;
 
     /// Bits that say which exceptions have happened. They are no mode.
@@ -51,7 +30,7 @@ mod float {
 }
 
 #[cfg(target_arch = "aarch64")]
-mod float {
+pub(super) mod float {
     use std::arch::asm;
 
     pub fn modes() -> u64 {
@@ -70,18 +49,18 @@ mod float {
 }
 
 #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
-mod float {
+pub(super) mod float {
     pub fn modes() {}
     pub fn restore((): ()) {}
 }
 
 #[cfg(unix)]
-mod process {
+pub(super) mod process {
     use std::io;
     use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
     use std::sync::LazyLock;
 
-    use super::blame;
+    use crate::plugin::host::blame;
 
     const STREAMS: [&str; 3] = ["standard input", "standard output", "standard error"];
 
@@ -104,6 +83,8 @@ mod process {
             Surroundings { id: std::process::id(), directory: directory() }
         }
 
+        /// Restores what the call `what` changed. The process ends if that cannot be done: if the plugin has closed files
+        /// that are not its own, or in a child that the plugin has forked and that returns from the call.
         pub fn restore(self, whose: &str, what: &str) {
             if std::process::id() != self.id {
                 blame::end(whose, what, "forked, and the child process returned from the call; the child ends here");
