@@ -5,7 +5,7 @@ use std::cell::Cell;
 use std::fmt;
 use std::str::FromStr;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device, DeviceLocation, Tensor};
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
@@ -100,7 +100,12 @@ fn cuda(card: usize) -> Result<Device> {
     if !cfg!(feature = "cuda") {
         return Err(without("cuda"));
     }
-    Device::new_cuda(card).map_err(|error| {
+    let opened = Device::new_cuda(card).and_then(|device| {
+        #[cfg(feature = "cuda")]
+        crate::cuda::memory::prepare(&device)?;
+        Ok(device)
+    });
+    opened.map_err(|error| {
         let reason = error.to_string();
         let reason = reason.lines().next().unwrap_or_default();
         Error::Input(match reason.contains("ORDINAL") || reason.contains("ordinal") {
@@ -131,10 +136,29 @@ fn without(feature: &str) -> Error {
 
 /// What messages call a device.
 pub fn name(device: &Device) -> String {
-    match device {
-        Device::Cpu => "cpu".into(),
-        _ => format!("{:?}", device.location()).to_lowercase(),
+    match device.location() {
+        DeviceLocation::Cpu => "cpu".into(),
+        DeviceLocation::Cuda { gpu_id } => format!("cuda:{gpu_id}"),
+        DeviceLocation::Metal { .. } => "metal".into(),
     }
+}
+
+/// The most bytes that tensors had at the same time since [`reset_peak`], where the device tells.
+pub fn peak(_device: &Device) -> Option<u64> {
+    #[cfg(feature = "cuda")]
+    return crate::cuda::memory::peak(_device);
+    #[cfg(not(feature = "cuda"))]
+    None
+}
+
+/// Begins to count anew for [`peak`].
+///
+/// # Errors
+/// Those of the device.
+pub fn reset_peak(_device: &Device) -> Result<()> {
+    #[cfg(feature = "cuda")]
+    crate::cuda::memory::reset_peak(_device)?;
+    Ok(())
 }
 
 /// Where a model's parameters lie, and of which type they are.

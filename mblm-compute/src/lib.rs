@@ -7,6 +7,8 @@
 
 pub mod backward;
 pub mod buffer;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod device;
 pub mod error;
 pub mod gemm;

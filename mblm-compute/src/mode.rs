@@ -55,8 +55,18 @@ impl Dropout {
         if random::at(index as u64, self.key) < self.threshold { 0.0 } else { self.scale }
     }
 
+    /// Key, threshold and scale, for kernels that compute the factors where the elements are.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn parts(&self) -> (u64, u32, f32) {
+        (self.key, self.threshold, self.scale)
+    }
+
     /// The factors of elements of this shape as a tensor, for compositions.
     pub fn tensor(&self, shape: &[usize], device: &Device) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if device.is_cuda() {
+            return crate::cuda::ops::dropout_factors(*self, shape, device);
+        }
         let factors: Vec<f32> = (0..shape.iter().product()).map(|i| self.factor(i)).collect();
         Ok(Tensor::from_vec(factors, shape, device)?)
     }

@@ -10,6 +10,8 @@ pub mod registration;
 pub mod testing;
 
 pub use block::{PosEmb, StageBlock, StageDecoder, StageModel};
+#[cfg(feature = "cuda")]
+pub use mblm_compute::cuda;
 pub use mblm_compute::error::{Error, Result};
 pub use mblm_compute::mode::Mode;
 pub use mblm_compute::param::{CandleModule, Init, Param, ParamScope, ParamStore};

@@ -7,10 +7,11 @@ use mblm_sdk::buffer::Buffer;
 use mblm_sdk::gemm::{Mat, MatMut, Update, matmul};
 use mblm_sdk::layer::{Context, Layer, param_like};
 use mblm_sdk::mode::Mode;
-use mblm_sdk::ops::conv1d::{Conv1d, conv1d_silu_composed};
-use mblm_sdk::ops::linear::{self, linear_composed};
-use mblm_sdk::ops::rms_norm::{Eps, RmsNorm, rms_norm_composed};
-use mblm_sdk::ops::selective_scan::{Grads, Inputs, ParamGrads, SelectiveScan, selective_scan_composed};
+use mblm_sdk::ops::conv1d::Conv1d;
+use mblm_sdk::ops::linear;
+use mblm_sdk::ops::on_device;
+use mblm_sdk::ops::rms_norm::{Eps, RmsNorm};
+use mblm_sdk::ops::selective_scan::{Grads, Inputs, ParamGrads, SelectiveScan};
 use mblm_sdk::parallel::{self, Shared, Threads};
 use mblm_sdk::rows::{Rows, RowsMut};
 use mblm_sdk::{Init, Param, ParamScope, Result};
@@ -126,16 +127,16 @@ impl Layer for MambaLayer {
     fn composed(&self, x: &Tensor, _: Option<&Tensor>, mode: Mode) -> Result<Tensor> {
         let Sizes { inner, d_state, dt_rank, .. } = self.sizes;
         let get = |param: &Arc<Param>| param_like(param, x, mode);
-        let normed = rms_norm_composed(x, &get(&self.norm)?, EPS)?;
-        let xz = linear_composed(&normed, &get(&self.in_proj)?, None)?;
-        let (u, z) = (xz.narrow(2, 0, inner)?, xz.narrow(2, inner, inner)?);
-        let u = conv1d_silu_composed(&u, &get(&self.conv_weight)?, &get(&self.conv_bias)?)?;
-        let dbc = linear_composed(&u, &get(&self.x_proj)?, None)?;
+        let normed = on_device::rms_norm(x, &get(&self.norm)?, EPS, false)?;
+        let xz = on_device::linear(&normed, &get(&self.in_proj)?, None)?;
+        let z = xz.narrow(2, inner, inner)?;
+        let u = on_device::conv1d_silu(&xz, 0, &get(&self.conv_weight)?, &get(&self.conv_bias)?)?;
+        let dbc = on_device::linear(&u, &get(&self.x_proj)?, None)?;
         let (b, c) = (dbc.narrow(2, dt_rank, d_state)?, dbc.narrow(2, dt_rank + d_state, d_state)?);
-        let dt = linear_composed(&dbc.narrow(2, 0, dt_rank)?, &get(&self.dt_weight)?, None)?;
+        let dt = on_device::linear(&dbc.narrow(2, 0, dt_rank)?, &get(&self.dt_weight)?, None)?;
         let y =
-            selective_scan_composed([&u, &dt, &b, &c, &z], &get(&self.a_log)?, &get(&self.d)?, &get(&self.dt_bias)?)?;
-        Ok((x + linear_composed(&y, &get(&self.out_proj)?, None)?)?)
+            on_device::selective_scan([&u, &dt, &b, &c, &z], &get(&self.a_log)?, &get(&self.d)?, &get(&self.dt_bias)?)?;
+        Ok((x + on_device::linear(&y, &get(&self.out_proj)?, None)?)?)
     }
 
     fn forward(&self, x: &[f32], context: Context, y: &mut [f32]) -> Tape {

@@ -7,11 +7,12 @@ use mblm_sdk::buffer::Buffer;
 use mblm_sdk::gemm::Update;
 use mblm_sdk::layer::{Context, Layer, param_like};
 use mblm_sdk::mode::{Mode, stream};
-use mblm_sdk::ops::conv1d::{Conv1d, conv1d_silu_composed};
+use mblm_sdk::ops::conv1d::Conv1d;
 use mblm_sdk::ops::dropout::{self, dropout_composed};
-use mblm_sdk::ops::gated_rms_norm::{GatedRmsNorm, gated_rms_norm_composed};
-use mblm_sdk::ops::linear::{self, linear_composed};
-use mblm_sdk::ops::rms_norm::{Eps, RmsNorm, rms_norm_composed};
+use mblm_sdk::ops::gated_rms_norm::GatedRmsNorm;
+use mblm_sdk::ops::linear;
+use mblm_sdk::ops::on_device;
+use mblm_sdk::ops::rms_norm::{Eps, RmsNorm};
 use mblm_sdk::ops::ssd::{self, Grads, Inputs, ParamGrads, Ssd, ssd_composed};
 use mblm_sdk::parallel::{self, Shared};
 use mblm_sdk::rows::{Rows, RowsMut};
@@ -147,16 +148,15 @@ impl Layer for Mamba2Layer {
     fn composed(&self, x: &Tensor, _: Option<&Tensor>, mode: Mode) -> Result<Tensor> {
         let (inner, conv, n) = (self.sizes.inner(), self.sizes.conv(), self.sizes.d_state);
         let get = |param: &Arc<Param>| param_like(param, x, mode);
-        let normed = rms_norm_composed(x, &get(&self.norm)?, NORM_EPS)?;
-        let proj = linear_composed(&normed, &get(&self.in_proj)?, None)?;
-        let xbc = proj.narrow(2, inner, conv)?;
-        let xbc = conv1d_silu_composed(&xbc, &get(&self.conv_weight)?, &get(&self.conv_bias)?)?;
+        let normed = on_device::rms_norm(x, &get(&self.norm)?, NORM_EPS, false)?;
+        let proj = on_device::linear(&normed, &get(&self.in_proj)?, None)?;
+        let xbc = on_device::conv1d_silu(&proj, inner, &get(&self.conv_weight)?, &get(&self.conv_bias)?)?;
         let (b, c) = (xbc.narrow(2, inner, n)?, xbc.narrow(2, inner + n, n)?);
         let dt = proj.narrow(2, inner + conv, self.sizes.heads)?;
         let u = xbc.narrow(2, 0, inner)?;
         let y = ssd_composed([&u, &dt, &b, &c], &get(&self.a_log)?, &get(&self.d)?, &get(&self.dt_bias)?)?;
-        let gated = gated_rms_norm_composed(&y, &proj.narrow(2, 0, inner)?, &get(&self.gate_norm)?, EPS)?;
-        let mixed = linear_composed(&gated, &get(&self.out_proj)?, None)?;
+        let gated = on_device::gated_rms_norm(&y, &proj.narrow(2, 0, inner)?, &get(&self.gate_norm)?, EPS)?;
+        let mixed = on_device::linear(&gated, &get(&self.out_proj)?, None)?;
         Ok((x + dropout_composed(&mixed, mode.dropout(self.dropout.0, self.dropout.1))?)?)
     }
 

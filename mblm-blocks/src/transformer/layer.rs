@@ -10,11 +10,11 @@ use mblm_sdk::buffer::Buffer;
 use mblm_sdk::gemm::{Mat, MatMut, Update, matmul};
 use mblm_sdk::layer::{Context, Dims, Layer, param_like};
 use mblm_sdk::mode::{Dropout, Mode, stream};
-use mblm_sdk::ops::attention::{Attention, attention_composed};
-use mblm_sdk::ops::dropout::dropout_composed;
+use mblm_sdk::ops::attention::Attention;
 use mblm_sdk::ops::gelu;
-use mblm_sdk::ops::linear::{self, linear_composed};
-use mblm_sdk::ops::rms_norm::{RmsNorm, rms_norm_composed, token_shift_composed};
+use mblm_sdk::ops::linear;
+use mblm_sdk::ops::on_device;
+use mblm_sdk::ops::rms_norm::RmsNorm;
 use mblm_sdk::ops::rotary::Rotary;
 use mblm_sdk::parallel;
 use mblm_sdk::parallel::Threads;
@@ -211,40 +211,25 @@ impl TransformerLayer {
         self.project_qkv_backward(&h, dims, &dqkv, &mut dh);
         self.norm(&gain).backward(x, dims, &dh, d, &mut self.attn_gain.grad_mut());
     }
-
-    fn shift_composed(&self, x: &Tensor) -> Result<Tensor> {
-        match self.kind {
-            Kind::Decoder => token_shift_composed(x),
-            Kind::Encoder => Ok(x.clone()),
-        }
-    }
 }
 
 impl Layer for TransformerLayer {
     type Tape = Tape;
 
     fn composed(&self, x: &Tensor, mask: Option<&Tensor>, mode: Mode) -> Result<Tensor> {
-        let (batch, seq, _) = x.dims3()?;
         let p = |param: &Param| param_like(param, x, mode);
-        let h = rms_norm_composed(&self.shift_composed(x)?, &p(&self.attn_gain)?, EPS)?;
-        let q = linear_composed(&h, &p(&self.to_q)?, None)?;
-        let kv = linear_composed(&h, &p(&self.to_kv)?, None)?;
-        let heads = |t: &Tensor| t.reshape((batch, seq, self.heads, self.head_dim))?.transpose(1, 2)?.contiguous();
-        let mut q = heads(&q)?;
-        let mut k = heads(&kv.narrow(2, 0, self.inner())?)?;
-        let v = heads(&kv.narrow(2, self.inner(), self.inner())?)?;
-        if let Some(rotary) = &self.rotary {
-            (q, k) = (rotary.composed(&q)?, rotary.composed(&k)?);
-        }
-        let dropout = mode.dropout(self.attn_dropout, self.stream);
-        let attended = attention_composed(&q, &k, &v, self.kind == Kind::Decoder, mask, dropout)?;
-        let attended = attended.transpose(1, 2)?.reshape((batch, seq, self.inner()))?;
-        let middle = (x + linear_composed(&attended, &p(&self.to_out)?, None)?)?;
+        let causal = self.kind == Kind::Decoder;
+        let h = on_device::rms_norm(x, &p(&self.attn_gain)?, EPS, causal)?;
+        let q = on_device::linear(&h, &p(&self.to_q)?, None)?;
+        let kv = on_device::linear(&h, &p(&self.to_kv)?, None)?;
+        let (heads, dropout) = (self.heads, mode.dropout(self.attn_dropout, self.stream));
+        let attention = on_device::Attention { heads, causal, mask, dropout, rotary: self.rotary.as_deref() };
+        let attended = attention.forward(&q, &kv)?;
+        let middle = (x + on_device::linear(&attended, &p(&self.to_out)?, None)?)?;
 
-        let h = rms_norm_composed(&self.shift_composed(&middle)?, &p(&self.ff_gain)?, EPS)?;
-        let up = linear_composed(&h, &p(&self.up)?, Some(&p(&self.up_bias)?))?;
-        let wide = dropout_composed(&up.gelu_erf()?, self.ff_dropout(mode))?;
-        Ok((middle + linear_composed(&wide, &p(&self.down)?, Some(&p(&self.down_bias)?))?)?)
+        let h = on_device::rms_norm(&middle, &p(&self.ff_gain)?, EPS, causal)?;
+        let wide = on_device::linear_gelu(&h, &p(&self.up)?, &p(&self.up_bias)?, self.ff_dropout(mode))?;
+        Ok((middle + on_device::linear(&wide, &p(&self.down)?, Some(&p(&self.down_bias)?))?)?)
     }
 
     fn forward(&self, x: &[f32], context: Context, y: &mut [f32]) -> Tape {

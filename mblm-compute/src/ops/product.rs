@@ -14,7 +14,7 @@ impl Products {
     /// bfloat16 are slow on a CPU, and `f64` is for checks.
     pub fn of(x: &Tensor) -> Self {
         match x.dtype() {
-            DType::F32 if !x.device().is_cpu() => Products(gemm::current()),
+            DType::F32 if !x.device().is_cpu() => Products(gemm::requested()),
             _ => Products(Precision::F32),
         }
     }

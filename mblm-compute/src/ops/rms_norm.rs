@@ -200,7 +200,7 @@ impl crate::layer::Layer for RmsNormLayer {
     type Tape = ();
 
     fn composed(&self, x: &Tensor, _: Option<&Tensor>, mode: crate::mode::Mode) -> Result<Tensor> {
-        rms_norm_composed(x, &crate::layer::param_like(&self.gain, x, mode)?, self.eps)
+        super::on_device::rms_norm(x, &crate::layer::param_like(&self.gain, x, mode)?, self.eps, false)
     }
 
     fn forward(&self, x: &[f32], context: crate::layer::Context, y: &mut [f32]) {

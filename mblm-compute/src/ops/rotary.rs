@@ -16,6 +16,9 @@ pub struct Rotary {
     table: Mutex<Arc<Table>>,
     /// Cosines and sines, `(2, positions, d)`, for compositions.
     on_devices: Tables,
+    /// The same, `(2, positions, d / 2)`, for kernels.
+    #[cfg(feature = "cuda")]
+    halves: Tables,
 }
 
 /// `(positions, d / 2)` each.
@@ -32,6 +35,8 @@ impl Rotary {
             inverse_frequencies: (0..head_dim / 2).map(frequency).collect(),
             table: Mutex::new(Arc::new(Table { cos: vec![], sin: vec![] })),
             on_devices: Tables::new(),
+            #[cfg(feature = "cuda")]
+            halves: Tables::new(),
         }
     }
 
@@ -50,6 +55,18 @@ impl Rotary {
             *table = Arc::new(Table { cos, sin });
         }
         table.clone()
+    }
+
+    /// Cosines and sines of the first `seq` positions where `x` lies, `(positions, d / 2)` each.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn half_tables(&self, seq: usize, x: &Tensor) -> Result<[Tensor; 2]> {
+        let half = self.inverse_frequencies.len();
+        let tables = self.halves.get(seq, x.dtype(), x.device(), |positions| {
+            let table = self.table(positions);
+            let part = |part: &[f32]| Tensor::from_slice(&part[..positions * half], (positions, half), &Device::Cpu);
+            Ok(Tensor::stack(&[part(&table.cos)?, part(&table.sin)?], 0)?)
+        })?;
+        Ok([tables.get(0)?.contiguous()?, tables.get(1)?.contiguous()?])
     }
 
     /// The definition, for `x`: `(B, H, S, d)`.

@@ -200,6 +200,11 @@ impl Param {
         Ok(values.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
     }
 
+    /// Notes that somebody changed the values where they lie.
+    pub fn changed(&self) {
+        self.version.fetch_add(1, Ordering::AcqRel);
+    }
+
     /// Replaces the values by a tensor of the same place and shape.
     pub fn set(&self, values: &Tensor) -> Result<()> {
         self.var().set(values)?;

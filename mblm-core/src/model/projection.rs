@@ -9,7 +9,7 @@ use mblm_sdk::gemm::Update;
 use mblm_sdk::layer::Dims;
 use mblm_sdk::mode::Mode;
 use mblm_sdk::node::{Node, apply1};
-use mblm_sdk::ops::linear::{self, linear_composed};
+use mblm_sdk::ops::{linear, on_device};
 use mblm_sdk::param::{Init, Param, ParamScope};
 
 /// `D_n -> P_{n+1} · D_{n+1}`.
@@ -97,6 +97,6 @@ impl Node for Project {
     fn composed(&self, inputs: &[&Tensor], mode: Mode) -> Result<Tensor> {
         let kept = inputs[0].narrow(1, 0, self.keep)?.contiguous()?;
         let (weight, bias) = (self.next.weight.tensor(mode), self.next.bias.tensor(mode));
-        Ok(linear_composed(&kept, &weight, Some(&bias))?.reshape(self.shape())?)
+        Ok(on_device::linear(&kept, &weight, Some(&bias))?.reshape(self.shape())?)
     }
 }

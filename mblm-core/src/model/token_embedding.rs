@@ -11,7 +11,7 @@ use mblm_sdk::mode::Mode;
 use mblm_sdk::node::{Node, apply1};
 use mblm_sdk::ops::embedding::embedding_composed;
 use mblm_sdk::ops::layer_norm::{self, layer_norm_composed};
-use mblm_sdk::ops::linear::{self, linear_composed};
+use mblm_sdk::ops::{linear, on_device};
 use mblm_sdk::parallel::{self, Shared, for_rows, reduce_rows};
 use mblm_sdk::param::{Init, Param, ParamScope};
 use mblm_sdk::simd;
@@ -222,7 +222,8 @@ impl Node for Embed {
             layer_norm_composed(x, &weight.tensor(mode), &bias.tensor(mode), layer_norm::EPS)
         };
         let flat = looked_up.reshape((self.ids.len() / self.embedding.patch, p.norm_in[0].len()))?;
-        let projected = linear_composed(&norm(&flat, &p.norm_in)?, &p.weight.tensor(mode), Some(&p.bias.tensor(mode)))?;
+        let projected =
+            on_device::linear(&norm(&flat, &p.norm_in)?, &p.weight.tensor(mode), Some(&p.bias.tensor(mode)))?;
         norm(&projected, &p.norm_out)
     }
 }

@@ -40,6 +40,22 @@ impl TensorMoments {
             (Some(g), Some(moments)) => (g, moments),
             (None, Some(moments)) => (p.zeros_like()?, moments),
         };
+        #[cfg(feature = "cuda")]
+        if mblm_core::cuda::available(&p) {
+            let scalars = mblm_core::cuda::ops::Adam {
+                one_minus_beta1: s.one_minus_beta1,
+                beta2: s.beta2,
+                one_minus_beta2: s.one_minus_beta2,
+                root_bias2: s.root_bias2,
+                eps: s.eps,
+                step_size: s.step_size,
+                decay: s.decay,
+            };
+            mblm_core::cuda::ops::adam(&p, &g, &m, &v, &scalars)?;
+            param.changed();
+            self.0 = Some([m, v]);
+            return Ok(());
+        }
         let m = (&m + ((&g - &m)? * f64::from(s.one_minus_beta1))?)?;
         let v = ((v * f64::from(s.beta2))? + (g.sqr()? * f64::from(s.one_minus_beta2))?)?;
         let root = v.sqrt()?.affine(1.0 / f64::from(s.root_bias2), f64::from(s.eps))?;
@@ -52,14 +68,27 @@ impl TensorMoments {
 
 /// The sum and the sum of squares of each tensor, in one copy from the device.
 pub(super) fn sums_of_tensors<'a>(tensors: impl Iterator<Item = &'a Tensor>) -> Result<Vec<(f64, f64)>> {
-    let mut sums = Vec::new();
-    for tensor in tensors {
-        let tensor = tensor.flatten_all()?;
-        sums.extend([tensor.sum_all()?, tensor.sqr()?.sum_all()?]);
-    }
-    if sums.is_empty() {
+    let parts = tensors.map(sums).collect::<Result<Vec<_>>>()?;
+    if parts.is_empty() {
         return Ok(vec![]);
     }
-    let sums = Tensor::stack(&sums, 0)?.to_dtype(DType::F64)?.to_vec1::<f64>()?;
-    Ok(sums.chunks_exact(2).map(|pair| (pair[0], pair[1])).collect())
+    let counts: Vec<usize> = parts.iter().map(|parts| parts.elem_count() / 2).collect();
+    let all = Tensor::cat(&parts, 0)?.to_vec2::<f64>()?;
+    let mut all = all.iter();
+    let sum_of = |count: &usize| {
+        let parts = all.by_ref().take(*count);
+        parts.fold((0.0, 0.0), |(sum, squares), part| (sum + part[0], squares + part[1]))
+    };
+    Ok(counts.iter().map(sum_of).collect())
+}
+
+/// The sum and the sum of squares in parts to be added up, `(parts, 2)`, in `f64`.
+fn sums(tensor: &Tensor) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if mblm_core::cuda::available(tensor) {
+        return Ok(mblm_core::cuda::ops::sums(tensor)?);
+    }
+    let tensor = tensor.flatten_all()?;
+    let sums = Tensor::stack(&[tensor.sum_all()?, tensor.sqr()?.sum_all()?], 0)?;
+    Ok(sums.to_dtype(DType::F64)?.reshape((1, 2))?)
 }

@@ -1,0 +1,51 @@
+//! The memory of a card.
+
+use std::ffi::c_void;
+
+use candle_core::cuda_backend::cudarc::driver::result::{self, mem_pool};
+use candle_core::cuda_backend::cudarc::driver::sys::{CUmemPool_attribute, CUmemoryPool};
+use candle_core::cuda_backend::{CudaDevice, WrapErr};
+use candle_core::{Device, Result};
+
+/// Makes ready a device that was just opened. Freed memory stays with the process, since the driver gives it back at every
+/// wait otherwise and each step would ask for all of it again. There is one stream, so tensors need no events that tell
+/// when another stream may use them.
+pub fn prepare(device: &Device) -> Result<()> {
+    let Device::Cuda(device) = device else { return Ok(()) };
+    // SAFETY: candle uses one stream per device.
+    unsafe { device.disable_event_tracking() };
+    let mut most = u64::MAX;
+    set(device, CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD, &mut most)
+}
+
+/// The most bytes that tensors had on the device at the same time since [`reset_peak`]; none if the device is no card.
+pub fn peak(device: &Device) -> Option<u64> {
+    let Device::Cuda(device) = device else { return None };
+    device.cuda_stream().synchronize().ok()?;
+    let mut bytes = 0u64;
+    let pool = pool(device).ok()?;
+    // SAFETY: the attribute is a 64-bit number.
+    let read = unsafe {
+        let attribute = CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH;
+        mem_pool::get_attribute(pool, attribute, (&raw mut bytes).cast::<c_void>())
+    };
+    read.ok().map(|()| bytes)
+}
+
+/// Begins to count anew for [`peak`].
+pub fn reset_peak(device: &Device) -> Result<()> {
+    let Device::Cuda(device) = device else { return Ok(()) };
+    set(device, CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH, &mut 0)
+}
+
+fn pool(device: &CudaDevice) -> Result<CUmemoryPool> {
+    let ordinal = device.cuda_stream().context().ordinal();
+    // SAFETY: the context keeps the driver and its device alive.
+    unsafe { result::device::get_default_mem_pool(result::device::get(ordinal as i32).w()?).w() }
+}
+
+fn set(device: &CudaDevice, attribute: CUmemPool_attribute, value: &mut u64) -> Result<()> {
+    let pool = pool(device)?;
+    // SAFETY: the attribute is a 64-bit number.
+    unsafe { mem_pool::set_attribute(pool, attribute, (&raw mut *value).cast::<c_void>()) }.w()
+}

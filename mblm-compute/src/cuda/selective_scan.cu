@@ -1,0 +1,2 @@
+
+// The selective scan of Mamba.

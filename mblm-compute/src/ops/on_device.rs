@@ -1,0 +1,115 @@
+//! What layers call where they do not run fused: a kernel of the device if there is one, and the composition elsewhere.
+
+use candle_core::Tensor;
+
+use super::attention::attention_composed;
+use super::conv1d::conv1d_silu_composed;
+use super::dropout::dropout_composed;
+use super::gated_rms_norm::gated_rms_norm_composed;
+use super::linear::linear_composed;
+use super::rms_norm::{Eps, rms_norm_composed, token_shift_composed};
+use super::rotary::Rotary;
+use super::selective_scan::selective_scan_composed;
+#[cfg(feature = "cuda")]
+use crate::cuda;
+use crate::error::Result;
+use crate::mode::Dropout;
+
+/// [`linear_composed`]
+pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if cuda::available(x) {
+        return cuda::ops::linear(x, weight, bias);
+    }
+    linear_composed(x, weight, bias)
+}
+
+/// [`rms_norm_composed`], after a token shift if `shift`.
+///
+/// # Shapes
+/// - `x`: `(B, S, D)`, `gain`: `(D)`; returns `(B, S, D)`
+pub fn rms_norm(x: &Tensor, gain: &Tensor, eps: Eps, shift: bool) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if cuda::available(x) {
+        return cuda::ops::rms_norm(x, gain, eps, shift);
+    }
+    match shift {
+        true => rms_norm_composed(&token_shift_composed(x)?, gain, eps),
+        false => rms_norm_composed(x, gain, eps),
+    }
+}
+
+/// [`gated_rms_norm_composed`]
+pub fn gated_rms_norm(y: &Tensor, z: &Tensor, gain: &Tensor, eps: f32) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if cuda::available(y) {
+        return cuda::ops::rms_norm(&(y * z.contiguous()?.silu()?)?, gain, Eps::Inside(eps), false);
+    }
+    gated_rms_norm_composed(y, z, gain, eps)
+}
+
+/// A linear map, the exact GELU, and dropout.
+///
+/// # Shapes
+/// - `x`: `(…, I)`, `weight`: `(O, I)`, `bias`: `(O)`; returns `(…, O)`
+pub fn linear_gelu(x: &Tensor, weight: &Tensor, bias: &Tensor, dropout: Option<Dropout>) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if cuda::available(x) {
+        return cuda::ops::bias_gelu(&cuda::ops::linear(x, weight, None)?, bias, dropout);
+    }
+    dropout_composed(&linear_composed(x, weight, Some(bias))?.gelu_erf()?, dropout)
+}
+
+/// [`conv1d_silu_composed`] of the columns `first..first + C` of `x`.
+///
+/// # Shapes
+/// - `x`: `(B, S, width)`, `weight`: `(C, 1, K)`, `bias`: `(C)`; returns `(B, S, C)`
+pub fn conv1d_silu(x: &Tensor, first: usize, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if cuda::available(x) && weight.dim(2)? <= 8 {
+        return cuda::ops::conv1d_silu(x, first, weight, bias);
+    }
+    conv1d_silu_composed(&x.narrow(2, first, bias.elem_count())?, weight, bias)
+}
+
+/// [`selective_scan_composed`]
+pub fn selective_scan(inputs: [&Tensor; 5], a_log: &Tensor, d: &Tensor, dt_bias: &Tensor) -> Result<Tensor> {
+    selective_scan_composed(inputs, a_log, d, dt_bias)
+}
+
+/// Attention over rows of heads.
+pub struct Attention<'a> {
+    /// Heads.
+    pub heads: usize,
+    /// Whether a position sees itself and the past alone.
+    pub causal: bool,
+    /// `(B, S)`, `u8`, nonzero = attend.
+    pub mask: Option<&'a Tensor>,
+    /// Dropout of the weights.
+    pub dropout: Option<Dropout>,
+    /// Rotates queries and keys.
+    pub rotary: Option<&'a Rotary>,
+}
+
+impl Attention<'_> {
+    /// # Shapes
+    /// - `q`: `(B, S, H d)`, `kv`: `(B, S, 2 H d)`, keys first; returns `(B, S, H d)`
+    pub fn forward(self, q: &Tensor, kv: &Tensor) -> Result<Tensor> {
+        let (batch, seq, inner) = q.dims3()?;
+        #[cfg(feature = "cuda")]
+        if cuda::available(q) {
+            let rotary = self.rotary.map(|rotary| rotary.half_tables(seq, q)).transpose()?;
+            let (mask, causal, dropout) = (self.mask.cloned(), self.causal, self.dropout);
+            return cuda::ops::Attention { heads: self.heads, causal, mask, dropout, rotary }.forward(q, kv);
+        }
+        let heads =
+            |rows: &Tensor| rows.reshape((batch, seq, self.heads, inner / self.heads))?.transpose(1, 2)?.contiguous();
+        let (mut q, mut k) = (heads(q)?, heads(&kv.narrow(2, 0, inner)?)?);
+        let v = heads(&kv.narrow(2, inner, inner)?)?;
+        if let Some(rotary) = self.rotary {
+            (q, k) = (rotary.composed(&q)?, rotary.composed(&k)?);
+        }
+        let attended = attention_composed(&q, &k, &v, self.causal, self.mask, self.dropout)?;
+        Ok(attended.transpose(1, 2)?.reshape((batch, seq, inner))?)
+    }
+}
