@@ -101,6 +101,8 @@ struct Measurements {
     generate_bytes_per_s: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     peak_rss_mb: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    peak_device_mb: Option<u64>,
 }
 
 /// Runs `mblm bench`.
@@ -127,6 +129,7 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
         prefix: None,
         generate_bytes_per_s: None,
         peak_rss_mb: None,
+        peak_device_mb: None,
     };
     if !args.json {
         begin(&report)?;
@@ -155,6 +158,7 @@ fn measure(
         let step = || autocast(precision, &mut step);
         report.train_bytes_per_s = Some(show(args, "train", rate(shape.0 * shape.1, args.steps, step)?)?);
         report.peak_rss_mb = Memory::now().map(|memory| memory.resident_max >> 20);
+        report.peak_device_mb = device::peak(&model.params().place().device).map(|bytes| bytes >> 20);
         buffer::release_unused();
     }
     if wanted(Part::Forward) {
@@ -294,6 +298,9 @@ fn end(report: &Measurements, json: bool) -> Result<()> {
         _ if json => writeln!(out, "{}", serde_json::to_string(report)?)?,
         Some(peak) => writeln!(out, "{:<18} {peak:>10} MB", "peak memory")?,
         None => {}
+    }
+    if let (false, Some(peak)) = (json, report.peak_device_mb) {
+        writeln!(out, "{:<18} {peak:>10} MB", "on the device")?;
     }
     Ok(())
 }

@@ -186,7 +186,7 @@ pub fn build(config: &RunConfig) -> training::Result<Model> {
     let model = outline(config, true)?;
     let place = config.train.place()?;
     if !place.is_host() {
-        return Ok(Model::at(config, config.train.seed, place)?);
+        return Model::at(config, config.train.seed, place);
     }
     model.params().draw();
     Ok(model)
