@@ -10,6 +10,7 @@ use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::error::{Error, Result};
+use crate::gemm::Precision;
 
 /// A device by name: `cpu`, `cuda` (the first card), `cuda:N`, `metal`, or `auto`, which is the first card that this
 /// program can use, and the CPU without one.
@@ -159,6 +160,16 @@ pub fn reset_peak(_device: &Device) -> Result<()> {
     #[cfg(feature = "cuda")]
     crate::cuda::memory::reset_peak(_device)?;
     Ok(())
+}
+
+/// Whether products of bfloat16 run there.
+pub fn has_bf16(device: &Device) -> bool {
+    match device {
+        Device::Cpu => Precision::Bf16.is_available(),
+        #[cfg(feature = "cuda")]
+        Device::Cuda(device) => device.cuda_stream().context().compute_capability().is_ok_and(|(major, _)| major >= 8),
+        _ => true,
+    }
 }
 
 /// Where a model's parameters lie, and of which type they are.

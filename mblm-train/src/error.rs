@@ -40,6 +40,19 @@ pub enum Error {
         /// The first tensor that is not finite.
         what: String,
     },
+    /// A device has no memory left for a training step. The weights are those before the step.
+    #[error(
+        "training stopped at batch {batch}: {device} has no memory left for a step ({reason}); lower train.batch_size or \
+         params.input_seq_len, or recompute stages in chunks (params.train_checkpoint_chunks), and resume with --force --set"
+    )]
+    OutOfMemory {
+        /// What the device is called.
+        device: String,
+        /// The batch it happened in, counted from 0 over the whole run.
+        batch: u64,
+        /// What the device said.
+        reason: String,
+    },
     /// Something panicked during training, for example a block.
     #[error("training panicked: {0}")]
     Panic(String),

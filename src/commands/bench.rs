@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::{Result, ensure};
+use candle_core::Device;
 use mblm::base::memory::Memory;
 use mblm::base::random::noise;
 use mblm::base::terminal::Output;
@@ -112,11 +113,12 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
     let (config, _) = inspect::read(&document, &plugins.registry(Some(&args.config))?)?;
     let length = config.hierarchy().context_len();
     let generation = Generation::new(args, &config, length)?;
-    let precision = args.precision.available(args.device)?;
+    let device = args.device.open()?;
+    let precision = args.precision.available(&device)?;
     if args.only.is_none_or(|only| only == Part::Train) {
         train::must_fit(&config, Step { batch: args.batch as usize, bytes: length })?;
     }
-    let model = Model::of(&config, MASKING_PROBA, 0, args.device.open()?.into())?;
+    let model = Model::of(&config, MASKING_PROBA, 0, device.into())?;
     let mut report = Measurements {
         config: args.config.to_string_lossy().into_owned(),
         threads: rayon::current_num_threads(),
@@ -231,15 +233,14 @@ impl Generation {
 }
 
 impl Precision {
-    fn available(self, device: DeviceName) -> Result<gemm::Precision> {
+    fn available(self, device: &Device) -> Result<gemm::Precision> {
         let precision = match self {
             Precision::F32 => gemm::Precision::F32,
             Precision::Bf16 => gemm::Precision::Bf16,
         };
-        ensure!(
-            device != DeviceName::Cpu || precision.is_available(),
-            Usage("--precision bf16: this CPU lacks AVX-512 BF16; use f32".into())
-        );
+        let is_available = precision == gemm::Precision::F32 || device::has_bf16(device);
+        let name = device::name(device);
+        ensure!(is_available, Usage(format!("--precision bf16: {name} has no instructions for it; use f32")));
         Ok(precision)
     }
 }

@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering;
 
 use anyhow::{Result, bail};
 use mblm::base::terminal::{self, Output};
+use mblm::device::DeviceName;
 use mblm::study::report::Report;
 use mblm::study::{Options, Plan, Runner, Spec};
 
@@ -31,6 +32,9 @@ pub struct Args {
     /// Run failed runs again
     #[arg(long)]
     retry_failed: bool,
+    /// Where to train: cpu, cuda, cuda:N, metal or auto; the same as `--set train.device=DEVICE`
+    #[arg(long, value_name = "DEVICE")]
+    device: Option<DeviceName>,
     /// Override a field of the study (`budget.bytes=1e6`) or of every variant (`io.dataset_dir=DIR`); may be repeated
     #[arg(long, value_name = "FIELD=VALUE")]
     set: Vec<String>,
@@ -38,7 +42,9 @@ pub struct Args {
 
 /// Runs `mblm compare`.
 pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
-    let mut spec = Spec::read(&args.study, &args.set)?;
+    let device = args.device.map(|device| format!("train.device={device}"));
+    let set: Vec<String> = args.set.iter().cloned().chain(device).collect();
+    let mut spec = Spec::read(&args.study, &set)?;
     spec.jobs = args.jobs.map_or(spec.jobs, |jobs| jobs as usize);
     spec.output_dir = args.out.clone().unwrap_or(spec.output_dir);
     let registry = plugins.registry(Some(&args.study))?;

@@ -2,15 +2,37 @@
 //! are not finite.
 
 use mblm_core::model::Sequences;
-use mblm_core::{Mode, Param};
+use mblm_core::{Mode, Param, device};
 
-use super::Trainer;
 use super::optimizer::first_non_finite;
+use super::{Record, Trainer};
+use crate::checkpoint::TrainState;
 use crate::error::{Error, Result};
 use crate::evaluate::anything_counts;
 use crate::model::sequences;
 
 impl Trainer<'_> {
+    /// What a failed batch means. If a device ran out of memory, the run ends where it was `before` the batch, with a
+    /// checkpoint; gradients that waited then are lost, and the newest checkpoint stands.
+    pub(super) fn failed(&mut self, error: Error, before: TrainState, record: &mut Record) -> Error {
+        let reason = error.to_string();
+        if !reason.to_lowercase().replace('_', " ").contains("out of memory") {
+            return error;
+        }
+        let (device, batch) = (device::name(&self.model.params().place().device), before.cum_batch());
+        let may_save = before.window.batches == 0 && before.step == self.state.step;
+        self.state = before;
+        self.model.params().zero_grad();
+        let is_saved = record.checkpoints.list().is_ok_and(|all| all.last().is_some_and(|newest| self.is_of(newest)));
+        if may_save
+            && !is_saved
+            && let Err(error) = self.save(record)
+        {
+            return error;
+        }
+        Error::OutOfMemory { device, batch, reason: reason.lines().next().unwrap_or_default().into() }
+    }
+
     /// Checks that the training and the validation data have something to predict.
     ///
     /// # Errors

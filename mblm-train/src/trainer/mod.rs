@@ -9,7 +9,8 @@ use std::time::Instant;
 
 use mblm_base::random::mix;
 use mblm_core::Mode;
-use mblm_core::gemm::autocast;
+use mblm_core::device::{DeviceName, has_bf16};
+use mblm_core::gemm::{Precision, autocast};
 use mblm_core::simd::instruction_set;
 use mblm_data::batches::{Batches, Cursor};
 use mblm_data::prefetch::Prefetch;
@@ -100,10 +101,16 @@ impl<'a> Trainer<'a> {
     pub fn new(model: &'a dyn TrainModel, splits: Splits, config: &'a RunConfig) -> Result<Self> {
         let plan = RunPlan::new(config)?;
         let section = &config.train;
-        if model.params().place().device.is_cpu() && !section.precision.is_available() {
-            return Err(Error::Config(
-                "train.precision: expected f32: this CPU has no AVX-512 BF16 instructions, found bf16".into(),
-            ));
+        if section.precision == Precision::Bf16 && !has_bf16(&model.params().place().device) {
+            return Err(Error::Config(match section.device {
+                DeviceName::Cpu => {
+                    "train.precision: expected f32: this CPU has no AVX-512 BF16 instructions, found bf16".into()
+                }
+                device => format!(
+                    "train.precision: expected f32: {device} has no bfloat16 (cards have it from compute \
+                                   capability 8.0 on), found bf16"
+                ),
+            }));
         }
         let (batch_size, seq_len) = (section.batch_size, config.params.input_seq_len);
         let batches = |dataset, shuffle: bool, seed, drop_last| Batches {
@@ -224,7 +231,10 @@ impl<'a> Trainer<'a> {
                 };
                 return Ok(Outcome { checkpoint, end, state: self.state.clone() });
             }
-            self.train_batch(record)?;
+            let before = self.state.clone();
+            if let Err(error) = self.train_batch(record) {
+                return Err(self.failed(error, before, record));
+            }
             validates = self.at_valid_point();
         }
     }
