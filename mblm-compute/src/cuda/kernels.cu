@@ -3,6 +3,7 @@
 // otherwise.
 
 #define WARP 32
+#define INFINITE __int_as_float(0x7f800000)
 
 static __device__ __forceinline__ float sum_of_warp(float v) {
     for (int step = WARP / 2; step > 0; step /= 2) v += __shfl_xor_sync(0xffffffffu, v, step);
@@ -32,7 +33,7 @@ static __device__ float max_of_block(float v) {
     __syncthreads();
     if (lane == 0) parts[warp] = v;
     __syncthreads();
-    return max_of_warp(lane < warps ? parts[lane] : -INFINITY);
+    return max_of_warp(lane < warps ? parts[lane] : -INFINITE);
 }
 
 // The factor of element i in a dropout mask: `mode::Dropout::factor`.
@@ -193,7 +194,7 @@ extern "C" __global__ void softmax(float *scores, const unsigned char *mask, int
     float *s = scores + row * keys;
     const unsigned char *seen = mask ? mask + b * keys : 0;
     int limit = causal ? min(keys, first + q + 1) : keys;
-    float most = -INFINITY;
+    float most = -INFINITE;
     for (int k = threadIdx.x; k < limit; k += blockDim.x) {
         float v = seen && !seen[k] ? -1e30f : s[k] * scale;
         s[k] = v;
@@ -312,4 +313,66 @@ extern "C" __global__ void conv1d_weight_backward(const float *x, const float *d
         sums[taps] += d;
     }
     for (int k = 0; k <= taps; k++) partial[((long long)blockIdx.y * channels + c) * (taps + 1) + k] = sums[k];
+}
+
+// LayerNorm over the last dimension. Keeps mean and 1 / deviation of each row in stats (rows, 2).
+extern "C" __global__ void layer_norm(const float *x, const float *gain, const float *bias, float *y, float *stats, int dim,
+                                      float eps) {
+    long long row = blockIdx.x;
+    x += row * dim;
+    float sum = 0.0f;
+    for (int c = threadIdx.x; c < dim; c += blockDim.x) sum += x[c];
+    float mean = sum_of_block(sum) / dim, squares = 0.0f;
+    for (int c = threadIdx.x; c < dim; c += blockDim.x) squares += (x[c] - mean) * (x[c] - mean);
+    float inv = rsqrtf(sum_of_block(squares) / dim + eps);
+    for (int c = threadIdx.x; c < dim; c += blockDim.x) y[row * dim + c] = (x[c] - mean) * inv * gain[c] + bias[c];
+    if (threadIdx.x == 0) {
+        stats[2 * row] = mean;
+        stats[2 * row + 1] = inv;
+    }
+}
+
+// The gradient of the input, and per block those of gain and bias over its rows: partial (gridDim.x, 2 dim).
+extern "C" __global__ void layer_norm_backward(const float *x, const float *gain, const float *stats, const float *dy, float *dx,
+                                               float *partial, long long rows, int dim) {
+    float *dgain = partial + (long long)blockIdx.x * 2 * dim, *dbias = dgain + dim;
+    for (int c = threadIdx.x; c < dim; c += blockDim.x) dgain[c] = dbias[c] = 0.0f;
+    for (long long row = blockIdx.x; row < rows; row += gridDim.x) {
+        float mean = stats[2 * row], inv = stats[2 * row + 1], sum = 0.0f, along = 0.0f;
+        for (int c = threadIdx.x; c < dim; c += blockDim.x) {
+            float n = (x[row * dim + c] - mean) * inv, d = dy[row * dim + c];
+            sum += d * gain[c];
+            along += d * gain[c] * n;
+            dgain[c] += d * n;
+            dbias[c] += d;
+        }
+        sum = sum_of_block(sum) / dim;
+        along = sum_of_block(along) / dim;
+        for (int c = threadIdx.x; c < dim; c += blockDim.x) {
+            float n = (x[row * dim + c] - mean) * inv;
+            dx[row * dim + c] = inv * (dy[row * dim + c] * gain[c] - sum - n * along);
+        }
+    }
+}
+
+// Turns logits (rows, vocab) into their gradients, and writes the loss of each row; one warp per row. A weight is that of
+// the row's loss in the mean, and 0 where nothing is predicted.
+extern "C" __global__ void cross_entropy(float *logits, const unsigned *tokens, const float *weights, float *losses,
+                                         long long rows, int vocab) {
+    long long row = (long long)blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP;
+    int lane = threadIdx.x % WARP;
+    if (row >= rows) return;
+    float *l = logits + row * vocab, most = -INFINITE, total = 0.0f;
+    for (int i = lane; i < vocab; i += WARP) most = fmaxf(most, l[i]);
+    most = max_of_warp(most);
+    float chosen = l[tokens[row]] - most;
+    __syncwarp();
+    for (int i = lane; i < vocab; i += WARP) {
+        l[i] = expf(l[i] - most);
+        total += l[i];
+    }
+    total = sum_of_warp(total);
+    float weight = weights[row];
+    for (int i = lane; i < vocab; i += WARP) l[i] = weight * (l[i] / total - (i == (int)tokens[row] ? 1.0f : 0.0f));
+    if (lane == 0) losses[row] = weight == 0.0f ? 0.0f : weight * (logf(total) - chosen);
 }

@@ -22,7 +22,7 @@ fn like(x: &Tensor) -> Result<Tensor> {
 }
 
 /// The sums of the columns of `x`, `(…, D)`, over all rows.
-fn column_sums(x: &Tensor) -> Result<Tensor> {
+pub fn column_sums(x: &Tensor) -> Result<Tensor> {
     let columns = x.dims().last().copied().unwrap_or(1);
     let rows = x.elem_count() / columns;
     let slices = rows.div_ceil(32).clamp(1, SLICES);
@@ -100,6 +100,55 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
         }
         Ok(grads)
     })
+}
+
+/// `x` plus `row`, which is added to each of the rows that `x` has of its length.
+///
+/// # Shapes
+/// - `x`: `(B, …)`, `row`: `(…)`; returns `(B, …)`
+pub fn add_to_rows(x: &Tensor, row: &Tensor) -> Result<Tensor> {
+    let (x, row) = (&x.contiguous()?, &row.contiguous()?);
+    let y = bias_add(x, row, None)?;
+    with_backward(&[x, row], &y, |inputs, dy| {
+        let len = inputs[1].elem_count();
+        let rows = dy.reshape((dy.elem_count() / len, len))?;
+        Ok(vec![dy.clone(), column_sums(&rows)?.reshape(inputs[1].shape())?])
+    })
+}
+
+/// See [`layer_norm_composed`](crate::ops::layer_norm::layer_norm_composed).
+pub fn layer_norm(x: &Tensor, gain: &Tensor, bias: &Tensor, eps: f32) -> Result<Tensor> {
+    let x = &x.contiguous()?;
+    let dim = gain.elem_count();
+    let rows = x.elem_count() / dim;
+    let (y, stats) = (like(x)?, unwritten(&[rows, 2], DType::F32, x.device())?);
+    let tensors = [x, gain, bias, &y, &stats].map(Arg::Tensor);
+    let args: Vec<Arg> = tensors.into_iter().chain([Arg::Int(dim), Arg::Float(eps)]).collect();
+    launch(x.device(), "layer_norm", Grid::rows(rows, dim), &args)?;
+    with_backward(&[x, gain, bias], &y, move |inputs, dy| {
+        let blocks = rows.clamp(1, 4 * SLICES);
+        let (dx, partial) = (like(dy)?, unwritten(&[blocks, 2 * dim], DType::F32, dy.device())?);
+        let args = sized(&[inputs[0], inputs[1], &stats, dy, &dx, &partial], rows, &[dim]);
+        let grid = Grid { blocks: (blocks, 1), ..Grid::rows(rows, dim) };
+        launch(dy.device(), "layer_norm_backward", grid, &args)?;
+        let sums = column_sums(&partial)?;
+        Ok(vec![dx, sums.narrow(0, 0, dim)?.contiguous()?, sums.narrow(0, dim, dim)?.contiguous()?])
+    })
+}
+
+/// Turns `logits` into their gradients, in place, and returns the losses; see
+/// [`CrossEntropy`](crate::ops::cross_entropy::CrossEntropy).
+///
+/// # Shapes
+/// - `logits`: `(R, V)`, nobody else holds them; `tokens`: `(R)`, `u32`; `weights`: `(R)`; returns `(R)`
+pub fn cross_entropy(logits: &Tensor, tokens: &Tensor, weights: &Tensor) -> Result<Tensor> {
+    const WARPS: usize = 8;
+    let (rows, vocab) = logits.dims2()?;
+    let losses = unwritten(&[rows], DType::F32, logits.device())?;
+    let grid = Grid { blocks: (rows.div_ceil(WARPS).max(1), 1), threads: 32 * WARPS, shared: 0 };
+    let args = sized(&[logits, tokens, weights, &losses], rows, &[vocab]);
+    launch(logits.device(), "cross_entropy", grid, &args)?;
+    Ok(losses)
 }
 
 /// `x + bias + rest`, without a backward.

@@ -12,6 +12,7 @@ use crate::gemm::{Mat, MatMut, Update, matmul};
 use crate::mode::Mode;
 use crate::node::Node;
 use crate::ops::linear::{self, linear_composed};
+use crate::ops::on_device;
 use crate::ops::product::Products;
 use crate::ops::tables::positions;
 use crate::parallel::{Shared, Threads, row_ranges};
@@ -182,6 +183,26 @@ impl Node for CrossEntropy {
     }
 }
 
+/// The weighted loss of each row of logits, and its gradient.
+///
+/// # Shapes
+/// - `logits`: `(R, V)`, `tokens`, `weights`: `(R)`; returns `(R)` and `(R, V)`
+fn softmax_loss(logits: Tensor, tokens: &Tensor, weights: &Tensor) -> Result<(Tensor, Tensor)> {
+    #[cfg(feature = "cuda")]
+    if crate::cuda::available(&logits) {
+        let losses = crate::cuda::ops::cross_entropy(&logits, tokens, weights)?;
+        return Ok((losses, logits));
+    }
+    let (chosen, weights) = (tokens.unsqueeze(1)?, weights.unsqueeze(1)?);
+    let shifted = logits.broadcast_sub(&logits.max_keepdim(D::Minus1)?)?;
+    let powers = shifted.exp()?;
+    let totals = powers.sum_keepdim(D::Minus1)?;
+    let losses = (totals.log()? - shifted.gather(&chosen, 1)?)?.mul(&weights)?.squeeze(1)?;
+    let all = positions(logits.dim(1)?, logits.device())?.to_dtype(DType::U32)?.unsqueeze(0)?;
+    let one_hot = chosen.broadcast_eq(&all)?.to_dtype(logits.dtype())?;
+    Ok((losses, (powers.broadcast_div(&totals)? - one_hot)?.broadcast_mul(&weights)?))
+}
+
 /// The rows of a composed cross-entropy: all of the hidden states where most are predicted from, those that do not count
 /// with weight 0, since gathering is slow on a GPU; and those of the targets otherwise.
 struct Rows {
@@ -219,30 +240,25 @@ impl Rows {
     /// The loss of `[hidden, weight, bias]`, and their gradients in training.
     fn run(&self, inputs: [&Tensor; 3], training: bool) -> Result<(Tensor, Vec<Tensor>)> {
         let [hidden, weight, bias] = inputs.map(Tensor::detach);
-        let (vocab, dim) = weight.dims2()?;
+        let dim = weight.dim(1)?;
         let rows = match &self.gathered {
             Some(gathered) => hidden.index_select(gathered, 0)?,
             None => hidden.contiguous()?,
         };
         let products = Products::of(&hidden);
-        let tokens = positions(vocab, hidden.device())?.to_dtype(DType::U32)?.unsqueeze(0)?;
         let mut loss = Tensor::zeros((), hidden.dtype(), hidden.device())?;
         let (mut dweight, mut dbias, mut drows) = (weight.zeros_like()?, bias.zeros_like()?, vec![]);
         for first in (0..rows.dim(0)?).step_by(COMPOSED_CHUNK) {
             let count = COMPOSED_CHUNK.min(rows.dim(0)? - first);
             let part = rows.narrow(0, first, count)?;
-            let weights = self.weights.narrow(0, first, count)?.unsqueeze(1)?;
-            let chosen = self.tokens.narrow(0, first, count)?.unsqueeze(1)?;
-            let logits = linear_composed(&part, &weight, Some(&bias))?;
-            let shifted = logits.broadcast_sub(&logits.max_keepdim(D::Minus1)?)?;
-            let powers = shifted.exp()?;
-            let totals = powers.sum_keepdim(D::Minus1)?;
-            loss = (loss + (totals.log()? - shifted.gather(&chosen, 1)?)?.mul(&weights)?.sum_all()?)?;
+            let logits = on_device::linear(&part, &weight, Some(&bias))?;
+            let targets = [&self.tokens, &self.weights].map(|of| of.narrow(0, first, count));
+            let [tokens, weights] = targets;
+            let (losses, d) = softmax_loss(logits, &tokens?, &weights?)?;
+            loss = (loss + losses.sum_all()?)?;
             if training {
-                let one_hot = chosen.broadcast_eq(&tokens)?.to_dtype(hidden.dtype())?;
-                let d = (powers.broadcast_div(&totals)? - one_hot)?.broadcast_mul(&weights)?;
                 dweight = (dweight + products.product(&d.t()?, &part)?)?;
-                dbias = (dbias + d.sum(0)?)?;
+                dbias = (dbias + on_device::column_sums(&d)?)?;
                 drows.push(products.product(&d, &weight)?);
             }
         }

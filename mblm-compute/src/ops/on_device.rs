@@ -6,6 +6,7 @@ use super::attention::attention_composed;
 use super::conv1d::conv1d_silu_composed;
 use super::dropout::dropout_composed;
 use super::gated_rms_norm::gated_rms_norm_composed;
+use super::layer_norm::layer_norm_composed;
 use super::linear::linear_composed;
 use super::rms_norm::{Eps, rms_norm_composed, token_shift_composed};
 use super::rotary::Rotary;
@@ -37,6 +38,39 @@ pub fn rms_norm(x: &Tensor, gain: &Tensor, eps: Eps, shift: bool) -> Result<Tens
         true => rms_norm_composed(&token_shift_composed(x)?, gain, eps),
         false => rms_norm_composed(x, gain, eps),
     }
+}
+
+/// The sums of the columns of `x`.
+///
+/// # Shapes
+/// - `x`: `(R, D)`; returns `(D)`
+pub fn column_sums(x: &Tensor) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if cuda::available(x) {
+        return cuda::ops::column_sums(&x.contiguous()?);
+    }
+    Ok(x.sum(0)?)
+}
+
+/// [`layer_norm_composed`]
+pub fn layer_norm(x: &Tensor, gain: &Tensor, bias: &Tensor, eps: f32) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if cuda::available(x) {
+        return cuda::ops::layer_norm(x, gain, bias, eps);
+    }
+    layer_norm_composed(x, gain, bias, eps)
+}
+
+/// Adds `row` to each of the rows that `x` has of its length.
+///
+/// # Shapes
+/// - `x`: `(B, …)`, `row`: `(…)`; returns `(B, …)`
+pub fn add_to_rows(x: &Tensor, row: &Tensor) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if cuda::available(x) {
+        return cuda::ops::add_to_rows(x, row);
+    }
+    Ok(x.broadcast_add(row)?)
 }
 
 /// [`gated_rms_norm_composed`]

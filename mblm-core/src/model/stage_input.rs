@@ -9,6 +9,7 @@ use mblm_sdk::error::{Error, Result};
 use mblm_sdk::layer::Dims;
 use mblm_sdk::mode::Mode;
 use mblm_sdk::node::{Node, apply1, apply2};
+use mblm_sdk::ops::on_device;
 use mblm_sdk::parallel::{Shared, for_rows, reduce_rows};
 use mblm_sdk::param::{Param, ParamScope};
 use mblm_sdk::simd::{self, vectorize};
@@ -205,7 +206,7 @@ impl Node for Assemble {
         let tokens = inputs[0];
         let mut y = match &self.input.positions {
             Positions::None => tokens.clone(),
-            Positions::Fixed(table) => tokens.broadcast_add(&table.tensor(mode).narrow(0, 0, seq)?)?,
+            Positions::Fixed(table) => on_device::add_to_rows(tokens, &table.tensor(mode).narrow(0, 0, seq)?)?,
             Positions::Rope(frequencies) => rotate_composed(frequencies, tokens)?,
         };
         if let Some(above) = inputs.get(1) {

@@ -10,7 +10,7 @@ use mblm_sdk::gemm::Update;
 use mblm_sdk::mode::Mode;
 use mblm_sdk::node::{Node, apply1};
 use mblm_sdk::ops::embedding::embedding_composed;
-use mblm_sdk::ops::layer_norm::{self, layer_norm_composed};
+use mblm_sdk::ops::layer_norm;
 use mblm_sdk::ops::{linear, on_device};
 use mblm_sdk::parallel::{self, Shared, for_rows, reduce_rows};
 use mblm_sdk::param::{Init, Param, ParamScope};
@@ -219,7 +219,7 @@ impl Node for Embed {
         let looked_up = embedding_composed(inputs[0], &self.ids)?;
         let Some(p) = &self.embedding.projection else { return Ok(looked_up) };
         let norm = |x: &Tensor, [weight, bias]: &[Arc<Param>; 2]| {
-            layer_norm_composed(x, &weight.tensor(mode), &bias.tensor(mode), layer_norm::EPS)
+            on_device::layer_norm(x, &weight.tensor(mode), &bias.tensor(mode), layer_norm::EPS)
         };
         let flat = looked_up.reshape((self.ids.len() / self.embedding.patch, p.norm_in[0].len()))?;
         let projected =
