@@ -184,33 +184,47 @@ extern "C" __global__ void heads(float *x, float *y, const float *cosines, const
     }
 }
 
+// Keys that a thread holds in registers; rows of more are read again.
+#define HELD 8
+
 // Softmax of rows of scores (B H, Q, K) times `scale`, in place. Query q is position first + q; causal: it sees keys up to its
-// own. mask: (B, K), 0 = hidden; may be null. One block per row.
+// own. mask: (B, K), 0 = hidden; may be null. A row that sees masked keys alone is uniform over them, as in the package. One
+// block per row.
 extern "C" __global__ void softmax(float *scores, const unsigned char *mask, int queries, int keys, int heads, int first,
                                    int causal, float scale) {
     long long row = blockIdx.x;
     int q = row % queries;
-    long long b = row / queries / heads;
     float *s = scores + row * keys;
-    const unsigned char *seen = mask ? mask + b * keys : 0;
+    const unsigned char *seen = mask ? mask + row / queries / heads * keys : 0;
     int limit = causal ? min(keys, first + q + 1) : keys;
-    float most = -INFINITE;
-    for (int k = threadIdx.x; k < limit; k += blockDim.x) {
-        float v = seen && !seen[k] ? -1e30f : s[k] * scale;
-        s[k] = v;
-        most = fmaxf(most, v);
+    float held[HELD], most = -INFINITE, total = 0.0f;
+    #pragma unroll
+    for (int i = 0; i < HELD; i++) {
+        int k = threadIdx.x + i * blockDim.x;
+        held[i] = k >= limit ? -INFINITE : seen && !seen[k] ? -1e30f : s[k] * scale;
+        most = fmaxf(most, held[i]);
+    }
+    for (int k = threadIdx.x + HELD * blockDim.x; k < limit; k += blockDim.x) {
+        s[k] = seen && !seen[k] ? -1e30f : s[k] * scale;
+        most = fmaxf(most, s[k]);
     }
     most = max_of_block(most);
-    // A row that sees masked keys alone is uniform over them, as in the package.
-    bool none = most <= -1e30f;
-    float total = 0.0f;
-    for (int k = threadIdx.x; k < keys; k += blockDim.x) {
-        float p = k >= limit ? 0.0f : none ? 1.0f : expf(s[k] - most);
-        s[k] = p;
-        total += p;
+    #pragma unroll
+    for (int i = 0; i < HELD; i++) {
+        held[i] = expf(held[i] - most);
+        total += held[i];
+    }
+    for (int k = threadIdx.x + HELD * blockDim.x; k < limit; k += blockDim.x) {
+        s[k] = expf(s[k] - most);
+        total += s[k];
     }
     total = 1.0f / sum_of_block(total);
-    for (int k = threadIdx.x; k < keys; k += blockDim.x) s[k] *= total;
+    #pragma unroll
+    for (int i = 0; i < HELD; i++) {
+        int k = threadIdx.x + i * blockDim.x;
+        if (k < keys) s[k] = held[i] * total;
+    }
+    for (int k = threadIdx.x + HELD * blockDim.x; k < keys; k += blockDim.x) s[k] = k < limit ? s[k] * total : 0.0f;
 }
 
 // The gradient of the scores before `scale`: d = scale * p * (d - sum(p d)), in place in d.
@@ -218,10 +232,22 @@ extern "C" __global__ void softmax_backward(const float *weights, float *d, int 
     long long row = blockIdx.x;
     const float *p = weights + row * keys;
     float *g = d + row * keys;
-    float along = 0.0f;
-    for (int k = threadIdx.x; k < keys; k += blockDim.x) along += p[k] * g[k];
+    float ps[HELD], gs[HELD], along = 0.0f;
+    #pragma unroll
+    for (int i = 0; i < HELD; i++) {
+        int k = threadIdx.x + i * blockDim.x;
+        ps[i] = k < keys ? p[k] : 0.0f;
+        gs[i] = k < keys ? g[k] : 0.0f;
+        along += ps[i] * gs[i];
+    }
+    for (int k = threadIdx.x + HELD * blockDim.x; k < keys; k += blockDim.x) along += p[k] * g[k];
     along = sum_of_block(along);
-    for (int k = threadIdx.x; k < keys; k += blockDim.x) g[k] = scale * p[k] * (g[k] - along);
+    #pragma unroll
+    for (int i = 0; i < HELD; i++) {
+        int k = threadIdx.x + i * blockDim.x;
+        if (k < keys) g[k] = scale * ps[i] * (gs[i] - along);
+    }
+    for (int k = threadIdx.x + HELD * blockDim.x; k < keys; k += blockDim.x) g[k] = scale * p[k] * (g[k] - along);
 }
 
 // Adam with decoupled weight decay; the gradient is multiplied by `factor` first.

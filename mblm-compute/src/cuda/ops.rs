@@ -17,6 +17,9 @@ const SLICES: usize = 128;
 /// Attention weights that exist at the same time; those of a whole pass are kept for backward if they are not more.
 const WEIGHTS: usize = 1 << 26;
 
+/// Queries of a block where only the past is seen: what a block does not see is not computed.
+const CAUSAL_QUERIES: usize = 512;
+
 fn like(x: &Tensor) -> Result<Tensor> {
     Ok(unwritten(x.dims(), DType::F32, x.device())?)
 }
@@ -230,12 +233,12 @@ impl Attention {
         let products = Products::of(q);
         let heads = self.split(q, kv)?;
         let (batch, _, seq, _) = heads.q.dims4()?;
-        let mut kept = None;
-        let mut outputs = vec![];
+        let keeps = batch * self.heads * seq * seq <= WEIGHTS;
+        let (mut kept, mut outputs) = (vec![], vec![]);
         for queries in self.blocks(batch, seq) {
-            let (weights, dropped) = self.weights(&heads, &queries, products)?;
-            outputs.push(products.product(&dropped, &self.seen(&heads.v, &queries)?)?);
-            kept = (queries.len() == seq).then_some([weights, dropped]);
+            let weights = self.weights(&heads, &queries, products)?;
+            outputs.push(products.product(&weights.1, &self.seen(&heads.v, &queries)?)?);
+            kept.extend(keeps.then_some(weights));
         }
         let attended = if outputs.len() == 1 { outputs.remove(0) } else { Tensor::cat(&outputs, 2)? };
         let y = like(q)?;
@@ -246,6 +249,7 @@ impl Attention {
     /// Ranges of queries whose weights exist at once.
     fn blocks(&self, batch: usize, seq: usize) -> Vec<Range<usize>> {
         let most = (WEIGHTS / (batch * self.heads * seq).max(1)).clamp(1, seq.max(1));
+        let most = if self.causal && seq > CAUSAL_QUERIES { most.min(CAUSAL_QUERIES) } else { most };
         (0..seq).step_by(most).map(|first| first..seq.min(first + most)).collect()
     }
 
@@ -348,7 +352,7 @@ impl Attention {
         &self,
         q: &Tensor,
         kv: &Tensor,
-        kept: &Option<[Tensor; 2]>,
+        kept: &[(Tensor, Tensor)],
         dy: &Tensor,
         products: Products,
     ) -> Result<Vec<Tensor>> {
@@ -358,9 +362,9 @@ impl Attention {
         let inner = q.dim(2)?;
         self.rows(dy, &dattended, None, (inner, 0), false)?;
         let (mut dqs, mut dk, mut dv) = (vec![], None, None);
-        for queries in self.blocks(batch, seq) {
-            let (weights, dropped) = match kept {
-                Some([weights, dropped]) => (weights.clone(), dropped.clone()),
+        for (i, queries) in self.blocks(batch, seq).into_iter().enumerate() {
+            let (weights, dropped) = match kept.get(i) {
+                Some(kept) => kept.clone(),
                 None => self.weights(&heads, &queries, products)?,
             };
             let dout = dattended.narrow(2, queries.start, queries.len())?.contiguous()?;
