@@ -227,10 +227,13 @@ extern "C" __global__ void softmax(float *scores, const unsigned char *mask, int
     for (int k = threadIdx.x + HELD * blockDim.x; k < keys; k += blockDim.x) s[k] = k < limit ? s[k] * total : 0.0f;
 }
 
-// The gradient of the scores before `scale`: d = scale * p * (d - sum(p d)), in place in d.
-extern "C" __global__ void softmax_backward(const float *weights, float *d, int keys, float scale) {
+// The gradient of the scores before `scale`: d = scale * p * (d - sum(p d)), in place in d. The scores of masked keys have none,
+// also where all keys are masked.
+extern "C" __global__ void softmax_backward(const float *weights, float *d, const unsigned char *mask, int queries, int keys,
+                                            int heads, float scale) {
     long long row = blockIdx.x;
     const float *p = weights + row * keys;
+    const unsigned char *seen = mask ? mask + row / queries / heads * keys : 0;
     float *g = d + row * keys;
     float ps[HELD], gs[HELD], along = 0.0f;
     #pragma unroll
@@ -245,9 +248,10 @@ extern "C" __global__ void softmax_backward(const float *weights, float *d, int 
     #pragma unroll
     for (int i = 0; i < HELD; i++) {
         int k = threadIdx.x + i * blockDim.x;
-        if (k < keys) g[k] = scale * ps[i] * (gs[i] - along);
+        if (k < keys) g[k] = seen && !seen[k] ? 0.0f : scale * ps[i] * (gs[i] - along);
     }
-    for (int k = threadIdx.x + HELD * blockDim.x; k < keys; k += blockDim.x) g[k] = scale * p[k] * (g[k] - along);
+    for (int k = threadIdx.x + HELD * blockDim.x; k < keys; k += blockDim.x)
+        g[k] = seen && !seen[k] ? 0.0f : scale * p[k] * (g[k] - along);
 }
 
 // Adam with decoupled weight decay; the gradient is multiplied by `factor` first.

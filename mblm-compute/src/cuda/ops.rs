@@ -311,10 +311,7 @@ impl Attention {
         let q = heads.q.narrow(2, queries.start, queries.len())?.contiguous()?;
         let weights = products.product_transposed(&q, &self.seen(&heads.k, queries)?)?;
         let (batch, count, rows, keys) = weights.dims4()?;
-        let mask = match &self.mask {
-            Some(mask) => Some(mask.narrow(1, 0, keys)?.contiguous()?),
-            None => None,
-        };
+        let mask = self.mask_of(keys)?;
         let args = [
             Arg::Tensor(&weights),
             mask.as_ref().map_or(Arg::Null, Arg::Tensor),
@@ -331,6 +328,11 @@ impl Attention {
             None => weights.clone(),
         };
         Ok((weights, dropped))
+    }
+
+    /// The mask of the first `keys` keys.
+    fn mask_of(&self, keys: usize) -> Result<Option<Tensor>> {
+        Ok(self.mask.as_ref().map(|mask| mask.narrow(1, 0, keys)?.contiguous()).transpose()?)
     }
 
     fn scale(&self, q: &Tensor) -> Result<f32> {
@@ -373,7 +375,16 @@ impl Attention {
                 d = self.drop_out(&d, &queries, seq)?;
             }
             let (rows, keys) = (d.elem_count() / d.dim(3)?, d.dim(3)?);
-            let args = [Arg::Tensor(&weights), Arg::Tensor(&d), Arg::Int(keys), Arg::Float(self.scale(&heads.q)?)];
+            let mask = self.mask_of(keys)?;
+            let args = [
+                Arg::Tensor(&weights),
+                Arg::Tensor(&d),
+                mask.as_ref().map_or(Arg::Null, Arg::Tensor),
+                Arg::Int(queries.len()),
+                Arg::Int(keys),
+                Arg::Int(self.heads),
+                Arg::Float(self.scale(&heads.q)?),
+            ];
             launch(d.device(), "softmax_backward", Grid::rows(rows, keys), &args)?;
             dqs.push(products.product(&d, &self.seen(&heads.k, &queries)?)?);
             let q = heads.q.narrow(2, queries.start, queries.len())?.contiguous()?;
