@@ -5,6 +5,7 @@ use std::ops::Range;
 use candle_core::{DType, Device, Tensor};
 
 use super::launch::{Arg, Grid, launch, unwritten};
+pub use super::selective_scan::selective_scan;
 use crate::backward::with_backward;
 use crate::error::Result;
 use crate::mode::Dropout;
@@ -20,7 +21,7 @@ const WEIGHTS: usize = 1 << 26;
 /// Queries of a block where only the past is seen: what a block does not see is not computed.
 const CAUSAL_QUERIES: usize = 512;
 
-fn like(x: &Tensor) -> Result<Tensor> {
+pub(super) fn like(x: &Tensor) -> Result<Tensor> {
     Ok(unwritten(x.dims(), DType::F32, x.device())?)
 }
 

@@ -108,6 +108,10 @@ pub fn conv1d_silu(x: &Tensor, first: usize, weight: &Tensor, bias: &Tensor) -> 
 
 /// [`selective_scan_composed`]
 pub fn selective_scan(inputs: [&Tensor; 5], a_log: &Tensor, d: &Tensor, dt_bias: &Tensor) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if cuda::available(inputs[0]) {
+        return cuda::ops::selective_scan(inputs, a_log, d, dt_bias);
+    }
     selective_scan_composed(inputs, a_log, d, dt_bias)
 }
 
