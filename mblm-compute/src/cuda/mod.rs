@@ -5,5 +5,7 @@ mod launch;
 pub mod memory;
 pub mod ops;
 mod selective_scan;
+#[cfg(test)]
+mod tests;
 
 pub use launch::available;
