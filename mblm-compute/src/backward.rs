@@ -20,7 +20,32 @@ pub fn with_backward(
     if inputs.iter().all(|input| !input.track_op()) {
         return Ok(y.detach());
     }
-    let op = Given { y: y.detach().force_contiguous()?, backward };
+    let y = y.detach();
+    let is_whole = y.is_contiguous() && y.storage_and_layout().1.start_offset() == 0;
+    let y = if is_whole { y } else { y.force_contiguous()? };
+    node(inputs, Given { y, is_own: false, backward })
+}
+
+/// As [`with_backward`], for a `y` that nobody else holds: its memory becomes the node's, where the device allows it.
+///
+/// # Shapes
+/// - `y` is contiguous and the whole of its storage
+#[cfg(feature = "cuda")]
+pub(crate) fn with_own_backward(
+    inputs: &[&Tensor],
+    y: Tensor,
+    backward: impl Fn(&[&Tensor], &Tensor) -> Result<Vec<Tensor>> + Send + Sync + 'static,
+) -> Result<Tensor> {
+    if inputs.iter().all(|input| !input.track_op()) {
+        return Ok(y);
+    }
+    node(inputs, Given { y: y.detach(), is_own: true, backward })
+}
+
+fn node<F>(inputs: &[&Tensor], op: Given<F>) -> Result<Tensor>
+where
+    F: Fn(&[&Tensor], &Tensor) -> Result<Vec<Tensor>> + Send + Sync + 'static,
+{
     Ok(match inputs {
         [x] => x.apply_op1(op)?,
         [x, z] => x.apply_op2(z, op)?,
@@ -54,13 +79,16 @@ pub fn recomputed(
 /// See [`with_backward`].
 struct Given<F> {
     y: Tensor,
+    /// Whether nobody else has the memory of `y`, so that it can be taken instead of copied.
+    is_own: bool,
     backward: F,
 }
 
 /// Backward from `y` when the gradient of the loss with respect to it is `dy`.
 pub fn backward_from(y: &Tensor, dy: Tensor) -> candle_core::Result<GradStore> {
     let loss = Tensor::zeros((), y.dtype(), y.device())?;
-    y.apply_op1(Given { y: loss, backward: move |_: &[&Tensor], _: &Tensor| Ok(vec![dy.clone()]) })?.backward()
+    y.apply_op1(Given { y: loss, is_own: false, backward: move |_: &[&Tensor], _: &Tensor| Ok(vec![dy.clone()]) })?
+        .backward()
 }
 
 impl<F: Fn(&[&Tensor], &Tensor) -> Result<Vec<Tensor>>> Given<F> {
@@ -92,6 +120,10 @@ macro_rules! forwards {
         }
         fn cuda_fwd(&self, $($input: &CudaStorage, _: &Layout),+) -> candle_core::Result<(CudaStorage, Shape)> {
             $(let _ = $input;)+
+            #[cfg(feature = "cuda")]
+            if self.is_own {
+                return Ok((crate::cuda::take(&self.y)?, self.y.shape().clone()));
+            }
             copied!(self, Cuda)
         }
         fn metal_fwd(&self, $($input: &MetalStorage, _: &Layout),+) -> candle_core::Result<(MetalStorage, Shape)> {

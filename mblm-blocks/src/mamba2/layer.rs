@@ -13,7 +13,7 @@ use mblm_sdk::ops::gated_rms_norm::GatedRmsNorm;
 use mblm_sdk::ops::linear;
 use mblm_sdk::ops::on_device;
 use mblm_sdk::ops::rms_norm::{Eps, RmsNorm};
-use mblm_sdk::ops::ssd::{self, Grads, Inputs, ParamGrads, Ssd, ssd_composed};
+use mblm_sdk::ops::ssd::{self, Grads, Inputs, ParamGrads, Ssd};
 use mblm_sdk::parallel::{self, Shared};
 use mblm_sdk::rows::{Rows, RowsMut};
 use mblm_sdk::simd;
@@ -154,7 +154,7 @@ impl Layer for Mamba2Layer {
         let (b, c) = (xbc.narrow(2, inner, n)?, xbc.narrow(2, inner + n, n)?);
         let dt = proj.narrow(2, inner + conv, self.sizes.heads)?;
         let u = xbc.narrow(2, 0, inner)?;
-        let y = ssd_composed([&u, &dt, &b, &c], &get(&self.a_log)?, &get(&self.d)?, &get(&self.dt_bias)?)?;
+        let y = on_device::ssd([&u, &dt, &b, &c], &get(&self.a_log)?, &get(&self.d)?, &get(&self.dt_bias)?)?;
         let gated = on_device::gated_rms_norm(&y, &proj.narrow(2, 0, inner)?, &get(&self.gate_norm)?, EPS)?;
         let mixed = on_device::linear(&gated, &get(&self.out_proj)?, None)?;
         Ok((x + dropout_composed(&mixed, mode.dropout(self.dropout.0, self.dropout.1))?)?)

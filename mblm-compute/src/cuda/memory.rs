@@ -1,11 +1,13 @@
 //! The memory of a card.
 
 use std::ffi::c_void;
+use std::sync::{Mutex, PoisonError};
 
+use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::cudarc::driver::result::{self, mem_pool};
 use candle_core::cuda_backend::cudarc::driver::sys::{CUmemPool_attribute, CUmemoryPool};
 use candle_core::cuda_backend::{CudaDevice, WrapErr};
-use candle_core::{Device, Result};
+use candle_core::{CpuStorage, CudaStorage, Device, InplaceOp1, Layout, Result, Tensor, bail};
 
 /// Makes ready a device that was just opened. Freed memory stays with the process, since the driver gives it back at every
 /// wait otherwise and each step would ask for all of it again. There is one stream, so tensors need no events that tell
@@ -36,6 +38,31 @@ pub fn peak(device: &Device) -> Option<u64> {
 pub fn reset_peak(device: &Device) -> Result<()> {
     let Device::Cuda(device) = device else { return Ok(()) };
     set(device, CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH, &mut 0)
+}
+
+/// The storage of a tensor that nobody else holds. The tensor is left without elements to read.
+pub(crate) fn take(x: &Tensor) -> Result<CudaStorage> {
+    struct Take(Mutex<Option<CudaStorage>>);
+    impl InplaceOp1 for Take {
+        fn name(&self) -> &'static str {
+            "take"
+        }
+        fn cpu_fwd(&self, _: &mut CpuStorage, _: &Layout) -> Result<()> {
+            bail!("only the storage of a card is taken")
+        }
+        fn cuda_fwd(&self, storage: &mut CudaStorage, _: &Layout) -> Result<()> {
+            let device = storage.device().clone();
+            let empty = CudaStorage::wrap_cuda_slice(device.alloc_zeros::<f32>(1)?, device);
+            *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(std::mem::replace(storage, empty));
+            Ok(())
+        }
+    }
+    let taken = Take(Mutex::default());
+    x.inplace_op1(&taken)?;
+    match taken.0.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        Some(storage) => Ok(storage),
+        None => bail!("the storage was not taken"),
+    }
 }
 
 fn pool(device: &CudaDevice) -> Result<CUmemoryPool> {

@@ -9,3 +9,4 @@ mod selective_scan;
 mod tests;
 
 pub use launch::available;
+pub(crate) use memory::take;

@@ -5,8 +5,8 @@ use std::ops::Range;
 use candle_core::{DType, Device, Tensor};
 
 use super::launch::{Arg, Grid, launch, unwritten};
-pub use super::selective_scan::selective_scan;
-use crate::backward::with_backward;
+pub use super::selective_scan::{selective_scan, ssd};
+use crate::backward::with_own_backward;
 use crate::error::Result;
 use crate::mode::Dropout;
 use crate::ops::product::Products;
@@ -62,7 +62,7 @@ pub fn rms_norm(x: &Tensor, gain: &Tensor, eps: Eps, shift: bool) -> Result<Tens
         Arg::Float(inside),
     ];
     launch(x.device(), "rms_norm", Grid::rows(rows, dim), &args)?;
-    with_backward(&[x, gain], &y, move |inputs, dy| {
+    with_own_backward(&[x, gain], y, move |inputs, dy| {
         let [x, gain] = inputs else { return Ok(vec![]) };
         let blocks = rows.clamp(1, 4 * SLICES);
         let (dx, partial) = (like(x)?, unwritten(&[blocks, dim], DType::F32, x.device())?);
@@ -95,7 +95,7 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
         y = bias_add(&y, bias, None)?;
     }
     let operands: Vec<&Tensor> = [x, weight].into_iter().chain(bias).collect();
-    with_backward(&operands, &y.reshape(shape)?, move |operands, dy| {
+    with_own_backward(&operands, y.reshape(shape)?, move |operands, dy| {
         let (x, dy) = (flat(operands[0], inputs)?, flat(dy, outputs)?);
         let dx = products.product(&dy, operands[1])?.reshape(operands[0].shape())?;
         let mut grads = vec![dx, products.product(&dy.t()?, &x)?];
@@ -113,7 +113,7 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
 pub fn add_to_rows(x: &Tensor, row: &Tensor) -> Result<Tensor> {
     let (x, row) = (&x.contiguous()?, &row.contiguous()?);
     let y = bias_add(x, row, None)?;
-    with_backward(&[x, row], &y, |inputs, dy| {
+    with_own_backward(&[x, row], y, |inputs, dy| {
         let len = inputs[1].elem_count();
         let rows = dy.reshape((dy.elem_count() / len, len))?;
         Ok(vec![dy.clone(), column_sums(&rows)?.reshape(inputs[1].shape())?])
@@ -129,7 +129,7 @@ pub fn layer_norm(x: &Tensor, gain: &Tensor, bias: &Tensor, eps: f32) -> Result<
     let tensors = [x, gain, bias, &y, &stats].map(Arg::Tensor);
     let args: Vec<Arg> = tensors.into_iter().chain([Arg::Int(dim), Arg::Float(eps)]).collect();
     launch(x.device(), "layer_norm", Grid::rows(rows, dim), &args)?;
-    with_backward(&[x, gain, bias], &y, move |inputs, dy| {
+    with_own_backward(&[x, gain, bias], y, move |inputs, dy| {
         let blocks = rows.clamp(1, 4 * SLICES);
         let (dx, partial) = (like(dy)?, unwritten(&[blocks, 2 * dim], DType::F32, dy.device())?);
         let args = sized(&[inputs[0], inputs[1], &stats, dy, &dx, &partial], rows, &[dim]);
@@ -192,7 +192,7 @@ pub fn bias_gelu(x: &Tensor, bias: &Tensor, dropout: Option<Dropout>) -> Result<
     let sizes = [Arg::Long(len), Arg::Int(dim), key, threshold, scale];
     let args: Vec<Arg> = [Arg::Tensor(x), Arg::Tensor(bias), Arg::Tensor(&y)].into_iter().chain(sizes).collect();
     launch(x.device(), "bias_gelu", Grid::elements(len), &args)?;
-    with_backward(&[x, bias], &y, move |inputs, dy| {
+    with_own_backward(&[x, bias], y, move |inputs, dy| {
         let dx = like(dy)?;
         let [key, threshold, scale] = mask_args(dropout);
         let tensors = [inputs[0], inputs[1], dy, &dx].map(Arg::Tensor);
@@ -244,7 +244,7 @@ impl Attention {
         let attended = if outputs.len() == 1 { outputs.remove(0) } else { Tensor::cat(&outputs, 2)? };
         let y = like(q)?;
         self.rows(&y, &attended, None, (q.dim(2)?, 0), true)?;
-        with_backward(&[q, kv], &y, move |inputs, dy| self.backward(inputs[0], inputs[1], &kept, dy, products))
+        with_own_backward(&[q, kv], y, move |inputs, dy| self.backward(inputs[0], inputs[1], &kept, dy, products))
     }
 
     /// Ranges of queries whose weights exist at once.
@@ -481,7 +481,7 @@ pub fn conv1d_silu(x: &Tensor, first: usize, weight: &Tensor, bias: &Tensor) -> 
     let y = unwritten(&[batch, seq, channels], DType::F32, x.device())?;
     let args = sized(&[x, weight, bias, &y], len, &sizes);
     launch(x.device(), "conv1d_silu", Grid::elements(len), &args)?;
-    with_backward(&[x, weight, bias], &y, move |inputs, dy| {
+    with_own_backward(&[x, weight, bias], y, move |inputs, dy| {
         let (du, dx) = (like(dy)?, like(dy)?);
         let args = sized(&[inputs[0], inputs[1], inputs[2], dy, &du], len, &sizes);
         launch(dy.device(), "conv1d_silu_backward", Grid::elements(len), &args)?;

@@ -2,7 +2,7 @@
 // The selective scan of Mamba: h_t = exp(delta_t a) h_{t-1} + delta_t B_t x_t, y_t = (C_t . h_t + D x_t) silu(z_t), with
 // a = -exp(a_log) and delta = softplus(dt + bias).
 //
-// rows: (B, S, 3 E), x, dt and z; maps: (B, S, 2 N), B and C; params: (E, N + 2), a_log, D and the bias.
+// rows: (B, S, parts E), x, dt and, with three parts, z; without z nothing gates the outputs. maps: (B, S, 2 N), B and C; params: (E, N + 2), a_log, D and the bias.
 //
 // Sequences are cut into chunks of CHUNK positions. A first pass runs every chunk from a zero state, `scan_carry` turns the
 // states at their ends into the states at their starts, and a second pass runs every chunk from there. Backward does the
@@ -40,12 +40,16 @@ struct Position {
     float x, raw, delta, z;
 };
 
-static __device__ __forceinline__ Position position(const float *rows, long long row, int e, int channels, float bias) {
+static __device__ __forceinline__ Position position(const float *rows, long long row, int e, int channels, int parts,
+                                                    float bias) {
     if (e >= channels) return {0.0f, 0.0f, 0.0f, 0.0f};
-    const float *at = rows + row * 3 * channels + e;
+    const float *at = rows + row * parts * channels + e;
     float raw = at[channels] + bias;
-    return {at[0], raw, softplus(raw), at[2 * channels]};
+    return {at[0], raw, softplus(raw), parts == 3 ? at[2 * channels] : 0.0f};
 }
+
+// What the output is multiplied by.
+static __device__ __forceinline__ float gate_of(Position at, int parts) { return parts == 3 ? at.z * sigmoid(at.z) : 1.0f; }
 
 // B and C of the group of states from `first` on; zeros where there are no more states.
 struct Maps {
@@ -94,7 +98,7 @@ static __device__ __forceinline__ void store_states(const float *h, float *kept,
 // ends of the chunks to `ends` and the sums of delta over each to `steps`, (B, chunks, E).
 extern "C" __global__ void __launch_bounds__(SCAN_THREADS)
     scan(const float *__restrict__ rows, const float *__restrict__ maps, const float *__restrict__ params,
-         const float *__restrict__ starts, float *y, float *ends, float *steps, long long count, int seq, int channels, int states) {
+         const float *__restrict__ starts, float *y, float *ends, float *steps, long long count, int seq, int channels, int states, int parts) {
     __shared__ Maps map;
     int e = blockIdx.x * blockDim.x + threadIdx.x;
     const float *own = params + (long long)e * (states + 2) + states;
@@ -110,7 +114,7 @@ extern "C" __global__ void __launch_bounds__(SCAN_THREADS)
             float h[STATES], total = 0.0f;
             load_states(h, starts, number, e, channels, states, first);
             for (int t = 0; t < chunk.len; t++) {
-                Position at = position(rows, chunk.row + t, e, channels, bias);
+                Position at = position(rows, chunk.row + t, e, channels, parts, bias);
                 float *out = y + (chunk.row + t) * channels + e;
                 float input = at.delta * at.x, sum = 0.0f;
                 total += at.delta;
@@ -121,7 +125,7 @@ extern "C" __global__ void __launch_bounds__(SCAN_THREADS)
                 }
                 if (!y) continue;
                 sum += first == 0 ? d * at.x : *out;
-                *out = last ? sum * at.z * sigmoid(at.z) : sum;
+                *out = last ? sum * gate_of(at, parts) : sum;
             }
             if (y) continue;
             store_states(h, ends, number, e, channels, states, first);
@@ -133,7 +137,7 @@ extern "C" __global__ void __launch_bounds__(SCAN_THREADS)
 // The gradients of the states before the chunks, from zero gradients of the states at their ends.
 extern "C" __global__ void __launch_bounds__(SCAN_THREADS)
     scan_retreat(const float *__restrict__ rows, const float *__restrict__ maps, const float *__restrict__ params,
-                 const float *__restrict__ dy, float *grads, long long count, int seq, int channels, int states) {
+                 const float *__restrict__ dy, float *grads, long long count, int seq, int channels, int states, int parts) {
     __shared__ Maps map;
     int e = blockIdx.x * blockDim.x + threadIdx.x;
     float bias = e < channels ? params[(long long)e * (states + 2) + states + 1] : 0.0f;
@@ -147,8 +151,8 @@ extern "C" __global__ void __launch_bounds__(SCAN_THREADS)
             float dh[STATES];
             load_states(dh, 0, number, e, channels, states, first);
             for (int t = chunk.len - 1; t >= 0; t--) {
-                Position at = position(rows, chunk.row + t, e, channels, bias);
-                float dsum = dy[(chunk.row + t) * channels + e] * at.z * sigmoid(at.z);
+                Position at = position(rows, chunk.row + t, e, channels, parts, bias);
+                float dsum = dy[(chunk.row + t) * channels + e] * gate_of(at, parts);
 #pragma unroll
                 for (int n = 0; n < STATES; n++) dh[n] = (dh[n] + map.c[t][n] * dsum) * exp2f(at.delta * a[n]);
             }
@@ -201,7 +205,7 @@ static __device__ __forceinline__ float sums_of_warp(float *v) {
 extern "C" __global__ void __launch_bounds__(SCAN_THREADS)
     scan_backward(const float *__restrict__ rows, const float *__restrict__ maps, const float *__restrict__ params,
                   const float *__restrict__ starts, const float *__restrict__ grads, const float *__restrict__ dy, float *drows,
-                  float *dmaps, float *dparams, long long count, int seq, int channels, int states) {
+                  float *dmaps, float *dparams, long long count, int seq, int channels, int states, int parts) {
     __shared__ Maps map;
     __shared__ float sums[SCAN_THREADS / WARP][CHUNK][2 * STATES];
     int e = blockIdx.x * blockDim.x + threadIdx.x, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
@@ -221,7 +225,7 @@ extern "C" __global__ void __launch_bounds__(SCAN_THREADS)
             float before[CHUNK][STATES], h[STATES], dh[STATES];
             load_states(h, starts, number, e, channels, states, first);
             for (int t = 0; t < chunk.len; t++) {
-                Position at = position(rows, chunk.row + t, e, channels, bias);
+                Position at = position(rows, chunk.row + t, e, channels, parts, bias);
                 float input = at.delta * at.x;
 #pragma unroll
                 for (int n = 0; n < STATES; n++) {
@@ -232,9 +236,9 @@ extern "C" __global__ void __launch_bounds__(SCAN_THREADS)
             load_states(dh, grads, number, e, channels, states, first);
             for (int t = chunk.len - 1; t >= 0; t--) {
                 long long row = chunk.row + t;
-                Position at = position(rows, row, e, channels, bias);
+                Position at = position(rows, row, e, channels, parts, bias);
                 float gate = sigmoid(at.z), dout = there ? dy[row * channels + e] : 0.0f;
-                float dsum = dout * at.z * gate, input = at.delta * at.x;
+                float dsum = dout * gate_of(at, parts), input = at.delta * at.x;
                 float sum = 0.0f, dinput = 0.0f, ddelta = 0.0f, dmap[2 * STATES];
 #pragma unroll
                 for (int n = 0; n < STATES; n++) {
@@ -260,10 +264,10 @@ extern "C" __global__ void __launch_bounds__(SCAN_THREADS)
                 }
                 float dz = dout * sum * gate * (1.0f + at.z * (1.0f - gate));
                 if (there) {
-                    float *to = drows + row * 3 * channels + e;
+                    float *to = drows + row * parts * channels + e;
                     to[0] = first == 0 ? dx : to[0] + dx;
                     to[channels] = first == 0 ? ddt : to[channels] + ddt;
-                    to[2 * channels] = first == 0 ? dz : to[2 * channels] + dz;
+                    if (parts == 3) to[2 * channels] = first == 0 ? dz : to[2 * channels] + dz;
                 }
                 sums[warp][t][lane] = sums_of_warp(dmap);
             }

@@ -4,7 +4,7 @@ use candle_core::{DType, Device, Tensor};
 
 use super::launch::{Arg, Grid, launch, unwritten};
 use super::ops::{column_sums, like};
-use crate::backward::with_backward;
+use crate::backward::with_own_backward;
 use crate::error::Result;
 
 /// Positions of a chunk: `CHUNK` of `selective_scan.cu`.
@@ -19,21 +19,42 @@ const BLOCKS: usize = 2048;
 /// See [`selective_scan_composed`](crate::ops::selective_scan::selective_scan_composed).
 pub fn selective_scan(inputs: [&Tensor; 5], a_log: &Tensor, d: &Tensor, dt_bias: &Tensor) -> Result<Tensor> {
     let [x, dt, b, c, z] = inputs;
-    let scan = Scan::of(x, a_log)?;
-    let rows = Tensor::cat(&[x, dt, z], 2)?.contiguous()?;
+    scan([x, dt, z].as_slice(), b, c, a_log, d, dt_bias)
+}
+
+/// See [`ssd_composed`](crate::ops::ssd::ssd_composed): a selective scan in which the channels of a head share their
+/// decays, step sizes and D.
+pub fn ssd(inputs: [&Tensor; 4], a_log: &Tensor, d: &Tensor, dt_bias: &Tensor) -> Result<Tensor> {
+    let [x, dt, b, c] = inputs;
+    let (batch, seq, inner) = x.dims3()?;
+    let (heads, states) = (d.elem_count(), b.dim(2)?);
+    let width = inner / heads;
+    let per_channel =
+        |of_heads: &Tensor| of_heads.unsqueeze(1)?.broadcast_as((heads, width))?.contiguous()?.flatten_all();
+    let dt = dt.contiguous()?.unsqueeze(3)?.broadcast_as((batch, seq, heads, width))?.contiguous()?;
+    let dt = dt.reshape((batch, seq, inner))?;
+    let a_log = a_log.reshape((heads, 1, 1))?.broadcast_as((heads, width, states))?.contiguous()?;
+    let a_log = a_log.reshape((inner, states))?;
+    scan([x, &dt].as_slice(), b, c, &a_log, &per_channel(d)?, &per_channel(dt_bias)?)
+}
+
+/// A scan over x and dt, and z if outputs are gated.
+fn scan(parts: &[&Tensor], b: &Tensor, c: &Tensor, a_log: &Tensor, d: &Tensor, dt_bias: &Tensor) -> Result<Tensor> {
+    let scan = Scan::of(parts, a_log)?;
+    let rows = Tensor::cat(parts, 2)?.contiguous()?;
     let maps = Tensor::cat(&[b, c], 2)?.contiguous()?;
     let params = Tensor::cat(&[a_log, &d.unsqueeze(1)?, &dt_bias.unsqueeze(1)?], 1)?.contiguous()?;
     let operands = [&rows, &maps, &params];
     let borders = scan.borders(operands)?;
     let y = scan.forward(operands, borders.as_ref())?;
-    with_backward(&operands, &y, move |operands, dy| {
+    with_own_backward(&operands, y, move |operands, dy| {
         let [rows, maps, params] = operands else { return Ok(vec![]) };
         scan.backward([rows, maps, params], borders.as_ref(), dy)
     })
 }
 
 /// The sizes of a scan. Its operands are, contiguous:
-/// - `rows`: `(B, S, 3 E)`, x, dt and z
+/// - `rows`: `(B, S, parts E)`, x, dt and perhaps z
 /// - `maps`: `(B, S, 2 N)`, B and C
 /// - `params`: `(E, N + 2)`, a_log, D and the bias
 struct Scan {
@@ -41,6 +62,8 @@ struct Scan {
     seq: usize,
     channels: usize,
     states: usize,
+    /// 3 with z, or 2.
+    parts: usize,
     device: Device,
 }
 
@@ -53,10 +76,10 @@ struct Borders {
 }
 
 impl Scan {
-    fn of(x: &Tensor, a_log: &Tensor) -> Result<Self> {
-        let (batch, seq, channels) = x.dims3()?;
+    fn of(parts: &[&Tensor], a_log: &Tensor) -> Result<Self> {
+        let (batch, seq, channels) = parts[0].dims3()?;
         let (_, states) = a_log.dims2()?;
-        Ok(Scan { batch, seq, channels, states, device: x.device().clone() })
+        Ok(Scan { batch, seq, channels, states, parts: parts.len(), device: a_log.device().clone() })
     }
 
     /// Chunks of a sequence.
@@ -78,8 +101,8 @@ impl Scan {
 
     /// Runs a kernel of chunks on `tensors`, null where there is none.
     fn run(&self, kernel: &'static str, tensors: &[Option<&Tensor>]) -> Result<()> {
-        let sizes =
-            [Arg::Long(self.batch * self.chunks()), Arg::Int(self.seq), Arg::Int(self.channels), Arg::Int(self.states)];
+        let sizes = [self.seq, self.channels, self.states, self.parts].map(Arg::Int);
+        let sizes = [Arg::Long(self.batch * self.chunks())].into_iter().chain(sizes);
         let tensors = tensors.iter().map(|tensor| tensor.map_or(Arg::Null, Arg::Tensor));
         Ok(launch(&self.device, kernel, self.grid(), &tensors.chain(sizes).collect::<Vec<_>>())?)
     }

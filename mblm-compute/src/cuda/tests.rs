@@ -287,3 +287,26 @@ fn the_scan_gives_the_same_bits_each_time() {
     let [first, second] = [0, 1].map(|_| run(DType::F32, &card(), &shapes, |v| scan(v, 0.0)));
     assert_eq!(first, second);
 }
+
+#[test]
+#[ignore = "needs a card"]
+fn ssd() {
+    // Batch, positions, heads, width of a head, states.
+    for [batch, seq, heads, width, states] in
+        [[2, 2, 1, 3, 1], [2, 33, 2, 16, 20], [1, 257, 4, 32, 64], [3, 70, 3, 5, 16]]
+    {
+        let shapes = [
+            vec![batch, seq, heads * width],
+            vec![batch, seq, heads],
+            vec![batch, seq, states],
+            vec![batch, seq, states],
+            vec![3, heads],
+        ];
+        let shapes: Vec<&[usize]> = shapes.iter().map(Vec::as_slice).collect();
+        check(&format!("ssd of {heads} heads, {seq} positions"), &shapes, |v| {
+            let params = [0, 1, 2].map(|i| v[4].narrow(0, i, 1)?.squeeze(0)?.contiguous());
+            let [a_log, d, bias] = params;
+            on_device::ssd([v[0], v[1], v[2], v[3]], &a_log?, &d?, &bias?)
+        });
+    }
+}

@@ -11,6 +11,7 @@ use super::linear::linear_composed;
 use super::rms_norm::{Eps, rms_norm_composed, token_shift_composed};
 use super::rotary::Rotary;
 use super::selective_scan::selective_scan_composed;
+use super::ssd::ssd_composed;
 #[cfg(feature = "cuda")]
 use crate::cuda;
 use crate::error::Result;
@@ -104,6 +105,15 @@ pub fn conv1d_silu(x: &Tensor, first: usize, weight: &Tensor, bias: &Tensor) -> 
         return cuda::ops::conv1d_silu(x, first, weight, bias);
     }
     conv1d_silu_composed(&x.narrow(2, first, bias.elem_count())?, weight, bias)
+}
+
+/// [`ssd_composed`]
+pub fn ssd(inputs: [&Tensor; 4], a_log: &Tensor, d: &Tensor, dt_bias: &Tensor) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if cuda::available(inputs[0]) {
+        return cuda::ops::ssd(inputs, a_log, d, dt_bias);
+    }
+    ssd_composed(inputs, a_log, d, dt_bias)
 }
 
 /// [`selective_scan_composed`]
