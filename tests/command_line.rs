@@ -55,6 +55,28 @@ fn a_mistake_in_a_configuration_exits_with_2() {
     assert_eq!(mblm(&["inspekt"]).0, 2);
 }
 
+#[cfg(not(feature = "cuda"))]
+#[test]
+fn a_device_that_the_program_lacks_is_an_error_that_says_how_to_build_it() {
+    let want = "error: device cuda: this program was built without it; build one that has it with `cargo build --release \
+                --features cuda` (docs/devices.md), or use `--device cpu`\n";
+    for args in [["bench", "model.yaml", "--device", "cuda:1"], ["doctor", "model.yaml", "--device", "cuda"]] {
+        assert_eq!(mblm(&args), (2, String::new(), want.into()), "{args:?}");
+    }
+    let (code, _, error) = mblm(&["bench", "model.yaml", "--device", "gpu"]);
+    assert!(code == 2 && error.contains("expected cpu, cuda, cuda:N"), "{error}");
+    let (code, _, error) = mblm(&["bench", "model.yaml", "--device", "auto", "--only", "forward", "--steps", "1"]);
+    assert_eq!(code, 0, "{error}");
+}
+
+#[test]
+fn a_configuration_is_measured_composed_and_examined_in_f64() {
+    let (code, out, error) = mblm(&["bench", "model.yaml", "--composed", "--steps", "1", "--batch", "1"]);
+    assert!(code == 0 && out.contains("train") && !out.contains("generate"), "{out}{error}");
+    let (code, out, error) = mblm(&["doctor", "model.yaml", "--dtype", "f64"]);
+    assert_eq!(code, 0, "{out}{error}");
+}
+
 #[cfg(target_os = "linux")]
 #[test]
 fn memory_that_cannot_be_had_is_an_error() {

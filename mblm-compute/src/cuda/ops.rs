@@ -16,10 +16,10 @@ use crate::ops::rms_norm::Eps;
 const SLICES: usize = 128;
 
 /// Attention weights that exist at the same time; those of a whole pass are kept for backward if they are not more.
-const WEIGHTS: usize = 1 << 26;
+const WEIGHTS: usize = 1 << 27;
 
-/// Queries of a block where only the past is seen: what a block does not see is not computed.
-const CAUSAL_QUERIES: usize = 512;
+/// Most queries of a block where only the past is seen: what a block does not see is not computed.
+const CAUSAL_QUERIES: usize = 768;
 
 pub(super) fn like(x: &Tensor) -> Result<Tensor> {
     Ok(unwritten(x.dims(), DType::F32, x.device())?)
@@ -250,14 +250,15 @@ impl Attention {
     /// Ranges of queries whose weights exist at once.
     fn blocks(&self, batch: usize, seq: usize) -> Vec<Range<usize>> {
         let most = (WEIGHTS / (batch * self.heads * seq).max(1)).clamp(1, seq.max(1));
-        let most = if self.causal && seq > CAUSAL_QUERIES { most.min(CAUSAL_QUERIES) } else { most };
+        let most = if self.causal { most.min(CAUSAL_QUERIES) } else { most };
+        let most = seq.div_ceil(seq.div_ceil(most).max(1)).max(1);
         (0..seq).step_by(most).map(|first| first..seq.min(first + most)).collect()
     }
 
     /// The keys or values that a range of queries sees.
     fn seen(&self, x: &Tensor, queries: &Range<usize>) -> Result<Tensor> {
         let keys = if self.causal { queries.end } else { x.dim(2)? };
-        Ok(x.narrow(2, 0, keys)?.contiguous()?)
+        Ok(x.narrow(2, 0, keys)?)
     }
 
     fn split(&self, q: &Tensor, kv: &Tensor) -> Result<Heads> {
@@ -309,7 +310,7 @@ impl Attention {
 
     /// The weights of a range of queries, before and after dropout, `(B, H, queries, keys)`.
     fn weights(&self, heads: &Heads, queries: &Range<usize>, products: Products) -> Result<(Tensor, Tensor)> {
-        let q = heads.q.narrow(2, queries.start, queries.len())?.contiguous()?;
+        let q = heads.q.narrow(2, queries.start, queries.len())?;
         let weights = products.product_transposed(&q, &self.seen(&heads.k, queries)?)?;
         let (batch, count, rows, keys) = weights.dims4()?;
         let mask = self.mask_of(keys)?;
@@ -370,7 +371,7 @@ impl Attention {
                 Some(kept) => kept.clone(),
                 None => self.weights(&heads, &queries, products)?,
             };
-            let dout = dattended.narrow(2, queries.start, queries.len())?.contiguous()?;
+            let dout = dattended.narrow(2, queries.start, queries.len())?;
             let mut d = products.product_transposed(&dout, &self.seen(&heads.v, &queries)?)?;
             if self.dropout.is_some() {
                 d = self.drop_out(&d, &queries, seq)?;
@@ -388,7 +389,7 @@ impl Attention {
             ];
             launch(d.device(), "softmax_backward", Grid::rows(rows, keys), &args)?;
             dqs.push(products.product(&d, &self.seen(&heads.k, &queries)?)?);
-            let q = heads.q.narrow(2, queries.start, queries.len())?.contiguous()?;
+            let q = heads.q.narrow(2, queries.start, queries.len())?;
             dk = Some(added(dk, products.product(&d.transpose(2, 3)?, &q)?, seq)?);
             dv = Some(added(dv, products.product(&dropped.transpose(2, 3)?, &dout)?, seq)?);
         }

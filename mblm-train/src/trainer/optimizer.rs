@@ -249,7 +249,9 @@ pub fn first_non_finite(store: &ParamStore, part: impl Fn(&Param) -> bool) -> Op
 
 #[cfg(test)]
 mod tests {
+    use candle_core::{DType, Device};
     use mblm_core::Init;
+    use mblm_core::device::Place;
 
     use super::*;
 
@@ -327,6 +329,55 @@ mod tests {
         }
         assert_eq!(second.step_count(), 3);
         assert_eq!(*straight.get("p.bias").unwrap().values(), *resumed.get("p.bias").unwrap().values());
+    }
+
+    /// The same store with tensors in place of slices.
+    fn in_f64() -> ParamStore {
+        let place = Place { device: Device::Cpu, dtype: DType::F64 };
+        let mut store = ParamStore::new(0).at(place);
+        for (name, shape, values) in
+            [("p.bias", &[4][..], &[0.5, -1.0, 2.0, 0.0][..]), ("q.weight", &[1, 2], &[1.0, -3.0])]
+        {
+            let mut root = store.root();
+            let param = match name {
+                "p.bias" => root.param(name, shape, Init::Const(0.0)),
+                _ => root.weight(name, shape, Init::Const(0.0)),
+            };
+            param.unwrap().update(|v| v.copy_from_slice(values)).unwrap();
+        }
+        store
+    }
+
+    #[test]
+    fn tensors_are_trained_and_restored_as_slices_are() {
+        let (slices, straight, resumed) = (store(), in_f64(), in_f64());
+        let config = AdamConfig { weight_decay: 0.1, ..AdamConfig::default() };
+        let mut adams = [&slices, &straight, &resumed].map(|store| Adam::new(store, config));
+        for (p, q) in GRADS {
+            set_grads(&slices, (p, q));
+            for store in [&straight, &resumed] {
+                store.zero_grad();
+                store.get("p.bias").unwrap().set_grad(&p).unwrap();
+                store.get("q.weight").unwrap().set_grad(&q).unwrap();
+            }
+            let moments = adams[2].moments(&resumed).unwrap().into_iter().map(Cow::into_owned).collect();
+            let steps = adams[2].step_count();
+            adams[2].restore(&resumed, moments, steps).unwrap();
+            let norms: Vec<GradNorm> =
+                [&slices, &straight, &resumed].map(|store| clip_grad_norm(store, 1.0).unwrap()).into();
+            assert!((norms[0].norm - norms[1].norm).abs() < 1e-6 && norms[1] == norms[2], "{norms:?}");
+            assert!((norms[0].mean - norms[1].mean).abs() < 1e-6, "{norms:?}");
+            for (adam, store) in adams.iter_mut().zip([&slices, &straight, &resumed]) {
+                adam.step(store, 0.01).unwrap();
+            }
+        }
+        for name in ["p.bias", "q.weight"] {
+            let [slices, straight, resumed] =
+                [&slices, &straight, &resumed].map(|store| store.get(name).unwrap().values().to_vec());
+            assert_close(&straight, &slices);
+            // Moments are saved in f32.
+            assert_close(&resumed, &straight);
+        }
     }
 
     #[test]
