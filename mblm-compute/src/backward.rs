@@ -23,7 +23,7 @@ pub fn with_backward(
     let y = y.detach();
     let is_whole = y.is_contiguous() && y.storage_and_layout().1.start_offset() == 0;
     let y = if is_whole { y } else { y.force_contiguous()? };
-    node(inputs, Given { y, is_own: false, backward })
+    node(inputs, Given::new(y, backward))
 }
 
 /// As [`with_backward`], for a `y` that nobody else holds: its memory becomes the node's, where the device allows it.
@@ -39,7 +39,7 @@ pub(crate) fn with_own_backward(
     if inputs.iter().all(|input| !input.track_op()) {
         return Ok(y);
     }
-    node(inputs, Given { y: y.detach(), is_own: true, backward })
+    node(inputs, Given { is_own: true, ..Given::new(y.detach(), backward) })
 }
 
 fn node<F>(inputs: &[&Tensor], op: Given<F>) -> Result<Tensor>
@@ -80,6 +80,7 @@ pub fn recomputed(
 struct Given<F> {
     y: Tensor,
     /// Whether nobody else has the memory of `y`, so that it can be taken instead of copied.
+    #[cfg(feature = "cuda")]
     is_own: bool,
     backward: F,
 }
@@ -87,11 +88,19 @@ struct Given<F> {
 /// Backward from `y` when the gradient of the loss with respect to it is `dy`.
 pub fn backward_from(y: &Tensor, dy: Tensor) -> candle_core::Result<GradStore> {
     let loss = Tensor::zeros((), y.dtype(), y.device())?;
-    y.apply_op1(Given { y: loss, is_own: false, backward: move |_: &[&Tensor], _: &Tensor| Ok(vec![dy.clone()]) })?
-        .backward()
+    y.apply_op1(Given::new(loss, move |_: &[&Tensor], _: &Tensor| Ok(vec![dy.clone()])))?.backward()
 }
 
 impl<F: Fn(&[&Tensor], &Tensor) -> Result<Vec<Tensor>>> Given<F> {
+    fn new(y: Tensor, backward: F) -> Self {
+        Given {
+            y,
+            #[cfg(feature = "cuda")]
+            is_own: false,
+            backward,
+        }
+    }
+
     fn back(&self, inputs: &[&Tensor], dy: &Tensor) -> candle_core::Result<std::vec::IntoIter<Tensor>> {
         Ok((self.backward)(inputs, &dy.contiguous()?)?.into_iter())
     }

@@ -21,6 +21,8 @@ pub struct Bigram {
     passes: AtomicU64,
     /// The training pass, counted from 0, whose loss is multiplied by the number.
     pub spoiled: Option<(u64, f64)>,
+    /// The training pass that finds no memory.
+    pub full: Option<u64>,
     /// The token that is no target.
     pub pad: Option<u32>,
     /// The share of logits that training drops.
@@ -41,6 +43,7 @@ impl Bigram {
             params,
             passes: AtomicU64::new(0),
             spoiled: None,
+            full: None,
             pad: None,
             dropout: 0.2,
             hook: None,
@@ -87,6 +90,9 @@ impl TrainModel for Bigram {
         }
         let pass = self.passes.fetch_add(1, Ordering::Relaxed);
         self.hook.iter().for_each(|hook| hook(pass));
+        if self.full == Some(pass) {
+            return Err(candle_core::Error::Msg("CUDA_ERROR_OUT_OF_MEMORY".into()).into());
+        }
         match self.spoiled {
             Some((spoiled, factor)) if spoiled == pass => Ok(((loss * factor)?, count).into()),
             _ => Ok((loss, count).into()),

@@ -175,6 +175,29 @@ fn a_crashed_run_goes_on_from_its_last_checkpoint() {
 }
 
 #[test]
+fn a_device_without_memory_ends_the_run_with_a_checkpoint() {
+    let (_folder, config) = workplace();
+    let model = Bigram::new();
+    let (run, _) = train(&model, &config, &never()).unwrap();
+    let straight = (model.weights(), losses(&run));
+    // Gradients of batch 9 wait at batch 10, so that the checkpoint before stands.
+    for (full, saved) in [(9, 9), (10, 5)] {
+        let mut model = Bigram::new();
+        model.full = Some(full);
+        let error = train(&model, &config, &never()).unwrap_err();
+        assert!(matches!(error, Error::OutOfMemory { batch, .. } if batch == full), "{error}");
+        assert!(error.to_string().contains("lower train.batch_size"), "{error}");
+        let runs = fs::read_dir(&config.io.output_dir).unwrap().map(|entry| entry.unwrap().path());
+        let run = runs.max_by_key(|path| fs::metadata(path).unwrap().modified().unwrap()).unwrap();
+        let newest = RunFolder::open(&run).unwrap().checkpoints().newest().unwrap();
+        assert_eq!(newest.state().unwrap().batches, saved);
+        let resumed = Bigram::new();
+        resume(&resumed, &run, &config, &never()).unwrap();
+        assert_eq!((resumed.weights(), losses(&run)), straight, "full at {full}");
+    }
+}
+
+#[test]
 fn the_seed_decides_and_another_one_differs() {
     let (_folder, mut config) = workplace();
     let weights = |config: &RunConfig| {
