@@ -101,11 +101,9 @@ fn cuda(card: usize) -> Result<Device> {
     if !cfg!(feature = "cuda") {
         return Err(without("cuda"));
     }
-    let opened = Device::new_cuda(card).and_then(|device| {
-        #[cfg(feature = "cuda")]
-        crate::cuda::memory::prepare(&device)?;
-        Ok(device)
-    });
+    let opened = Device::new_cuda(card);
+    #[cfg(feature = "cuda")]
+    let opened = opened.and_then(|device| crate::cuda::memory::prepare(&device).map(|()| device));
     opened.map_err(|error| {
         let reason = error.to_string();
         let reason = reason.lines().next().unwrap_or_default();

@@ -203,3 +203,42 @@ pub fn floats<'a>(storage: &'a CpuStorage, layout: &Layout) -> candle_core::Resu
         None => candle_core::bail!("expected a contiguous tensor"),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::composed;
+
+    /// `2 x`, on slices alone.
+    struct Twice(Shape);
+
+    impl Node for Twice {
+        type Tape = ();
+
+        fn shape(&self) -> Shape {
+            self.0.clone()
+        }
+
+        fn forward(&self, inputs: &[&[f32]], y: &mut [f32]) -> Result<()> {
+            y.iter_mut().zip(inputs[0]).for_each(|(y, x)| *y = 2.0 * x);
+            Ok(())
+        }
+
+        fn backward(&self, _: &[&[f32]], (): (), dy: &[f32], grads: &mut [Vec<f32>]) -> Result<()> {
+            grads[0].iter_mut().zip(dy).for_each(|(dx, dy)| *dx = 2.0 * dy);
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_node_without_a_composition_is_refused_by_name_where_it_cannot_fuse() {
+        let x = Tensor::ones((2, 3), DType::F32, &Device::Cpu).unwrap();
+        let twice = |x: &Tensor| apply1(Twice(x.shape().clone()), x, Mode::Eval);
+        assert_eq!(twice(&x).unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap(), 12.0);
+        let wide = twice(&x.to_dtype(DType::F64).unwrap()).unwrap_err().to_string();
+        let asked = composed(|| twice(&x)).unwrap_err().to_string();
+        for (error, found) in [(wide, "found F64 on cpu"), (asked, "found F32 on cpu")] {
+            assert!(error.contains("Twice has no composition") && error.contains(found), "{error}");
+        }
+    }
+}

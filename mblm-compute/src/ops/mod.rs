@@ -15,5 +15,5 @@ pub mod rms_norm;
 pub mod rotary;
 pub mod selective_scan;
 pub mod ssd;
-mod tables;
+pub mod tables;
 mod tasks;

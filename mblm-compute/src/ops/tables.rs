@@ -7,6 +7,7 @@ use candle_core::{DType, Device, Tensor};
 use crate::error::Result;
 
 /// The tables that one maker has made, with their lengths.
+#[derive(Default)]
 pub struct Tables(Mutex<Vec<(usize, Tensor)>>);
 
 impl Tables {

@@ -3,13 +3,14 @@
 
 use std::sync::Arc;
 
-use candle_core::{Shape, Tensor};
+use candle_core::{Device, Shape, Tensor};
 use mblm_sdk::block::PosEmb;
 use mblm_sdk::error::{Error, Result};
 use mblm_sdk::layer::Dims;
 use mblm_sdk::mode::Mode;
 use mblm_sdk::node::{Node, apply1, apply2};
 use mblm_sdk::ops::on_device;
+use mblm_sdk::ops::tables::Tables;
 use mblm_sdk::parallel::{Shared, for_rows, reduce_rows};
 use mblm_sdk::param::{Param, ParamScope};
 use mblm_sdk::simd::{self, vectorize};
@@ -20,8 +21,16 @@ pub(crate) enum Positions {
     None,
     /// `(P, D)`, added.
     Fixed(Arc<Param>),
-    /// Pairs of neighbouring channels are rotated; one frequency per pair.
-    Rope(Arc<Vec<f32>>),
+    /// Pairs of neighbouring channels are rotated.
+    Rope(Arc<Rope>),
+}
+
+/// How pairs of channels are rotated.
+pub(crate) struct Rope {
+    /// Radians per position of each pair.
+    frequencies: Vec<f32>,
+    /// Sines and cosines, `(2, positions, D / 2)`, for compositions.
+    tables: Tables,
 }
 
 impl Positions {
@@ -34,7 +43,8 @@ impl Positions {
             ))),
             Some(PosEmb::Rope) => {
                 let frequency = |i: usize| 1.0 / 10_000f32.powf((2 * i) as f32 / dim as f32);
-                Ok(Positions::Rope(Arc::new((0..dim / 2).map(frequency).collect())))
+                let frequencies = (0..dim / 2).map(frequency).collect();
+                Ok(Positions::Rope(Arc::new(Rope { frequencies, tables: Tables::new() })))
             }
         }
     }
@@ -44,7 +54,7 @@ impl Positions {
         match self {
             Positions::None => {}
             Positions::Fixed(table) => simd::add(&table.values()[position * row.len()..][..row.len()], row),
-            Positions::Rope(frequencies) => rotate(frequencies, position, row, 1.0),
+            Positions::Rope(rope) => rotate(&rope.frequencies, position, row, 1.0),
         }
     }
 }
@@ -58,20 +68,22 @@ fn rotate(frequencies: &[f32], position: usize, row: &mut [f32], sign: f32) {
     }
 }
 
-/// [`rotate`] of every position of `x`, `(R, S, D)`, as a composition.
-fn rotate_composed(frequencies: &[f32], x: &Tensor) -> Result<Tensor> {
-    let (batch, seq, dim) = x.dims3()?;
-    let angles = (0..seq).flat_map(|position| frequencies.iter().map(move |f| (position as f32 * f) as f64));
-    let (sin, cos): (Vec<f32>, Vec<f32>) = angles.map(|angle| (angle.sin() as f32, angle.cos() as f32)).unzip();
-    let table = |values: Vec<f32>| -> Result<Tensor> {
-        Ok(Tensor::from_vec(values, (seq, dim / 2), x.device())?.to_dtype(x.dtype())?)
-    };
-    let (sin, cos) = (table(sin)?, table(cos)?);
-    let pairs = x.reshape((batch, seq, dim / 2, 2))?;
-    let (even, odd) = (pairs.narrow(3, 0, 1)?.squeeze(3)?, pairs.narrow(3, 1, 1)?.squeeze(3)?);
-    let first = (even.broadcast_mul(&cos)? - odd.broadcast_mul(&sin)?)?;
-    let second = (odd.broadcast_mul(&cos)? + even.broadcast_mul(&sin)?)?;
-    Ok(Tensor::stack(&[first, second], 3)?.reshape((batch, seq, dim))?)
+impl Rope {
+    /// [`rotate`] of every position of `x`, `(R, S, D)`, as a composition.
+    fn composed(&self, x: &Tensor) -> Result<Tensor> {
+        let (batch, seq, dim) = x.dims3()?;
+        let tables = self.tables.get(seq, x.dtype(), x.device(), |positions| {
+            let angles = (0..positions).flat_map(|at| self.frequencies.iter().map(move |f| (at as f32 * f) as f64));
+            let (sin, cos): (Vec<f32>, Vec<f32>) = angles.map(|a| (a.sin() as f32, a.cos() as f32)).unzip();
+            Ok(Tensor::from_vec([sin, cos].concat(), (2, positions, dim / 2), &Device::Cpu)?)
+        })?;
+        let (sin, cos) = (tables.get(0)?.narrow(0, 0, seq)?, tables.get(1)?.narrow(0, 0, seq)?);
+        let pairs = x.reshape((batch, seq, dim / 2, 2))?;
+        let (even, odd) = (pairs.narrow(3, 0, 1)?.squeeze(3)?, pairs.narrow(3, 1, 1)?.squeeze(3)?);
+        let first = (even.broadcast_mul(&cos)? - odd.broadcast_mul(&sin)?)?;
+        let second = (odd.broadcast_mul(&cos)? + even.broadcast_mul(&sin)?)?;
+        Ok(Tensor::stack(&[first, second], 3)?.reshape((batch, seq, dim))?)
+    }
 }
 
 /// The input of one stage.
@@ -152,8 +164,9 @@ impl Node for Assemble {
                         if let Some(fixed) = &fixed {
                             simd::add(&fixed[..short], rest);
                         }
-                        if let Positions::Rope(f) = &self.input.positions {
-                            rest.chunks_exact_mut(dim).enumerate().for_each(|(i, row)| rotate(f, i, row, 1.0));
+                        if let Positions::Rope(rope) = &self.input.positions {
+                            let rows = rest.chunks_exact_mut(dim).enumerate();
+                            rows.for_each(|(i, row)| rotate(&rope.frequencies, i, row, 1.0));
                         }
                         if let Some(above) = inputs.get(1) {
                             simd::add(&above[r * short..][..short], rest);
@@ -183,8 +196,9 @@ impl Node for Assemble {
                             // SAFETY: ranges of sequences do not overlap.
                             let grad = unsafe { grad.slice(r * short..(r + 1) * short) };
                             grad.copy_from_slice(dy);
-                            if let (0, Positions::Rope(f)) = (i, &self.input.positions) {
-                                grad.chunks_exact_mut(dim).enumerate().for_each(|(i, row)| rotate(f, i, row, -1.0));
+                            if let (0, Positions::Rope(rope)) = (i, &self.input.positions) {
+                                let rows = grad.chunks_exact_mut(dim).enumerate();
+                                rows.for_each(|(i, row)| rotate(&rope.frequencies, i, row, -1.0));
                             }
                         }
                     }
@@ -207,7 +221,7 @@ impl Node for Assemble {
         let mut y = match &self.input.positions {
             Positions::None => tokens.clone(),
             Positions::Fixed(table) => on_device::add_to_rows(tokens, &table.tensor(mode).narrow(0, 0, seq)?)?,
-            Positions::Rope(frequencies) => rotate_composed(frequencies, tokens)?,
+            Positions::Rope(rope) => rope.composed(tokens)?,
         };
         if let Some(above) = inputs.get(1) {
             y = (y + *above)?;
