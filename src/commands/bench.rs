@@ -245,6 +245,19 @@ impl Precision {
     }
 }
 
+/// The most bytes that tensors have on `device` in two steps of training on random bytes; none if the device does not tell.
+///
+/// # Errors
+/// The model or a step does not fit the device.
+pub fn step_memory(config: &ModelConfig, step: Step, device: Device) -> Result<Option<u64>> {
+    let model = Model::of(config, MASKING_PROBA, 0, device.clone().into())?;
+    let ids = random_bytes(step.batch * step.bytes, num_tokens(&model));
+    let mut step = trainer(&model, Sequences { ids: &ids, len: step.bytes, loss_mask: None });
+    // The second step has moments from the start.
+    step().and_then(|()| step())?;
+    Ok(device::peak(&device))
+}
+
 /// One step as the package takes it: forward, backward, clip to norm 1, Adam.
 fn trainer<'a>(model: &'a Model, sequences: Sequences<'a>) -> impl FnMut() -> Result<()> + use<'a> {
     let mut adam = Adam::new(model.params(), AdamConfig::default());

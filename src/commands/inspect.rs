@@ -3,14 +3,18 @@
 use std::io::Write;
 use std::path::PathBuf;
 
+use anyhow::Context;
 use mblm_base::terminal::Output;
 use mblm_core::config::{MblmConfig, MblmEncoderConfig};
+use mblm_core::device::{self, DeviceName};
 use mblm_core::model::{Mblm, MblmEncoder};
 use mblm_core::registry::BlockRegistry;
 use mblm_train::config::{ModelConfig, RunConfig};
-use mblm_train::cost::{ModelCost, Step};
+use mblm_train::cost::{ModelCost, Step, bytes as shown_bytes};
 use mblm_yaml::Document;
+use serde_json::json;
 
+use crate::commands::bench;
 use crate::plugins::Plugins;
 
 /// Arguments of `mblm inspect`.
@@ -21,6 +25,9 @@ pub struct Args {
     /// Sequences in a training step [default: `train.batch_size`, or 1]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     batch: Option<u32>,
+    /// Measure the memory that a training step takes on this device: cuda, cuda:N, metal or auto
+    #[arg(long, value_name = "DEVICE")]
+    device: Option<DeviceName>,
     /// Override a field of the configuration, e.g. `--set params.num_layers=[4,2]`; may be repeated
     #[arg(long, value_name = "FIELD=VALUE")]
     set: Vec<String>,
@@ -48,9 +55,40 @@ pub fn run(args: &Args, plugins: &Plugins) -> anyhow::Result<()> {
             ModelCost::new(&config.mblm_config, model.params(), &model.stage_models().collect::<Vec<_>>(), step)
         }
     };
-    let text = if args.json { serde_json::to_string_pretty(&report)? + "\n" } else { report.to_string() };
+    let on_device = args.device.map(|name| on_device(name, &config, step)).transpose()?;
+    let text = match (args.json, on_device) {
+        (false, on_device) => report.to_string() + &on_device.map_or(String::new(), |OnDevice { line, .. }| line),
+        (true, None) => serde_json::to_string_pretty(&report)? + "\n",
+        (true, Some(OnDevice { device, bytes, .. })) => {
+            let mut json = serde_json::to_value(&report)?;
+            json["on_device"] = json!({ "device": device, "peak_bytes": bytes });
+            serde_json::to_string_pretty(&json)? + "\n"
+        }
+    };
     Output::new().write_all(text.as_bytes())?;
     Ok(())
+}
+
+/// What a training step takes on a device.
+struct OnDevice {
+    device: String,
+    bytes: Option<u64>,
+    line: String,
+}
+
+fn on_device(name: DeviceName, config: &ModelConfig, step: Step) -> anyhow::Result<OnDevice> {
+    let opened = name.open()?;
+    let device = device::name(&opened);
+    let bytes = match opened.is_cpu() {
+        true => None,
+        false => bench::step_memory(config, step, opened)
+            .with_context(|| format!("a training step of {} x {} bytes on {device}", step.batch, step.bytes))?,
+    };
+    let line = match bytes {
+        Some(bytes) => format!("\non {device}, a training step took {} (measured)\n", shown_bytes(bytes as f64)),
+        None => format!("\non {device}, the memory of tensors cannot be measured; the numbers above are for the CPU\n"),
+    };
+    Ok(OnDevice { device, bytes, line })
 }
 
 /// The model of a training YAML or of a model's, and what a step of its training reads.
