@@ -3,7 +3,7 @@
 use candle_core::{DType, Tensor};
 use mblm_base::random::mix;
 use mblm_core::device::Place;
-use mblm_core::model::{Mblm, MblmEncoder, Sequences};
+use mblm_core::model::{Mblm, MblmEncoder, Seen, Sequences};
 use mblm_core::{Mode, ParamStore, StageModel};
 use mblm_data::batches::Batch;
 
@@ -144,6 +144,14 @@ impl Model {
                 Model::Masked(MaskedBytes { encoder: MblmEncoder::at(encoder, seed, place)?, masking_proba })
             }
         })
+    }
+
+    /// Runs `work` and returns what was seen of the stages in its training passes, from global to local.
+    pub fn watch_stages<R>(&self, work: impl FnOnce() -> R) -> (R, Vec<Seen>) {
+        match self {
+            Model::Generative(model) => model.watch_stages(work),
+            Model::Masked(model) => model.encoder.watch_stages(work),
+        }
     }
 
     /// The model of each stage, from global to local.

@@ -11,6 +11,7 @@ use mblm_sdk::param::ParamStore;
 use super::hierarchy::Hierarchy;
 use super::input::{Ids, Sequences, check_vocabulary, to_u32};
 use super::warned;
+use super::watch::Seen;
 use crate::config::{MaskReduce, MblmEncoderConfig};
 
 /// A Multiscale Byte Language Model that sees the whole sequence. Shapes as in [`Mblm`](super::Mblm).
@@ -64,6 +65,11 @@ impl MblmEncoder {
     /// Like [`Mblm::measure_activations`](super::Mblm::measure_activations); an encoder has no start tokens.
     pub fn measure_activations<R>(&self, work: impl FnOnce() -> R) -> (R, Vec<f64>) {
         self.hierarchy.measure_activations(work)
+    }
+
+    /// Like [`Mblm::watch_stages`](super::Mblm::watch_stages).
+    pub fn watch_stages<R>(&self, work: impl FnOnce() -> R) -> (R, Vec<Seen>) {
+        self.hierarchy.watch_stages(work)
     }
 
     /// The input of the output layer.

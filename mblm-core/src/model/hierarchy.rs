@@ -12,11 +12,11 @@ use mblm_sdk::ops::cross_entropy::{CrossEntropy, Target};
 use mblm_sdk::ops::linear::linear_composed;
 use mblm_sdk::param::{Init, Param, ParamStore, Part};
 
-use super::activations::NotFinite;
 use super::input::Ids;
 use super::local_loss::LocalLoss;
 use super::stage::Stage;
 use super::stage_input::Positions;
+use super::watch::{NotFinite, Seen, What};
 use crate::config::MblmConfig;
 
 /// The stages and the output layer.
@@ -127,10 +127,7 @@ impl Hierarchy {
         let input = stage.input.forward(&tokens, above, mode)?;
         let output = stage.run(&input, masks.map(|m| &m[n]), mode)?;
         match output.dims() == input.dims() {
-            true => {
-                stage.activations.add(&output)?;
-                Ok(output)
-            }
+            true => Ok(output),
             false => Err(Error::Block(format!(
                 "the block of stage {} returned shape {:?} for {:?}",
                 n + 1,
@@ -142,20 +139,30 @@ impl Hierarchy {
 
     /// See [`Mblm::measure_activations`](super::Mblm::measure_activations).
     pub(crate) fn measure_activations<R>(&self, work: impl FnOnce() -> R) -> (R, Vec<f64>) {
-        self.stages.iter().for_each(|stage| stage.activations.start());
+        let (done, seen) = self.watch(What::Outputs, work);
+        let rms = |(seen, _): &(Seen, _)| if seen.output.is_empty() { f64::NAN } else { seen.output.rms() };
+        (done, seen.iter().map(rms).collect())
+    }
+
+    /// See [`Mblm::watch_stages`](super::Mblm::watch_stages).
+    pub(crate) fn watch_stages<R>(&self, work: impl FnOnce() -> R) -> (R, Vec<Seen>) {
+        let (done, seen) = self.watch(What::Training, work);
+        (done, seen.into_iter().map(|(seen, _)| seen).collect())
+    }
+
+    fn watch<R>(&self, what: What, work: impl FnOnce() -> R) -> (R, Vec<(Seen, Option<NotFinite>)>) {
+        self.stages.iter().for_each(|stage| stage.watch.start(what));
         let done = work();
-        (done, self.stages.iter().map(|stage| stage.activations.finish().0).collect())
+        (done, self.stages.iter().map(|stage| stage.watch.finish()).collect())
     }
 
     /// The error for `what` is not finite. Runs `pass`, which gave it, again to find the first stage whose output is not.
     pub(crate) fn not_finite(&self, what: &str, pass: impl FnOnce() -> Result<Tensor>) -> Error {
-        self.stages.iter().for_each(|stage| stage.activations.start());
-        let again = pass();
-        let found: Vec<Option<NotFinite>> = self.stages.iter().map(|stage| stage.activations.finish().1).collect();
+        let (again, found) = self.watch(What::Outputs, pass);
         if let Err(error) = again {
             return error;
         }
-        let first = found.iter().enumerate().find_map(|(n, found)| Some((n, (*found)?)));
+        let first = found.iter().enumerate().find_map(|(n, (_, found))| Some((n, (*found)?)));
         Error::NotFinite(match first {
             Some((n, NotFinite { value, sequence, position })) => format!(
                 "{what}: the output of {} is {value} first, at sequence {sequence}, position {position}",

@@ -68,8 +68,7 @@ impl LocalLoss {
         let tokens = self.stage.embedding.forward(&ids, mode)?.reshape((rows, seq, dim))?;
         let input = self.stage.input.forward(&tokens, Some(above), mode)?;
         let mask = self.mask.as_ref().map(|mask| mask.narrow(0, first, rows)?.contiguous()).transpose()?;
-        let output = self.stage.model.forward(&input, mask.as_ref(), mode)?;
-        self.stage.activations.add(&output)?;
+        let output = self.stage.watch.run(&input, mode, |x| self.stage.model.forward(x, mask.as_ref(), mode))?;
         let long = output.dim(1)?;
         let begin = self.targets.partition_point(|target| (target.row as usize) < first * long);
         let end = self.targets.partition_point(|target| (target.row as usize) < (first + rows) * long);

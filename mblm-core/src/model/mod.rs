@@ -1,6 +1,5 @@
 //! The hierarchy: a decoder ([`Mblm`]) and an encoder ([`MblmEncoder`]) that share their stages.
 
-mod activations;
 mod encoder;
 mod hierarchy;
 mod input;
@@ -10,6 +9,7 @@ mod recompute;
 mod stage;
 mod stage_input;
 mod token_embedding;
+mod watch;
 
 use candle_core::{DType, Tensor};
 pub use encoder::MblmEncoder;
@@ -25,6 +25,7 @@ use mblm_sdk::ops::cross_entropy::{CrossEntropy, Target};
 use mblm_sdk::param::ParamStore;
 pub(crate) use stage::Stage;
 pub(crate) use stage_input::Positions;
+pub use watch::{Mean, Seen};
 
 use crate::config::MblmConfig;
 
@@ -96,6 +97,11 @@ impl Mblm {
     /// Passes on other threads at the same time count too.
     pub fn measure_activations<R>(&self, work: impl FnOnce() -> R) -> (R, Vec<f64>) {
         self.hierarchy.measure_activations(work)
+    }
+
+    /// Runs `work` and returns what was seen of the stages in its training passes, from global to local.
+    pub fn watch_stages<R>(&self, work: impl FnOnce() -> R) -> (R, Vec<Seen>) {
+        self.hierarchy.watch_stages(work)
     }
 
     pub(crate) fn hierarchy(&self) -> &Hierarchy {
@@ -243,8 +249,7 @@ impl Mblm {
             if let Some(above) = above {
                 input = (input + above)?;
             }
-            let output = stage.model.forward(&input, None, mode)?;
-            stage.activations.add(&output)?;
+            let output = stage.watch.run(&input, mode, |x| stage.model.forward(x, None, mode))?;
             let Some(next) = &stage.next else { return Ok(output) };
             above = Some(next.forward(&output, 1, mode)?.narrow(1, 0, 1)?);
         }

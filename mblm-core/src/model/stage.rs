@@ -8,11 +8,11 @@ use mblm_sdk::error::Result;
 use mblm_sdk::mode::Mode;
 use mblm_sdk::param::{Init, Param, ParamStore, Part};
 
-use super::activations::Activations;
 use super::projection::NextStage;
 use super::recompute::recompute;
 use super::stage_input::{Positions, StageInput};
 use super::token_embedding::{EmbeddingSizes, TokenEmbedding};
+use super::watch::Watch;
 use crate::config::MblmConfig;
 
 /// One level of the hierarchy.
@@ -29,7 +29,7 @@ pub(crate) struct Stage {
     pub(crate) next: Option<NextStage>,
     pub(crate) seq_len: usize,
     pub(crate) dim: usize,
-    pub(crate) activations: Arc<Activations>,
+    pub(crate) watch: Arc<Watch>,
 }
 
 impl Stage {
@@ -76,7 +76,7 @@ impl Stage {
             next,
             seq_len,
             dim,
-            activations: Arc::default(),
+            watch: Arc::default(),
         })
     }
 
@@ -86,9 +86,9 @@ impl Stage {
     }
 
     pub(crate) fn run(&self, input: &Tensor, mask: Option<&Tensor>, mode: Mode) -> Result<Tensor> {
-        match self.chunks {
+        self.watch.run(input, mode, |input| match self.chunks {
             Some(chunks) => recompute(&self.model, &self.params, input, mask, chunks, mode),
             None => self.model.forward(input, mask, mode),
-        }
+        })
     }
 }

@@ -5,7 +5,6 @@
 mod checks;
 mod report;
 mod stage;
-mod watch;
 
 use std::time::Instant;
 
@@ -14,13 +13,11 @@ pub use checks::Check;
 use checks::SAME_OUTPUTS;
 use mblm_base::random::noise;
 use mblm_core::device::Place;
-use mblm_core::model::Sequences;
+use mblm_core::model::{Seen, Sequences};
 use mblm_core::registry::block_type;
 use mblm_core::{Mode, ParamStore};
 pub use report::{Examination, Finding, Group, Severity, StageReport};
 use report::{findings, groups};
-use watch::Watch;
-pub use watch::{Mean, Seen};
 
 use crate::config::ModelConfig;
 use crate::error::Result;
@@ -42,17 +39,11 @@ pub fn examine(
     sequences: &Sequences,
     place: Place,
 ) -> Result<Examination> {
-    let mut config = config.clone();
-    let hierarchy = match &mut config {
-        ModelConfig::Generative(model) => model,
-        ModelConfig::Encoder(encoder) => &mut encoder.mblm_config,
-    };
-    let watches = Watch::every_stage(hierarchy);
-    let model = Model::of(&config, masking_proba, seed, place)?;
+    let model = Model::of(config, masking_proba, seed, place)?;
     let hierarchy = config.hierarchy();
     // The first step takes memory that later ones have; the second shows the time.
-    let first = Step::run(&model, sequences, &watches)?;
-    let step = Step::run(&model, sequences, &watches)?;
+    let first = Step::run(&model, sequences)?;
+    let step = Step::run(&model, sequences)?;
     let stage = |(n, seen): (usize, &Seen)| StageReport {
         stage: n + 1,
         block_type: block_type(&*hierarchy.blocks[n]),
@@ -80,7 +71,7 @@ pub fn examine(
     let dead = match still.is_empty() {
         true => vec![],
         false => {
-            Step::run(&model, sequences, &watches)?;
+            Step::run(&model, sequences)?;
             zero_gradients(model.params())
         }
     };
@@ -124,18 +115,21 @@ struct Step {
 }
 
 impl Step {
-    fn run(model: &Model, sequences: &Sequences, watches: &[Watch]) -> Result<Self> {
+    fn run(model: &Model, sequences: &Sequences) -> Result<Self> {
         model.params().zero_grad();
-        let start = Instant::now();
-        let loss = model.loss(sequences, MODE)?.mean;
-        let forward = start.elapsed().as_secs_f64();
-        model.params().backward(&loss)?;
-        Ok(Step {
-            loss: f64::from(loss.to_dtype(DType::F32)?.to_scalar::<f32>()?),
-            forward_seconds: forward,
-            backward_seconds: start.elapsed().as_secs_f64() - forward,
-            seen: watches.iter().map(Watch::take).collect(),
-        })
+        let (step, seen) = model.watch_stages(|| -> Result<Step> {
+            let start = Instant::now();
+            let loss = model.loss(sequences, MODE)?.mean;
+            let forward = start.elapsed().as_secs_f64();
+            model.params().backward(&loss)?;
+            Ok(Step {
+                loss: f64::from(loss.to_dtype(DType::F32)?.to_scalar::<f32>()?),
+                forward_seconds: forward,
+                backward_seconds: start.elapsed().as_secs_f64() - forward,
+                seen: vec![],
+            })
+        });
+        Ok(Step { seen, ..step? })
     }
 }
 

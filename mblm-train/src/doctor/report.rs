@@ -1,12 +1,12 @@
 //! What an examination found, and what to do about it.
 
+use mblm_core::model::Seen;
 use mblm_core::param::Part;
 use mblm_core::testing::WITHOUT_GRADIENT;
 use mblm_core::{Param, ParamStore};
 use serde::Serialize;
 
 use super::checks::{CACHED, CAUSAL, Check, SAME_BITS, SAME_OUTPUTS};
-use super::watch::Seen;
 use crate::trainer::optimizer::sums;
 
 /// Norms of gradients, and activations, above this are not those of a model that trains.
