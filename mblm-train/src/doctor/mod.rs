@@ -39,7 +39,7 @@ pub fn examine(
     sequences: &Sequences,
     place: Place,
 ) -> Result<Examination> {
-    let model = Model::of(config, masking_proba, seed, place)?;
+    let model = Model::of(config, masking_proba, seed, place.clone())?;
     let hierarchy = config.hierarchy();
     // The first step takes memory that later ones have; the second shows the time.
     let first = Step::run(&model, sequences)?;
@@ -78,7 +78,16 @@ pub fn examine(
     let asleep: Vec<String> = still.into_iter().filter(|name| !dead.contains(name)).collect();
     let generates = matches!(model, Model::Generative(_));
     let tokens = bytes.div_ceil(hierarchy.seq_lens[1..].iter().product());
-    report.checks = stage::all(hierarchy, &model.stage_models(), model.params(), tokens, generates)?;
+    // Stages are held to what they promise on the CPU, wherever the step ran.
+    let here = match place.is_host() {
+        true => None,
+        false => Some(Model::of(config, masking_proba, seed, Place::default())?),
+    };
+    if let Some(here) = &here {
+        nudge(here.params())?;
+    }
+    let stages = here.as_ref().unwrap_or(&model);
+    report.checks = stage::all(hierarchy, &stages.stage_models(), stages.params(), tokens, generates)?;
     if let Model::Generative(model) = &model {
         report.checks.extend(checks::whole(model, sequences)?);
     }
