@@ -36,9 +36,10 @@ impl FromStr for DeviceName {
             None if text == "cuda" => Ok(DeviceName::Cuda(0)),
             None if text == "metal" => Ok(DeviceName::Metal),
             None if text == "auto" => Ok(DeviceName::Auto),
-            Some(("cuda", number)) if number.parse::<u16>().is_ok() => {
-                Ok(DeviceName::Cuda(number.parse().unwrap_or_default()))
-            }
+            Some(("cuda", number)) if number.bytes().all(|byte| byte.is_ascii_digit()) => number
+                .parse()
+                .map(DeviceName::Cuda)
+                .map_err(|_| format!("expected the number of a card, found {number:?}")),
             _ => Err(format!("expected cpu, cuda, cuda:N (the N-th card from 0), metal or auto, found {text:?}")),
         }
     }
@@ -238,10 +239,11 @@ mod tests {
             assert_eq!(name.parse::<DeviceName>().unwrap().to_string(), name);
         }
         assert_eq!("cuda:0".parse(), Ok(DeviceName::Cuda(0)));
-        for wrong in ["", "gpu", "cuda:", "cuda:-1", "cuda:x", "metal:1", "cuda:99999"] {
+        for wrong in ["", "gpu", "cuda:-1", "cuda:+1", "cuda:x", "metal:1"] {
             let error = wrong.parse::<DeviceName>().unwrap_err();
             assert!(error.starts_with("expected cpu, cuda, cuda:N"), "{error}");
         }
+        assert!("cuda:".parse::<DeviceName>().unwrap_err().starts_with("expected the number of a card"));
     }
 
     #[test]

@@ -379,6 +379,8 @@ fn introduce(progress: &mut Progress, trainer: &Trainer, model: &dyn TrainModel,
         )),
     }
     progress.line(&format!("learning rate schedule: {}", plan.schedule.describe(0)));
-    progress.line(&format!("threads: {}, instruction set: {}", rayon::current_num_threads(), simd::instruction_set()));
+    let device = trainer.state().device.as_deref().unwrap_or("cpu");
+    let (threads, instructions) = (rayon::current_num_threads(), simd::instruction_set());
+    progress.line(&format!("device: {device}, threads: {threads}, instruction set: {instructions}"));
     Ok(())
 }

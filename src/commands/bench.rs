@@ -89,6 +89,8 @@ struct Measurements {
     config: String,
     threads: usize,
     device: String,
+    composed: bool,
+    precision: gemm::Precision,
     batch: usize,
     length: usize,
     params: usize,
@@ -123,6 +125,8 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
         config: args.config.to_string_lossy().into_owned(),
         threads: rayon::current_num_threads(),
         device: device::name(&model.params().place().device),
+        composed: args.composed,
+        precision,
         batch: args.batch as usize,
         length,
         params: model.params().num_elements(),
@@ -198,6 +202,9 @@ impl Generation {
         match args.only {
             Some(Part::Generate) if is_encoder => {
                 return Err(Usage("--only generate: an encoder cannot generate".into()).into());
+            }
+            Some(Part::Generate) if args.composed => {
+                return Err(Usage("--only generate: decoders are not composed; leave out --composed".into()).into());
             }
             None if args.composed => return Ok(None),
             None | Some(Part::Generate) if !is_encoder => {}

@@ -134,14 +134,8 @@ fn resume(path: &Path, args: &Args, plugins: &Plugins) -> Result<Outcome> {
     }
     let before = read(&checkpoint.config_yaml()?, &checkpoint.path().join("config.yaml"), &[])?;
     let mut changes = before.differences(&config)?;
-    if before.train.device != config.train.device {
-        changes.retain(|change| !change.starts_with("train.device:"));
-        terminal::line(format_args!(
-            "warning: the checkpoint was trained on {}, and the run goes on on {}: its numbers will not be bit for bit those \
-             of a run without interruption",
-            before.train.device, config.train.device
-        ));
-    }
+    // Allowed: training says whether the device is another one than the checkpoint's.
+    changes.retain(|change| !change.starts_with("train.device:"));
     if !changes.is_empty() {
         let list = changes.iter().map(|change| format!("\n  {change}")).collect::<String>();
         if !args.force {

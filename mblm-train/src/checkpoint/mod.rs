@@ -329,6 +329,7 @@ pub(crate) mod tests {
             seed: 11,
             threads: Some(2),
             instructions: Some("AVX2".into()),
+            device: Some("cpu".into()),
             version: Some("0.1.0".into()),
             data: "d".into(),
             valid_loss,

@@ -51,6 +51,9 @@ pub struct TrainState {
     /// The instruction set that computed, for the same reason.
     #[serde(default)]
     pub instructions: Option<String>,
+    /// What messages call the device that trained; none in checkpoints of before there were several.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device: Option<String>,
     /// The version of the program.
     #[serde(default)]
     pub version: Option<String>,
@@ -129,6 +132,7 @@ impl TrainState {
             seed,
             threads: None,
             instructions: None,
+            device: None,
             version: None,
             data: String::new(),
             valid_loss: None,

@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use mblm_base::random::mix;
 use mblm_core::Mode;
-use mblm_core::device::{DeviceName, has_bf16};
+use mblm_core::device::{self, has_bf16};
 use mblm_core::gemm::{Precision, autocast};
 use mblm_core::simd::instruction_set;
 use mblm_data::batches::{Batches, Cursor};
@@ -101,16 +101,15 @@ impl<'a> Trainer<'a> {
     pub fn new(model: &'a dyn TrainModel, splits: Splits, config: &'a RunConfig) -> Result<Self> {
         let plan = RunPlan::new(config)?;
         let section = &config.train;
-        if section.precision == Precision::Bf16 && !has_bf16(&model.params().place().device) {
-            return Err(Error::Config(match section.device {
-                DeviceName::Cpu => {
-                    "train.precision: expected f32: this CPU has no AVX-512 BF16 instructions, found bf16".into()
+        let device = &model.params().place().device;
+        if section.precision == Precision::Bf16 && !has_bf16(device) {
+            let reason = match device.is_cpu() {
+                true => "this CPU has no AVX-512 BF16 instructions".into(),
+                false => {
+                    format!("{} has no bfloat16 (cards have it from compute capability 8.0 on)", device::name(device))
                 }
-                device => format!(
-                    "train.precision: expected f32: {device} has no bfloat16 (cards have it from compute \
-                                   capability 8.0 on), found bf16"
-                ),
-            }));
+            };
+            return Err(Error::Config(format!("train.precision: expected f32: {reason}, found bf16")));
         }
         let (batch_size, seq_len) = (section.batch_size, config.params.input_seq_len);
         let batches = |dataset, shuffle: bool, seed, drop_last| Batches {
@@ -138,6 +137,7 @@ impl<'a> Trainer<'a> {
             schedule: Some(plan.schedule),
             threads: Some(rayon::current_num_threads()),
             instructions: Some(instruction_set().into()),
+            device: Some(device::name(&model.params().place().device)),
             version: Some(env!("CARGO_PKG_VERSION").into()),
             ..TrainState::new(section.seed, config.plugins())
         };

@@ -54,6 +54,7 @@ impl Trainer<'_> {
             data,
             threads: self.state.threads,
             instructions: self.state.instructions.take(),
+            device: self.state.device.take(),
             version: self.state.version.take(),
             next,
             epoch_batches,
@@ -72,10 +73,12 @@ impl Trainer<'_> {
         let now = &self.state;
         let threads = saved.threads.zip(now.threads).filter(|(before, now)| before != now);
         let instructions = saved.instructions.as_ref().zip(now.instructions.as_ref()).filter(|(a, b)| a != b);
+        let device = saved.device.as_ref().zip(now.device.as_ref()).filter(|(before, now)| before != now);
         let version = saved.version.as_ref().zip(now.version.as_ref()).filter(|(before, now)| before != now);
         let differences = [
             threads.map(|(before, now)| format!("{now} threads instead of {before} (set RAYON_NUM_THREADS={before})")),
             instructions.map(|(before, now)| format!("{now} instructions instead of {before}")),
+            device.map(|(before, now)| format!("device {now} instead of {before}")),
             version.map(|(before, now)| format!("version {now} of the program instead of {before}")),
         ];
         let differences: Vec<String> = differences.into_iter().flatten().collect();

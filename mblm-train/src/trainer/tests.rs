@@ -599,9 +599,11 @@ fn what_computes_otherwise_is_said() {
     other.state.threads = Some(999);
     other.state.instructions = Some("AVX-1024".into());
     other.state.version = Some("0.0.1".into());
+    other.state.device = Some("cuda:0".into());
     let saved = Shelf::new(folder.path().into()).save(other.snapshot(), 0).unwrap();
     let remarks = trainer().restore(&Checkpoint::open(&saved).unwrap()).unwrap();
-    for part in ["threads instead of 999", "instructions instead of AVX-1024", "of the program instead of 0.0.1"] {
+    let parts = ["threads instead of 999", "instructions instead of AVX-1024", "of the program instead of 0.0.1"];
+    for part in parts.into_iter().chain(["device cpu instead of cuda:0"]) {
         assert!(remarks.warnings[0].contains(part), "{remarks:?}");
     }
 }
