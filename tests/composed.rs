@@ -15,7 +15,8 @@ use mblm::model::{Mblm, Sequences};
 use mblm::registry::BlockRegistry;
 use mblm::testing::{assert_close, noise, perturb};
 use mblm::yaml::Document;
-// Compiled in, since a plugin computes with its fused ops.
+// Compiled in, since a plugin computes on the CPU with its fused ops.
+use mblm_candle_blocks as _;
 use mblm_lstm as _;
 use reference::{Way, check_folder, report};
 
@@ -39,6 +40,9 @@ fn composed_in_f64() {
     check(&Way { name: "f64", place, composed: false, outputs: 2e-6, gradients: GRADIENTS, training: 1e-5 });
 }
 
+/// Hierarchies that are tried.
+const SEEDS: u64 = 32;
+
 /// A hierarchy of one to three stages with blocks, positions, dropout and chunks by chance.
 fn random_hierarchy(seed: u64) -> MblmConfig {
     let mut state = seed;
@@ -58,7 +62,9 @@ fn random_hierarchy(seed: u64) -> MblmConfig {
             2 => format!(
                 "{{block_type: mamba2, d_state: 6, d_conv: 4, expand: 2, headdim: 4, dropout: 0.1, pos_emb_type: {positions}}}"
             ),
-            _ => format!("{{block_type: lstm, dropout: 0.1, pos_emb_type: {positions}}}"),
+            3 => format!("{{block_type: lstm, dropout: 0.1, pos_emb_type: {positions}}}"),
+            4 => format!("{{block_type: candle_gru, dropout: 0.1, pos_emb_type: {positions}}}"),
+            _ => "{block_type: candle_llama, num_heads: 2, intermediate_size: 6, dropout: 0.1}".into(),
         }
     };
     let numbers = |values: Vec<usize>| format!("{values:?}");
@@ -72,7 +78,7 @@ fn random_hierarchy(seed: u64) -> MblmConfig {
         numbers((0..stages).map(|_| 8 + 4 * pick(3)).collect()),
         numbers((0..stages).map(|_| 1 + pick(2)).collect()),
         numbers((0..stages).map(|_| 2 + pick(6)).collect()),
-        (0..stages).map(|_| block(pick(4), pick(3))).collect::<Vec<_>>().join(", "),
+        (0..stages).map(|_| block(pick(6), pick(3))).collect::<Vec<_>>().join(", "),
     );
     let document = Document::parse(&yaml, "random.yaml").unwrap();
     MblmConfig::from_document(&document, "", &BlockRegistry::builtin().unwrap())
@@ -95,23 +101,20 @@ fn pass(config: &MblmConfig, place: Place) -> (f32, Vec<(String, Vec<f32>)>) {
 
 #[test]
 fn random_hierarchies_give_fused_what_they_give_composed() {
-    for seed in 0..24 {
-        let config = random_hierarchy(seed);
-        let f64 = Place { device: Device::Cpu, dtype: DType::F64 };
-        let want = pass(&config, f64);
-        for (way, got) in
-            [("fused", pass(&config, Place::default())), ("composed", composed(|| pass(&config, Place::default())))]
-        {
-            assert!(
-                (got.0 - want.0).abs() <= 2e-5 * want.0.abs(),
-                "{seed}, {way}: loss {}, expected {}",
-                got.0,
-                want.0
-            );
-            for ((name, got), (_, want)) in got.1.iter().zip(&want.1) {
-                assert_close(&format!("{seed}, {way}: {name}"), got, want, 1e-4);
-            }
-        }
+    for seed in 0..SEEDS {
+        hold("fused", seed, |config| pass(config, Place::default()));
+        hold("composed", seed, |config| composed(|| pass(config, Place::default())));
+    }
+}
+
+/// Holds what a random hierarchy gives in some way against f64.
+fn hold(way: &str, seed: u64, run: impl Fn(&MblmConfig) -> (f32, Vec<(String, Vec<f32>)>)) {
+    let config = random_hierarchy(seed);
+    let want = pass(&config, Place { device: Device::Cpu, dtype: DType::F64 });
+    let got = run(&config);
+    assert!((got.0 - want.0).abs() <= 2e-5 * want.0.abs(), "{seed}, {way}: loss {}, expected {}", got.0, want.0);
+    for ((name, got), (_, want)) in got.1.iter().zip(&want.1) {
+        assert_close(&format!("{seed}, {way}: {name}"), got, want, 1e-4);
     }
 }
 
@@ -119,8 +122,9 @@ fn random_hierarchies_give_fused_what_they_give_composed() {
 fn on_a_device() {
     match std::env::var("MBLM_GOLDEN_DEVICE") {
         Ok(name) => {
-            let place = name.parse::<DeviceName>().unwrap().open().unwrap().into();
-            check(&Way { name: "on the device", place, ..Way::fused() });
+            let place: Place = name.parse::<DeviceName>().unwrap().open().unwrap().into();
+            check(&Way { name: "on the device", place: place.clone(), ..Way::fused() });
+            (0..SEEDS).for_each(|seed| hold(&name, seed, |config| pass(config, place.clone())));
         }
         Err(_) => report("skipped: MBLM_GOLDEN_DEVICE names no device"),
     }

@@ -1,7 +1,7 @@
 //! A Llama-style transformer, ported from candle-transformers' `models/llama.rs`: `candle_nn` became `mblm_sdk::nn`, the
 //! key-value cache went, and the rest is as it was.
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 use mblm_sdk::block::{FieldError, width};
 use mblm_sdk::nn::{self, Dropout, Linear, Module, RmsNorm, VarBuilder, linear_no_bias};
 use mblm_sdk::{CandleModule, Error, Mode, ParamScope, PosEmb, Result, StageBlock, StageModel, register_block};
@@ -57,7 +57,7 @@ impl StageModel for LlamaModel {
         if mask.is_some() {
             return Err(Error::Block("candle_llama is causal and takes no attention mask".into()));
         }
-        let context = Context::new(x.dim(1)?, self.head_dim, mode)?;
+        let context = Context::new(x, self.head_dim, mode)?;
         Ok(self.net.at(mode)?.forward(x, &context)?)
     }
 }
@@ -73,14 +73,16 @@ struct Context {
 }
 
 impl Context {
-    fn new(seq: usize, head_dim: usize, mode: Mode) -> candle_core::Result<Self> {
+    /// Of the device and the type of `x`.
+    fn new(x: &Tensor, head_dim: usize, mode: Mode) -> candle_core::Result<Self> {
+        let (seq, device, dtype) = (x.dim(1)?, x.device(), x.dtype());
         let frequency = |i: usize| 1.0 / 10_000f32.powf(i as f32 / head_dim as f32);
-        let theta = Tensor::from_iter((0..head_dim).step_by(2).map(frequency), &Device::Cpu)?;
-        let positions = Tensor::arange(0, seq as u32, &Device::Cpu)?.to_dtype(DType::F32)?.reshape((seq, 1))?;
+        let theta = Tensor::from_iter((0..head_dim).step_by(2).map(frequency), device)?;
+        let positions = Tensor::arange(0, seq as u32, device)?.to_dtype(DType::F32)?.reshape((seq, 1))?;
         let angles = positions.matmul(&theta.reshape((1, head_dim / 2))?)?;
         let hidden = (0..seq * seq).map(|at| if at % seq > at / seq { f32::NEG_INFINITY } else { 0.0 });
-        let mask = Tensor::from_iter(hidden, &Device::Cpu)?.reshape((seq, seq))?;
-        Ok(Context { cos: angles.cos()?, sin: angles.sin()?, mask, mode })
+        let mask = Tensor::from_iter(hidden, device)?.reshape((seq, seq))?.to_dtype(dtype)?;
+        Ok(Context { cos: angles.cos()?.to_dtype(dtype)?, sin: angles.sin()?.to_dtype(dtype)?, mask, mode })
     }
 }
 
