@@ -374,9 +374,10 @@ mod tests {
         for name in ["p.bias", "q.weight"] {
             let [slices, straight, resumed] =
                 [&slices, &straight, &resumed].map(|store| store.get(name).unwrap().values().to_vec());
-            assert_close(&straight, &slices);
-            // Moments are saved in f32.
-            assert_close(&resumed, &straight);
+            // The slices round to f32 in every step, and so do moments that are saved.
+            let ulps = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| a.to_bits().abs_diff(b.to_bits())).max();
+            assert!(ulps(&straight, &slices) <= Some(2), "{name}: {straight:?}, as slices {slices:?}");
+            assert!(ulps(&resumed, &straight) <= Some(1), "{name}: {resumed:?}, not restored {straight:?}");
         }
     }
 
