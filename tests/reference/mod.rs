@@ -1,6 +1,8 @@
 //! The reference cases: every `NAME.yaml` + `NAME.safetensors` of a folder, against the numbers of the Python package.
 #![allow(dead_code)]
 
+pub mod hierarchies;
+
 use std::collections::BTreeMap;
 use std::io::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
