@@ -86,12 +86,13 @@ struct Session<'a> {
 impl Session<'_> {
     /// Continues the text, and says at what speed.
     fn answer(&mut self, sampler: &mut Sampler) -> Result<()> {
+        // Whoever sees the prompt again may interrupt what follows.
+        signals::LISTENING.store(true, SeqCst);
         let prompt = self.text.clone();
         let mut stream = TokenStream::new(output(self.args), format(self.args));
         if !self.args.no_prompt {
             prompt.iter().try_for_each(|token| stream.write(*token))?;
         }
-        signals::LISTENING.store(true, SeqCst);
         let start = Instant::now();
         let prompts = std::slice::from_ref(&prompt);
         let ended = generate(self.model, prompts, std::slice::from_mut(sampler), &self.until, |_, token| {
