@@ -10,6 +10,7 @@ mod orphan;
 mod plugins;
 mod signals;
 mod streams;
+mod trial;
 
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;

@@ -7,7 +7,7 @@ use candle_core::Tensor;
 use mblm_sdk::block::{Cost, FieldError, PosEmb, StageBlock, StageDecoder, StageModel, width};
 use mblm_sdk::layer::apply;
 use mblm_sdk::mode::Mode;
-use mblm_sdk::ops::rms_norm::RmsNormLayer;
+use mblm_sdk::ops::norm_layer::RmsNormLayer;
 use mblm_sdk::ops::ssd;
 use mblm_sdk::register_block;
 use mblm_sdk::{Error, Init, ParamScope, Result};

@@ -143,22 +143,12 @@ pub fn name(device: &Device) -> String {
     }
 }
 
-/// The most bytes that tensors had at the same time since [`reset_peak`], where the device tells.
+/// The most bytes that tensors had at the same time so far, where the device tells.
 pub fn peak(_device: &Device) -> Option<u64> {
     #[cfg(feature = "cuda")]
     return crate::cuda::memory::peak(_device);
     #[cfg(not(feature = "cuda"))]
     None
-}
-
-/// Begins to count anew for [`peak`].
-///
-/// # Errors
-/// Those of the device.
-pub fn reset_peak(_device: &Device) -> Result<()> {
-    #[cfg(feature = "cuda")]
-    crate::cuda::memory::reset_peak(_device)?;
-    Ok(())
 }
 
 /// Whether products of bfloat16 run there.

@@ -1,9 +1,6 @@
 //! Training or evaluation, and the dropout masks of training.
 
-use candle_core::{Device, Tensor};
 use mblm_base::random;
-
-use crate::error::Result;
 
 /// Training keeps what the backward pass needs and applies dropout. Evaluation does neither.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,16 +56,6 @@ impl Dropout {
     #[cfg(feature = "cuda")]
     pub(crate) fn parts(&self) -> (u64, u32, f32) {
         (self.key, self.threshold, self.scale)
-    }
-
-    /// The factors of elements of this shape as a tensor, for compositions.
-    pub fn tensor(&self, shape: &[usize], device: &Device) -> Result<Tensor> {
-        #[cfg(feature = "cuda")]
-        if device.is_cuda() {
-            return crate::cuda::ops::dropout_factors(*self, shape, device);
-        }
-        let factors: Vec<f32> = (0..shape.iter().product()).map(|i| self.factor(i)).collect();
-        Ok(Tensor::from_vec(factors, shape, device)?)
     }
 }
 

@@ -6,6 +6,7 @@ use candle_core::{D, Device, Tensor};
 use mblm_core::config::MblmConfig;
 use mblm_core::mode::stream;
 use mblm_core::model::Sequences;
+use mblm_core::ops::dropout::dropout_composed;
 use mblm_core::{Init, Mode, ParamStore};
 
 use crate::config::{IoSection, LossAverage, ModelConfig, Params, RunConfig, TargetStrategy, TrainSection};
@@ -72,7 +73,7 @@ impl TrainModel for Bigram {
         let param = |name: &str| self.params.get(name).unwrap().tensor(mode);
         let mut logits = param("table.weight").index_select(&inputs, 0)?.broadcast_add(&param("bias"))?;
         if let Some(dropout) = mode.dropout(self.dropout, stream("bigram")) {
-            logits = (&logits * dropout.tensor(logits.dims(), logits.device())?)?;
+            logits = dropout_composed(&logits, Some(dropout))?;
         }
         let right = logits.gather(&targets, D::Minus1)?.squeeze(1)?;
         let losses = (logits.log_sum_exp(1)? - right)?;

@@ -43,7 +43,8 @@ pub enum Error {
     /// A device has no memory left for a training step. The weights are those before the step.
     #[error(
         "training stopped at batch {batch}: {device} has no memory left for a step ({reason}); lower train.batch_size or \
-         params.input_seq_len, or recompute stages in chunks (params.train_checkpoint_chunks), and resume with --force --set"
+         params.input_seq_len, or recompute stages in chunks (params.train_checkpoint_chunks), with \
+         `mblm train --resume RUN --force --set FIELD=VALUE`"
     )]
     OutOfMemory {
         /// What the device is called.

@@ -7,7 +7,6 @@ use std::time::Instant;
 use anyhow::{Result, ensure};
 use candle_core::Device;
 use mblm::base::memory::Memory;
-use mblm::base::random::noise;
 use mblm::base::terminal::Output;
 use mblm::device::{self, DeviceName};
 use mblm::gemm::{self, autocast};
@@ -16,7 +15,6 @@ use mblm::model::{Mblm, Sequences};
 use mblm::train::config::ModelConfig;
 use mblm::train::cost::Step;
 use mblm::train::model::{Model, TrainModel};
-use mblm::train::trainer::optimizer::{Adam, AdamConfig, clip_grad_norm};
 use mblm::yaml::Document;
 use mblm::{Mode, buffer};
 use serde::Serialize;
@@ -24,9 +22,8 @@ use serde::Serialize;
 use crate::commands::{inspect, train};
 use crate::exit::Usage;
 use crate::plugins::Plugins;
+use crate::trial::{MASKING_PROBA, num_tokens, random_bytes, training_step};
 
-/// The share of bytes that an encoder restores, as in BERT.
-const MASKING_PROBA: f64 = 0.15;
 /// Bytes that are generated if nothing is said.
 const MOST_BYTES: usize = 64;
 
@@ -160,7 +157,7 @@ fn measure(
     let ids = random_bytes(shape.0 * shape.1, num_tokens);
     let sequences = Sequences { ids: &ids, len: shape.1, loss_mask: None };
     if wanted(Part::Train) {
-        let mut step = trainer(model, sequences);
+        let mut step = training_step(model, sequences);
         let step = || autocast(precision, &mut step);
         report.train_bytes_per_s = Some(show(args, "train", rate(shape.0 * shape.1, args.steps, step)?)?);
         report.peak_rss_mb = Memory::now().map(|memory| memory.resident_max >> 20);
@@ -180,13 +177,6 @@ fn measure(
         report.generate_bytes_per_s = Some(show(args, &what, generation.rate(model, args)?)?);
     }
     Ok(())
-}
-
-fn num_tokens(model: &Model) -> usize {
-    match model {
-        Model::Generative(model) => model.config().num_tokens,
-        Model::Masked(model) => model.encoder().config().mblm_config.num_tokens,
-    }
 }
 
 /// How many bytes are generated after how many.
@@ -252,33 +242,6 @@ impl Precision {
     }
 }
 
-/// The most bytes that tensors have on `device` in two steps of training on random bytes; none if the device does not tell.
-///
-/// # Errors
-/// The model or a step does not fit the device.
-pub fn step_memory(config: &ModelConfig, step: Step, device: Device) -> Result<Option<u64>> {
-    let model = Model::of(config, MASKING_PROBA, 0, device.clone().into())?;
-    let ids = random_bytes(step.batch * step.bytes, num_tokens(&model));
-    let mut step = trainer(&model, Sequences { ids: &ids, len: step.bytes, loss_mask: None });
-    // The second step has moments from the start.
-    step().and_then(|()| step())?;
-    Ok(device::peak(&device))
-}
-
-/// One step as the package takes it: forward, backward, clip to norm 1, Adam.
-fn trainer<'a>(model: &'a Model, sequences: Sequences<'a>) -> impl FnMut() -> Result<()> + use<'a> {
-    let mut adam = Adam::new(model.params(), AdamConfig::default());
-    let mut step = 0;
-    move || {
-        step += 1;
-        let loss = model.loss(&sequences, Mode::train(step))?.mean;
-        model.params().zero_grad();
-        model.params().backward(&loss)?;
-        clip_grad_norm(model.params(), 1.0)?;
-        Ok(adam.step(model.params(), 1e-3)?)
-    }
-}
-
 /// Units per second of the median repetition.
 fn rate(units: usize, steps: u32, mut work: impl FnMut() -> Result<()>) -> Result<f64> {
     work()?;
@@ -289,19 +252,16 @@ fn rate(units: usize, steps: u32, mut work: impl FnMut() -> Result<()>) -> Resul
     Ok(units as f64 / median(seconds.collect::<Result<_>>()?))
 }
 
-fn random_bytes(len: usize, num_tokens: usize) -> Vec<u32> {
-    noise(len, 1).iter().map(|v| ((v + 1.0) * 127.9) as u32 % num_tokens as u32).collect()
-}
-
 fn median(mut seconds: Vec<f64>) -> f64 {
     seconds.sort_by(f64::total_cmp);
     seconds[seconds.len() / 2]
 }
 
 fn begin(report: &Measurements) -> Result<()> {
-    let Measurements { config, params, threads, device, batch, length, .. } = report;
+    let Measurements { config, params, threads, device, composed, batch, length, .. } = report;
+    let how = if *composed { ", composed" } else { "" };
     let mut out = Output::new();
-    writeln!(out, "{config} · {params} parameters · {device}, {threads} threads\nbatch {batch} x {length} bytes")?;
+    writeln!(out, "{config} · {params} parameters · {device}, {threads} threads{how}\nbatch {batch} x {length} bytes")?;
     Ok(())
 }
 

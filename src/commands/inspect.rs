@@ -14,8 +14,8 @@ use mblm_train::cost::{ModelCost, Step, bytes as shown_bytes};
 use mblm_yaml::Document;
 use serde_json::json;
 
-use crate::commands::bench;
 use crate::plugins::Plugins;
+use crate::trial::step_memory;
 
 /// Arguments of `mblm inspect`.
 #[derive(clap::Args)]
@@ -81,7 +81,7 @@ fn on_device(name: DeviceName, config: &ModelConfig, step: Step) -> anyhow::Resu
     let device = device::name(&opened);
     let bytes = match opened.is_cpu() {
         true => None,
-        false => bench::step_memory(config, step, opened)
+        false => step_memory(config, step, opened)
             .with_context(|| format!("a training step of {} x {} bytes on {device}", step.batch, step.bytes))?,
     };
     let line = match bytes {

@@ -4,7 +4,7 @@ use candle_core::{DType, Device};
 use mblm::Mode;
 use mblm::base::random::mix;
 use mblm::config::MblmConfig;
-use mblm::device::Place;
+use mblm::device::{Place, composed};
 use mblm::model::{Mblm, Sequences};
 use mblm::registry::BlockRegistry;
 use mblm::testing::{assert_close, noise, perturb};
@@ -43,7 +43,7 @@ pub fn candle_llama(_: &str) -> String {
 }
 
 /// Hierarchies that are tried.
-pub const SEEDS: u64 = 32;
+const SEEDS: u64 = 32;
 
 /// A hierarchy of one to three stages with blocks, positions, dropout and chunks by chance.
 fn random_hierarchy(seed: u64, blocks: &[Block]) -> MblmConfig {
@@ -75,7 +75,7 @@ fn random_hierarchy(seed: u64, blocks: &[Block]) -> MblmConfig {
 }
 
 /// Loss and gradients of a batch whose last patch is not full, by parameter.
-pub fn pass(config: &MblmConfig, place: Place) -> (f32, Vec<(String, Vec<f32>)>) {
+fn pass(config: &MblmConfig, place: Place) -> (f32, Vec<(String, Vec<f32>)>) {
     let model = Mblm::at(config, 3, place).unwrap();
     perturb(model.params());
     let len = config.context_len() - config.context_len() / 5;
@@ -88,13 +88,43 @@ pub fn pass(config: &MblmConfig, place: Place) -> (f32, Vec<(String, Vec<f32>)>)
     (loss.to_dtype(DType::F32).unwrap().to_scalar().unwrap(), grads)
 }
 
-/// Holds what a random hierarchy gives in some way against f64.
-pub fn hold(way: &str, seed: u64, blocks: &[Block], run: impl Fn(&MblmConfig) -> (f32, Vec<(String, Vec<f32>)>)) {
-    let config = random_hierarchy(seed, blocks);
-    let want = pass(&config, Place { device: Device::Cpu, dtype: DType::F64 });
-    let got = run(&config);
-    assert!((got.0 - want.0).abs() <= 2e-5 * want.0.abs(), "{seed}, {way}: loss {}, expected {}", got.0, want.0);
-    for ((name, got), (_, want)) in got.1.iter().zip(&want.1) {
-        assert_close(&format!("{seed}, {way}: {name}"), got, want, 1e-4);
+/// Holds fused ops and compositions on the CPU against f64.
+pub fn fused_and_composed_agree(blocks: &[Block]) {
+    for seed in 0..SEEDS {
+        let want = Want::of(seed, blocks);
+        want.holds("fused", pass(&want.config, Place::default()));
+        want.holds("composed", composed(|| pass(&want.config, Place::default())));
+    }
+}
+
+/// Holds a device against f64 on the CPU.
+pub fn agree_on(place: &Place, blocks: &[Block]) {
+    for seed in 0..SEEDS {
+        let want = Want::of(seed, blocks);
+        want.holds("on the device", pass(&want.config, place.clone()));
+    }
+}
+
+/// What a random hierarchy gives in f64.
+struct Want {
+    seed: u64,
+    config: MblmConfig,
+    loss: f32,
+    grads: Vec<(String, Vec<f32>)>,
+}
+
+impl Want {
+    fn of(seed: u64, blocks: &[Block]) -> Self {
+        let config = random_hierarchy(seed, blocks);
+        let (loss, grads) = pass(&config, Place { device: Device::Cpu, dtype: DType::F64 });
+        Want { seed, config, loss, grads }
+    }
+
+    fn holds(&self, way: &str, (loss, grads): (f32, Vec<(String, Vec<f32>)>)) {
+        let (seed, want) = (self.seed, self.loss);
+        assert!((loss - want).abs() <= 2e-5 * want.abs(), "{seed}, {way}: loss {loss}, expected {want}");
+        for ((name, got), (_, want)) in grads.iter().zip(&self.grads) {
+            assert_close(&format!("{seed}, {way}: {name}"), got, want, 1e-4);
+        }
     }
 }

@@ -9,7 +9,7 @@ use mblm_sdk::gemm::Update;
 use mblm_sdk::layer::Dims;
 use mblm_sdk::ops::conv1d::Conv1d;
 use mblm_sdk::ops::linear;
-use mblm_sdk::ops::rms_norm::RmsNormLayer;
+use mblm_sdk::ops::norm_layer::RmsNormLayer;
 
 use super::Sizes;
 use super::layer::Mamba2Layer;

@@ -5,35 +5,30 @@
 #define WARP 32
 #define INFINITE __int_as_float(0x7f800000)
 
-static __device__ __forceinline__ float sum_of_warp(float v) {
-    for (int step = WARP / 2; step > 0; step /= 2) v += __shfl_xor_sync(0xffffffffu, v, step);
+struct Sum {
+    static constexpr float none = 0.0f;
+    static __device__ __forceinline__ float of(float a, float b) { return a + b; }
+};
+
+struct Max {
+    static constexpr float none = -3.4e38f;
+    static __device__ __forceinline__ float of(float a, float b) { return fmaxf(a, b); }
+};
+
+template <class Op> static __device__ __forceinline__ float of_warp(float v) {
+    for (int step = WARP / 2; step > 0; step /= 2) v = Op::of(v, __shfl_xor_sync(0xffffffffu, v, step));
     return v;
 }
 
-static __device__ __forceinline__ float max_of_warp(float v) {
-    for (int step = WARP / 2; step > 0; step /= 2) v = fmaxf(v, __shfl_xor_sync(0xffffffffu, v, step));
-    return v;
-}
-
-// The sum over a block of at most 1024 threads, in every thread.
-static __device__ float sum_of_block(float v) {
+// Over a block of at most 1024 threads, in every thread.
+template <class Op> static __device__ float of_block(float v) {
     __shared__ float parts[WARP];
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = (blockDim.x + WARP - 1) / WARP;
-    v = sum_of_warp(v);
+    v = of_warp<Op>(v);
     __syncthreads();
     if (lane == 0) parts[warp] = v;
     __syncthreads();
-    return sum_of_warp(lane < warps ? parts[lane] : 0.0f);
-}
-
-static __device__ float max_of_block(float v) {
-    __shared__ float parts[WARP];
-    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = (blockDim.x + WARP - 1) / WARP;
-    v = max_of_warp(v);
-    __syncthreads();
-    if (lane == 0) parts[warp] = v;
-    __syncthreads();
-    return max_of_warp(lane < warps ? parts[lane] : -INFINITE);
+    return of_warp<Op>(lane < warps ? parts[lane] : Op::none);
 }
 
 // The factor of element i in a dropout mask: `mode::Dropout::factor`.
@@ -81,7 +76,7 @@ extern "C" __global__ void rms_norm(const float *x, const float *gain, float *y,
         float v = shifted(x, row, c, seq, dim, half);
         squares += v * v;
     }
-    float mean = sum_of_block(squares) / dim;
+    float mean = of_block<Sum>(squares) / dim;
     float rms = sqrtf(mean + inside);
     float inv = 1.0f / fmaxf(rms, floor);
     for (int c = threadIdx.x; c < dim; c += blockDim.x)
@@ -103,7 +98,7 @@ extern "C" __global__ void rms_norm_backward(const float *x, const float *gain, 
             along += n * d * gain[c];
             dgain[c] += n * d;
         }
-        along = fixed ? 0.0f : sum_of_block(along) / dim;
+        along = fixed ? 0.0f : of_block<Sum>(along) / dim;
         if (fixed) __syncthreads();
         for (int c = threadIdx.x; c < dim; c += blockDim.x) {
             float n = shifted(x, row, c, seq, dim, half) * inv;
@@ -208,7 +203,7 @@ extern "C" __global__ void softmax(float *scores, const unsigned char *mask, int
         s[k] = seen && !seen[k] ? -1e30f : s[k] * scale;
         most = fmaxf(most, s[k]);
     }
-    most = max_of_block(most);
+    most = of_block<Max>(most);
     #pragma unroll
     for (int i = 0; i < HELD; i++) {
         held[i] = expf(held[i] - most);
@@ -218,7 +213,7 @@ extern "C" __global__ void softmax(float *scores, const unsigned char *mask, int
         s[k] = expf(s[k] - most);
         total += s[k];
     }
-    total = 1.0f / sum_of_block(total);
+    total = 1.0f / of_block<Sum>(total);
     #pragma unroll
     for (int i = 0; i < HELD; i++) {
         int k = threadIdx.x + i * blockDim.x;
@@ -244,7 +239,7 @@ extern "C" __global__ void softmax_backward(const float *weights, float *d, cons
         along += ps[i] * gs[i];
     }
     for (int k = threadIdx.x + HELD * blockDim.x; k < keys; k += blockDim.x) along += p[k] * g[k];
-    along = sum_of_block(along);
+    along = of_block<Sum>(along);
     #pragma unroll
     for (int i = 0; i < HELD; i++) {
         int k = threadIdx.x + i * blockDim.x;
@@ -352,9 +347,9 @@ extern "C" __global__ void layer_norm(const float *x, const float *gain, const f
     x += row * dim;
     float sum = 0.0f;
     for (int c = threadIdx.x; c < dim; c += blockDim.x) sum += x[c];
-    float mean = sum_of_block(sum) / dim, squares = 0.0f;
+    float mean = of_block<Sum>(sum) / dim, squares = 0.0f;
     for (int c = threadIdx.x; c < dim; c += blockDim.x) squares += (x[c] - mean) * (x[c] - mean);
-    float inv = rsqrtf(sum_of_block(squares) / dim + eps);
+    float inv = rsqrtf(of_block<Sum>(squares) / dim + eps);
     for (int c = threadIdx.x; c < dim; c += blockDim.x) y[row * dim + c] = (x[c] - mean) * inv * gain[c] + bias[c];
     if (threadIdx.x == 0) {
         stats[2 * row] = mean;
@@ -376,8 +371,8 @@ extern "C" __global__ void layer_norm_backward(const float *x, const float *gain
             dgain[c] += d * n;
             dbias[c] += d;
         }
-        sum = sum_of_block(sum) / dim;
-        along = sum_of_block(along) / dim;
+        sum = of_block<Sum>(sum) / dim;
+        along = of_block<Sum>(along) / dim;
         for (int c = threadIdx.x; c < dim; c += blockDim.x) {
             float n = (x[row * dim + c] - mean) * inv;
             dx[row * dim + c] = inv * (dy[row * dim + c] * gain[c] - sum - n * along);
@@ -394,14 +389,14 @@ extern "C" __global__ void cross_entropy(float *logits, const unsigned *tokens, 
     if (row >= rows) return;
     float *l = logits + row * vocab, most = -INFINITE, total = 0.0f;
     for (int i = lane; i < vocab; i += WARP) most = fmaxf(most, l[i]);
-    most = max_of_warp(most);
+    most = of_warp<Max>(most);
     float chosen = l[tokens[row]] - most;
     __syncwarp();
     for (int i = lane; i < vocab; i += WARP) {
         l[i] = expf(l[i] - most);
         total += l[i];
     }
-    total = sum_of_warp(total);
+    total = of_warp<Sum>(total);
     float weight = weights[row];
     for (int i = lane; i < vocab; i += WARP) l[i] = weight * (l[i] / total - (i == (int)tokens[row] ? 1.0f : 0.0f));
     if (lane == 0) losses[row] = weight == 0.0f ? 0.0f : weight * (logf(total) - chosen);

@@ -16,11 +16,13 @@ pub fn prepare(device: &Device) -> Result<()> {
     let Device::Cuda(device) = device else { return Ok(()) };
     // SAFETY: candle uses one stream per device.
     unsafe { device.disable_event_tracking() };
-    let mut most = u64::MAX;
-    set(device, CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD, &mut most)
+    let (pool, mut most) = (pool(device)?, u64::MAX);
+    let attribute = CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+    // SAFETY: the attribute is a 64-bit number.
+    unsafe { mem_pool::set_attribute(pool, attribute, (&raw mut most).cast::<c_void>()) }.w()
 }
 
-/// The most bytes that tensors had on the device at the same time since [`reset_peak`]; none if the device is no card.
+/// The most bytes that tensors had on the device at the same time so far; none if the device is no card.
 pub fn peak(device: &Device) -> Option<u64> {
     let Device::Cuda(device) = device else { return None };
     device.cuda_stream().synchronize().ok()?;
@@ -32,12 +34,6 @@ pub fn peak(device: &Device) -> Option<u64> {
         mem_pool::get_attribute(pool, attribute, (&raw mut bytes).cast::<c_void>())
     };
     read.ok().map(|()| bytes)
-}
-
-/// Begins to count anew for [`peak`].
-pub fn reset_peak(device: &Device) -> Result<()> {
-    let Device::Cuda(device) = device else { return Ok(()) };
-    set(device, CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH, &mut 0)
 }
 
 /// The storage of a tensor that nobody else holds. The tensor is left without elements to read.
@@ -69,10 +65,4 @@ fn pool(device: &CudaDevice) -> Result<CUmemoryPool> {
     let ordinal = device.cuda_stream().context().ordinal();
     // SAFETY: the context keeps the driver and its device alive.
     unsafe { result::device::get_default_mem_pool(result::device::get(ordinal as i32).w()?).w() }
-}
-
-fn set(device: &CudaDevice, attribute: CUmemPool_attribute, value: &mut u64) -> Result<()> {
-    let pool = pool(device)?;
-    // SAFETY: the attribute is a 64-bit number.
-    unsafe { mem_pool::set_attribute(pool, attribute, (&raw mut *value).cast::<c_void>()) }.w()
 }

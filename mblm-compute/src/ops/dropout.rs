@@ -1,6 +1,6 @@
 //! Dropout (Srivastava et al. 2014) with a mask computed from element numbers.
 
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 
 use crate::error::Result;
 use crate::mode::Dropout;
@@ -10,9 +10,19 @@ use crate::simd::vectorize;
 /// The definition: `x` times the mask.
 pub fn dropout_composed(x: &Tensor, dropout: Option<Dropout>) -> Result<Tensor> {
     match dropout {
-        Some(dropout) => Ok((x * dropout.tensor(x.dims(), x.device())?.to_dtype(x.dtype())?)?),
+        Some(dropout) => Ok((x * factors(dropout, x.dims(), x.device())?.to_dtype(x.dtype())?)?),
         None => Ok(x.clone()),
     }
+}
+
+/// The factors of elements of this shape in `f32`. A card computes them itself.
+pub fn factors(dropout: Dropout, shape: &[usize], device: &Device) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if device.is_cuda() {
+        return crate::cuda::ops::dropout_factors(dropout, shape, device);
+    }
+    let factors: Vec<f32> = (0..shape.iter().product()).map(|i| dropout.factor(i)).collect();
+    Ok(Tensor::from_vec(factors, shape, device)?)
 }
 
 /// Multiplies `x` by the mask, in place. Its own backward.

@@ -9,6 +9,7 @@ pub mod gated_rms_norm;
 pub mod gelu;
 pub mod layer_norm;
 pub mod linear;
+pub mod norm_layer;
 pub mod on_device;
 pub(crate) mod product;
 pub mod rms_norm;

@@ -176,43 +176,6 @@ fn row_grad(x: &[f32], dy: &[f32], gain: &[f32], inv: f32, pull: f32, dx: &mut [
     }
 }
 
-/// A final norm as a layer of its own.
-pub struct RmsNormLayer {
-    /// `(D)`
-    pub gain: std::sync::Arc<crate::param::Param>,
-    /// Where the epsilon stands.
-    pub eps: Eps,
-}
-
-impl RmsNormLayer {
-    fn kernel<'a>(&self, gain: &'a [f32]) -> RmsNorm<'a> {
-        RmsNorm { gain, eps: self.eps, shift: false }
-    }
-
-    /// One row at a time, for decoders.
-    pub fn step(&self, x: &[f32], dim: usize, y: &mut [f32]) {
-        let dims = Dims { batch: x.len() / dim, seq: 1, dim };
-        self.kernel(&self.gain.values()).forward(x, dims, y);
-    }
-}
-
-impl crate::layer::Layer for RmsNormLayer {
-    type Tape = ();
-
-    fn composed(&self, x: &Tensor, _: Option<&Tensor>, mode: crate::mode::Mode) -> Result<Tensor> {
-        super::on_device::rms_norm(x, &crate::layer::param_like(&self.gain, x, mode)?, self.eps, false)
-    }
-
-    fn forward(&self, x: &[f32], context: crate::layer::Context, y: &mut [f32]) {
-        self.kernel(&self.gain.values()).forward(x, context.dims, y);
-    }
-
-    fn backward(&self, x: &[f32], context: crate::layer::Context, (): (), dy: &[f32], dx: &mut [f32]) {
-        dx.fill(0.0);
-        self.kernel(&self.gain.values()).backward(x, context.dims, dy, dx, &mut self.gain.grad_mut());
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;

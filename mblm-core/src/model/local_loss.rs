@@ -123,7 +123,8 @@ impl Node for LocalLoss {
         let mut sum = Tensor::zeros((), above.dtype(), above.device())?;
         for (first, rows) in self.chunks() {
             let (run, fold) = (this.clone(), this.clone());
-            let loss = move |part: &[&Tensor]| match run.chunk(part[0], first, true)? {
+            // The first run is for the loss alone; backward runs the chunk again, over a variable.
+            let loss = move |part: &[&Tensor]| match run.chunk(part[0], first, part[0].track_op())? {
                 Some(loss) => Ok(loss),
                 None => Ok(part[0].sum_all()?.affine(0.0, 0.0)?),
             };

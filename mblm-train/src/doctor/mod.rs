@@ -132,7 +132,7 @@ impl Step {
             let forward = start.elapsed().as_secs_f64();
             model.params().backward(&loss)?;
             Ok(Step {
-                loss: f64::from(loss.to_dtype(DType::F32)?.to_scalar::<f32>()?),
+                loss: loss.to_dtype(DType::F64)?.to_scalar()?,
                 forward_seconds: forward,
                 backward_seconds: start.elapsed().as_secs_f64() - forward,
                 seen: vec![],
