@@ -143,10 +143,10 @@ extern "C" __global__ void bias_gelu_backward(const float *x, const float *bias,
     dx[i] = threshold ? d * dropped(i, key, threshold, scale) : d;
 }
 
-// y = x + bias + rest, where rest may be null.
-extern "C" __global__ void bias_add(const float *x, const float *bias, const float *rest, float *y, long long len, int dim) {
+// y = x + bias
+extern "C" __global__ void bias_add(const float *x, const float *bias, float *y, long long len, int dim) {
     long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i < len) y[i] = x[i] + bias[i % dim] + (rest ? rest[i] : 0.0f);
+    if (i < len) y[i] = x[i] + bias[i % dim];
 }
 
 // Heads out of rows: y (B, H, S, d) from columns first.. of x (B, S, width), rotated by halves if cos is not null. With

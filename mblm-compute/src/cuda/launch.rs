@@ -57,6 +57,17 @@ pub(super) fn unwritten(shape: &[usize], dtype: DType, device: &Device) -> Resul
     unsafe { Tensor::empty(shape, dtype, device) }
 }
 
+/// As [`unwritten`], `f32` in the shape and the place of `x`.
+pub(super) fn like(x: &Tensor) -> Result<Tensor> {
+    unwritten(x.dims(), DType::F32, x.device())
+}
+
+/// Tensors, then how many elements or rows there are, then sizes.
+pub(super) fn sized<'a>(tensors: &[&'a Tensor], len: usize, sizes: &[usize]) -> Vec<Arg<'a>> {
+    let tensors = tensors.iter().map(|tensor| Arg::Tensor(tensor));
+    tensors.chain([Arg::Long(len)]).chain(sizes.iter().map(|size| Arg::Int(*size))).collect()
+}
+
 /// Runs a kernel. What it writes are tensors that nobody else has seen yet, or that their owner gives it to change.
 pub(super) fn launch(device: &Device, kernel: &'static str, grid: Grid, args: &[Arg]) -> Result<()> {
     let Device::Cuda(device) = device else { bail!("{kernel} runs on an NVIDIA card, found {:?}", device.location()) };

@@ -2,8 +2,8 @@
 
 use candle_core::{DType, Device, Tensor};
 
-use super::launch::{Arg, Grid, launch, unwritten};
-use super::ops::{column_sums, like};
+use super::launch::{Arg, Grid, launch, like, unwritten};
+use super::sums::column_sums;
 use crate::backward::with_own_backward;
 use crate::error::Result;
 

@@ -5,9 +5,9 @@ use std::sync::OnceLock;
 
 use candle_core::{DType, Device, Tensor, Var};
 
-use super::ops::{self, Adam};
 use crate::error::Result;
 use crate::mode::Dropout;
+use crate::ops::adam::Step;
 use crate::ops::dropout::factors;
 use crate::ops::on_device::{self, Attention};
 use crate::ops::rms_norm::Eps;
@@ -200,7 +200,7 @@ fn cross_entropy() {
         }
         let tokens = Tensor::from_vec(tokens, rows, &card()).unwrap();
         let weights = Tensor::from_vec(weights, rows, &card()).unwrap();
-        let losses = ops::cross_entropy(&logits, &tokens, &weights).unwrap();
+        let losses = super::cross_entropy(&logits, &tokens, &weights).unwrap();
         assert_close(&format!("losses of {rows} rows"), &flat(&losses), &want, TOLERANCE);
         assert_close(&format!("gradients of {rows} rows"), &flat(&logits), &dwant, TOLERANCE);
     }
@@ -209,7 +209,7 @@ fn cross_entropy() {
 #[test]
 #[ignore = "needs a card"]
 fn adam() {
-    let scalars = Adam {
+    let scalars = Step {
         one_minus_beta1: 0.1,
         beta2: 0.99,
         one_minus_beta2: 0.01,
@@ -222,7 +222,7 @@ fn adam() {
         let [p, g, m, v] = [1, 2, 3, 4].map(|seed| place(len, seed, DType::F32, &card()));
         let v = v.abs().unwrap();
         let [before, grad, mean, square] = [&p, &g, &m, &v].map(flat);
-        ops::adam(&p, &g, &m, &v, &scalars).unwrap();
+        super::adam(&p, &g, &m, &v, &scalars).unwrap();
         let new = |i: usize| {
             let [p, g, m, v] = [before[i], grad[i], mean[i], square[i]].map(f64::from);
             let m = m + f64::from(scalars.one_minus_beta1) * (g - m);
@@ -243,7 +243,7 @@ fn adam() {
 fn sums() {
     for len in [1, 300, 5000, 1_000_000] {
         let values = noise(len, 1);
-        let parts = ops::sums(&place(len, 1, DType::F32, &card())).unwrap().to_vec2::<f64>().unwrap();
+        let parts = super::sums(&place(len, 1, DType::F32, &card())).unwrap().to_vec2::<f64>().unwrap();
         let wide = || values.iter().map(|value| f64::from(*value));
         for (i, want) in [wide().sum::<f64>(), wide().map(|value| value * value).sum()].into_iter().enumerate() {
             let got: f64 = parts.iter().map(|part| part[i]).sum();

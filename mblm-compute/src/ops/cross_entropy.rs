@@ -190,7 +190,7 @@ impl Node for CrossEntropy {
 fn softmax_loss(logits: Tensor, tokens: &Tensor, weights: &Tensor) -> Result<(Tensor, Tensor)> {
     #[cfg(feature = "cuda")]
     if crate::cuda::available(&logits) {
-        let losses = crate::cuda::ops::cross_entropy(&logits, tokens, weights)?;
+        let losses = crate::cuda::cross_entropy(&logits, tokens, weights)?;
         return Ok((losses, logits));
     }
     let (chosen, weights) = (tokens.unsqueeze(1)?, weights.unsqueeze(1)?);

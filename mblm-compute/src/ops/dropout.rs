@@ -19,7 +19,7 @@ pub fn dropout_composed(x: &Tensor, dropout: Option<Dropout>) -> Result<Tensor> 
 pub fn factors(dropout: Dropout, shape: &[usize], device: &Device) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
     if device.is_cuda() {
-        return crate::cuda::ops::dropout_factors(dropout, shape, device);
+        return crate::cuda::dropout_factors(dropout, shape, device);
     }
     let factors: Vec<f32> = (0..shape.iter().product()).map(|i| dropout.factor(i)).collect();
     Ok(Tensor::from_vec(factors, shape, device)?)

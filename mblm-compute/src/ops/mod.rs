@@ -1,5 +1,6 @@
 //! Kernels over slices that fused layers are made of. Each file starts with its definition in plain candle ops.
 
+pub mod adam;
 pub mod attention;
 pub mod conv1d;
 pub mod cross_entropy;

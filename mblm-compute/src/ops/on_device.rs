@@ -21,7 +21,7 @@ use crate::mode::Dropout;
 pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
     if cuda::available(x) {
-        return cuda::ops::linear(x, weight, bias);
+        return cuda::linear(x, weight, bias);
     }
     linear_composed(x, weight, bias)
 }
@@ -33,7 +33,7 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
 pub fn rms_norm(x: &Tensor, gain: &Tensor, eps: Eps, shift: bool) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
     if cuda::available(x) {
-        return cuda::ops::rms_norm(x, gain, eps, shift);
+        return cuda::rms_norm(x, gain, eps, shift);
     }
     match shift {
         true => rms_norm_composed(&token_shift_composed(x)?, gain, eps),
@@ -48,7 +48,7 @@ pub fn rms_norm(x: &Tensor, gain: &Tensor, eps: Eps, shift: bool) -> Result<Tens
 pub fn column_sums(x: &Tensor) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
     if cuda::available(x) {
-        return cuda::ops::column_sums(&x.contiguous()?);
+        return cuda::column_sums(&x.contiguous()?);
     }
     Ok(x.sum(0)?)
 }
@@ -57,7 +57,7 @@ pub fn column_sums(x: &Tensor) -> Result<Tensor> {
 pub fn layer_norm(x: &Tensor, gain: &Tensor, bias: &Tensor, eps: f32) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
     if cuda::available(x) {
-        return cuda::ops::layer_norm(x, gain, bias, eps);
+        return cuda::layer_norm(x, gain, bias, eps);
     }
     layer_norm_composed(x, gain, bias, eps)
 }
@@ -69,7 +69,7 @@ pub fn layer_norm(x: &Tensor, gain: &Tensor, bias: &Tensor, eps: f32) -> Result<
 pub fn add_to_rows(x: &Tensor, row: &Tensor) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
     if cuda::available(x) {
-        return cuda::ops::add_to_rows(x, row);
+        return cuda::add_to_rows(x, row);
     }
     Ok(x.broadcast_add(row)?)
 }
@@ -78,7 +78,7 @@ pub fn add_to_rows(x: &Tensor, row: &Tensor) -> Result<Tensor> {
 pub fn gated_rms_norm(y: &Tensor, z: &Tensor, gain: &Tensor, eps: f32) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
     if cuda::available(y) {
-        return cuda::ops::rms_norm(&(y * z.contiguous()?.silu()?)?, gain, Eps::Inside(eps), false);
+        return cuda::rms_norm(&(y * z.contiguous()?.silu()?)?, gain, Eps::Inside(eps), false);
     }
     gated_rms_norm_composed(y, z, gain, eps)
 }
@@ -90,7 +90,7 @@ pub fn gated_rms_norm(y: &Tensor, z: &Tensor, gain: &Tensor, eps: f32) -> Result
 pub fn linear_gelu(x: &Tensor, weight: &Tensor, bias: &Tensor, dropout: Option<Dropout>) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
     if cuda::available(x) {
-        return cuda::ops::bias_gelu(&cuda::ops::linear(x, weight, None)?, bias, dropout);
+        return cuda::bias_gelu(&cuda::linear(x, weight, None)?, bias, dropout);
     }
     dropout_composed(&linear_composed(x, weight, Some(bias))?.gelu_erf()?, dropout)
 }
@@ -102,7 +102,7 @@ pub fn linear_gelu(x: &Tensor, weight: &Tensor, bias: &Tensor, dropout: Option<D
 pub fn conv1d_silu(x: &Tensor, first: usize, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
     if cuda::available(x) && weight.dim(2)? <= 8 {
-        return cuda::ops::conv1d_silu(x, first, weight, bias);
+        return cuda::conv1d_silu(x, first, weight, bias);
     }
     conv1d_silu_composed(&x.narrow(2, first, bias.elem_count())?, weight, bias)
 }
@@ -111,7 +111,7 @@ pub fn conv1d_silu(x: &Tensor, first: usize, weight: &Tensor, bias: &Tensor) -> 
 pub fn ssd(inputs: [&Tensor; 4], a_log: &Tensor, d: &Tensor, dt_bias: &Tensor) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
     if cuda::available(inputs[0]) {
-        return cuda::ops::ssd(inputs, a_log, d, dt_bias);
+        return cuda::ssd(inputs, a_log, d, dt_bias);
     }
     ssd_composed(inputs, a_log, d, dt_bias)
 }
@@ -120,7 +120,7 @@ pub fn ssd(inputs: [&Tensor; 4], a_log: &Tensor, d: &Tensor, dt_bias: &Tensor) -
 pub fn selective_scan(inputs: [&Tensor; 5], a_log: &Tensor, d: &Tensor, dt_bias: &Tensor) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
     if cuda::available(inputs[0]) {
-        return cuda::ops::selective_scan(inputs, a_log, d, dt_bias);
+        return cuda::selective_scan(inputs, a_log, d, dt_bias);
     }
     selective_scan_composed(inputs, a_log, d, dt_bias)
 }
@@ -148,7 +148,7 @@ impl Attention<'_> {
         if cuda::available(q) {
             let rotary = self.rotary.map(|rotary| rotary.half_tables(seq, q)).transpose()?;
             let (mask, causal, dropout) = (self.mask.cloned(), self.causal, self.dropout);
-            return cuda::ops::Attention { heads: self.heads, causal, mask, dropout, rotary }.forward(q, kv);
+            return cuda::Attention { heads: self.heads, causal, mask, dropout, rotary }.forward(q, kv);
         }
         let heads =
             |rows: &Tensor| rows.reshape((batch, seq, self.heads, inner / self.heads))?.transpose(1, 2)?.contiguous();

@@ -4,6 +4,7 @@
 use std::borrow::Cow;
 
 use candle_core::Tensor;
+use mblm_core::ops::adam::Step;
 use mblm_core::parallel::MIN_PARALLEL;
 use mblm_core::simd::vectorize;
 use mblm_core::{Param, ParamStore};
@@ -67,17 +68,6 @@ impl Held {
     }
 }
 
-/// The scalars of one step.
-struct Scalars {
-    beta2: f32,
-    one_minus_beta1: f32,
-    one_minus_beta2: f32,
-    root_bias2: f32,
-    eps: f32,
-    step_size: f32,
-    decay: f32,
-}
-
 impl Adam {
     /// An optimizer that has taken no step.
     pub fn new(store: &ParamStore, config: AdamConfig) -> Self {
@@ -116,7 +106,7 @@ impl Adam {
         let AdamConfig { beta1, beta2, eps, weight_decay } = self.config;
         let bias = |beta: f64| 1.0 - beta.powf(self.step as f64);
         for (param, moments) in store.iter().zip(&mut self.moments) {
-            let scalars = Scalars {
+            let scalars = Step {
                 beta2: beta2 as f32,
                 one_minus_beta1: (1.0 - beta1) as f32,
                 one_minus_beta2: (1.0 - beta2) as f32,
@@ -134,7 +124,7 @@ impl Adam {
     }
 }
 
-fn update(param: &Param, moments: &mut Moments, scalars: &Scalars) -> Result<()> {
+fn update(param: &Param, moments: &mut Moments, scalars: &Step) -> Result<()> {
     let grad = param.grad();
     if grad.is_empty() {
         return Ok(());
@@ -150,7 +140,7 @@ fn update(param: &Param, moments: &mut Moments, scalars: &Scalars) -> Result<()>
 }
 
 #[inline(always)]
-fn update_chunk(p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32], s: &Scalars) {
+fn update_chunk(p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32], s: &Step) {
     for (((p, &g), m), v) in p.iter_mut().zip(g).zip(m).zip(v) {
         *m += s.one_minus_beta1 * (g - *m);
         *v = s.beta2 * *v + s.one_minus_beta2 * g * g;

@@ -2,8 +2,9 @@
 
 use candle_core::{DType, Tensor};
 use mblm_core::Param;
+use mblm_core::ops::adam::Step;
 
-use super::{Moments, Scalars};
+use super::Moments;
 use crate::error::Result;
 
 /// The moments of a parameter as tensors of its place; none before its first gradient.
@@ -31,7 +32,7 @@ impl TensorMoments {
 
     /// Changes the parameter and its moments by its gradient. Without a gradient nothing changes before the first one,
     /// and after it the gradient counts as 0.
-    pub(super) fn update(&mut self, param: &Param, s: &Scalars) -> Result<()> {
+    pub(super) fn update(&mut self, param: &Param, s: &Step) -> Result<()> {
         let p = param.tensor(mblm_core::Mode::Eval);
         let grad = param.grad().tensor().cloned();
         let (g, [m, v]) = match (grad, self.0.take()) {
@@ -42,16 +43,7 @@ impl TensorMoments {
         };
         #[cfg(feature = "cuda")]
         if mblm_core::cuda::available(&p) {
-            let scalars = mblm_core::cuda::ops::Adam {
-                one_minus_beta1: s.one_minus_beta1,
-                beta2: s.beta2,
-                one_minus_beta2: s.one_minus_beta2,
-                root_bias2: s.root_bias2,
-                eps: s.eps,
-                step_size: s.step_size,
-                decay: s.decay,
-            };
-            mblm_core::cuda::ops::adam(&p, &g, &m, &v, &scalars)?;
+            mblm_core::cuda::adam(&p, &g, &m, &v, s)?;
             param.changed();
             self.0 = Some([m, v]);
             return Ok(());
@@ -86,7 +78,7 @@ pub(super) fn sums_of_tensors<'a>(tensors: impl Iterator<Item = &'a Tensor>) -> 
 fn sums(tensor: &Tensor) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
     if mblm_core::cuda::available(tensor) {
-        return Ok(mblm_core::cuda::ops::sums(tensor)?);
+        return Ok(mblm_core::cuda::sums(tensor)?);
     }
     let tensor = tensor.flatten_all()?;
     let sums = Tensor::stack(&[tensor.sum_all()?, tensor.sqr()?.sum_all()?], 0)?;
