@@ -15,7 +15,7 @@ echo "== $(nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,
 echo "== reference cases"
 MBLM_GOLDEN_DEVICE=$device "$tests" --ignored 2>&1 | grep -E 'passed|failed|off by'
 
-echo "== 200 steps, resumed on the CPU, evaluated and sampled on the device"
+echo "== 200 steps, evaluated on the device and on the CPU, and a sample"
 "$program" train configs/quickstart.yaml --device "$device" --quiet --out "$work/run" --set train.target_elements=1_638_400 \
     --set io.validate_amount=2
 "$program" eval "$work/run" README.md --device "$device"

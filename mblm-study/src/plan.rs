@@ -290,7 +290,7 @@ impl Planner<'_> {
         let mut config =
             RunConfig::from_document(document, self.registry).map_err(|error| Error::Config(error.to_string()))?;
         self.refuse(&config).map_err(|error| error.located(document))?;
-        let _device = config.train.place().map_err(|error| Error::from(error).located(document))?;
+        config.train.place().map_err(|error| Error::from(error).located(document))?;
         let budget = &self.spec.budget;
         let solved = match (&budget.parameters, self.target) {
             (Some(parameters), Some(target)) => Some(solve(&mut config, parameters, target, budget.tolerance)?),

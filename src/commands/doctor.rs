@@ -37,7 +37,7 @@ pub struct Args {
     /// Where to run: cpu, cuda, cuda:N, metal or auto
     #[arg(long, value_name = "DEVICE", default_value_t)]
     device: DeviceName,
-    /// Compute in f64, composed of candle's ops, on the CPU: for gradients without rounding
+    /// Compute in f64 on the CPU, composed of candle's ops: gradients without the rounding of f32
     #[arg(long, value_enum, default_value = "f32")]
     dtype: Type,
     /// Seed of the initial weights and the random bytes
