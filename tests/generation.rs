@@ -1,29 +1,36 @@
 //! Cached decoding equals the full forward pass: random mixes of blocks and lengths, at patch borders, from the empty
-//! prompt, past the prompt's padding, in batches.
+//! prompt, past the prompt's padding, in batches; over slices, and by tensors as on a device.
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use mblm::Mode;
 use mblm::base::random::noise;
 use mblm::config::MblmConfig;
+use mblm::device::{Place, composed};
 use mblm::generate::{Decoder, Ended, Sampler, Sampling, Until, generate};
 use mblm::model::{Mblm, Sequences};
 use mblm::registry::BlockRegistry;
 use mblm::testing::{assert_close, perturb};
 use mblm::yaml::Document;
+use mblm_lstm as _;
 
 /// Blocks that generate, at width 16; positions by letter: none, fixed, rope.
 fn block(kind: usize, positions: usize) -> String {
     let positions = ["null", "fixed", "rope"][positions % 3];
-    let fields = match kind % 4 {
+    let fields = match kind % 5 {
         0 => "block_type: transformer, attn_head_dims: 4, attn_num_heads: 3, attn_use_rot_embs: true",
         1 => "block_type: transformer, attn_head_dims: 5, attn_num_heads: 2, attn_use_rot_embs: false",
         2 => "block_type: mamba1, d_state: 5, d_conv: 4, expand: 2",
-        _ => "block_type: mamba2, d_state: 6, d_conv: 3, expand: 2, headdim: 8",
+        3 => "block_type: mamba2, d_state: 6, d_conv: 3, expand: 2, headdim: 8",
+        _ => "block_type: lstm",
     };
     format!("{{{fields}, pos_emb_type: {positions}}}")
 }
 
 fn model(seq_lens: &[usize], blocks: &[String], layers: usize) -> Mblm {
+    model_at(Place::default(), seq_lens, blocks, layers)
+}
+
+fn model_at(place: Place, seq_lens: &[usize], blocks: &[String], layers: usize) -> Mblm {
     let stages = seq_lens.len();
     let yaml = format!(
         "num_tokens: 259\npad_token_id: 256\nhidden_dims: {:?}\nnum_layers: {:?}\nseq_lens: {seq_lens:?}\nblock: [{}]\n",
@@ -33,7 +40,7 @@ fn model(seq_lens: &[usize], blocks: &[String], layers: usize) -> Mblm {
     );
     let document = Document::parse(&yaml, "test.yaml").unwrap();
     let config = MblmConfig::from_document(&document, "", &BlockRegistry::builtin().unwrap()).unwrap();
-    let model = Mblm::new(&config, 1).unwrap();
+    let model = Mblm::at(&config, 1, place).unwrap();
     perturb(model.params());
     model
 }
@@ -48,37 +55,97 @@ fn full(model: &Mblm, sequences: &[Vec<u32>]) -> Vec<f32> {
     let ids = Tensor::from_vec(sequences.concat(), (batch, len), &Device::Cpu).unwrap();
     let logits = model.logits(&ids, Mode::Eval).unwrap();
     let last = logits.dim(1).unwrap() - 1;
-    logits.narrow(1, last, 1).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+    logits.narrow(1, last, 1).unwrap().to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1().unwrap()
 }
 
 /// Decodes up to `len` bytes after a prompt of `prompt` bytes, and holds every step against the full pass.
 fn check(model: &Mblm, what: &str, batch: usize, prompt: usize, len: usize) {
+    check_within(2e-5, model, what, batch, prompt, len);
+}
+
+fn check_within(tolerance: f32, model: &Mblm, what: &str, batch: usize, prompt: usize, len: usize) {
     let sequences: Vec<Vec<u32>> = (0..batch).map(|b| bytes(len, 7 + b as u64)).collect();
     let prefix = |len: usize| sequences.iter().map(|s| s[..len].to_vec()).collect::<Vec<_>>();
     let mut decoder = Decoder::new(model, batch).unwrap();
     decoder.prefill(&prefix(prompt).concat()).unwrap();
     for at in prompt..=len {
-        assert_close(&format!("{what}, {at} bytes"), decoder.logits(), &full(model, &prefix(at)), 2e-5);
+        assert_close(&format!("{what}, {at} bytes"), decoder.logits(), &full(model, &prefix(at)), tolerance);
         if at < len {
             decoder.step(&sequences.iter().map(|s| s[at]).collect::<Vec<_>>()).unwrap();
         }
     }
 }
 
-#[test]
-fn decoding_equals_the_full_pass_for_mixes_of_blocks() {
+/// Mixes of blocks at `place`, with logits within `tolerance` of the full pass's.
+fn check_mixes(place: &Place, tolerance: f32) {
     let shapes: [&[usize]; 7] = [&[40], &[7, 4], &[5, 1], &[3, 3, 4], &[4, 1, 3], &[2, 2, 3, 2], &[2, 3, 1, 4]];
     for (i, seq_lens) in shapes.iter().enumerate() {
         for round in 0..4 {
             let blocks: Vec<String> =
                 (0..seq_lens.len()).map(|n| block(i + round * 3 + n * (1 + round), i + n + round)).collect();
-            let model = model(seq_lens, &blocks, 1 + round % 2);
+            let model = model_at(place.clone(), seq_lens, &blocks, 1 + round % 2);
             let len = seq_lens.iter().product::<usize>();
             let prompts = [0, 1, len / 2, len - 1, len];
             let (batch, prompt) = (1 + (i + round) % 3, prompts[(i * 2 + round) % 5]);
-            check(&model, &format!("{seq_lens:?} {blocks:?}"), batch, prompt, len);
+            check_within(tolerance, &model, &format!("{seq_lens:?} {blocks:?}"), batch, prompt, len);
         }
     }
+}
+
+/// A place in which no op is fused, as on a device.
+fn wide() -> Place {
+    Place { device: Device::Cpu, dtype: DType::F64 }
+}
+
+#[test]
+fn decoding_equals_the_full_pass_for_mixes_of_blocks() {
+    check_mixes(&Place::default(), 2e-5);
+}
+
+#[test]
+fn decoding_by_tensors_equals_the_full_pass_for_mixes_of_blocks() {
+    check_mixes(&wide(), 1e-6);
+}
+
+/// Chunks of scans, and the room of a cache, end within these prompts and sequences.
+#[test]
+fn decoding_by_tensors_goes_on_after_long_prompts() {
+    for kind in 0..5 {
+        let model = model_at(wide(), &[170], &[block(kind, 0)], 2);
+        check_within(1e-6, &model, &format!("block {kind}"), 2, 150, 157);
+    }
+}
+
+/// Greedy bytes of three streams with their own prompts, some of which end before the others.
+#[test]
+fn generation_by_tensors_gives_the_bytes_of_slices() {
+    for kind in 0..5 {
+        let model = model(&[4, 3, 4], &[block(kind, 1), block(kind + 1, 0), block(kind + 2, 2)], 1);
+        let prompts: Vec<Vec<u32>> = (0..3).map(|b| bytes(6, 30 + b)).collect();
+        let generated = |stop_token| {
+            let mut sequences = prompts.clone();
+            let mut samplers = vec![Sampler::new(Sampling::greedy()).unwrap(); 3];
+            let until = Until { max_tokens: None, stop_token };
+            let ended = generate(&model, &prompts, &mut samplers, &until, |b, token| {
+                sequences[b].push(token);
+                Ok(true)
+            });
+            (sequences, ended.unwrap())
+        };
+        let want = generated(None);
+        assert_eq!(composed(|| generated(None)), want, "block {kind}");
+        let stop = Some(want.0[1][9]);
+        assert_eq!(composed(|| generated(stop)), generated(stop), "block {kind} up to {stop:?}");
+    }
+}
+
+#[test]
+fn errors_of_decoding_by_tensors_name_the_stage() {
+    let model = model(&[3, 4], &[block(0, 1), block(3, 0)], 1);
+    let positions = model.params().iter().find(|param| param.name().starts_with("pos_embs.0")).unwrap();
+    positions.update(|values| values[16..32].fill(f32::INFINITY)).unwrap();
+    let (made, error) = composed(|| generated(&model));
+    assert_eq!((made, error), generated(&model));
 }
 
 #[test]

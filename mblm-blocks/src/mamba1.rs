@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use candle_core::Tensor;
-use mblm_sdk::block::{Cost, FieldError, PosEmb, StageBlock, StageDecoder, StageModel, width};
+use mblm_sdk::block::{Cost, FieldError, PosEmb, StageBlock, StageDecoder, StageModel, TensorDecoder, stacked, width};
 use mblm_sdk::layer::apply;
 use mblm_sdk::mode::Mode;
 use mblm_sdk::register_block;
@@ -99,12 +99,12 @@ impl StageModel for Mamba1 {
         self.layers.iter().try_fold(x.clone(), |x, layer| apply(layer, &x, None, mode))
     }
 
-    fn decodes_on_host(&self) -> bool {
-        true
-    }
-
     fn decoder(&self, batch: usize) -> Result<Box<dyn StageDecoder + '_>> {
         Ok(Box::new(Decoder::new(&self.layers, self.sizes, batch)))
+    }
+
+    fn tensor_decoder(&self, _batch: usize) -> Result<Box<dyn TensorDecoder + '_>> {
+        Ok(stacked(&self.layers, MambaLayer::advance, |y| Ok(y.clone())))
     }
 
     fn cost(&self, _seq_len: usize) -> Option<Cost> {
@@ -139,7 +139,7 @@ mod tests {
 
     #[test]
     fn decoder_gives_forward() {
-        for (batch, seq, dim) in [(1, 130, 8), (3, 7, 17), (9, 5, 32)] {
+        for (batch, seq, dim) in [(1, 150, 8), (3, 7, 17), (9, 5, 32)] {
             let (_store, model) = model(&block(5, 4, 2), dim, 2);
             check_decoder(model.as_ref(), Dims { batch, seq, dim }, 2e-5);
         }

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use candle_core::Tensor;
-use mblm_sdk::block::{Cost, FieldError, PosEmb, StageBlock, StageDecoder, StageModel, width};
+use mblm_sdk::block::{Cost, FieldError, PosEmb, StageBlock, StageDecoder, StageModel, TensorDecoder, stacked, width};
 use mblm_sdk::layer::apply;
 use mblm_sdk::mode::Mode;
 use mblm_sdk::ops::norm_layer::RmsNormLayer;
@@ -145,12 +145,12 @@ impl StageModel for Mamba2 {
         apply(&self.norm_f, &x, None, mode)
     }
 
-    fn decodes_on_host(&self) -> bool {
-        true
-    }
-
     fn decoder(&self, batch: usize) -> Result<Box<dyn StageDecoder + '_>> {
         Ok(Box::new(Decoder::new(&self.layers, &self.norm_f, self.sizes, batch)))
+    }
+
+    fn tensor_decoder(&self, _batch: usize) -> Result<Box<dyn TensorDecoder + '_>> {
+        Ok(stacked(&self.layers, Mamba2Layer::advance, |y| apply(&self.norm_f, y, None, Mode::Eval)))
     }
 
     fn cost(&self, seq_len: usize) -> Option<Cost> {
@@ -188,7 +188,7 @@ mod tests {
 
     #[test]
     fn decoder_gives_forward() {
-        for (batch, seq, dim, headdim) in [(1, 130, 8, 4), (3, 7, 17, 17), (9, 5, 32, 16)] {
+        for (batch, seq, dim, headdim) in [(1, 150, 8, 4), (3, 7, 17, 17), (9, 5, 32, 16)] {
             let (_store, model) = model(&block(5, 4, 2, headdim), dim, 2);
             check_decoder(model.as_ref(), Dims { batch, seq, dim }, 2e-5);
         }

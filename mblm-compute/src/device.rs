@@ -187,6 +187,11 @@ impl Place {
     pub fn is_host(&self) -> bool {
         self.device.is_cpu() && self.dtype == DType::F32
     }
+
+    /// Whether fused ops run there, as [`fuses`] says of a tensor.
+    pub fn fuses(&self) -> bool {
+        self.is_host() && !COMPOSED.get()
+    }
 }
 
 thread_local! {

@@ -22,5 +22,6 @@ pub mod param;
 pub mod rows;
 pub mod simd;
 pub mod testing;
+pub mod transfer;
 
 pub use error::{Error, Result};

@@ -1,17 +1,20 @@
 //! The contracts of the hierarchy. A *block* is the configuration of what runs at a stage. It builds a *stage model*,
-//! and that creates a *decoder*, its incremental form.
+//! and that creates *decoders*, its incremental forms.
 
 use std::borrow::Cow;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-use candle_core::{DType, Device, Tensor};
-use mblm_compute::device::Place;
-use mblm_compute::error::{Error, Result};
+use candle_core::Tensor;
+use mblm_compute::error::Result;
 use mblm_compute::mode::Mode;
 use mblm_compute::param::ParamScope;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+
+mod decoder;
+
+pub use decoder::{StageDecoder, TensorDecoder, by_slices, by_tensors, replay, replay_tensors, stacked};
 
 /// Position embeddings of a stage. They are applied before the start token is prepended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -149,11 +152,10 @@ pub trait StageModel: Send + Sync {
         Ok(replay(self, batch))
     }
 
-    /// Whether [`decoder`](Self::decoder) reads parameters as slices ([`Param::values`](crate::Param::values)), which works
-    /// wherever they lie: it then decodes on the CPU a model that lies on a GPU. Without, such a model is decoded there, by
-    /// running [`forward`](Self::forward) again for each token.
-    fn decodes_on_host(&self) -> bool {
-        false
+    /// Creates the incremental form for a model on another device than the CPU, where `batch` sequences at once are decoded
+    /// by tensors. The default keeps all inputs there and runs `forward` over them again for each position.
+    fn tensor_decoder(&self, _batch: usize) -> Result<Box<dyn TensorDecoder + '_>> {
+        Ok(replay_tensors(self))
     }
 
     /// What the Python package's `state_dict` contains besides the parameters: vectors that are derived from the
@@ -165,77 +167,6 @@ pub trait StageModel: Send + Sync {
     /// The cost of one position if sequences have `seq_len` positions. `None` if it is unknown.
     fn cost(&self, _seq_len: usize) -> Option<Cost> {
         None
-    }
-}
-
-/// Decodes a batch of sequences incrementally. They advance together.
-pub trait StageDecoder: Send {
-    /// Resets the state. The next step is position 0.
-    fn reset(&mut self);
-
-    /// Advances by one position.
-    ///
-    /// # Shapes
-    /// - `x`, `y`: `(batch, dim)`; `y` is overwritten with the output at this position
-    fn step(&mut self, x: &[f32], y: &mut [f32]) -> Result<()>;
-
-    /// Advances by `seq` positions at once.
-    ///
-    /// # Shapes
-    /// - `x`, `y`: `(seq, batch, dim)`
-    fn prefill(&mut self, x: &[f32], y: &mut [f32], seq: usize) -> Result<()> {
-        let row = (x.len() / seq.max(1)).max(1);
-        for (x, y) in x.chunks_exact(row).zip(y.chunks_exact_mut(row)) {
-            self.step(x, y)?;
-        }
-        Ok(())
-    }
-}
-
-/// The decoder of a block that does not implement one.
-pub fn replay<M: StageModel + ?Sized>(model: &M, batch: usize) -> Box<dyn StageDecoder + '_> {
-    replay_at(model, batch, Place::default())
-}
-
-/// As [`replay`], for a model whose parameters lie at `place`.
-pub fn replay_at<M: StageModel + ?Sized>(model: &M, batch: usize, place: Place) -> Box<dyn StageDecoder + '_> {
-    Box::new(ReplayDecoder {
-        forward: move |x: &Tensor| model.forward(x, None, Mode::Eval),
-        batch,
-        place,
-        inputs: vec![],
-    })
-}
-
-/// Runs the whole prefix again at every step. This is slow but always correct, so a new block can generate immediately.
-struct ReplayDecoder<F> {
-    forward: F,
-    batch: usize,
-    place: Place,
-    /// One entry `(batch, dim)` for each position so far.
-    inputs: Vec<Tensor>,
-}
-
-impl<F: Fn(&Tensor) -> Result<Tensor> + Send> StageDecoder for ReplayDecoder<F> {
-    fn reset(&mut self) {
-        self.inputs.clear();
-    }
-
-    fn step(&mut self, x: &[f32], y: &mut [f32]) -> Result<()> {
-        let dim = x.len() / self.batch;
-        let x = Tensor::from_slice(x, (self.batch, dim), &Device::Cpu)?;
-        self.inputs.push(x.to_dtype(self.place.dtype)?.to_device(&self.place.device)?);
-        let outputs = (self.forward)(&Tensor::stack(&self.inputs, 1)?)?;
-        let last = outputs.narrow(1, self.inputs.len() - 1, 1)?.flatten_all()?;
-        let last = last.to_dtype(DType::F32)?.to_vec1::<f32>()?;
-        if last.len() != y.len() {
-            return Err(Error::Block(format!(
-                "a stage model returned shape {:?} for {dim} wide input",
-                outputs.dims()
-            )));
-        }
-        y.copy_from_slice(&last);
-        Ok(())
     }
 }
 

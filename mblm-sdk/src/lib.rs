@@ -16,7 +16,7 @@ pub use mblm_compute::error::{Error, Result};
 pub use mblm_compute::mode::Mode;
 pub use mblm_compute::param::{CandleModule, Init, Param, ParamScope, ParamStore};
 pub use mblm_compute::{
-    backward, buffer, device, error, gemm, layer, mode, nn, node, ops, parallel, param, rows, simd,
+    backward, buffer, device, error, gemm, layer, mode, nn, node, ops, parallel, param, rows, simd, transfer,
 };
 #[doc(hidden)]
 pub use {inventory, schemars, serde_json, typetag};

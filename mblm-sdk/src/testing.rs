@@ -4,13 +4,14 @@
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
+use mblm_compute::device::{Place, composed};
 use mblm_compute::error::{Error, Result};
 use mblm_compute::layer::Dims;
 use mblm_compute::mode::Mode;
 use mblm_compute::param::{Param, ParamStore, Part};
 pub use mblm_compute::testing::{Pass, assert_close, check_layer, difference, noise, perturb, run};
 
-use crate::block::{StageBlock, StageModel};
+use crate::block::{StageBlock, StageDecoder, StageModel, by_slices};
 
 /// Advice for a parameter without a gradient.
 pub const WITHOUT_GRADIENT: &str = "use it in `forward`, or do not create it; no operation between it and the output may cut \
@@ -45,11 +46,19 @@ pub fn check_gradients(model: &dyn StageModel, store: &ParamStore, dims: Dims) {
     }
 }
 
-/// Panics unless the decoder gives the same outputs as `forward`, position by position, also after a reset.
+/// Panics unless the decoder gives the same outputs as `forward`, position by position, also after a reset; and the decoder
+/// by tensors too.
 pub fn check_decoder(model: &dyn StageModel, dims: Dims, tolerance: f32) {
     mblm_compute::buffer::poison_buffers();
     if let Err(fault) = decoder_equals_forward(model, dims, tolerance) {
         panic!("{fault}");
+    }
+    let by_tensors = composed(|| {
+        let decoder = model.tensor_decoder(dims.batch).map_err(words)?;
+        holds(model, by_slices(decoder, dims.batch, Place::default()), dims, tolerance)
+    });
+    if let Err(fault) = by_tensors {
+        panic!("by tensors, {fault}");
     }
 }
 
@@ -58,12 +67,21 @@ pub fn check_decoder(model: &dyn StageModel, dims: Dims, tolerance: f32) {
 /// # Errors
 /// The outputs differ (the error says where), or a call failed.
 pub fn decoder_equals_forward(model: &dyn StageModel, dims: Dims, tolerance: f32) -> Result<(), String> {
+    holds(model, model.decoder(dims.batch).map_err(words)?, dims, tolerance)
+}
+
+/// Holds a decoder against `forward`.
+fn holds(
+    model: &dyn StageModel,
+    mut decoder: Box<dyn StageDecoder + '_>,
+    dims: Dims,
+    tolerance: f32,
+) -> Result<(), String> {
     let Dims { batch, seq, dim } = dims;
     let row = batch * dim;
     let input = Tensor::from_vec(noise(dims.len(), 21), (batch, seq, dim), &Device::Cpu).map_err(words)?;
     let want = by_position(&model.forward(&input, None, Mode::Eval).map_err(words)?).map_err(words)?;
     let steps = by_position(&input).map_err(words)?;
-    let mut decoder = model.decoder(batch).map_err(words)?;
     // Round n: n single steps, then many positions at once, then single steps again.
     for (round, name) in ["", ", after a reset", ", after a second reset"].into_iter().enumerate() {
         let begin = round.min(seq);

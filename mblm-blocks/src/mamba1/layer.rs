@@ -8,10 +8,11 @@ use mblm_sdk::gemm::{Mat, MatMut, Update, matmul};
 use mblm_sdk::layer::{Context, Layer, param_like};
 use mblm_sdk::mode::Mode;
 use mblm_sdk::ops::conv1d::Conv1d;
+use mblm_sdk::ops::decoding::Window;
 use mblm_sdk::ops::linear;
 use mblm_sdk::ops::on_device;
 use mblm_sdk::ops::rms_norm::{Eps, RmsNorm};
-use mblm_sdk::ops::selective_scan::{Grads, Inputs, ParamGrads, SelectiveScan};
+use mblm_sdk::ops::selective_scan::{Grads, Inputs, ParamGrads, SelectiveScan, selective_scan_from};
 use mblm_sdk::parallel::{self, Shared, Threads};
 use mblm_sdk::rows::{Rows, RowsMut};
 use mblm_sdk::{Init, Param, ParamScope, Result};
@@ -121,22 +122,49 @@ pub(super) struct Tape {
     states: Buffer,
 }
 
-impl Layer for MambaLayer {
-    type Tape = Tape;
+/// What the next positions need of those before.
+#[derive(Default)]
+pub(super) struct Past {
+    window: Window,
+    state: Option<Tensor>,
+}
 
-    fn composed(&self, x: &Tensor, _: Option<&Tensor>, mode: Mode) -> Result<Tensor> {
+impl MambaLayer {
+    /// The layer by tensors; after `past`, if these are the next positions of a sequence that is decoded.
+    fn compose(&self, x: &Tensor, mode: Mode, mut past: Option<&mut Past>) -> Result<Tensor> {
         let Sizes { inner, d_state, dt_rank, .. } = self.sizes;
         let get = |param: &Arc<Param>| param_like(param, x, mode);
         let normed = on_device::rms_norm(x, &get(&self.norm)?, EPS, false)?;
         let xz = on_device::linear(&normed, &get(&self.in_proj)?, None)?;
         let z = xz.narrow(2, inner, inner)?;
-        let u = on_device::conv1d_silu(&xz, 0, &get(&self.conv_weight)?, &get(&self.conv_bias)?)?;
+        let (conv_weight, conv_bias) = (get(&self.conv_weight)?, get(&self.conv_bias)?);
+        let u = match &mut past {
+            Some(past) => past.window.conv1d_silu(&xz, 0, &conv_weight, &conv_bias)?,
+            None => on_device::conv1d_silu(&xz, 0, &conv_weight, &conv_bias)?,
+        };
         let dbc = on_device::linear(&u, &get(&self.x_proj)?, None)?;
         let (b, c) = (dbc.narrow(2, dt_rank, d_state)?, dbc.narrow(2, dt_rank + d_state, d_state)?);
         let dt = on_device::linear(&dbc.narrow(2, 0, dt_rank)?, &get(&self.dt_weight)?, None)?;
-        let y =
-            on_device::selective_scan([&u, &dt, &b, &c, &z], &get(&self.a_log)?, &get(&self.d)?, &get(&self.dt_bias)?)?;
+        let inputs = [&u, &dt, &b, &c, &z];
+        let (a_log, d, dt_bias) = (get(&self.a_log)?, get(&self.d)?, get(&self.dt_bias)?);
+        let y = match past {
+            Some(past) => selective_scan_from(&mut past.state, inputs, &a_log, &d, &dt_bias)?,
+            None => on_device::selective_scan(inputs, &a_log, &d, &dt_bias)?,
+        };
         Ok((x + on_device::linear(&y, &get(&self.out_proj)?, None)?)?)
+    }
+
+    /// The next positions, `(B, S, D)`.
+    pub(super) fn advance(&self, x: &Tensor, past: &mut Past) -> Result<Tensor> {
+        self.compose(x, Mode::Eval, Some(past))
+    }
+}
+
+impl Layer for MambaLayer {
+    type Tape = Tape;
+
+    fn composed(&self, x: &Tensor, _: Option<&Tensor>, mode: Mode) -> Result<Tensor> {
+        self.compose(x, mode, None)
     }
 
     fn forward(&self, x: &[f32], context: Context, y: &mut [f32]) -> Tape {

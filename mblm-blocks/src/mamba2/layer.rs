@@ -8,12 +8,13 @@ use mblm_sdk::gemm::Update;
 use mblm_sdk::layer::{Context, Layer, param_like};
 use mblm_sdk::mode::{Mode, stream};
 use mblm_sdk::ops::conv1d::Conv1d;
+use mblm_sdk::ops::decoding::Window;
 use mblm_sdk::ops::dropout::{self, dropout_composed};
 use mblm_sdk::ops::gated_rms_norm::GatedRmsNorm;
 use mblm_sdk::ops::linear;
 use mblm_sdk::ops::on_device;
 use mblm_sdk::ops::rms_norm::{Eps, RmsNorm};
-use mblm_sdk::ops::ssd::{self, Grads, Inputs, ParamGrads, Ssd};
+use mblm_sdk::ops::ssd::{self, Grads, Inputs, ParamGrads, Ssd, ssd_from};
 use mblm_sdk::parallel::{self, Shared};
 use mblm_sdk::rows::{Rows, RowsMut};
 use mblm_sdk::simd;
@@ -142,22 +143,50 @@ pub(super) struct Tape {
     ssd: ssd::Tape,
 }
 
-impl Layer for Mamba2Layer {
-    type Tape = Tape;
+/// What the next positions need of those before.
+#[derive(Default)]
+pub(super) struct Past {
+    window: Window,
+    state: Option<Tensor>,
+}
 
-    fn composed(&self, x: &Tensor, _: Option<&Tensor>, mode: Mode) -> Result<Tensor> {
+impl Mamba2Layer {
+    /// The layer by tensors; after `past`, if these are the next positions of a sequence that is decoded.
+    fn compose(&self, x: &Tensor, mode: Mode, mut past: Option<&mut Past>) -> Result<Tensor> {
         let (inner, conv, n) = (self.sizes.inner(), self.sizes.conv(), self.sizes.d_state);
         let get = |param: &Arc<Param>| param_like(param, x, mode);
         let normed = on_device::rms_norm(x, &get(&self.norm)?, NORM_EPS, false)?;
         let proj = on_device::linear(&normed, &get(&self.in_proj)?, None)?;
-        let xbc = on_device::conv1d_silu(&proj, inner, &get(&self.conv_weight)?, &get(&self.conv_bias)?)?;
+        let (conv_weight, conv_bias) = (get(&self.conv_weight)?, get(&self.conv_bias)?);
+        let xbc = match &mut past {
+            Some(past) => past.window.conv1d_silu(&proj, inner, &conv_weight, &conv_bias)?,
+            None => on_device::conv1d_silu(&proj, inner, &conv_weight, &conv_bias)?,
+        };
         let (b, c) = (xbc.narrow(2, inner, n)?, xbc.narrow(2, inner + n, n)?);
         let dt = proj.narrow(2, inner + conv, self.sizes.heads)?;
         let u = xbc.narrow(2, 0, inner)?;
-        let y = on_device::ssd([&u, &dt, &b, &c], &get(&self.a_log)?, &get(&self.d)?, &get(&self.dt_bias)?)?;
+        let inputs = [&u, &dt, &b, &c];
+        let (a_log, d, dt_bias) = (get(&self.a_log)?, get(&self.d)?, get(&self.dt_bias)?);
+        let y = match past {
+            Some(past) => ssd_from(&mut past.state, inputs, &a_log, &d, &dt_bias)?,
+            None => on_device::ssd(inputs, &a_log, &d, &dt_bias)?,
+        };
         let gated = on_device::gated_rms_norm(&y, &proj.narrow(2, 0, inner)?, &get(&self.gate_norm)?, EPS)?;
         let mixed = on_device::linear(&gated, &get(&self.out_proj)?, None)?;
         Ok((x + dropout_composed(&mixed, mode.dropout(self.dropout.0, self.dropout.1))?)?)
+    }
+
+    /// The next positions, `(B, S, D)`.
+    pub(super) fn advance(&self, x: &Tensor, past: &mut Past) -> Result<Tensor> {
+        self.compose(x, Mode::Eval, Some(past))
+    }
+}
+
+impl Layer for Mamba2Layer {
+    type Tape = Tape;
+
+    fn composed(&self, x: &Tensor, _: Option<&Tensor>, mode: Mode) -> Result<Tensor> {
+        self.compose(x, mode, None)
     }
 
     fn forward(&self, x: &[f32], context: Context, y: &mut [f32]) -> Tape {

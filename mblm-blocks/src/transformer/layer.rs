@@ -11,6 +11,7 @@ use mblm_sdk::gemm::{Mat, MatMut, Update, matmul};
 use mblm_sdk::layer::{Context, Dims, Layer, param_like};
 use mblm_sdk::mode::{Dropout, Mode, stream};
 use mblm_sdk::ops::attention::Attention;
+use mblm_sdk::ops::decoding::{KeysAndValues, ShiftedRow};
 use mblm_sdk::ops::gelu;
 use mblm_sdk::ops::linear;
 use mblm_sdk::ops::on_device;
@@ -213,23 +214,55 @@ impl TransformerLayer {
     }
 }
 
+/// What the next positions of a decoder layer need of those before.
+#[derive(Default)]
+pub(super) struct Past {
+    /// What entered the two halves.
+    before: [ShiftedRow; 2],
+    cache: KeysAndValues,
+}
+
+impl TransformerLayer {
+    /// The layer by tensors, where `norm` takes the number of a half, its input and its gain, and `attend` takes queries, and
+    /// keys and values.
+    fn compose(
+        &self,
+        x: &Tensor,
+        mode: Mode,
+        mut norm: impl FnMut(usize, &Tensor, &Tensor) -> Result<Tensor>,
+        attend: impl FnOnce(&Tensor, &Tensor) -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        let p = |param: &Param| param_like(param, x, mode);
+        let h = norm(0, x, &p(&self.attn_gain)?)?;
+        let q = on_device::linear(&h, &p(&self.to_q)?, None)?;
+        let kv = on_device::linear(&h, &p(&self.to_kv)?, None)?;
+        let middle = (x + on_device::linear(&attend(&q, &kv)?, &p(&self.to_out)?, None)?)?;
+
+        let h = norm(1, &middle, &p(&self.ff_gain)?)?;
+        let wide = on_device::linear_gelu(&h, &p(&self.up)?, &p(&self.up_bias)?, self.ff_dropout(mode))?;
+        Ok((middle + on_device::linear(&wide, &p(&self.down)?, Some(&p(&self.down_bias)?))?)?)
+    }
+
+    /// The next positions, `(B, S, D)`, of a decoder layer.
+    pub(super) fn advance(&self, x: &Tensor, past: &mut Past) -> Result<Tensor> {
+        let Past { before, cache } = past;
+        let norm = |half: usize, x: &Tensor, gain: &Tensor| {
+            on_device::rms_norm(&before[half].token_shift(x)?, gain, EPS, false)
+        };
+        let attend = |q: &Tensor, kv: &Tensor| cache.attend(q, kv, self.heads, self.rotary.as_deref());
+        self.compose(x, Mode::Eval, norm, attend)
+    }
+}
+
 impl Layer for TransformerLayer {
     type Tape = Tape;
 
     fn composed(&self, x: &Tensor, mask: Option<&Tensor>, mode: Mode) -> Result<Tensor> {
-        let p = |param: &Param| param_like(param, x, mode);
         let causal = self.kind == Kind::Decoder;
-        let h = on_device::rms_norm(x, &p(&self.attn_gain)?, EPS, causal)?;
-        let q = on_device::linear(&h, &p(&self.to_q)?, None)?;
-        let kv = on_device::linear(&h, &p(&self.to_kv)?, None)?;
         let (heads, dropout) = (self.heads, mode.dropout(self.attn_dropout, self.stream));
         let attention = on_device::Attention { heads, causal, mask, dropout, rotary: self.rotary.as_deref() };
-        let attended = attention.forward(&q, &kv)?;
-        let middle = (x + on_device::linear(&attended, &p(&self.to_out)?, None)?)?;
-
-        let h = on_device::rms_norm(&middle, &p(&self.ff_gain)?, EPS, causal)?;
-        let wide = on_device::linear_gelu(&h, &p(&self.up)?, &p(&self.up_bias)?, self.ff_dropout(mode))?;
-        Ok((middle + on_device::linear(&wide, &p(&self.down)?, Some(&p(&self.down_bias)?))?)?)
+        let norm = |_, x: &Tensor, gain: &Tensor| on_device::rms_norm(x, gain, EPS, causal);
+        self.compose(x, mode, norm, |q, kv| attention.forward(q, kv))
     }
 
     fn forward(&self, x: &[f32], context: Context, y: &mut [f32]) -> Tape {

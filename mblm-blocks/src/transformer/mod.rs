@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use candle_core::Tensor;
 use layer::{Kind, TransformerLayer};
-use mblm_sdk::block::{Cost, FieldError, PosEmb, StageBlock, StageDecoder, StageModel, width};
+use mblm_sdk::block::{Cost, FieldError, PosEmb, StageBlock, StageDecoder, StageModel, TensorDecoder, stacked, width};
 use mblm_sdk::layer::apply;
 use mblm_sdk::mode::Mode;
 use mblm_sdk::ops::norm_layer::RmsNormLayer;
@@ -152,6 +152,15 @@ impl TransformerModel {
     }
 }
 
+impl TransformerModel {
+    fn check_causal(&self) -> Result<()> {
+        match self.is_causal() {
+            true => Ok(()),
+            false => Err(Error::Block("`transformerEncoder` sees the whole sequence and cannot generate".into())),
+        }
+    }
+}
+
 impl StageModel for TransformerModel {
     fn forward(&self, x: &Tensor, mask: Option<&Tensor>, mode: Mode) -> Result<Tensor> {
         if mask.is_some() && self.is_causal() {
@@ -167,15 +176,14 @@ impl StageModel for TransformerModel {
         self.layers.iter().all(|layer| layer.kind() == Kind::Decoder)
     }
 
-    fn decodes_on_host(&self) -> bool {
-        true
+    fn decoder(&self, batch: usize) -> Result<Box<dyn StageDecoder + '_>> {
+        self.check_causal()?;
+        Ok(Box::new(decoder::TransformerDecoder::new(self, batch)))
     }
 
-    fn decoder(&self, batch: usize) -> Result<Box<dyn StageDecoder + '_>> {
-        if !self.is_causal() {
-            return Err(Error::Block("`transformerEncoder` sees the whole sequence and cannot generate".into()));
-        }
-        Ok(Box::new(decoder::TransformerDecoder::new(self, batch)))
+    fn tensor_decoder(&self, _batch: usize) -> Result<Box<dyn TensorDecoder + '_>> {
+        self.check_causal()?;
+        Ok(stacked(&self.layers, TransformerLayer::advance, |y| apply(&self.norm, y, None, Mode::Eval)))
     }
 
     fn buffers(&self) -> Vec<(&'static str, Vec<f32>)> {

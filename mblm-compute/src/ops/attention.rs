@@ -15,6 +15,7 @@ mod short;
 mod tiled;
 
 pub use composed::{attention_composed, softmax_composed};
+pub(crate) use composed::{attention_of_last, join_heads, split_heads};
 
 /// Up to this many keys the products are plain loops.
 const SHORT: usize = 24;

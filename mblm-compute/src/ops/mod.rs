@@ -4,6 +4,7 @@ pub mod adam;
 pub mod attention;
 pub mod conv1d;
 pub mod cross_entropy;
+pub mod decoding;
 pub mod dropout;
 pub mod embedding;
 pub mod gated_rms_norm;

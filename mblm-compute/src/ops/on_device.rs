@@ -2,7 +2,7 @@
 
 use candle_core::Tensor;
 
-use super::attention::attention_composed;
+use super::attention::{attention_composed, join_heads, split_heads};
 use super::conv1d::conv1d_silu_composed;
 use super::dropout::dropout_composed;
 use super::gated_rms_norm::gated_rms_norm_composed;
@@ -143,21 +143,19 @@ impl Attention<'_> {
     /// # Shapes
     /// - `q`: `(B, S, H d)`, `kv`: `(B, S, 2 H d)`, keys first; returns `(B, S, H d)`
     pub fn forward(self, q: &Tensor, kv: &Tensor) -> Result<Tensor> {
-        let (batch, seq, inner) = q.dims3()?;
+        let inner = q.dim(2)?;
         #[cfg(feature = "cuda")]
         if cuda::available(q) {
-            let rotary = self.rotary.map(|rotary| rotary.half_tables(seq, q)).transpose()?;
+            let rotary = self.rotary.map(|rotary| rotary.half_tables(q.dim(1)?, q)).transpose()?;
             let (mask, causal, dropout) = (self.mask.cloned(), self.causal, self.dropout);
             return cuda::Attention { heads: self.heads, causal, mask, dropout, rotary }.forward(q, kv);
         }
-        let heads =
-            |rows: &Tensor| rows.reshape((batch, seq, self.heads, inner / self.heads))?.transpose(1, 2)?.contiguous();
+        let heads = |rows: &Tensor| split_heads(rows, self.heads);
         let (mut q, mut k) = (heads(q)?, heads(&kv.narrow(2, 0, inner)?)?);
         let v = heads(&kv.narrow(2, inner, inner)?)?;
         if let Some(rotary) = self.rotary {
-            (q, k) = (rotary.composed(&q)?, rotary.composed(&k)?);
+            (q, k) = (rotary.composed(&q, 0)?, rotary.composed(&k, 0)?);
         }
-        let attended = attention_composed(&q, &k, &v, self.causal, self.mask, self.dropout)?;
-        Ok(attended.transpose(1, 2)?.reshape((batch, seq, inner))?)
+        join_heads(&attention_composed(&q, &k, &v, self.causal, self.mask, self.dropout)?)
     }
 }

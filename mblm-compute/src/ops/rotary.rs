@@ -69,11 +69,11 @@ impl Rotary {
         Ok([tables.get(0)?.contiguous()?, tables.get(1)?.contiguous()?])
     }
 
-    /// The definition, for `x`: `(B, H, S, d)`.
-    pub fn composed(&self, x: &Tensor) -> Result<Tensor> {
+    /// The definition, for `x`: `(B, H, S, d)`, whose first row is at position `first`.
+    pub fn composed(&self, x: &Tensor, first: usize) -> Result<Tensor> {
         let (_, _, seq, head_dim) = x.dims4()?;
         let half = head_dim / 2;
-        let tables = self.on_devices.get(seq, x.dtype(), x.device(), |positions| {
+        let tables = self.on_devices.get(first + seq, x.dtype(), x.device(), |positions| {
             let table = self.table(positions);
             let twice = |part: &[f32]| {
                 let part = Tensor::from_slice(&part[..positions * half], (positions, half), &Device::Cpu)?;
@@ -81,7 +81,7 @@ impl Rotary {
             };
             Ok(Tensor::stack(&[twice(&table.cos)?, twice(&table.sin)?], 0)?)
         })?;
-        let table = |which: usize| tables.get(which)?.narrow(0, 0, seq);
+        let table = |which: usize| tables.get(which)?.narrow(0, first, seq);
         let (first, second) = (x.narrow(D::Minus1, 0, half)?, x.narrow(D::Minus1, half, half)?);
         let rotated = Tensor::cat(&[&second.neg()?, &first], 3)?;
         Ok((x.broadcast_mul(&table(0)?)? + rotated.broadcast_mul(&table(1)?)?)?)

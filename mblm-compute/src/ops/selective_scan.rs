@@ -14,7 +14,7 @@ use crate::simd::{self, exp_decay, silu, softplus, vectorize};
 mod backward;
 mod composed;
 pub use backward::{Grads, ParamGrads};
-pub use composed::{selective_scan_composed, softplus_composed};
+pub use composed::{selective_scan_composed, selective_scan_from, softplus_composed};
 
 /// Channels of a group: one AVX-512 register, two of AVX2.
 const LANES: usize = 16;

@@ -17,7 +17,7 @@ use crate::simd::{self, exp_decay, softplus, vectorize};
 mod backward;
 mod composed;
 pub use backward::{Grads, ParamGrads};
-pub use composed::ssd_composed;
+pub use composed::{ssd_composed, ssd_from};
 
 /// Positions of a chunk, Q.
 pub const CHUNK: usize = 64;

@@ -2,14 +2,17 @@
 //! complete patch. The logits are those of the full forward pass.
 
 use candle_core::{DType, Device, Tensor};
-use mblm_sdk::block::{StageDecoder, replay_at};
-use mblm_sdk::device::Place;
 use mblm_sdk::error::{Error, Result};
-use mblm_sdk::gemm::Update;
 use mblm_sdk::mode::Mode;
-use mblm_sdk::ops::linear;
+use mblm_sdk::transfer;
 
-use crate::model::{Hierarchy, Mblm, Positions, Stage};
+use crate::model::{Mblm, Positions};
+
+mod slices;
+mod tensors;
+
+use slices::Slices;
+use tensors::Tensors;
 
 /// The state of a batch of sequences that have the same length and grow together.
 pub struct Decoder<'m> {
@@ -17,18 +20,32 @@ pub struct Decoder<'m> {
     batch: usize,
     /// The bytes so far, `(L, B)`: only those of the current sequence of stage 2 on are ever read again.
     history: Vec<u32>,
-    stages: Vec<StageState<'m>>,
+    /// Of each stage, the tokens of the current sequence that were fed, not counting the start token.
+    positions: Vec<usize>,
+    stages: Box<dyn Stages + 'm>,
     logits: Vec<f32>,
 }
 
-struct StageState<'m> {
-    decoder: Box<dyn StageDecoder + 'm>,
-    /// Tokens of the current sequence that were fed, not counting the start token.
-    position: usize,
-    /// What the stage above says of each token of the current sequence, `(B, P_n, D_n)`; empty at stage 1.
-    above: Vec<f32>,
-    /// The output at the newest position, `(B, D_n)`.
-    output: Vec<f32>,
+/// The states of all stages: over slices where fused ops run, and over tensors elsewhere.
+trait Stages: Send {
+    /// Opens a sequence of stage `n`, whose decoder is new or reset: asks the stage above about its tokens and feeds the start
+    /// token.
+    fn begin(&mut self, n: usize) -> Result<()>;
+
+    /// Resets the decoder of stage `n`.
+    fn reset(&mut self, n: usize);
+
+    /// Feeds the next tokens of the current sequence to stage `n`, from `position` on.
+    ///
+    /// # Shapes
+    /// - `ids`: `(tokens, B, bytes of a token)`
+    fn feed(&mut self, n: usize, position: usize, ids: Vec<u32>) -> Result<()>;
+
+    /// Writes the logits, `(B, V)`, that the local stage's newest output gives.
+    fn logits(&mut self, logits: &mut [f32]) -> Result<()>;
+
+    /// A copy of the newest output of stage `n`, `(B, D_n)`.
+    fn output(&self, n: usize) -> Result<Vec<f32>>;
 }
 
 impl<'m> Decoder<'m> {
@@ -37,10 +54,13 @@ impl<'m> Decoder<'m> {
         if batch == 0 {
             return Err(Error::Input("expected a batch of at least one sequence, found none".into()));
         }
-        let place = model.params().place();
-        let stages = model.hierarchy().stages.iter().enumerate();
-        let stages = stages.map(|(n, stage)| StageState::new(stage, n > 0, batch, place)).collect::<Result<_>>()?;
-        let mut decoder = Decoder { model, batch, history: vec![], stages, logits: vec![] };
+        let hierarchy = model.hierarchy();
+        let stages: Box<dyn Stages> = match model.params().place().fuses() {
+            true => Box::new(Slices::new(hierarchy, batch)?),
+            false => Box::new(Tensors::new(hierarchy, batch)?),
+        };
+        let positions = vec![0; hierarchy.stages.len()];
+        let mut decoder = Decoder { model, batch, history: vec![], positions, stages, logits: vec![] };
         decoder.logits = decoder.empty_logits()?;
         Ok(decoder)
     }
@@ -87,8 +107,8 @@ impl<'m> Decoder<'m> {
         // From local to global: how many tokens each stage's newest sequence has. Only the local stage's may be full:
         // it is completed by the byte that follows.
         let hierarchy = self.model.hierarchy();
-        let (mut total, local) = (len, self.stages.len() - 1);
-        let mut counts = vec![0; self.stages.len()];
+        let (mut total, local) = (len, self.positions.len() - 1);
+        let mut counts = vec![0; self.positions.len()];
         for n in (0..=local).rev() {
             let seq = hierarchy.stages[n].seq_len;
             counts[n] = match n {
@@ -115,9 +135,9 @@ impl<'m> Decoder<'m> {
     pub fn step(&mut self, bytes: &[u32]) -> Result<()> {
         self.check(bytes, 1)?;
         if self.is_empty() {
-            (0..self.stages.len()).try_for_each(|n| self.begin_sequence(n))?;
+            (0..self.positions.len()).try_for_each(|n| self.begin_sequence(n))?;
         }
-        let local = self.stages.len() - 1;
+        let local = self.positions.len() - 1;
         self.make_room(local)?;
         self.history.extend_from_slice(bytes);
         self.feed_tokens(local, self.len() - 1, 1)?;
@@ -146,7 +166,7 @@ impl<'m> Decoder<'m> {
     /// Completes stage `n`'s sequence if it is full: its bytes become a token of the stage above, whose output then
     /// opens the next sequence.
     fn make_room(&mut self, n: usize) -> Result<()> {
-        if n == 0 || self.stages[n].position < self.model.hierarchy().stages[n].seq_len {
+        if n == 0 || self.positions[n] < self.model.hierarchy().stages[n].seq_len {
             return Ok(());
         }
         let patch = self.model.hierarchy().patch_len(n - 1);
@@ -156,21 +176,12 @@ impl<'m> Decoder<'m> {
         self.begin_sequence(n)
     }
 
-    /// Opens a sequence of stage `n`: asks the stage above about it and feeds the start token.
     fn begin_sequence(&mut self, n: usize) -> Result<()> {
-        let hierarchy = self.model.hierarchy();
-        if let Some(next) = n.checked_sub(1).and_then(|above| hierarchy.stages[above].next.as_ref()) {
-            let (above, below) = self.stages.split_at_mut(n);
-            next.rows(&above[n - 1].output, &mut below[0].above);
+        if self.positions[n] > 0 {
+            self.stages.reset(n);
         }
-        let (stage, state) = (&hierarchy.stages[n], &mut self.stages[n]);
-        if state.position > 0 {
-            state.decoder.reset();
-        }
-        state.position = 0;
-        let Some(start) = &stage.input.start else { return Ok(()) };
-        let start = start.values().repeat(self.batch);
-        state.decoder.step(&start, &mut state.output)
+        self.positions[n] = 0;
+        self.stages.begin(n)
     }
 
     /// Feeds `count` tokens to stage `n`, whose bytes begin at byte `first` of the history.
@@ -178,80 +189,49 @@ impl<'m> Decoder<'m> {
         if count == 0 {
             return Ok(());
         }
-        let hierarchy: &Hierarchy = self.model.hierarchy();
-        let (stage, state, batch) = (&hierarchy.stages[n], &mut self.stages[n], self.batch);
-        let (dim, patch) = (stage.dim, hierarchy.patch_len(n));
+        let (patch, batch) = (self.model.hierarchy().patch_len(n), self.batch);
         let mut ids = Vec::with_capacity(count * batch * patch);
         for token in 0..count {
             for b in 0..batch {
                 ids.extend((0..patch).map(|i| self.history[(first + token * patch + i) * batch + b]));
             }
         }
-        let mut tokens = vec![0.0; count * batch * dim];
-        stage.embedding.rows(&ids, &mut tokens);
-        for (i, row) in tokens.chunks_exact_mut(dim).enumerate() {
-            let (position, b) = (state.position + i / batch, i % batch);
-            stage.input.positions.enter(position, row);
-            if !state.above.is_empty() {
-                let at = (b * stage.seq_len + position) * dim;
-                mblm_sdk::simd::add(&state.above[at..at + dim], row);
-            }
-        }
-        let mut outputs = vec![0.0; tokens.len()];
-        state.decoder.prefill(&tokens, &mut outputs, count)?;
-        state.output.copy_from_slice(&outputs[(count - 1) * batch * dim..]);
-        state.position += count;
+        self.stages.feed(n, self.positions[n], ids)?;
+        self.positions[n] += count;
         Ok(())
     }
 
     fn output_layer(&mut self) -> Result<()> {
-        let hierarchy = self.model.hierarchy();
-        let hidden = &self.stages[self.stages.len() - 1].output;
-        let (weight, bias) = (hierarchy.out_weight.values(), hierarchy.out_bias.values());
-        linear::step(hidden, &weight, Some(&bias), hierarchy.out_weight.shape()[1], Update::Set, &mut self.logits);
+        self.stages.logits(&mut self.logits)?;
         match self.logits.iter().all(|logit| logit.is_finite()) {
             true => Ok(()),
-            false => Err(self.not_finite()),
+            false => Err(self.not_finite()?),
         }
     }
 
     /// Names the first stage whose newest output is not finite: what a stage passes on reaches the logits at once.
-    fn not_finite(&self) -> Error {
-        let first = self.stages.iter().enumerate().find_map(|(n, stage)| {
-            let at = stage.output.iter().position(|value| !value.is_finite())?;
-            Some((n, stage.position, at / (stage.output.len() / self.batch), stage.output[at]))
-        });
+    fn not_finite(&self) -> Result<Error> {
         let what = format!("the logits after {} bytes are not finite", self.len());
-        Error::NotFinite(match first {
-            Some((n, position, sequence, value)) => format!(
-                "{what}: the output of {} is {value} at sequence {sequence}, position {position}",
-                self.model.hierarchy().stage_name(n)
-            ),
-            None => format!("{what}, while the outputs of all stages are finite: the output layer overflows"),
-        })
+        for (n, position) in self.positions.iter().enumerate() {
+            let output = self.stages.output(n)?;
+            if let Some(at) = output.iter().position(|value| !value.is_finite()) {
+                let (sequence, value) = (at / (output.len() / self.batch), output[at]);
+                return Ok(Error::NotFinite(format!(
+                    "{what}: the output of {} is {value} at sequence {sequence}, position {position}",
+                    self.model.hierarchy().stage_name(n)
+                )));
+            }
+        }
+        Ok(Error::NotFinite(format!("{what}, while the outputs of all stages are finite: the output layer overflows")))
     }
 
     fn empty_logits(&self) -> Result<Vec<f32>> {
         let empty = Tensor::zeros((self.batch, 0), DType::U32, &Device::Cpu)?;
         let logits = || self.model.logits(&empty, Mode::Eval);
-        let values: Vec<f32> = logits()?.flatten_all()?.to_dtype(DType::F32)?.to_vec1()?;
+        let values = transfer::to_vec::<f32>(&logits()?)?;
         match values.iter().all(|logit| logit.is_finite()) {
             true => Ok(values),
             false => Err(self.model.hierarchy().not_finite("the logits of the first byte are not finite", logits)),
         }
-    }
-}
-
-impl<'m> StageState<'m> {
-    fn new(stage: &'m Stage, has_above: bool, batch: usize, place: &Place) -> Result<Self> {
-        Ok(StageState {
-            decoder: match place.is_host() || stage.model.decodes_on_host() {
-                true => stage.model.decoder(batch)?,
-                false => replay_at(&*stage.model, batch, place.clone()),
-            },
-            position: 0,
-            above: vec![0.0; if has_above { batch * stage.seq_len * stage.dim } else { 0 }],
-            output: vec![0.0; batch * stage.dim],
-        })
     }
 }

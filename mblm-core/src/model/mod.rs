@@ -24,7 +24,7 @@ use mblm_sdk::node::apply1;
 use mblm_sdk::ops::cross_entropy::{CrossEntropy, Target};
 use mblm_sdk::param::ParamStore;
 pub(crate) use stage::Stage;
-pub(crate) use stage_input::Positions;
+pub(crate) use stage_input::{Positions, start_rows};
 pub use watch::{Mean, Seen};
 
 use crate::config::MblmConfig;
@@ -245,7 +245,7 @@ impl Mblm {
         let mut above: Option<Tensor> = None;
         for stage in &self.hierarchy.stages {
             let Some(start) = &stage.input.start else { continue };
-            let mut input = start.tensor(mode).reshape((1, 1, stage.dim))?.repeat((batch, 1, 1))?;
+            let mut input = start_rows(start, batch, mode)?;
             if let Some(above) = above {
                 input = (input + above)?;
             }

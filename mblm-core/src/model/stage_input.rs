@@ -57,6 +57,17 @@ impl Positions {
             Positions::Rope(rope) => rotate(&rope.frequencies, position, row, 1.0),
         }
     }
+
+    /// [`enter`](Self::enter) for tokens `(R, S, D)` at the positions from `first` on, as a composition.
+    pub(crate) fn composed(&self, tokens: &Tensor, first: usize, mode: Mode) -> Result<Tensor> {
+        match self {
+            Positions::None => Ok(tokens.clone()),
+            Positions::Fixed(table) => {
+                on_device::add_to_rows(tokens, &table.tensor(mode).narrow(0, first, tokens.dim(1)?)?)
+            }
+            Positions::Rope(rope) => rope.composed(tokens, first),
+        }
+    }
 }
 
 /// Su et al. 2021, eq. 34: channels 2i and 2i + 1 rotate by `position · θ_i`.
@@ -69,15 +80,15 @@ fn rotate(frequencies: &[f32], position: usize, row: &mut [f32], sign: f32) {
 }
 
 impl Rope {
-    /// [`rotate`] of every position of `x`, `(R, S, D)`, as a composition.
-    fn composed(&self, x: &Tensor) -> Result<Tensor> {
+    /// [`rotate`] of every position of `x`, `(R, S, D)`, from `first` on, as a composition.
+    fn composed(&self, x: &Tensor, first: usize) -> Result<Tensor> {
         let (batch, seq, dim) = x.dims3()?;
-        let tables = self.tables.get(seq, x.dtype(), x.device(), |positions| {
+        let tables = self.tables.get(first + seq, x.dtype(), x.device(), |positions| {
             let angles = (0..positions).flat_map(|at| self.frequencies.iter().map(move |f| (at as f32 * f) as f64));
             let (sin, cos): (Vec<f32>, Vec<f32>) = angles.map(|a| (a.sin() as f32, a.cos() as f32)).unzip();
             Ok(Tensor::from_vec([sin, cos].concat(), (2, positions, dim / 2), &Device::Cpu)?)
         })?;
-        let (sin, cos) = (tables.get(0)?.narrow(0, 0, seq)?, tables.get(1)?.narrow(0, 0, seq)?);
+        let (sin, cos) = (tables.get(0)?.narrow(0, first, seq)?, tables.get(1)?.narrow(0, first, seq)?);
         let pairs = x.reshape((batch, seq, dim / 2, 2))?;
         let (even, odd) = (pairs.narrow(3, 0, 1)?.squeeze(3)?, pairs.narrow(3, 1, 1)?.squeeze(3)?);
         let first = (even.broadcast_mul(&cos)? - odd.broadcast_mul(&sin)?)?;
@@ -113,6 +124,11 @@ impl StageInput {
             None => apply1(node, tokens, mode),
         }
     }
+}
+
+/// The start token of each sequence, `(R, 1, D)`.
+pub(crate) fn start_rows(start: &Param, batch: usize, mode: Mode) -> Result<Tensor> {
+    Ok(start.tensor(mode).reshape((1, 1, start.len()))?.broadcast_as((batch, 1, start.len()))?.contiguous()?)
 }
 
 struct Assemble {
@@ -216,21 +232,13 @@ impl Node for Assemble {
     }
 
     fn composed(&self, inputs: &[&Tensor], mode: Mode) -> Result<Tensor> {
-        let Dims { batch, seq, dim } = self.dims;
-        let tokens = inputs[0];
-        let mut y = match &self.input.positions {
-            Positions::None => tokens.clone(),
-            Positions::Fixed(table) => on_device::add_to_rows(tokens, &table.tensor(mode).narrow(0, 0, seq)?)?,
-            Positions::Rope(rope) => rope.composed(tokens)?,
-        };
+        let batch = self.dims.batch;
+        let mut y = self.input.positions.composed(inputs[0], 0, mode)?;
         if let Some(above) = inputs.get(1) {
             y = (y + *above)?;
         }
         match &self.input.start {
-            Some(start) => {
-                let start = start.tensor(mode).reshape((1, 1, dim))?.broadcast_as((batch, 1, dim))?;
-                Ok(Tensor::cat(&[&start.contiguous()?, &y], 1)?)
-            }
+            Some(start) => Ok(Tensor::cat(&[&start_rows(start, batch, mode)?, &y], 1)?),
             None => Ok(y),
         }
     }

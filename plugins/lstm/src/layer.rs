@@ -73,17 +73,22 @@ pub(crate) struct Tape {
     c: Buffer,
 }
 
-impl Layer for LstmLayer {
-    type Tape = Tape;
+/// The output and the cell state after a position, `(B, H)` each; none before the first.
+pub(crate) type Past = Option<[Tensor; 2]>;
 
-    fn composed(&self, x: &Tensor, _: Option<&Tensor>, mode: Mode) -> Result<Tensor> {
+impl LstmLayer {
+    /// The layer by tensors, from the state that the positions before left, in place of which it leaves its own.
+    fn compose(&self, x: &Tensor, mode: Mode, past: &mut Past) -> Result<Tensor> {
         let (batch, seq, _) = x.dims3()?;
         let get = |param: &Arc<Param>| param_like(param, x, mode);
         let bias = (get(&self.bias_ih)? + get(&self.bias_hh)?)?;
         let inputs = linear_composed(x, &get(&self.weight_ih)?, Some(&bias))?;
         let weight_hh = get(&self.weight_hh)?;
-        let mut h = Tensor::zeros((batch, self.units), x.dtype(), x.device())?;
-        let mut c = h.clone();
+        let zeros = || Tensor::zeros((batch, self.units), x.dtype(), x.device());
+        let [mut h, mut c] = match past.take() {
+            Some(past) => past,
+            None => [zeros()?, zeros()?],
+        };
         let mut outputs = Vec::with_capacity(seq);
         for t in 0..seq {
             let gates = (inputs.narrow(1, t, 1)?.squeeze(1)? + linear_composed(&h, &weight_hh, None)?)?;
@@ -94,7 +99,21 @@ impl Layer for LstmLayer {
             h = (o * c.tanh()?)?;
             outputs.push(h.clone());
         }
+        *past = Some([h, c]);
         dropout_composed(&Tensor::stack(&outputs, 1)?, self.dropout(mode))
+    }
+
+    /// The next positions, `(B, S, H)`.
+    pub(crate) fn advance(&self, x: &Tensor, past: &mut Past) -> Result<Tensor> {
+        self.compose(x, Mode::Eval, past)
+    }
+}
+
+impl Layer for LstmLayer {
+    type Tape = Tape;
+
+    fn composed(&self, x: &Tensor, _: Option<&Tensor>, mode: Mode) -> Result<Tensor> {
+        self.compose(x, mode, &mut None)
     }
 
     fn forward(&self, x: &[f32], context: Context, y: &mut [f32]) -> Tape {

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use candle_core::Tensor;
-use mblm_sdk::block::{Cost, FieldError, PosEmb, StageBlock, StageDecoder, StageModel};
+use mblm_sdk::block::{Cost, FieldError, PosEmb, StageBlock, StageDecoder, StageModel, TensorDecoder, stacked};
 use mblm_sdk::layer::apply;
 use mblm_sdk::mode::Mode;
 use mblm_sdk::{Error, ParamScope, Result};
@@ -85,12 +85,12 @@ impl StageModel for LstmModel {
         self.layers.iter().try_fold(x.clone(), |x, layer| apply(layer, &x, None, mode))
     }
 
-    fn decodes_on_host(&self) -> bool {
-        true
-    }
-
     fn decoder(&self, batch: usize) -> Result<Box<dyn StageDecoder + '_>> {
         Ok(Box::new(Decoder::new(&self.layers, self.dim, batch)))
+    }
+
+    fn tensor_decoder(&self, _batch: usize) -> Result<Box<dyn TensorDecoder + '_>> {
+        Ok(stacked(&self.layers, LstmLayer::advance, |y| Ok(y.clone())))
     }
 
     fn cost(&self, _seq_len: usize) -> Option<Cost> {

@@ -43,11 +43,43 @@ pub fn attention_composed(
     dropout: Option<Dropout>,
 ) -> Result<Tensor> {
     let seq = q.dim(2)?;
+    let (q, k, v) = (&q.contiguous()?, &k.contiguous()?, &v.contiguous()?);
     let definition = Definition { seq, causal, mask: mask.cloned(), dropout, products: Products::of(q) };
     match seq <= WHOLE {
         true => definition.attend([q, k, v], 0..seq),
         false => definition.in_blocks([q, k, v], QUERIES),
     }
+}
+
+/// The definition for the last positions alone: `q` are the queries of those, `k` and `v` belong to all positions so far. No
+/// weights of more than [`QUERIES`] positions exist at once.
+///
+/// # Shapes
+/// - `q`: `(B, H, S, d)`; `k`, `v`: `(B, H, T, d)`, rows and heads one after another; returns `(B, H, S, d)`
+pub(crate) fn attention_of_last(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
+    let ((_, _, seq, _), len) = (q.dims4()?, k.dim(2)?);
+    // One query sees everything.
+    let definition = Definition { seq: len, causal: seq > 1, mask: None, dropout: None, products: Products::of(q) };
+    let block = |first: usize| {
+        let count = QUERIES.min(seq - first);
+        let end = len - seq + first + count;
+        let inputs = [q.narrow(2, first, count)?, k.narrow(2, 0, end)?, v.narrow(2, 0, end)?];
+        definition.attend(inputs.each_ref(), end - count..end)
+    };
+    let blocks = (0..seq).step_by(QUERIES).map(block).collect::<Result<Vec<_>>>()?;
+    Ok(Tensor::cat(&blocks, 2)?)
+}
+
+/// `(B, S, H d)` as `(B, H, S, d)`.
+pub(crate) fn split_heads(rows: &Tensor, heads: usize) -> Result<Tensor> {
+    let (batch, seq, inner) = rows.dims3()?;
+    Ok(rows.reshape((batch, seq, heads, inner / heads))?.transpose(1, 2)?.contiguous()?)
+}
+
+/// `(B, H, S, d)` as `(B, S, H d)`.
+pub(crate) fn join_heads(heads: &Tensor) -> Result<Tensor> {
+    let (batch, count, seq, head_dim) = heads.dims4()?;
+    Ok(heads.transpose(1, 2)?.reshape((batch, seq, count * head_dim))?)
 }
 
 #[derive(Clone)]
@@ -79,10 +111,10 @@ impl Definition {
         Ok(Tensor::cat(&blocks, 2)?)
     }
 
-    /// The outputs of `queries`, where `k` and `v` are those of all keys from 0 on that they see.
+    /// The outputs of `queries`, where `k` and `v` are those of all keys from 0 on that they see. Operands of products: rows
+    /// are contiguous, and heads and sequences at equal distances.
     fn attend(&self, [q, k, v]: [&Tensor; 3], queries: Range<usize>) -> Result<Tensor> {
         let (_, _, keys, head_dim) = k.dims4()?;
-        let (q, k, v) = (&q.contiguous()?, &k.contiguous()?, &v.contiguous()?);
         let mut scores = (self.products.product_transposed(q, k)? * (head_dim as f64).powf(-0.5))?;
         if let Some(mask) = &self.mask {
             let mask = mask.narrow(1, 0, keys)?.unsqueeze(1)?.unsqueeze(1)?.broadcast_as(scores.shape())?;

@@ -14,18 +14,43 @@ use crate::error::Result;
 /// - `x`, `dt`, `z`: `(B, S, E)`, `b`, `c`: `(B, S, N)`; returns `(B, S, E)`
 /// - `a_log`: `(E, N)`, `d`, `dt_bias`: `(E)`
 pub fn selective_scan_composed(inputs: [&Tensor; 5], a_log: &Tensor, d: &Tensor, dt_bias: &Tensor) -> Result<Tensor> {
-    let [x, dt, b, c, z] = inputs;
-    let delta = softplus_composed(&dt.broadcast_add(dt_bias)?)?;
-    let channels = Tensor::cat(&[&(x * &delta)?, &delta], D::Minus1)?;
-    let maps = Tensor::cat(&[b, c], D::Minus1)?;
-    let a = a_log.exp()?.neg()?;
-    let y = Scan::new(&channels, &maps, &a)?.forward()?;
+    let [x, .., z] = inputs;
+    let [channels, maps, a] = operands(inputs, a_log, dt_bias)?;
+    let scan = Scan::new(&channels, &maps, &a)?;
+    let (y, _) = scan.forward(&scan.zeros(scan.cut.batch)?)?;
     let y = with_backward(&[&channels, &maps, &a], &y, |inputs, dy| {
         let (batch, seq, width) = dy.dims3()?;
         let count = (STATES / (batch * seq * inputs[2].dim(1)?)).clamp(1, width);
         backward(inputs[0], inputs[1], inputs[2], dy, count)
     })?;
     Ok(((y + x.broadcast_mul(d)?)? * z.silu()?)?)
+}
+
+/// [`selective_scan_composed`] of the next positions, for decoding: goes on from `state`, which no position has left at the
+/// start of a sequence, and leaves its own.
+///
+/// # Shapes
+/// - as in [`selective_scan_composed`]; `state`: `(B, E, N)`
+pub fn selective_scan_from(
+    state: &mut Option<Tensor>,
+    inputs: [&Tensor; 5],
+    a_log: &Tensor,
+    d: &Tensor,
+    dt_bias: &Tensor,
+) -> Result<Tensor> {
+    let [x, .., z] = inputs;
+    let [channels, maps, a] = operands(inputs, a_log, dt_bias)?;
+    let scan = Scan::new(&channels, &maps, &a)?;
+    let (y, end) = scan.forward(&state.take().map_or_else(|| scan.zeros(scan.cut.batch), Ok)?)?;
+    *state = Some(end);
+    Ok(((y + x.broadcast_mul(d)?)? * z.silu()?)?)
+}
+
+/// What a [`Scan`] is made of: channels, maps and `a`.
+fn operands([x, dt, b, c, _]: [&Tensor; 5], a_log: &Tensor, dt_bias: &Tensor) -> Result<[Tensor; 3]> {
+    let delta = softplus_composed(&dt.broadcast_add(dt_bias)?)?;
+    let channels = Tensor::cat(&[&(x * &delta)?, &delta], D::Minus1)?;
+    Ok([channels, Tensor::cat(&[b, c], D::Minus1)?, a_log.exp()?.neg()?])
 }
 
 /// `ln(1 + e^x)` as `max(x, 0) + ln(1 + u)` with `u = e^-|x|`, which does not overflow. What rounding takes from `1 + u` is
@@ -117,51 +142,54 @@ impl Scan {
         Ok((grad + dy.get(t)?.unsqueeze(2)?.broadcast_mul(&self.c.get(t)?.unsqueeze(1)?)?)?)
     }
 
-    fn zeros(&self) -> Result<Tensor> {
-        let ((_, groups, channels), d_state) = (self.u.dims3()?, self.a.dim(1)?);
+    /// States of zero.
+    fn zeros(&self, groups: usize) -> Result<Tensor> {
+        let (channels, d_state) = self.a.dims2()?;
         Ok(Tensor::zeros((groups, channels, d_state), self.u.dtype(), self.u.device())?)
     }
 
-    /// The state before every chunk, `(G, E, N)`.
-    fn starts(&self) -> Result<Tensor> {
-        let mut state = self.zeros()?;
+    /// The state before every chunk, `(G, E, N)`, from that before each sequence, `(B, E, N)`.
+    fn starts(&self, start: &Tensor) -> Result<Tensor> {
         if self.cut.chunks == 1 {
-            return Ok(state);
+            return Ok(start.clone());
         }
+        let mut state = self.zeros(self.cut.groups())?;
         for t in 0..self.cut.len {
             state = self.advance(t, &state)?;
         }
-        self.cut.carry(&self.decay(&self.delta.sum(0)?)?, &state, 0..self.cut.chunks)
+        self.cut.carry(&self.decay(&self.delta.sum(0)?)?, &state, start, 0..self.cut.chunks)
     }
 
-    /// `(B, S, E)`
-    fn forward(&self) -> Result<Tensor> {
-        let mut state = self.starts()?;
+    /// The outputs, `(B, S, E)`, and the state after each sequence, `(B, E, N)`, from that before it. The zeros that fill up
+    /// the last chunk leave the state as it is.
+    fn forward(&self, start: &Tensor) -> Result<(Tensor, Tensor)> {
+        let mut state = self.starts(start)?;
         let mut ys = Vec::with_capacity(self.cut.len);
         for t in 0..self.cut.len {
             state = self.advance(t, &state)?;
             ys.push(state.matmul(&self.c.get(t)?.unsqueeze(2)?)?.squeeze(2)?);
         }
-        self.cut.by_sequence(&ys)
+        Ok((self.cut.by_sequence(&ys)?, self.cut.last(&state)?))
     }
 
     /// The gradient of the state after every chunk, `(G, E, N)`.
     fn grads_of_ends(&self, dy: &Tensor) -> Result<Tensor> {
-        let mut grad = self.zeros()?;
+        let end = self.zeros(self.cut.batch)?;
         if self.cut.chunks == 1 {
-            return Ok(grad);
+            return Ok(end);
         }
+        let mut grad = self.zeros(self.cut.groups())?;
         for t in (0..self.cut.len).rev() {
             grad = (self.retreat(t, &grad, dy)? * self.decay(&self.delta.get(t)?)?)?;
         }
-        self.cut.carry(&self.decay(&self.delta.sum(0)?)?, &grad, (0..self.cut.chunks).rev())
+        self.cut.carry(&self.decay(&self.delta.sum(0)?)?, &grad, &end, (0..self.cut.chunks).rev())
     }
 
     /// # Shapes
     /// - `dy`: `(B, S, E)`
     fn backward(&self, dy: &Tensor) -> Result<ScanGrads> {
         let dy = self.cut.by_offset(dy)?;
-        let mut states = vec![self.starts()?];
+        let mut states = vec![self.starts(&self.zeros(self.cut.batch)?)?];
         for t in 0..self.cut.len {
             states.push(self.advance(t, &states[t])?);
         }
@@ -202,6 +230,18 @@ impl Cut {
         Cut { batch, seq, chunks: seq.div_ceil(len), len }
     }
 
+    /// Chunks of all sequences, G.
+    fn groups(&self) -> usize {
+        self.batch * self.chunks
+    }
+
+    /// Of `(G, E, N)`, what the last chunk of each sequence has, `(B, E, N)`.
+    fn last(&self, of_chunks: &Tensor) -> Result<Tensor> {
+        let (_, channels, d_state) = of_chunks.dims3()?;
+        let by_sequence = of_chunks.reshape((self.batch, self.chunks, channels, d_state))?;
+        Ok(by_sequence.narrow(1, self.chunks - 1, 1)?.squeeze(1)?.contiguous()?)
+    }
+
     /// `(B, S, W)` to `(Q, G, W)`, the last chunk filled up with zeros.
     fn by_offset(&self, v: &Tensor) -> Result<Tensor> {
         let width = v.dim(2)?;
@@ -216,13 +256,20 @@ impl Cut {
         Ok(v.narrow(1, 0, self.seq)?.contiguous()?)
     }
 
-    /// What the chunks before each, in this order, leave to it: `S_{i+1} = decay_i S_i + own_i` from zero, `(G, E, N)`.
-    fn carry(&self, decay: &Tensor, own: &Tensor, order: impl Iterator<Item = usize>) -> Result<Tensor> {
+    /// What the chunks before each, in this order, leave to it: `S_{i+1} = decay_i S_i + own_i` from `start`, `(B, E, N)`;
+    /// returns `(G, E, N)`.
+    fn carry(
+        &self,
+        decay: &Tensor,
+        own: &Tensor,
+        start: &Tensor,
+        order: impl Iterator<Item = usize>,
+    ) -> Result<Tensor> {
         let (groups, channels, d_state) = own.dims3()?;
         let by_chunk =
             |v: &Tensor| v.reshape((self.batch, self.chunks, channels * d_state))?.transpose(0, 1)?.contiguous();
         let (decay, own) = (by_chunk(decay)?, by_chunk(own)?);
-        let mut state = own.get(0)?.zeros_like()?;
+        let mut state = start.reshape((self.batch, channels * d_state))?;
         let mut states = vec![state.clone(); self.chunks];
         for i in order {
             states[i] = state.clone();

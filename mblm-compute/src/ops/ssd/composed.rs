@@ -16,39 +16,125 @@ use crate::ops::tables::positions;
 /// - `x`: `(B, S, H P)`, `dt`: `(B, S, H)`, `b`, `c`: `(B, S, N)`; returns `(B, S, H P)`
 /// - `a_log`, `d`, `dt_bias`: `(H)`
 pub fn ssd_composed(inputs: [&Tensor; 4], a_log: &Tensor, d: &Tensor, dt_bias: &Tensor) -> Result<Tensor> {
-    let [x, dt, b, c] = inputs;
-    let (batch, seq, inner) = x.dims3()?;
-    let (heads, d_state) = (d.elem_count(), b.dim(2)?);
-    let headdim = inner / heads;
-    let len = CHUNK.min(seq);
-    let chunks = seq.div_ceil(len);
-    let cut = |v: &Tensor, width: usize| -> Result<Tensor> {
-        Ok(v.pad_with_zeros(1, 0, chunks * len - seq)?.reshape((batch * chunks, len, width))?)
-    };
-    let delta = softplus_composed(&dt.broadcast_add(dt_bias)?)?;
-    let x = x.reshape((batch, seq, heads, headdim))?;
-    let input = cut(&x.broadcast_mul(&delta.unsqueeze(3)?)?.reshape((batch, seq, inner))?, inner)?;
-    let input = input.reshape((batch * chunks, len, heads, headdim))?;
-    let (b, c) = (cut(b, d_state)?, cut(c, d_state)?);
-    let log = cut(&delta.broadcast_mul(&a_log.exp()?.neg()?)?, heads)?.transpose(1, 2)?.contiguous()?;
-    let sums = LogSums::new(&log, Through::Itself)?;
-
-    let cb = c.matmul(&b.t()?)?.broadcast_mul(&Through::Itself.mask(len, x.dtype(), x.device())?)?;
-    let weights = sums.between.exp()?.broadcast_mul(&cb.unsqueeze(1)?)?;
-    let mut y = weights.matmul(&input.transpose(1, 2)?.contiguous()?)?.transpose(1, 2)?;
-    if chunks > 1 {
-        let by_position = |sums: &Tensor| sums.exp()?.transpose(1, 2)?.unsqueeze(3);
-        let kept = input.broadcast_mul(&by_position(&sums.after)?)?.reshape((batch * chunks, len, inner))?;
-        let states = b.t()?.matmul(&kept)?.reshape((batch, chunks, d_state, heads, headdim))?;
-        let states = states.transpose(2, 3)?.reshape((batch, chunks, heads, d_state * headdim))?;
-        let starts = carry(&log.sum(2)?.reshape((batch, chunks, heads))?, &states)?;
-        let starts = starts.reshape((batch, chunks, heads, d_state, headdim))?.transpose(2, 3)?;
-        let from_start = c.matmul(&starts.reshape((batch * chunks, d_state, inner))?)?;
-        let from_start = from_start.reshape((batch * chunks, len, heads, headdim))?;
-        y = (y + from_start.broadcast_mul(&by_position(&sums.since_start)?)?)?;
+    let chunks = Chunks::new(inputs, a_log, dt_bias)?;
+    let mut y = chunks.within()?;
+    if chunks.count > 1 {
+        let starts = carry(&chunks.log_totals()?, &chunks.own_states()?)?;
+        y = (y + chunks.from_starts(&starts)?)?;
     }
-    let y = y.reshape((batch, chunks * len, heads, headdim))?.narrow(1, 0, seq)?;
-    Ok((y + x.broadcast_mul(&d.reshape((heads, 1))?)?)?.reshape((batch, seq, inner))?)
+    chunks.output(&y, inputs[0], d)
+}
+
+/// [`ssd_composed`] of the next positions, for decoding: goes on from `state`, which no position has left at the start of a
+/// sequence, and leaves its own.
+///
+/// # Shapes
+/// - as in [`ssd_composed`]; `state`: `(B, 1, H, N P)`
+pub fn ssd_from(
+    state: &mut Option<Tensor>,
+    inputs: [&Tensor; 4],
+    a_log: &Tensor,
+    d: &Tensor,
+    dt_bias: &Tensor,
+) -> Result<Tensor> {
+    let seq = inputs[0].dim(1)?;
+    let mut outputs = vec![];
+    for first in (0..seq).step_by(CHUNK) {
+        let [x, dt, b, c] = inputs.map(|input| input.narrow(1, first, CHUNK.min(seq - first)));
+        let (x, dt, b, c) = (x?, dt?, b?, c?);
+        let chunk = Chunks::new([&x, &dt, &b, &c], a_log, dt_bias)?;
+        let (mut y, mut end) = (chunk.within()?, chunk.own_states()?);
+        if let Some(start) = &*state {
+            y = (y + chunk.from_starts(start)?)?;
+            end = (end + start.broadcast_mul(&chunk.log_totals()?.exp()?.unsqueeze(3)?)?)?;
+        }
+        outputs.push(chunk.output(&y, &x, d)?);
+        *state = Some(end);
+    }
+    Ok(Tensor::cat(&outputs, 1)?)
+}
+
+/// The inputs, cut into chunks of Q positions; G are the chunks of all sequences.
+struct Chunks {
+    batch: usize,
+    /// Positions of a sequence.
+    seq: usize,
+    /// Chunks of a sequence.
+    count: usize,
+    /// `δ x`, `(G, Q, H, P)`
+    input: Tensor,
+    /// `(G, Q, N)`
+    b: Tensor,
+    /// `(G, Q, N)`
+    c: Tensor,
+    /// Log decays, `(G, H, Q)`.
+    log: Tensor,
+    sums: LogSums,
+}
+
+impl Chunks {
+    fn new([x, dt, b, c]: [&Tensor; 4], a_log: &Tensor, dt_bias: &Tensor) -> Result<Self> {
+        let (batch, seq, inner) = x.dims3()?;
+        let (heads, d_state) = (a_log.elem_count(), b.dim(2)?);
+        let headdim = inner / heads;
+        let len = CHUNK.min(seq);
+        let count = seq.div_ceil(len);
+        let cut = |v: &Tensor, width: usize| -> Result<Tensor> {
+            Ok(v.pad_with_zeros(1, 0, count * len - seq)?.reshape((batch * count, len, width))?)
+        };
+        let delta = softplus_composed(&dt.broadcast_add(dt_bias)?)?;
+        let x = x.reshape((batch, seq, heads, headdim))?;
+        let input = cut(&x.broadcast_mul(&delta.unsqueeze(3)?)?.reshape((batch, seq, inner))?, inner)?;
+        let input = input.reshape((batch * count, len, heads, headdim))?;
+        let (b, c) = (cut(b, d_state)?, cut(c, d_state)?);
+        let log = cut(&delta.broadcast_mul(&a_log.exp()?.neg()?)?, heads)?.transpose(1, 2)?.contiguous()?;
+        let sums = LogSums::new(&log, Through::Itself)?;
+        Ok(Chunks { batch, seq, count, input, b, c, log, sums })
+    }
+
+    /// What the positions of a chunk give each other, `(G, Q, H, P)`.
+    fn within(&self) -> Result<Tensor> {
+        let (len, dtype, device) = (self.c.dim(1)?, self.c.dtype(), self.c.device());
+        let cb = self.c.matmul(&self.b.t()?)?.broadcast_mul(&Through::Itself.mask(len, dtype, device)?)?;
+        let weights = self.sums.between.exp()?.broadcast_mul(&cb.unsqueeze(1)?)?;
+        Ok(weights.matmul(&self.input.transpose(1, 2)?.contiguous()?)?.transpose(1, 2)?)
+    }
+
+    /// The state that each chunk alone would leave, `(B, chunks, H, N P)`.
+    fn own_states(&self) -> Result<Tensor> {
+        let ((groups, len, heads, headdim), d_state) = (self.input.dims4()?, self.b.dim(2)?);
+        let kept = self.input.broadcast_mul(&by_position(&self.sums.after)?)?;
+        let states = self.b.t()?.matmul(&kept.reshape((groups, len, heads * headdim))?)?;
+        let states = states.reshape((self.batch, self.count, d_state, heads, headdim))?.transpose(2, 3)?;
+        Ok(states.reshape((self.batch, self.count, heads, d_state * headdim))?)
+    }
+
+    /// The logarithm of what is left of a state after each chunk, `(B, chunks, H)`.
+    fn log_totals(&self) -> Result<Tensor> {
+        Ok(self.log.sum(2)?.reshape((self.batch, self.count, self.log.dim(1)?))?)
+    }
+
+    /// What the states before the chunks, `(B, chunks, H, N P)`, give their positions, `(G, Q, H, P)`.
+    fn from_starts(&self, starts: &Tensor) -> Result<Tensor> {
+        let ((groups, len, heads, headdim), d_state) = (self.input.dims4()?, self.c.dim(2)?);
+        let starts = starts.reshape((self.batch, self.count, heads, d_state, headdim))?.transpose(2, 3)?;
+        let y = self.c.matmul(&starts.reshape((groups, d_state, heads * headdim))?)?;
+        Ok(y.reshape((groups, len, heads, headdim))?.broadcast_mul(&by_position(&self.sums.since_start)?)?)
+    }
+
+    /// The output: `y`, `(G, Q, H, P)`, by sequence, and `D x`.
+    fn output(&self, y: &Tensor, x: &Tensor, d: &Tensor) -> Result<Tensor> {
+        let (groups, len, heads, headdim) = y.dims4()?;
+        let (batch, seq) = (self.batch, self.seq);
+        let y = y.reshape((batch, groups / batch * len, heads, headdim))?.narrow(1, 0, seq)?;
+        let x = x.reshape((batch, seq, heads, headdim))?;
+        Ok((y + x.broadcast_mul(&d.reshape((heads, 1))?)?)?.reshape((batch, seq, heads * headdim))?)
+    }
+}
+
+/// The exponential of sums of log decays, `(G, H, Q)`, as factors of what each position has, `(G, Q, H, 1)`.
+fn by_position(sums: &Tensor) -> Result<Tensor> {
+    Ok(sums.exp()?.transpose(1, 2)?.unsqueeze(3)?)
 }
 
 /// The state before every step of `S_{t+1} = e^{log_t} S_t + inputs_t`, from zero. Steps are cut into chunks in turn.

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use candle_core::{DType, Device, Shape, Tensor};
 use mblm_sdk::abi;
-use mblm_sdk::block::{Cost, StageDecoder, StageModel, replay};
+use mblm_sdk::block::{Cost, StageDecoder, StageModel, TensorDecoder, by_tensors, replay};
 use mblm_sdk::device;
 use mblm_sdk::error::{Error, Result};
 use mblm_sdk::layer::Dims;
@@ -82,8 +82,8 @@ impl StageModel for PluginModel {
         Ok(Box::new(PluginDecoder { model: self, state, batch, position: 0, failed_reset: None }))
     }
 
-    fn decodes_on_host(&self) -> bool {
-        true
+    fn tensor_decoder(&self, batch: usize) -> Result<Box<dyn TensorDecoder + '_>> {
+        Ok(by_tensors(self.decoder(batch)?))
     }
 
     fn cost(&self, seq_len: usize) -> Option<Cost> {
