@@ -156,3 +156,51 @@ impl TensorDecoder for ByTensors<'_> {
         Ok(outputs.transpose(0, 1)?.contiguous()?)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{DType, Device};
+    use mblm_compute::layer::Dims;
+
+    use super::*;
+    use crate::testing::check_decoder;
+
+    /// The sum of all positions so far, decoded by tensors, or through slices to tensors of another place.
+    struct Sum(Option<Place>);
+
+    impl StageModel for Sum {
+        fn forward(&self, x: &Tensor, _: Option<&Tensor>, _: Mode) -> Result<Tensor> {
+            Ok(x.cumsum(1)?)
+        }
+
+        fn tensor_decoder(&self, batch: usize) -> Result<Box<dyn TensorDecoder + '_>> {
+            Ok(match &self.0 {
+                None => replay_tensors(self),
+                Some(place) => by_tensors(by_slices(replay_tensors(self), batch, place.clone())),
+            })
+        }
+    }
+
+    #[test]
+    fn decoders_give_forward() {
+        let wide = Place { device: Device::Cpu, dtype: DType::F64 };
+        for model in [Sum(None), Sum(Some(Place::default())), Sum(Some(wide))] {
+            check_decoder(&model, Dims { batch: 3, seq: 11, dim: 4 }, 1e-6);
+        }
+    }
+
+    /// Returns one channel of all.
+    struct Narrow;
+
+    impl StageModel for Narrow {
+        fn forward(&self, x: &Tensor, _: Option<&Tensor>, _: Mode) -> Result<Tensor> {
+            Ok(x.narrow(2, 0, 1)?)
+        }
+    }
+
+    #[test]
+    fn a_model_that_returns_another_shape_is_refused() {
+        let error = replay(&Narrow, 1).step(&[0.0; 3], &mut [0.0; 3]).unwrap_err().to_string();
+        assert!(error.contains("returned shape [1, 1, 1] for [1, 1, 3]"), "{error}");
+    }
+}
