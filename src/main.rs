@@ -18,7 +18,7 @@ use std::process::ExitCode;
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use commands::{
     bench, blocks, check, checkpoint, compare, doctor, eval, generate, import, inspect, measure, plugin, report,
-    schema, train,
+    run_of_study, schema, train,
 };
 use exit::{EXIT_CODES, EXIT_USAGE, Usage, is_closed_pipe, is_usage};
 use mblm::base::terminal::{self, Output};
@@ -73,6 +73,9 @@ enum Command {
     /// Measure the model of a study's run and print the result as JSON
     #[command(hide = true)]
     MeasureRun(measure::Args),
+    /// Take a run of a study to its end, on the machine that the study's launcher chose
+    #[command(name = mblm::study::ERRAND, hide = true)]
+    RunOfStudy(run_of_study::Args),
 }
 
 fn main() -> ExitCode {
@@ -132,6 +135,7 @@ fn catch_signals(command: &Command) {
             signals::catch(Some("stopping after this batch, with a checkpoint; repeat to stop immediately"))
         }
         Command::Compare(_) => signals::catch(Some("stopping the runs, with checkpoints; repeat to stop immediately")),
+        Command::RunOfStudy(_) => signals::catch(None),
         Command::Generate(args) if args.is_interactive() => signals::catch(None),
         _ => {}
     }
@@ -173,6 +177,7 @@ fn run(Cli { plugins, command }: Cli) -> anyhow::Result<()> {
         Command::Bench(args) => bench::run(&args, &plugins),
         Command::Plugin(args) => plugin::run(&args, &plugins),
         Command::MeasureRun(args) => measure::run(&args, &plugins),
+        Command::RunOfStudy(args) => run_of_study::run(&args, &plugins),
         Command::Probe(args) => {
             plugin::probe(&args);
             Ok(())

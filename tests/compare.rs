@@ -10,6 +10,8 @@ use assert_cmd::cargo::CommandCargoExt;
 use serde_json::Value;
 
 mod compiled;
+#[path = "compare/launcher.rs"]
+mod launcher;
 
 const BASE: &str = "
 io: {name_model: toy, output_dir: runs, dataset_dir: data.txt, dataset_id: bytes, num_models_to_save: 1,
@@ -167,13 +169,21 @@ const SLOW_RUNS: [&str; 2] = ["num_layers-0-2-seed1", "num_layers-0-1-seed1"];
 fn begin(folder: &Path) -> std::process::Child {
     let quiet = Stdio::null;
     let child = command(folder, &["compare", "study.yaml"]).stdout(quiet()).stderr(quiet()).spawn().unwrap();
-    let metrics = folder.join("out/runs").join(SLOW_RUNS[0]).join("metrics.jsonl");
+    wait_for_losses(folder, &SLOW_RUNS[..1]);
+    child
+}
+
+/// Waits until one of these runs has logged a few losses.
+fn wait_for_losses(folder: &Path, runs: &[&str]) {
+    let lines = |run: &&str| {
+        let metrics = folder.join("out/runs").join(run).join("metrics.jsonl");
+        fs::read_to_string(metrics).map_or(0, |text| text.lines().count())
+    };
     let start = Instant::now();
-    while fs::read_to_string(&metrics).map_or(0, |text| text.lines().count()) < 4 {
+    while !runs.iter().any(|run| lines(run) >= 4) {
         assert!(start.elapsed() < Duration::from_secs(60), "the study did not begin");
         std::thread::sleep(Duration::from_millis(2));
     }
-    child
 }
 
 /// The losses of a run in the study's folder.

@@ -112,6 +112,7 @@ fn a_run_from_elsewhere_opens_nothing() {
         "check --no-data dl/config.yaml",
         "train -q dl/config.yaml --out chained",
         "measure-run dl",
+        "run-of-study dl x --ticket x",
     ];
     for command in commands {
         let (_, text, opened) = place.mblm(command);

@@ -36,14 +36,15 @@ pub(super) struct Exit {
 }
 
 impl ChildLog {
-    /// Opens a log, once no process writes to it any more; `waits` is told if one does.
-    pub(super) fn open(path: &Path, waits: impl FnOnce()) -> Result<Self> {
+    /// Opens a log, once no process writes to it any more; `waits` is told if one does. None if `stop` is raised meanwhile.
+    pub(super) fn open(path: &Path, stop: &AtomicBool, waits: impl FnOnce()) -> Result<Option<Self>> {
         let file = files::append(path).at(path)?;
         let start = Instant::now();
         let mut waits = Some(waits);
         loop {
             match file.try_lock() {
                 Ok(()) => break,
+                Err(TryLockError::WouldBlock) if stop.load(Ordering::Relaxed) => return Ok(None),
                 Err(TryLockError::WouldBlock) if start.elapsed() < PATIENCE => {
                     if let Some(waits) = waits.take() {
                         waits();
@@ -61,11 +62,17 @@ impl ChildLog {
                 Err(TryLockError::Error(error)) => return Err(Error::Io { path: path.into(), error }),
             }
         }
-        Ok(ChildLog { path: path.into(), file })
+        Ok(Some(ChildLog { path: path.into(), file }))
     }
 
-    /// Runs `command` to its end, which comes early if `stop` is raised. `glance` is called all the while.
-    pub(super) fn run(&self, mut command: Command, stop: &AtomicBool, mut glance: impl FnMut()) -> Result<Exit> {
+    /// Opens a log to which processes of earlier starts may still write.
+    pub(super) fn shared(path: &Path) -> Result<Self> {
+        Ok(ChildLog { path: path.into(), file: files::append(path).at(path)? })
+    }
+
+    /// Runs `command` to its end, which comes early if `stop` is raised. `glance` is called all the while with the
+    /// process's number.
+    pub(super) fn run(&self, mut command: Command, stop: &AtomicBool, mut glance: impl FnMut(u32)) -> Result<Exit> {
         let log = || self.file.try_clone().map(Stdio::from).at(&self.path);
         command.stdin(Stdio::piped()).stdout(log()?).stderr(log()?);
         let start = self.file.metadata().at(&self.path)?.len();
@@ -80,7 +87,7 @@ impl ChildLog {
                 Some(status) => break status,
                 None => std::thread::sleep(GLANCE),
             }
-            glance();
+            glance(child.id());
         };
         Ok(Exit { status, peak, said: self.since(start)? })
     }
@@ -118,6 +125,28 @@ impl Exit {
             return true;
         }
         self.status.code().is_some_and(|code| asks(code - 128))
+    }
+
+    pub(super) fn is_success(&self) -> bool {
+        self.status.success()
+    }
+
+    /// How a launcher ended, and what it said last; an error of this program that it started says more than its own.
+    pub(super) fn of_launcher(&self) -> String {
+        let lines = || self.said.lines().map(str::trim).filter(|line| !line.is_empty());
+        #[cfg(unix)]
+        let signal = std::os::unix::process::ExitStatusExt::signal(&self.status);
+        #[cfg(not(unix))]
+        let signal: Option<i32> = None;
+        let how = match (self.status.code(), signal) {
+            (Some(code), _) => format!("the launcher ended with exit code {code}"),
+            (None, Some(signal)) => format!("the launcher was ended by signal {signal}"),
+            (None, None) => format!("the launcher ended with {}", self.status),
+        };
+        match lines().rfind(|line| line.starts_with("error: ")).or_else(|| lines().next_back()) {
+            Some(line) => format!("{how} ({line})"),
+            None => how,
+        }
     }
 
     /// Why it failed, if it did. If it did not say so itself, the plugins that it ran are `suspects`.
@@ -179,26 +208,31 @@ mod tests {
     #[test]
     fn a_process_is_ended_and_its_failure_told() {
         let folder = tempfile::tempdir().unwrap();
-        let log = ChildLog::open(&folder.path().join("a.log"), || ()).unwrap();
+        let log = ChildLog::open(&folder.path().join("a.log"), &AtomicBool::new(false), || ()).unwrap().unwrap();
         let shell = |script: &str| {
             let mut command = Command::new("sh");
             command.args(["-c", script]);
             command
         };
         let stop = AtomicBool::new(false);
-        let exit = log.run(shell("echo 'error: gone' >&2; exit 3"), &stop, || ()).unwrap();
+        let exit = log.run(shell("echo 'error: gone' >&2; exit 3"), &stop, |_| ()).unwrap();
         assert_eq!(exit.failure("").as_deref(), Some("gone"));
-        let exit = log.run(shell("kill -SEGV $$"), &stop, || ()).unwrap();
+        let exit = log.run(shell("kill -SEGV $$"), &stop, |_| ()).unwrap();
         assert_eq!(exit.failure("; P").as_deref(), Some("the process was ended by signal 11; P"));
-        let exit = log.run(shell("kill -9 $$"), &stop, || ()).unwrap();
+        let exit = log.run(shell("kill -9 $$"), &stop, |_| ()).unwrap();
         assert!(exit.failure("").unwrap().contains("signal 9"), "{:?}", exit.failure(""));
         let (exit, out) = log.ask(shell("echo hello")).unwrap();
         assert_eq!((exit.failure(""), &out[..]), (None, &b"hello\n"[..]));
+        // Of a launcher, the last thing it said, or what this program said that it started.
+        let exit = log.run(shell("echo queued; echo 'srun: gone'; exit 9"), &stop, |_| ()).unwrap();
+        assert_eq!(exit.of_launcher(), "the launcher ended with exit code 9 (srun: gone)");
+        let exit = log.run(shell("echo 'error: no file'; echo 'srun: gone'; kill -9 $$"), &stop, |_| ()).unwrap();
+        assert_eq!(exit.of_launcher(), "the launcher was ended by signal 9 (error: no file)");
         // Reads until its input ends, which it does when the study wants it.
         stop.store(true, Ordering::Relaxed);
-        let exit = log.run(shell("cat; echo ended"), &stop, || ()).unwrap();
+        let exit = log.run(shell("cat; echo ended"), &stop, |_| ()).unwrap();
         assert_eq!((exit.failure(""), &exit.said[..]), (None, "ended\n"));
-        let ended = |script: &str| log.run(shell(script), &AtomicBool::new(false), || ()).unwrap().was_interrupted();
+        let ended = |script: &str| log.run(shell(script), &AtomicBool::new(false), |_| ()).unwrap().was_interrupted();
         assert_eq!(["exit 143", "kill -TERM $$", "exit 1", "kill -9 $$"].map(ended), [true, true, false, false]);
     }
 }

@@ -103,6 +103,13 @@ impl Plan {
     /// Everything that cannot be trained, of all variants at once.
     pub fn new(spec: Spec, registry: &BlockRegistry) -> Result<Self> {
         check_folder(&spec.output_dir)?;
+        if let (Some(_), Amount::Seconds(_)) = (&spec.launcher, spec.budget.amount) {
+            return Err(Error::Config(
+                "budget.seconds: the speed is measured on this machine, and --launcher has others train; give a budget \
+                 of bytes or flops"
+                    .into(),
+            ));
+        }
         let base = RunConfig::from_document(&spec.base, registry)
             .map_err(|error| Error::Config(format!("the base cannot be trained: {error}")))?;
         let target = match &spec.budget.parameters {
@@ -214,8 +221,11 @@ impl Plan {
         files::replace_text(&path, &text).at(&path)
     }
 
-    /// A warning if the runs at a time need more memory than there is.
+    /// A warning if the runs at a time need more memory than there is; none if they are on other machines.
     pub fn memory_warning(&self) -> Option<String> {
+        if self.spec.launcher.is_some() {
+            return None;
+        }
         let memory = Memory::now()?.total as f64;
         let largest = self.variants.iter().filter_map(|variant| variant.about.cost.peak_bytes()).fold(0.0, f64::max);
         let needed = largest * self.spec.jobs as f64;
@@ -290,7 +300,10 @@ impl Planner<'_> {
         let mut config =
             RunConfig::from_document(document, self.registry).map_err(|error| Error::Config(error.to_string()))?;
         self.refuse(&config).map_err(|error| error.located(document))?;
-        config.train.place().map_err(|error| Error::from(error).located(document))?;
+        // What devices other machines have is not known here.
+        if self.spec.launcher.is_none() {
+            config.train.place().map_err(|error| Error::from(error).located(document))?;
+        }
         let budget = &self.spec.budget;
         let solved = match (&budget.parameters, self.target) {
             (Some(parameters), Some(target)) => Some(solve(&mut config, parameters, target, budget.tolerance)?),

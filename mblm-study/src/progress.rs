@@ -124,9 +124,16 @@ impl RunBar<'_> {
         self.counted = counted;
         if let Some(bar) = &self.bar {
             bar.set_position((share.min(1.0) * PARTS as f64) as u64);
+        }
+        self.say(message);
+        self.display.refresh();
+    }
+
+    /// Shows a message beside the bar.
+    pub(super) fn say(&self, message: String) {
+        if let Some(bar) = &self.bar {
             bar.set_message(message);
         }
-        self.display.refresh();
     }
 }
 

@@ -3,26 +3,25 @@
 use std::collections::VecDeque;
 use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use mblm_base::files;
 use mblm_base::terminal;
-use mblm_train::checkpoint::Shelf;
 use mblm_train::config::RunConfig;
 use mblm_train::cost::bytes as binary;
 use mblm_train::error::{AtPath, Error, Result};
 use mblm_train::journal::metrics::Kind;
 use mblm_train::session::open_data;
-use mblm_train::trainer::plan::RunPlan;
 
 use crate::budget::Amount;
-use crate::child::{ChildLog, Exit};
+use crate::child::ChildLog;
+use crate::launch::{Launch, lease};
 use crate::plan::{Plan, PlannedRun, failure_file};
 use crate::progress::{Display, RunBar};
-use crate::report::{Measured, Run, RunResult, duration, with_unit};
+use crate::report::{Run, RunResult, duration, with_unit};
+use crate::task::{Fate, Phase, Task, cores, is_trained};
 
 const LOG: &str = "study.log";
 /// How often the metrics of a running run are looked at.
@@ -33,10 +32,6 @@ const CALIBRATION_SECONDS: (f64, f64) = (1.0, 20.0);
 /// Gradient steps that such a measurement never comes to.
 const CALIBRATION_STEPS: u64 = 100_000;
 
-/// Why a run failed whose process said that all went well.
-const UNFINISHED: &str = "the process ended with exit code 0 before the run was finished: train.max_seconds ended it, or \
-                          code in it did";
-
 /// How runs are started.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -44,6 +39,8 @@ pub struct Options {
     pub program: PathBuf,
     /// Try runs again that failed.
     pub retry_failed: bool,
+    /// With a launcher: so many starts of a run in a row may bring it no further.
+    pub tries: u32,
 }
 
 /// How a study ended.
@@ -55,13 +52,6 @@ pub struct Ended {
     pub failed: Vec<(String, String)>,
     /// Whether runs are left to do.
     pub interrupted: bool,
-}
-
-/// How one run ended.
-enum Fate {
-    Finished,
-    Failed(String),
-    Stopped,
 }
 
 /// Runs a plan. While it lives, no other process can run the same study.
@@ -101,6 +91,7 @@ impl<'a> Runner<'a> {
         for folder in [folder.to_path_buf(), folder.join("configs"), folder.join("failed")] {
             files::remove_leftovers(&folder).at(&folder)?;
         }
+        lease::revoke_all(folder)?;
         plan.write()?;
         Ok(Runner { plan, options, log })
     }
@@ -142,8 +133,12 @@ impl<'a> Runner<'a> {
         config.train.validate_every = Some(u64::MAX);
         config.train.max_eval_steps = Some(1);
         config.io.log_train_loss_amount = usize::MAX;
-        let log = ChildLog::open(&self.plan.folder().join("logs/calibration.log"), || ())?;
-        let exit = log.run(self.train(&config, &place, "calibration")?, stop, || ())?;
+        let Some(log) = ChildLog::open(&self.plan.folder().join("logs/calibration.log"), stop, || ())? else {
+            return Ok(None);
+        };
+        let task = self.task("calibration", &config);
+        task.write_config()?;
+        let exit = log.run(task.train(&place), stop, |_| ())?;
         let rate = Run::read(&place).ok().and_then(|run| run.train_rate());
         clear()?;
         match stop.load(Ordering::Relaxed) {
@@ -251,41 +246,36 @@ impl<'a> Runner<'a> {
     fn train_and_measure(&self, run: &PlannedRun, display: &Display, stop: &AtomicBool) -> Result<Fate> {
         let folder = self.plan.run_folder(run);
         let mut bar = display.begin(&run.name, self.work(run));
-        let wait = || display.line(&format!("{}: waiting for the process of an earlier start to end", run.name));
-        let log = ChildLog::open(&self.plan.folder().join("logs").join(format!("{}.log", run.name)), wait)?;
         let bytes = self.plan.variants[run.variant].about.bytes.unwrap_or(1);
         let config = self.plan.config(run, bytes);
-        let mut peak = None;
-        if !is_trained(&folder, &config) {
-            if let Err(error) = self.check_data(run, &config) {
-                return Ok(Fate::Failed(error.to_string()));
-            }
-            let command = match folder.exists() {
-                true => self.resume(&config, &folder),
-                false => self.train(&config, &folder, &run.name)?,
-            };
-            let mut looked = Instant::now();
-            let exit = log.run(command, stop, || {
-                if looked.elapsed() >= LOOK {
-                    looked = Instant::now();
-                    look(&folder, bytes, &mut bar);
-                }
-            })?;
-            if exit.was_interrupted() {
-                return Ok(Fate::Stopped);
-            }
-            if let Some(why) = exit.failure(&suspects(&config)) {
-                return Ok(Fate::Failed(why));
-            }
-            // Its checkpoints say whether a run is finished: code inside of a block may end the process with any exit code.
-            if !is_trained(&folder, &config) {
-                return Ok(Fate::Failed(format!("{UNFINISHED}{}", suspects(&config))));
-            }
-            peak = exit.peak;
+        if !is_trained(&folder, &config)
+            && let Err(error) = self.check_data(run, &config)
+        {
+            return Ok(Fate::Failed(error.to_string()));
         }
-        bar.at(1.0, "measuring".into());
-        self.measure(&folder, &config, peak, &log)?;
-        Ok(Fate::Finished)
+        let mut looked = Instant::now();
+        let watch = |phase| match phase {
+            Phase::Waiting => {
+                display.line(&format!("{}: waiting for the process of an earlier start to end", run.name));
+            }
+            Phase::Queued => bar.say("queued".into()),
+            Phase::Training if looked.elapsed() >= LOOK => {
+                looked = Instant::now();
+                look(&folder, bytes, &mut bar);
+            }
+            Phase::Training => {}
+            Phase::Measuring => bar.at(1.0, "measuring".into()),
+        };
+        let task = self.task(&run.name, &config);
+        task.write_config()?;
+        match &self.plan.spec.launcher {
+            None => task.run(stop, watch),
+            Some(launcher) => {
+                let tries = self.options.tries;
+                let say = |text: &str| display.line(&format!("{}: {text}", run.name));
+                Launch { launcher, task: &task, tries }.run(stop, &say, watch)
+            }
+        }
     }
 
     /// Whether the data are still those of the plan: runs on other data cannot be compared.
@@ -300,73 +290,18 @@ impl<'a> Runner<'a> {
         }
     }
 
-    /// Measures a trained model, in a process of its own too, and writes the run's result.
-    fn measure(&self, folder: &Path, config: &RunConfig, peak_bytes: Option<u64>, log: &ChildLog) -> Result<()> {
-        let mut command = self.command(config);
-        command.arg("measure-run").arg(folder);
-        if let Some(prompt) = &self.plan.spec.prompt {
-            command.arg("--prompt").arg(prompt);
+    fn task<'t>(&'t self, name: &'t str, config: &'t RunConfig) -> Task<'t> {
+        let Plan { spec, .. } = &self.plan;
+        Task {
+            program: &self.options.program,
+            study: &spec.output_dir,
+            name,
+            config,
+            prompt: spec.prompt.as_deref(),
+            jobs: spec.jobs,
+            threads: (cores() / spec.jobs).max(1),
         }
-        let missing = |why| Measured { missing: Some(why), ..Measured::default() };
-        let (exit, printed): (Exit, Vec<u8>) = log.ask(command)?;
-        let measured = match exit.failure(&suspects(config)) {
-            Some(why) => missing(why),
-            None if printed.is_empty() => missing(format!("the process ended without a result{}", suspects(config))),
-            None => {
-                serde_json::from_slice(&printed).unwrap_or_else(|error| missing(format!("not understood: {error}")))
-            }
-        };
-        let result = RunResult { threads: self.threads(), jobs: self.plan.spec.jobs, peak_bytes, measured };
-        result.write(folder)
     }
-
-    /// Threads of each run: the cores, shared.
-    fn threads(&self) -> usize {
-        let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
-        let cores = std::env::var("RAYON_NUM_THREADS").ok().and_then(|n| n.parse().ok()).unwrap_or(cores);
-        (cores / self.plan.spec.jobs).max(1)
-    }
-
-    fn command(&self, config: &RunConfig) -> Command {
-        let mut command = Command::new(&self.options.program);
-        command.env("RAYON_NUM_THREADS", self.threads().to_string());
-        for plugin in config.plugins() {
-            command.arg("--plugin-dir").arg(plugin.path);
-        }
-        command
-    }
-
-    fn train(&self, config: &RunConfig, folder: &Path, name: &str) -> Result<Command> {
-        let path = self.plan.folder().join("configs").join(format!("{name}.yaml"));
-        files::replace_text(&path, &config.to_yaml()?).at(&path)?;
-        let mut command = self.command(config);
-        command.arg("train").arg(path).arg("--until-eof").arg("--out").arg(folder);
-        Ok(command)
-    }
-
-    fn resume(&self, config: &RunConfig, folder: &Path) -> Command {
-        let mut command = self.command(config);
-        command.arg("train").arg("--until-eof").arg("--resume").arg(folder);
-        command
-    }
-}
-
-/// The plugins that run in the process of a run, for the reason of an end that nothing explains.
-fn suspects(config: &RunConfig) -> String {
-    let plugins = config.plugins();
-    let names = plugins.iter().map(|plugin| format!("{} {} ({})", plugin.name, plugin.version, plugin.path.display()));
-    match names.collect::<Vec<_>>().join(", ") {
-        none if none.is_empty() => none,
-        names => format!("; it ran code of {names}"),
-    }
-}
-
-/// Whether the run in `folder` has come to the end of what `config` says.
-fn is_trained(folder: &Path, config: &RunConfig) -> bool {
-    let newest = Shelf::of_run(folder).and_then(|shelf| shelf.newest()).and_then(|checkpoint| checkpoint.state());
-    let (Ok(state), Ok(course)) = (newest, RunPlan::new(config)) else { return false };
-    let is_stale = config.train.early_stop.is_some_and(|most| state.stale_validations >= most);
-    (state.batches >= course.batches || is_stale) && state.valid_loss.is_some()
 }
 
 /// Shows where a running run is.

@@ -26,6 +26,7 @@ use mblm_yaml::{ConfigError, Document, describe, join};
 use serde_yaml::{Mapping, Value};
 
 use crate::budget::Budget;
+use crate::launch::Launcher;
 
 const FIELDS: [&str; 11] =
     ["name", "description", "output_dir", "base", "set", "variants", "grid", "seeds", "budget", "prompt", "jobs"];
@@ -55,6 +56,8 @@ pub struct Spec {
     pub prompt: Option<String>,
     /// Runs at a time.
     pub jobs: usize,
+    /// Starts the runs on other machines. Never from the YAML, which must not say what programs are started.
+    pub launcher: Option<Launcher>,
     /// The study's own YAML, for errors.
     pub document: Document,
 }
@@ -102,6 +105,7 @@ impl Spec {
             budget: Budget::from_document(&document)?,
             prompt: reader.optional("prompt")?,
             jobs,
+            launcher: None,
             document,
         })
     }

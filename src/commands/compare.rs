@@ -8,7 +8,7 @@ use anyhow::{Result, bail};
 use mblm::base::terminal::{self, Output};
 use mblm::device::DeviceName;
 use mblm::study::report::Report;
-use mblm::study::{Options, Plan, Runner, Spec};
+use mblm::study::{Launcher, Options, Plan, Runner, Spec};
 
 use crate::exit::EXIT_CODES;
 use crate::plugins::Plugins;
@@ -23,9 +23,16 @@ pub struct Args {
     /// Only show what would run
     #[arg(long)]
     dry_run: bool,
-    /// Number of runs at a time; they share the cores [default: `jobs` of the study]
+    /// Number of runs at a time; without --launcher they share the cores [default: `jobs` of the study]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     jobs: Option<u32>,
+    /// Start each run through this command, such as 'srun --exclusive -n1 -c8', on machines that share the file system
+    #[arg(long, value_name = "COMMAND")]
+    launcher: Option<Launcher>,
+    /// With --launcher: a run has failed if N starts in a row have not brought it further
+    #[arg(long, value_name = "N", default_value_t = 8, requires = "launcher")]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..))]
+    tries: u32,
     /// The study's output folder [default: its `output_dir`, or runs/NAME]
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
@@ -46,6 +53,7 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
     let set: Vec<String> = args.set.iter().cloned().chain(device).collect();
     let mut spec = Spec::read(&args.study, &set)?;
     spec.jobs = args.jobs.map_or(spec.jobs, |jobs| jobs as usize);
+    spec.launcher = args.launcher.clone();
     spec.output_dir = args.out.clone().unwrap_or(spec.output_dir);
     let registry = plugins.registry(Some(&args.study))?;
     let mut plan = Plan::new(spec, &registry)?;
@@ -61,8 +69,9 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
     signals::LISTENING.store(true, Ordering::SeqCst);
     let folder = plan.folder().to_path_buf();
     let has_unmeasured = plan.variants.iter().any(|variant| variant.about.bytes.is_none());
-    let mut runner =
-        Runner::new(&mut plan, Options { program: std::env::current_exe()?, retry_failed: args.retry_failed })?;
+    let program = std::env::current_exe()?;
+    let options = Options { program, retry_failed: args.retry_failed, tries: args.tries };
+    let mut runner = Runner::new(&mut plan, options)?;
     if runner.calibrate(&signals::STOP)? && has_unmeasured {
         let _ = writeln!(out, "{}", runner.plan()); // an error comes again at the end
     }

@@ -13,5 +13,6 @@ pub mod inspect;
 pub mod measure;
 pub mod plugin;
 pub mod report;
+pub mod run_of_study;
 pub mod schema;
 pub mod train;

@@ -16,7 +16,7 @@ mod table;
 mod variant;
 mod verdict;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
 
@@ -41,6 +41,9 @@ use crate::plan::{PlanFile, failure_file, run_folder, run_name};
 
 /// Fields in which runs of one variant may differ.
 const NO_VARIANTS: [&str; 3] = ["train.seed", "io.name_model", "io.output_dir"];
+
+/// So many machines are named where they are counted.
+const MOST_NAMES: usize = 4;
 
 /// A comparison.
 #[derive(Clone, Debug)]
@@ -230,6 +233,14 @@ fn study_facts(plan: &PlanFile, variants: &[Variant]) -> Vec<String> {
         let at_once = if jobs > 1 { format!(", {jobs} runs at a time") } else { String::new() };
         facts.push(format!("{} per run{at_once}", count(threads, "thread")));
     }
+    let hosts: BTreeSet<&str> = results().flat_map(|result| &result.hosts).map(|host| &host[..]).collect();
+    if hosts.len() > 1 {
+        let names = match hosts.len() <= MOST_NAMES {
+            true => format!(" ({})", hosts.iter().copied().collect::<Vec<_>>().join(", ")),
+            false => String::new(),
+        };
+        facts.push(format!("on {} machines{names}, whose speeds may differ", hosts.len()));
+    }
     let open = variants.iter().flat_map(|v| &v.runs).filter(|run| run.status == Status::Unfinished).count();
     if open > 0 {
         facts.push(format!("{} not finished", count(open, "run")));
@@ -315,6 +326,32 @@ mod tests {
         assert_eq!(found, [("b", 1, 2.0), ("a", 2, 3.5)]);
         assert_eq!(report.variants[0].differences, ["train.lr: 0.1, now 0.2"]);
         assert_eq!(report.facts, ["2 variants", "3 runs"]);
+    }
+
+    #[test]
+    fn several_machines_are_named_since_their_speeds_may_differ() {
+        let facts = |hosts: &[&str]| {
+            let run = |host: &&str| {
+                let mut run = read("io: {name_model: a}", 2.0);
+                run.result =
+                    Some(RunResult { threads: 8, jobs: 1, hosts: vec![host.to_string()], ..Default::default() });
+                run
+            };
+            let variants = [variant::tests::variant("a", hosts.iter().map(run).collect())];
+            let plan = PlanFile {
+                name: "s".into(),
+                description: None,
+                amount: Amount::Bytes(100),
+                equal_parameters: false,
+                seeds: vec![1],
+                jobs: 1,
+                variants: vec![],
+            };
+            study_facts(&plan, &variants).split_off(4)
+        };
+        assert_eq!(facts(&["n1", "n1"]), [""; 0]);
+        assert_eq!(facts(&["n2", "n1"]), ["on 2 machines (n1, n2), whose speeds may differ"]);
+        assert_eq!(facts(&["a", "b", "c", "d", "e"]), ["on 5 machines, whose speeds may differ"]);
     }
 
     /// Files of a run with everything that a report reads.

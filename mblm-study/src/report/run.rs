@@ -87,6 +87,9 @@ pub struct RunResult {
     pub threads: usize,
     /// Runs that trained at a time.
     pub jobs: usize,
+    /// The machines that it was on.
+    #[serde(default)]
+    pub hosts: Vec<String>,
     /// The most memory its process held, in bytes.
     pub peak_bytes: Option<u64>,
     /// What was measured of its best model.

@@ -32,6 +32,8 @@ struct Row<'a> {
     /// From global to local, separated by `/`.
     parameters_by_stage: Option<String>,
     flops_per_byte: Option<f64>,
+    /// The machines it was on, separated by `/`.
+    hosts: Option<String>,
     error: Option<&'a str>,
 }
 
@@ -58,6 +60,7 @@ impl<'a> Row<'a> {
             parameters: variant.parameters(),
             parameters_by_stage: by_stage,
             flops_per_byte: variant.flops_per_byte(),
+            hosts: run.result.as_ref().map(|result| result.hosts.join("/")),
             error: match &run.status {
                 Status::Failed(why) => Some(why),
                 _ => None,
@@ -282,8 +285,8 @@ mod tests {
             lines[0].starts_with("group,rank,variant,run,seed,status,blocks,valid_bpb,test_bpb,bytes,seconds,"),
             "{text}"
         );
-        assert_eq!(lines[1], "1,1,good,v-seed1,1,finished,,0.30000000000000004,,100.0,1.0,,,,,,,");
-        assert_eq!(lines[3], "1,2,lost,v-seed2,2,failed,,,,,,,,,,,,\"the loss, \"\"NaN\"\"\"");
+        assert_eq!(lines[1], "1,1,good,v-seed1,1,finished,,0.30000000000000004,,100.0,1.0,,,,,,,,");
+        assert_eq!(lines[3], "1,2,lost,v-seed2,2,failed,,,,,,,,,,,,,\"the loss, \"\"NaN\"\"\"");
     }
 
     #[test]

@@ -15,7 +15,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use mblm_base::files;
+use mblm_base::{files, host};
 
 use crate::error::{AtPath, Result};
 use crate::journal::crc32c::crc32c;
@@ -60,15 +60,9 @@ fn create_after_all(folder: &Path) -> Result<(PathBuf, File)> {
         let taken = name.to_str().and_then(|name| name.strip_prefix(PREFIX)?.split('.').next()?.parse().ok());
         seconds = taken.map_or(seconds, |taken: u64| seconds.max(taken.saturating_add(1)));
     }
-    let path = folder.join(format!("{PREFIX}{seconds:010}.{}", host()));
+    let path = folder.join(format!("{PREFIX}{seconds:010}.{}", host::name()));
     let file = File::create_new(&path).at(&path)?;
     Ok((path, file))
-}
-
-fn host() -> String {
-    let known = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
-    let name: String = known.trim().chars().filter(|c| c.is_ascii_alphanumeric() || "-._".contains(*c)).collect();
-    if name.is_empty() { "localhost".into() } else { name }
 }
 
 /// Seconds since 1970.
@@ -205,7 +199,7 @@ mod tests {
             .map(|path| path.file_name().unwrap().to_str().unwrap().into())
             .collect();
         for (name, seconds) in names.iter().zip(9_000_000_001u64..) {
-            assert_eq!(*name, format!("{PREFIX}{seconds}.{}", host()));
+            assert_eq!(*name, format!("{PREFIX}{seconds}.{}", host::name()));
         }
     }
 }

@@ -1,0 +1,223 @@
+//! Runs on other machines: a launcher such as `srun` starts each of them there, and what goes wrong with it is tried again.
+//!
+//! The launcher is not relied on for anything but that it starts the command that follows it, somewhere with the same
+//! files, and ends when that has ended. Whether a run has ended, and how, is read from the study's folder: a run that has
+//! neither a result nor a failure there is started again, and goes on from its newest checkpoint. A [`lease`] takes the
+//! place of standard input and of signals, which launchers do not pass on in one way.
+
+mod errand;
+pub(crate) mod lease;
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+use std::str::FromStr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+pub use errand::{Errand, Outcome};
+use lease::Lease;
+use mblm_base::files;
+use mblm_train::checkpoint::Shelf;
+use mblm_train::error::{AtPath, Result};
+
+use crate::child::{ChildLog, Exit};
+use crate::plan::failure_file;
+use crate::report::{RunResult, duration};
+use crate::task::{Fate, Phase, Task};
+
+/// The subcommand that the launcher starts.
+pub const ERRAND: &str = "run-of-study";
+
+/// The pause after a first failure of the launcher; after each further one it is twice as long, up to the longest.
+const FIRST_PAUSE: Duration = Duration::from_secs(1);
+const LONGEST_PAUSE: Duration = Duration::from_secs(60);
+/// How long a file that another machine has written may stay unseen: network file systems remember that it was missing.
+const UNSEEN: Duration = Duration::from_secs(60);
+/// How often a launched run is looked at.
+const LOOK: Duration = Duration::from_millis(500);
+/// How often a pause looks whether it should end.
+const GLANCE: Duration = Duration::from_millis(50);
+
+/// What a Slurm job says of its own processors and memory, which `srun` would take for those of the new step.
+const OF_THIS_STEP: [&str; 2] = ["SLURM_CPU_BIND", "SLURM_MEM_BIND"];
+
+/// A command that starts another one, which follows it, on a machine of its choice.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Launcher(Vec<String>);
+
+impl FromStr for Launcher {
+    type Err = String;
+
+    /// Splits a command as a shell does, without expanding anything.
+    fn from_str(command: &str) -> std::result::Result<Self, String> {
+        let words = shlex::split(command).ok_or("a quote is not closed")?;
+        let program = words.first().filter(|program| !program.is_empty());
+        let program = program.ok_or("expected a command, such as 'srun --exclusive -n1 -c8'; it is empty")?;
+        let found = match program.contains('/') {
+            true => Path::new(program).is_file(),
+            false => std::env::var_os("PATH")
+                .is_some_and(|path| std::env::split_paths(&path).any(|folder| folder.join(program).is_file())),
+        };
+        if found { Ok(Launcher(words)) } else { Err(format!("there is no program {program}; is it in PATH?")) }
+    }
+}
+
+impl Launcher {
+    /// `program`, started by the launcher.
+    fn command(&self, program: &Path) -> Command {
+        let mut command = Command::new(&self.0[0]);
+        command.args(&self.0[1..]).arg(program);
+        for (name, _) in std::env::vars_os() {
+            if OF_THIS_STEP.iter().any(|start| name.to_string_lossy().starts_with(start)) {
+                command.env_remove(name);
+            }
+        }
+        command
+    }
+}
+
+/// A run that a launcher starts.
+pub(crate) struct Launch<'a> {
+    pub(crate) launcher: &'a Launcher,
+    pub(crate) task: &'a Task<'a>,
+    /// So many starts in a row may bring the run no further.
+    pub(crate) tries: u32,
+}
+
+impl Launch<'_> {
+    /// Takes the run to its end, from wherever it stands. `say` shows what goes wrong on the way.
+    pub(crate) fn run(&self, stop: &AtomicBool, say: &dyn Fn(&str), mut watch: impl FnMut(Phase)) -> Result<Fate> {
+        let failure = failure_file(self.task.study, self.task.name);
+        if failure.exists() {
+            fs::remove_file(&failure).at(&failure)?;
+        }
+        let (mut fruitless, mut pause) = (0, FIRST_PAUSE);
+        loop {
+            let before = self.batches();
+            let exit = self.start(stop, &mut watch)?;
+            if let Some(fate) = self.fate(&exit, stop) {
+                return Ok(fate);
+            }
+            if self.batches() > before {
+                (fruitless, pause) = (0, FIRST_PAUSE);
+            }
+            fruitless += 1;
+            let why = exit.of_launcher();
+            if fruitless >= self.tries {
+                let times = if fruitless == 1 { "once".into() } else { format!("{fruitless} times in a row") };
+                return Ok(Fate::Failed(format!(
+                    "the launcher was tried {times} without bringing the run further: {why}"
+                )));
+            }
+            say(&format!("{why}; starting it again in {}", duration(pause.as_secs_f64())));
+            watch(Phase::Queued);
+            if !rest(pause, stop) {
+                return Ok(Fate::Stopped);
+            }
+            pause = LONGEST_PAUSE.min(2 * pause);
+        }
+    }
+
+    /// Has the launcher start the run, and waits until the launcher ends.
+    fn start(&self, stop: &AtomicBool, watch: &mut impl FnMut(Phase)) -> Result<Exit> {
+        let Task { program, study, name, config, prompt, .. } = *self.task;
+        let mut lease = Lease::grant(study, name)?;
+        let mut command = self.launcher.command(program);
+        command.arg(ERRAND).arg(study).arg(name).arg("--ticket").arg(&lease.ticket);
+        if let Some(prompt) = prompt {
+            command.arg("--prompt").arg(prompt);
+        }
+        for plugin in config.plugins() {
+            command.arg("--plugin-dir").arg(plugin.path);
+        }
+        let log = ChildLog::shared(&study.join("logs").join(format!("{name}.launcher.log")))?;
+        let (mut looked, mut is_begun) = (Instant::now(), false);
+        log.run(command, stop, |launcher| {
+            if looked.elapsed() < LOOK {
+                return;
+            }
+            looked = Instant::now();
+            is_begun = is_begun || lease.is_begun();
+            if !stop.load(Ordering::Relaxed) {
+                lease.renew();
+            } else {
+                // A run that was begun ends by itself, with a checkpoint. Others need not wait for their turn.
+                lease.revoke();
+                if !is_begun {
+                    terminate(launcher);
+                }
+            }
+            watch(if is_begun { Phase::Training } else { Phase::Queued });
+        })
+    }
+
+    /// How the run has ended, if it has. What a launcher says that succeeded, a file must say too, sooner or later.
+    fn fate(&self, exit: &Exit, stop: &AtomicBool) -> Option<Fate> {
+        let started = Instant::now();
+        loop {
+            if RunResult::read(&self.task.folder()).is_some() {
+                return Some(Fate::Finished);
+            }
+            if let Ok(why) = files::read_text(&failure_file(self.task.study, self.task.name), files::SMALL) {
+                return Some(Fate::Failed(why));
+            }
+            if stop.load(Ordering::Relaxed) {
+                return Some(Fate::Stopped);
+            }
+            if !exit.is_success() || started.elapsed() >= UNSEEN {
+                return None;
+            }
+            std::thread::sleep(GLANCE);
+        }
+    }
+
+    /// The batches that the run's newest checkpoint has trained.
+    fn batches(&self) -> Option<u64> {
+        let newest = Shelf::of_run(&self.task.folder()).and_then(|shelf| shelf.newest());
+        newest.and_then(|checkpoint| checkpoint.state()).ok().map(|state| state.batches)
+    }
+}
+
+/// Waits; false if `stop` is raised meanwhile or was before.
+fn rest(pause: Duration, stop: &AtomicBool) -> bool {
+    let started = Instant::now();
+    while !stop.load(Ordering::Relaxed) && started.elapsed() < pause {
+        std::thread::sleep(GLANCE);
+    }
+    !stop.load(Ordering::Relaxed)
+}
+
+/// Asks a launcher, and what it has started here, to end.
+fn terminate(launcher: u32) {
+    #[cfg(unix)]
+    // SAFETY: sends a signal to the process group that the launcher leads; it is a child that has not been waited for.
+    unsafe {
+        libc::kill(-(launcher as libc::pid_t), libc::SIGTERM);
+    }
+    #[cfg(not(unix))]
+    let _ = launcher;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_launcher_is_split_as_a_shell_does_and_must_be_there() {
+        let words = |command: &str| Launcher::from_str(command).map(|Launcher(words)| words);
+        assert_eq!(words("env A='b c' sh").unwrap(), ["env", "A=b c", "sh"]);
+        let cases = [
+            ("", "it is empty"),
+            ("  ", "it is empty"),
+            ("'' x", "it is empty"),
+            ("srun 'a", "a quote is not closed"),
+            ("no-such-program -n1", "there is no program no-such-program"),
+            ("./no/such", "there is no program ./no/such"),
+        ];
+        for (command, want) in cases {
+            let found = words(command).unwrap_err();
+            assert!(found.contains(want), "{command:?}: {found}");
+        }
+    }
+}
