@@ -22,6 +22,7 @@ use crate::error::{Error, Result};
 use crate::files::corpus::Corpus;
 use crate::files::fingerprint::Fingerprint;
 use crate::files::listing::Listing;
+use crate::share::Share;
 
 /// Counting the bytes of more data than this would delay the start of a run.
 const COUNTED: u64 = 1 << 30;
@@ -49,6 +50,8 @@ pub struct BytesSplit {
     corpus: Arc<Corpus>,
     start: u64,
     end: u64,
+    /// What it is a share of.
+    whole: Range<u64>,
     seq_len: u64,
     /// Whether epochs shift the borders between sequences.
     shifts: bool,
@@ -57,7 +60,8 @@ pub struct BytesSplit {
 impl BytesSplit {
     /// The bytes `range` of `corpus` in sequences of `seq_len` bytes, whose borders move with the epoch if it `shifts`.
     pub(crate) fn new(corpus: Arc<Corpus>, range: Range<u64>, seq_len: usize, shifts: bool) -> Self {
-        BytesSplit { corpus, start: range.start, end: range.end, seq_len: seq_len as u64, shifts }
+        let Range { start, end } = range;
+        BytesSplit { corpus, start, end, whole: range, seq_len: seq_len as u64, shifts }
     }
 
     fn offset(&self, epoch: u64) -> u64 {
@@ -75,7 +79,16 @@ impl Dataset for BytesSplit {
     }
 
     fn byte_counts(&self) -> Result<Option<[u64; 256]>> {
-        (self.end - self.start <= COUNTED).then(|| self.corpus.byte_counts(self.start, self.end)).transpose()
+        let Range { start, end } = self.whole;
+        (end - start <= COUNTED).then(|| self.corpus.byte_counts(start, end)).transpose()
+    }
+
+    fn share(&self, share: Share) -> Option<Box<dyn Dataset>> {
+        let part = share.range(self.end - self.start);
+        let (start, end) = (self.start + part.start, self.start + part.end);
+        let BytesSplit { corpus, whole, seq_len, shifts, .. } = self;
+        let (corpus, whole) = (corpus.clone(), whole.clone());
+        Some(Box::new(BytesSplit { corpus, start, end, whole, seq_len: *seq_len, shifts: *shifts }))
     }
 }
 
@@ -183,6 +196,18 @@ mod tests {
         assert_eq!((valid.num_sequences(0), valid.num_sequences(1)), (2, 2));
         assert_eq!(sample(valid, 1, 1), [94, 95, 96, 97]);
         assert_eq!(train.byte_counts().unwrap().unwrap().iter().sum::<u64>(), 90);
+    }
+
+    #[test]
+    fn shares_are_cut_between_bytes() {
+        let file = file(100);
+        let train = open_at(file.path(), 4, None, 256).unwrap().train;
+        // 90 bytes: 30 each.
+        let shares = [0, 1, 2].map(|rank| train.share(Share { rank, size: 3 }).unwrap());
+        assert_eq!([0, 2, 3].map(|epoch| shares[1].num_sequences(epoch)), [7, 7, 6]);
+        assert_eq!(sample(&*shares[1], 0, 0), [30, 31, 32, 33]);
+        assert_eq!(sample(&*shares[2], 2, 6), [86, 87, 88, 89], "to the end, shifted by the epoch");
+        assert_eq!(shares[1].byte_counts().unwrap().unwrap().iter().sum::<u64>(), 90, "of all the data");
     }
 
     #[test]

@@ -7,6 +7,7 @@ use serde::de::DeserializeOwned;
 
 use crate::error::{Error, Result};
 use crate::files::fingerprint::Fingerprint;
+use crate::share::Share;
 
 /// A split of a data set: sequences of a fixed length, in a fixed order.
 ///
@@ -32,6 +33,12 @@ pub trait Dataset: Send + Sync {
     /// The data cannot be read.
     fn byte_counts(&self) -> Result<Option<[u64; 256]>> {
         Ok(None)
+    }
+
+    /// The part that is `share`, if it is not made of whole sequences of this one. Its [byte
+    /// counts](Self::byte_counts) are those of all the data.
+    fn share(&self, _share: Share) -> Option<Box<dyn Dataset>> {
+        None
     }
 }
 

@@ -12,6 +12,7 @@ pub mod order;
 pub mod pg19;
 pub mod prefetch;
 pub mod registry;
+pub mod share;
 
 pub use dataset::{Dataset, DatasetOptions, NoArgs, Splits, unigram_entropy};
 pub use error::{Error, Result};

@@ -1,20 +1,41 @@
 //! The buffer that backward passes add a parameter's gradient to: its own memory, or a host's for the length of a call. The
 //! gradient of a parameter on another device is a tensor there.
 
-use std::ops::{Deref, DerefMut};
-use std::sync::OnceLock;
+use std::ops::{Deref, DerefMut, Range};
+use std::sync::{Arc, OnceLock};
 
 use candle_core::{DType, Tensor};
 
+use super::arena::Arena;
 use crate::error::Result;
 use crate::parallel;
 
 /// The memory of an accumulated gradient: a parameter's own, or a host's for the length of a call.
 #[derive(Debug, Default)]
 pub struct Gradient {
-    own: Vec<f32>,
+    own: Own,
     lent: Option<Lent>,
     away: Option<Away>,
+}
+
+/// The memory that is a parameter's own.
+#[derive(Debug)]
+enum Own {
+    /// By itself; empty as long as the parameter has no gradient.
+    Alone(Vec<f32>),
+    /// Among those of the other parameters.
+    InArena {
+        arena: Arc<Arena>,
+        range: Range<usize>,
+        /// Whether the parameter has a gradient.
+        is_used: bool,
+    },
+}
+
+impl Default for Own {
+    fn default() -> Self {
+        Own::Alone(Vec::new())
+    }
 }
 
 /// A gradient that is no slice of this process.
@@ -35,8 +56,42 @@ impl Gradient {
     /// Zeros for `len` elements, unless there is memory already.
     pub(super) fn allocate(&mut self, len: usize) {
         if self.is_empty() {
-            self.own.resize(len, 0.0);
+            match &mut self.own {
+                Own::Alone(memory) => memory.resize(len, 0.0),
+                Own::InArena { is_used, .. } => *is_used = true,
+            }
         }
+    }
+
+    /// Moves into `range` of `arena`, which nobody else uses and which is zero; only once.
+    pub(super) fn move_to(&mut self, arena: &Arc<Arena>, range: Range<usize>) {
+        let Own::Alone(memory) = &mut self.own else { return };
+        let memory = std::mem::take(memory);
+        self.own = Own::InArena { arena: arena.clone(), range, is_used: !memory.is_empty() };
+        self.own_mut().copy_from_slice(&memory);
+    }
+
+    fn own(&self) -> &[f32] {
+        match &self.own {
+            Own::Alone(memory) => memory,
+            Own::InArena { is_used: false, .. } => &[],
+            // SAFETY: the range is this gradient's alone, whose lock is held.
+            Own::InArena { arena, range, .. } => unsafe { arena.part(range.clone()) },
+        }
+    }
+
+    fn own_mut(&mut self) -> &mut [f32] {
+        match &mut self.own {
+            Own::Alone(memory) => memory,
+            Own::InArena { is_used: false, .. } => &mut [],
+            // SAFETY: as above; the lock makes this the only access.
+            Own::InArena { arena, range, .. } => unsafe { arena.part_mut(range.clone()) },
+        }
+    }
+
+    /// Whether something was added since the parameter was made; on another device than the CPU, since the last step.
+    pub fn is_there(&self) -> bool {
+        self.away.is_some() || !self.own().is_empty()
     }
 
     /// Uses `memory` until [`end_loan`](Self::end_loan).
@@ -95,7 +150,7 @@ impl Deref for Gradient {
                 Some(away) => {
                     away.copy.get_or_init(|| away.read().unwrap_or_else(|_| vec![f32::NAN; away.sum.elem_count()]))
                 }
-                None => &self.own,
+                None => self.own(),
             },
         }
     }
@@ -106,7 +161,7 @@ impl DerefMut for Gradient {
         match self.lent {
             // SAFETY: as above; the lock makes this the only access.
             Some(Lent(memory)) => unsafe { &mut *memory },
-            None => &mut self.own,
+            None => self.own_mut(),
         }
     }
 }

@@ -4,6 +4,7 @@
 //! parameter allocates nothing: its values are drawn when they are first read. A model can therefore be counted without
 //! its memory.
 
+mod arena;
 mod candle;
 mod gradient;
 mod init;

@@ -1,13 +1,14 @@
 //! All parameters of a model, and the scopes in which modules create them.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use candle_core::Tensor;
 use candle_core::backprop::GradStore;
 use mblm_base::memory;
 use rayon::prelude::*;
 
+use super::arena::Arena;
 use super::init::{Init, Start};
 use super::part::Part;
 use super::value::{Made, Param};
@@ -28,6 +29,8 @@ pub struct ParamStore {
     /// Bytes that the values may take; none if they are not to be read.
     limit: Option<memory::Limit>,
     place: Place,
+    /// Where all gradients lie together, once somebody wanted them so.
+    pub(super) arena: OnceLock<Arc<Arena>>,
 }
 
 impl ParamStore {
@@ -39,7 +42,14 @@ impl ParamStore {
     /// Like [`new`](Self::new), but without the limit: for counting parameters that need not fit in memory. Their
     /// values can still be read.
     pub fn unlimited(seed: u64) -> Self {
-        ParamStore { params: BTreeMap::new(), seed, num_elements: 0, limit: None, place: Place::default() }
+        ParamStore {
+            params: BTreeMap::new(),
+            seed,
+            num_elements: 0,
+            limit: None,
+            place: Place::default(),
+            arena: OnceLock::new(),
+        }
     }
 
     /// Creates parameters at `place`, those that are created later.

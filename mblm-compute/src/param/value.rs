@@ -154,7 +154,7 @@ impl Param {
     }
 
     /// As many values as the parameter has, where it lies.
-    fn placed(&self, values: Vec<f32>) -> Result<Tensor> {
+    pub(super) fn placed(&self, values: Vec<f32>) -> Result<Tensor> {
         let values = Tensor::from_vec(values, &self.shape[..], &Device::Cpu)?;
         Ok(values.to_dtype(self.place.dtype)?.to_device(&self.place.device)?)
     }
