@@ -13,6 +13,7 @@ use mblm_train::cost::{self, STEP_PER_FORWARD, Step, bytes as binary, metric, wr
 use mblm_train::error::{AtPath, Error, Result};
 use mblm_train::journal::folder::RunFolder;
 use mblm_train::model::{Model, TrainModel};
+use mblm_train::processes::Solo;
 use mblm_train::session::open_data;
 use mblm_train::trainer::Trainer;
 use mblm_yaml::Document;
@@ -322,7 +323,7 @@ impl Planner<'_> {
         // Everything else that a run checks before it begins.
         let planned = open_data(&config).and_then(|splits| {
             let data = splits.fingerprint.clone();
-            Ok((data, Trainer::new(&model, splits, &config)?.plan().batches))
+            Ok((data, Trainer::new(&model, splits, &config, &Solo)?.plan().batches))
         });
         let (data, batches) = planned.map_err(|error| error.located(document))?;
         let bytes = batches * (step.batch * step.bytes) as u64;

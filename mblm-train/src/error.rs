@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 
 use mblm_yaml::Document;
 
+use crate::processes::Failure;
+
 /// Everything that can go wrong in `mblm-train`.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -57,6 +59,14 @@ pub enum Error {
     /// Something panicked during training, for example a block.
     #[error("training panicked: {0}")]
     Panic(String),
+    /// Another of the processes that train together failed.
+    #[error("process {rank}: {}", .failure.message)]
+    Elsewhere {
+        /// Which one.
+        rank: usize,
+        /// What it said.
+        failure: Failure,
+    },
     /// The configuration is invalid. The message has file, field, line, what was found, and what was expected.
     #[error(transparent)]
     Yaml(#[from] mblm_yaml::ConfigError),
@@ -72,12 +82,18 @@ impl Error {
     /// Whether the user must change the configuration, the data or the command line; the program then exits with 2.
     pub fn is_configuration(&self) -> bool {
         use mblm_core::Error as Core;
-        matches!(self, Error::Config(_) | Error::Yaml(_) | Error::Core(Core::Input(_)))
+        match self {
+            Error::Elsewhere { failure, .. } => failure.is_configuration,
+            _ => matches!(self, Error::Config(_) | Error::Yaml(_) | Error::Core(Core::Input(_))),
+        }
     }
 
     /// Whether a loss, a gradient or logits were not finite. A retry would give the same result, bit for bit.
     pub fn is_not_finite(&self) -> bool {
-        matches!(self, Error::NonFinite { .. } | Error::Core(mblm_core::Error::NotFinite(_)))
+        match self {
+            Error::Elsewhere { failure, .. } => failure.is_not_finite,
+            _ => matches!(self, Error::NonFinite { .. } | Error::Core(mblm_core::Error::NotFinite(_))),
+        }
     }
 
     /// Names the file and the line of the field that a mistake in the configuration begins with, if `document` has it.

@@ -12,28 +12,47 @@ use mblm_data::files::corpus::Corpus;
 
 use crate::error::{Error, Result};
 use crate::model::{LossSum, TrainModel, sequences};
+use crate::processes::{Processes, caught};
 
 /// Bits per byte of a mean loss in nats.
 pub fn bpb(loss: f64) -> f64 {
     loss / std::f64::consts::LN_2
 }
 
-/// The losses of the first `max_batches` batches, or of all. Every element that counts does so alike: the size of the
-/// batches makes no difference to the mean. `None` if `stop` was raised meanwhile.
+/// The losses of the first `max_batches` batches, or of all, to which each process contributes those of every so many
+/// batches. Every element that counts does so alike: the size of the batches makes no difference to the mean. `None` if
+/// `stop` was raised meanwhile.
+///
+/// The sum is made batch by batch: it has the same bits whoever computed which.
 pub(crate) fn losses(
     model: &dyn TrainModel,
     batches: &Batches,
     max_batches: Option<usize>,
     stop: &AtomicBool,
+    processes: &dyn Processes,
 ) -> Result<Option<LossSum>> {
-    let mut all = LossSum::default();
-    for batch in 0..batches.first(max_batches) {
-        if stop.load(Ordering::Relaxed) {
-            return Ok(None);
+    let count = batches.first(max_batches);
+    let (mut sums, mut counts, mut stopped) = (vec![0.0; count as usize], vec![0.0; count as usize], false);
+    let mine = caught(|| {
+        for batch in (processes.rank() as u64..count).step_by(processes.size()) {
+            stopped = stop.load(Ordering::Relaxed);
+            if stopped {
+                break;
+            }
+            let read = batches.read(Cursor { epoch: 0, batch })?;
+            let LossSum { sum, count } = model.loss(&sequences(&read), Mode::Eval)?.sum()?;
+            (sums[batch as usize], counts[batch as usize]) = (sum, count as f64);
         }
-        let batch = batches.read(Cursor { epoch: 0, batch })?;
-        all.add(model.loss(&sequences(&batch), Mode::Eval)?.sum()?);
+        Ok(())
+    });
+    processes.agree(mine)?;
+    if processes.any(stopped) {
+        return Ok(None);
     }
+    processes.sum(&mut sums);
+    processes.sum(&mut counts);
+    let mut all = LossSum::default();
+    sums.into_iter().zip(counts).for_each(|(sum, count)| all.add(LossSum { sum, count: count as u64 }));
     Ok(Some(all))
 }
 

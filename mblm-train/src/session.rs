@@ -1,9 +1,8 @@
 //! A run from start to end, as in `mblm train`. Nothing is written until everything has been validated. A run that
 //! fails continues from its newest checkpoint, up to the requested number of retries.
 
-use std::any::Any;
 use std::cell::OnceCell;
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -11,7 +10,7 @@ use std::time::{Duration, Instant};
 use mblm_base::terminal;
 use mblm_core::simd;
 use mblm_data::files::record::DataRecord;
-use mblm_data::{self, DatasetOptions, Splits, unigram_entropy};
+use mblm_data::{self, DatasetOptions, Fingerprint, Splits, unigram_entropy};
 
 use crate::checkpoint::Checkpoint;
 use crate::config::{RunConfig, TrainSection};
@@ -21,6 +20,7 @@ use crate::journal::folder::{RunFolder, has_test_loss};
 use crate::journal::metrics::Metrics;
 use crate::journal::timemem::TimeMem;
 use crate::model::{Model, TrainModel};
+use crate::processes::{Processes, Solo, caught};
 use crate::progress::{Course, Progress};
 use crate::trainer::plan::RunPlan;
 use crate::trainer::{End, Outcome, Record, Trainer, check_data};
@@ -95,7 +95,7 @@ fn open_data_in(config: &RunConfig, start: &Path) -> Result<Splits> {
 /// # Errors
 /// Mistakes in `config` or its data, or in the checkpoint that it begins with.
 pub fn check(model: &dyn TrainModel, splits: Splits, config: &RunConfig) -> Result<RunPlan> {
-    let mut trainer = Trainer::new(model, splits, config)?;
+    let mut trainer = Trainer::new(model, splits, config, &Solo)?;
     if let Some(resume) = &config.resume {
         let warnings = import::begin(&mut trainer, model, resume)?;
         warnings.iter().for_each(|warning| terminal::line(format_args!("warning: {warning}")));
@@ -119,6 +119,8 @@ pub struct Session<'a> {
     pub changes: Vec<String>,
     /// Whether nothing is shown; the run's log has it all.
     pub quiet: bool,
+    /// The processes that train it. All of them have a session that differs in nothing else.
+    pub processes: &'a dyn Processes,
     /// Set to end with a checkpoint.
     pub stop: &'a AtomicBool,
     /// Whether it trains, so that `stop` will be noticed: at other times nothing is lost if the process just ends.
@@ -134,7 +136,8 @@ impl<'a> Session<'a> {
         let build =
             || Ok(Box::new(Model::at(config, config.train.seed, config.train.place()?)?) as Box<dyn TrainModel>);
         let build = Box::new(build);
-        Ok(Session { config, build, place: None, retries: 0, changes: vec![], quiet: false, stop, listening: None })
+        let (place, retries, changes, quiet, listening) = (None, 0, vec![], false, None);
+        Ok(Session { config, build, place, retries, changes, quiet, processes: &Solo, stop, listening })
     }
 
     /// Starts a run and trains until its end, or until `stop` is set. Returns the run's folder and how it ended.
@@ -162,25 +165,22 @@ impl<'a> Session<'a> {
 
     /// Makes a run and trains it; the inner result is that of the training.
     fn start(&self, started: &OnceCell<Instant>) -> Result<(RunFolder, Result<Outcome>)> {
-        if let Some(place) = &self.place {
-            RunFolder::check_free(place)?;
-        }
-        let splits = open_data(self.config)?;
+        let all = self.processes;
+        let is_free = self.place.as_ref().map_or(Ok(()), |place| RunFolder::check_free(place));
+        all.agree(is_free)?;
+        let splits = all.agree(open_data(self.config))?;
         let (about, fingerprint) = (splits.about.clone(), splits.fingerprint.clone());
-        let model = (self.build)()?;
-        let mut trainer = Trainer::new(&*model, splits, self.config)?;
-        let warnings = match &self.config.resume {
-            Some(resume) => import::begin(&mut trainer, &*model, resume)?,
-            None => vec![],
+        let model = all.agree((self.build)())?;
+        let mut trainer = all.agree(Trainer::new(&*model, splits, self.config, all))?;
+        let begun = match &self.config.resume {
+            Some(resume) => import::begin(&mut trainer, &*model, resume),
+            None => Ok(vec![]),
         };
+        let warnings = all.agree(begun)?;
         trainer.check_data()?;
-        trainer.rehearse()?;
-        let run = match &self.place {
-            Some(place) => RunFolder::create_at(place, trainer.snapshot())?,
-            None => RunFolder::create(&self.config.io.output_dir, &self.config.io.name_model, trainer.snapshot())?,
-        };
-        DataRecord::new(run.path(), &self.config.io.dataset_dir, Path::new(""), &fingerprint).write(run.path())?;
-        let mut record = self.record(&run, &trainer)?;
+        all.agree(trainer.rehearse())?;
+        let run = self.make_folder(&trainer, &fingerprint)?;
+        let mut record = all.agree(self.record(&run, &trainer))?;
         let progress = &mut record.progress;
         progress.line(&format!("run: {}", run.path().display()));
         progress.line(&format!("data: {about}"));
@@ -188,9 +188,28 @@ impl<'a> Session<'a> {
             progress.line(&format!("starts from the weights of {}", resume.checkpoint_file.display()));
         }
         warnings.iter().for_each(|warning| progress.warn(warning));
-        let introduced = introduce(progress, &trainer, &*model, self.config);
-        let ended = introduced.and_then(|()| self.attempt(&mut trainer, &mut record, started));
+        let introduced = if all.is_first() { introduce(progress, &trainer, &*model, self.config) } else { Ok(()) };
+        let ended = all.agree(introduced).and_then(|()| self.attempt(&mut trainer, &mut record, started));
         Ok((run, ended))
+    }
+
+    /// Makes the run's folder, in the first process; the others learn its name.
+    fn make_folder(&self, trainer: &Trainer, fingerprint: &Fingerprint) -> Result<RunFolder> {
+        let io = &self.config.io;
+        let make = || {
+            let run = match &self.place {
+                Some(place) => RunFolder::create_at(place, trainer.snapshot())?,
+                None => RunFolder::create(&io.output_dir, &io.name_model, trainer.snapshot())?,
+            };
+            DataRecord::new(run.path(), &io.dataset_dir, Path::new(""), fingerprint).write(run.path())?;
+            Ok(Some(run))
+        };
+        let made = self.processes.agree(if self.processes.is_first() { make() } else { Ok(None) })?;
+        let mut path = made.as_ref().map_or_else(Vec::new, |run| run.path().as_os_str().as_encoded_bytes().to_vec());
+        self.processes.broadcast(0, &mut path);
+        // SAFETY: the first process is the same program on the same kind of system, and has these bytes from a path.
+        let path = || PathBuf::from(unsafe { OsString::from_encoded_bytes_unchecked(path) });
+        Ok(made.unwrap_or_else(|| RunFolder::of_another(path())))
     }
 
     /// Trains on from the newest checkpoint, whose configuration is `config` but for `changes`; the inner result is that of
@@ -202,25 +221,31 @@ impl<'a> Session<'a> {
         config: &RunConfig,
         changes: &[String],
     ) -> Result<Result<Outcome>> {
-        let checkpoint = run.checkpoints().newest()?;
-        let (splits, start) = open_data_of(run.path(), config)?;
-        check_data(&checkpoint, &splits.fingerprint)?;
+        let all = self.processes;
+        let checkpoint = all.agree(run.checkpoints().newest())?;
+        let (splits, start) = all.agree(open_data_of(run.path(), config))?;
+        all.agree(check_data(&checkpoint, &splits.fingerprint))?;
         let about = splits.about.clone();
         let data = DataRecord::new(run.path(), &config.io.dataset_dir, &start, &splits.fingerprint);
-        let model = (self.build)()?;
-        let mut trainer = Trainer::new(&*model, splits, config)?;
-        let remarks = trainer.restore(&checkpoint)?;
-        if trainer.is_finished() && (!trainer.has_test() || has_test_loss(run.path())?) {
+        let model = all.agree((self.build)())?;
+        let mut trainer = all.agree(Trainer::new(&*model, splits, config, all))?;
+        let remarks = all.agree(trainer.restore(&checkpoint))?;
+        let is_tested = all.agree(has_test_loss(run.path()))?;
+        if trainer.is_finished() && (!trainer.has_test() || is_tested) {
             // A kill may have come while the last checkpoint that was not kept was deleted.
-            run.checkpoints().recover()?;
+            let recovered = if all.is_first() { run.checkpoints().recover() } else { Ok(()) };
+            all.agree(recovered)?;
             self.say_finished(&trainer, &checkpoint);
             let (checkpoint, state) = (checkpoint.path().into(), trainer.state().clone());
             return Ok(Ok(Outcome { checkpoint, end: End::Finished, state }));
         }
         // From here on the folder changes.
-        run.recover()?;
-        data.write(run.path())?;
-        let mut record = self.record(run, &trainer)?;
+        let clear = || {
+            run.recover()?;
+            Ok(data.write(run.path())?)
+        };
+        all.agree(if all.is_first() { clear() } else { Ok(()) })?;
+        let mut record = all.agree(self.record(run, &trainer))?;
         let (done, total) = (trainer.state().batches, trainer.plan().batches);
         let progress = &mut record.progress;
         progress.line(&format!("resume: batch {done} of {total}, from {}", checkpoint.path().display()));
@@ -236,7 +261,7 @@ impl<'a> Session<'a> {
     }
 
     fn say_finished(&self, trainer: &Trainer, checkpoint: &Checkpoint) {
-        if self.quiet {
+        if self.quiet || !self.processes.is_first() {
             return;
         }
         let (done, place) = (trainer.state().batches, checkpoint.path().display());
@@ -254,15 +279,19 @@ impl<'a> Session<'a> {
     fn retry(&self, run: &RunFolder, mut ended: Result<Outcome>, started: &OnceCell<Instant>) -> Result<Outcome> {
         let mut pause = FIRST_PAUSE;
         for retry in 1..=self.retries {
+            let stopped = self.processes.any(self.stopped());
             let error = match ended {
-                Err(error) if !error.is_not_finite() && !self.stopped() => error,
+                Err(error) if !error.is_not_finite() && !stopped => error,
                 ended => return logged(run, ended),
             };
             let most = self.retries;
             let text = format!("training failed; retry {retry} of {most} in {} s: {error}", pause.as_secs());
             run.note(&text);
-            terminal::line(&text);
-            if !self.rest(pause) {
+            if self.processes.is_first() {
+                terminal::line(&text);
+            }
+            let rested = self.rest(pause);
+            if self.processes.any(!rested) {
                 return Err(error);
             }
             pause = LONGEST_PAUSE.min(2 * pause);
@@ -274,7 +303,8 @@ impl<'a> Session<'a> {
 
     /// Trains on after a failure. The run has its changed configuration by now, and has begun to warm up again if it was to.
     fn again(&self, run: &RunFolder, started: &OnceCell<Instant>) -> Result<Result<Outcome>> {
-        let rewarm_steps_perc = run.checkpoints().newest()?.sizes()?.train.rewarm_steps_perc;
+        let newest = run.checkpoints().newest().and_then(|newest| newest.sizes());
+        let rewarm_steps_perc = self.processes.agree(newest)?.train.rewarm_steps_perc;
         let train = TrainSection { rewarm_steps_perc, ..self.config.train.clone() };
         self.go_on(run, started, &RunConfig { train, ..self.config.clone() }, &[])
     }
@@ -311,10 +341,10 @@ impl<'a> Session<'a> {
         };
         let listens = |listens| self.listening.into_iter().for_each(|flag| flag.store(listens, Ordering::SeqCst));
         listens(true);
-        let ended = catch_unwind(AssertUnwindSafe(training));
+        // Whatever a panic leaves half done is dropped with the trainer and its model.
+        let ended = caught(training);
         listens(false);
-        // Whatever the panic leaves half done is dropped with the trainer and its model.
-        ended.unwrap_or_else(|panic| Err(Error::Panic(message(&*panic))))
+        ended
     }
 
     fn record(&self, run: &RunFolder, trainer: &Trainer) -> Result<Record> {
@@ -323,8 +353,12 @@ impl<'a> Session<'a> {
             batches: trainer.plan().batches,
             done: state.batches,
             done_bytes: state.bytes_seen,
-            bytes_per_batch: (self.config.train.batch_size * self.config.params.input_seq_len) as u64,
+            bytes_per_batch: (self.config.train.batch_size * self.config.params.input_seq_len) as u64
+                * self.processes.size() as u64,
             best_valid_loss: state.best_valid_loss,
+        };
+        let Some(log) = run.log()? else {
+            return Ok(Record::elsewhere(run.path().into(), run.checkpoints(), course));
         };
         Ok(Record {
             folder: run.path().into(),
@@ -332,7 +366,7 @@ impl<'a> Session<'a> {
             losses: run.losses(state.cum_batch())?,
             metrics: Metrics::open(run.path(), state.cum_batch())?,
             timemem: TimeMem::open(run.path(), state.first_batch, state.cum_batch())?,
-            progress: Progress::new(run.log()?, course, self.quiet),
+            progress: Progress::new(log, course, self.quiet),
         })
     }
 }
@@ -340,12 +374,6 @@ impl<'a> Session<'a> {
 /// Notes an error in the run's log; the program shows it.
 fn logged(run: &RunFolder, ended: Result<Outcome>) -> Result<Outcome> {
     ended.inspect_err(|error| run.note(&format!("error: {error}")))
-}
-
-/// What a panic says.
-fn message(panic: &(dyn Any + Send)) -> String {
-    let text = panic.downcast_ref::<&str>().map(|text| text.to_string());
-    text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "without a message".into())
 }
 
 /// Says what is going to be trained on what.
@@ -363,8 +391,12 @@ fn introduce(progress: &mut Progress, trainer: &Trainer, model: &dyn TrainModel,
     }
     let plan = trainer.plan();
     progress.line(&format!("model: {} parameters", model.params().num_elements()));
+    let each = match trainer.state().processes {
+        1 => String::new(),
+        size => format!("{size} processes, each with its share of the data and "),
+    };
     progress.line(&format!(
-        "training: {} batches of {} x {} bytes, {} gradient steps, {} batches per epoch",
+        "training: {each}{} batches of {} x {} bytes, {} gradient steps, {} batches per epoch",
         plan.batches,
         config.train.batch_size,
         config.params.input_seq_len,
@@ -381,6 +413,7 @@ fn introduce(progress: &mut Progress, trainer: &Trainer, model: &dyn TrainModel,
     progress.line(&format!("learning rate schedule: {}", plan.schedule.describe(0)));
     let device = trainer.state().device.as_deref().unwrap_or("cpu");
     let (threads, instructions) = (rayon::current_num_threads(), simd::instruction_set());
-    progress.line(&format!("device: {device}, threads: {threads}, instruction set: {instructions}"));
+    let each = if trainer.state().processes > 1 { " each" } else { "" };
+    progress.line(&format!("device: {device}, threads: {threads}{each}, instruction set: {instructions}"));
     Ok(())
 }

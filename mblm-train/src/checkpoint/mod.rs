@@ -328,6 +328,7 @@ pub(crate) mod tests {
             schedule: Some(Schedule::new(0.1, 10, 0.1)),
             seed: 11,
             threads: Some(2),
+            processes: 1,
             instructions: Some("AVX2".into()),
             device: Some("cpu".into()),
             version: Some("0.1.0".into()),

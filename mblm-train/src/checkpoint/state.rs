@@ -48,6 +48,9 @@ pub struct TrainState {
     /// Threads that computed: another number rounds sums otherwise. Not known of checkpoints of earlier versions.
     #[serde(default)]
     pub threads: Option<usize>,
+    /// The processes that trained, each on batches of its own: `batches` and `next` count those of one process.
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    pub processes: usize,
     /// The instruction set that computed, for the same reason.
     #[serde(default)]
     pub instructions: Option<String>,
@@ -71,6 +74,14 @@ pub struct TrainState {
     /// The plugins that trained it.
     #[serde(default)]
     pub plugins: Vec<PluginOrigin>,
+}
+
+fn one() -> usize {
+    1
+}
+
+fn is_one(number: &usize) -> bool {
+    *number == 1
 }
 
 /// Serializes a path for readers. A path that is not UTF-8 must not prevent a run from being saved.
@@ -107,9 +118,10 @@ impl Window {
         weight / self.unit
     }
 
-    /// What the sum of gradients is multiplied by to be that of the mean.
-    pub fn scale(&self) -> f64 {
-        self.unit / self.weight
+    /// What the sum of gradients is multiplied by to be its part of the mean over batches that weigh `all`, those of other
+    /// processes among them.
+    pub fn scale(&self, all: f64) -> f64 {
+        self.unit / all
     }
 }
 
@@ -131,6 +143,7 @@ impl TrainState {
             schedule: None,
             seed,
             threads: None,
+            processes: 1,
             instructions: None,
             device: None,
             version: None,
@@ -172,6 +185,9 @@ impl TrainState {
         };
         // Sums of them are made, and logs hold them as signed numbers.
         let largest = u64::MAX / 4;
+        if self.processes == 0 {
+            return Err("processes is 0".into());
+        }
         at_most("first_batch", self.first_batch, "any run can see", largest)?;
         at_most("bytes_seen", self.bytes_seen, "any run can see", largest)?;
         at_most("optimizer_step", self.optimizer_step, "any run can take", largest)?;
@@ -191,7 +207,7 @@ impl TrainState {
             return Err(format!("seed is {}, but train.seed is {}", self.seed, sizes.train.seed));
         }
         let Some(schedule) = &self.schedule else { return Ok(()) };
-        let steps = self.step + self.left(&sizes.train, sizes.seq_len()).1;
+        let steps = self.step + self.left(&sizes.train, sizes.seq_len(), self.processes).1;
         schedule.check(sizes.train.learning_rate, self.step, steps).map_err(|what| format!("schedule.{what}"))
     }
 
@@ -233,10 +249,11 @@ impl TrainState {
         }
     }
 
-    /// Batches that are left until the target of `train` is reached in sequences of `seq_len` bytes, and gradient steps.
-    pub(crate) fn left(&self, train: &TrainSection, seq_len: usize) -> (u64, u64) {
+    /// Batches that are left to each of `processes` until the target of `train` is reached in sequences of `seq_len` bytes,
+    /// and gradient steps.
+    pub(crate) fn left(&self, train: &TrainSection, seq_len: usize, processes: usize) -> (u64, u64) {
         let missing = train.target_elements.saturating_sub(self.elements_seen_by(train.target_elements_strategy));
-        let batches = missing.div_ceil(train.elements_per_batch(seq_len).max(1));
+        let batches = train.batches_of(missing, seq_len, processes);
         let (waiting, accumulate) = (self.window.batches, (train.gradient_accumulate_every as u64).max(1));
         // A window that is full already, of a run that accumulated more batches before, is stepped on at once.
         let steps = match waiting >= accumulate {
@@ -384,7 +401,11 @@ mod tests {
         assert_eq!(found.window, Window { batches: 1, weight: 64.0, unit: 192.0 });
         let mut window = found.window;
         let added = window.add(64.0);
-        assert_eq!((added, window.add(64.0), window.scale()), (1.0 / 3.0, 1.0 / 3.0, 1.0), "as that version did");
+        assert_eq!(
+            (added, window.add(64.0), window.scale(window.weight)),
+            (1.0 / 3.0, 1.0 / 3.0, 1.0),
+            "as that version did"
+        );
     }
 
     #[test]

@@ -30,7 +30,7 @@ pub struct IoSection {
     pub validate_amount: usize,
     /// Number of times that the training loss is logged in the whole run.
     pub log_train_loss_amount: usize,
-    /// Accepted for compatibility with the package; ignored, because there is only one worker.
+    /// The processes of a run on several whose training losses are logged, counted from 0; the default is the first.
     #[serde(default)]
     pub enabled_loss_log_for_gpus: Option<Vec<usize>>,
     /// Free text.

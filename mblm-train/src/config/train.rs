@@ -33,14 +33,14 @@ pub enum LossAverage {
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct TrainSection {
-    /// Number of elements to train on, rounded up to whole batches.
+    /// Number of elements to train on, rounded up to whole batches; those of all processes together.
     pub target_elements: u64,
     /// What counts as an element: a sequence (`batch`) or a byte (`sequence`).
     pub target_elements_strategy: TargetStrategy,
     /// The fraction of gradient steps used for warm-up.
     #[serde(default = "default_warmup")]
     pub warmup_steps_perc: f64,
-    /// Sequences per batch.
+    /// Sequences per batch; of each process.
     pub batch_size: usize,
     /// Whether to shuffle the training sequences.
     #[serde(default)]
@@ -56,7 +56,7 @@ pub struct TrainSection {
     /// Clip gradients to this global norm.
     #[serde(default)]
     pub gradient_clipping: Option<f64>,
-    /// Batches per gradient step.
+    /// Batches per gradient step; of each process.
     pub gradient_accumulate_every: usize,
     /// How to average the loss of a gradient step over several batches (addition): over all elements that count, or
     /// over the means of the batches, as the package does. They differ if padding or loss masks leave batches with
@@ -124,6 +124,12 @@ impl TrainSection {
             TargetStrategy::Batch => self.batch_size as u64,
             TargetStrategy::Sequence => (self.batch_size as u64).saturating_mul(seq_len as u64),
         }
+    }
+
+    /// The batches in which each of `processes` sees its part of `elements`, rounded up; as in the package, what is left
+    /// over when the elements are divided is not counted.
+    pub(crate) fn batches_of(&self, elements: u64, seq_len: usize, processes: usize) -> u64 {
+        (elements / processes as u64).div_ceil(self.elements_per_batch(seq_len).max(1))
     }
 
     pub(super) fn check(&self, document: &Document) -> Result<(), ConfigError> {

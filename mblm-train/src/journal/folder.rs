@@ -37,21 +37,27 @@ const MAKING: &str = ".making-";
 pub const LONGEST_NAME: usize = 200;
 const MADE_BY: &str = "made by ";
 
-/// The folder of a run that this process alone trains in.
+/// The folder of a run that this process alone writes to, or another one that trains with it.
 #[derive(Debug)]
 pub struct RunFolder {
     path: PathBuf,
-    log: File,
+    /// None if another process writes.
+    log: Option<File>,
     /// Has it told by which plugin the process was ended.
-    _blame: blame::Log,
+    _blame: Option<blame::Log>,
 }
 
 impl RunFolder {
     /// `log` is locked.
     fn new(path: PathBuf, log: File) -> Result<Self> {
         let copy = log.try_clone().at(&path.join(LOG))?;
-        let _blame = blame::log_to(copy, write_now);
-        Ok(RunFolder { path, log, _blame })
+        let _blame = Some(blame::log_to(copy, write_now));
+        Ok(RunFolder { path, log: Some(log), _blame })
+    }
+
+    /// The folder of a run that another process writes to: here it is only read.
+    pub fn of_another(path: PathBuf) -> Self {
+        RunFolder { path, log: None, _blame: None }
     }
 
     /// Makes the folder of a new run, which begins with the checkpoint `first`.
@@ -171,12 +177,14 @@ impl RunFolder {
 
     /// Adds a line to `train.log`. The log never ends a run: a full disk shows when the next checkpoint is saved.
     pub fn note(&self, text: &str) {
-        let _ = writeln!(&self.log, "{} {text}", Timestamp::now());
+        if let Some(mut log) = self.log.as_ref() {
+            let _ = writeln!(log, "{} {text}", Timestamp::now());
+        }
     }
 
-    /// A handle to append to `train.log`.
-    pub fn log(&self) -> Result<File> {
-        self.log.try_clone().at(&self.path.join(LOG))
+    /// A handle to append to `train.log`; none if another process writes.
+    pub fn log(&self) -> Result<Option<File>> {
+        self.log.as_ref().map(|log| log.try_clone().at(&self.path.join(LOG))).transpose()
     }
 
     /// The losses, without what lies at or after batch `batches`, which a resumed run will see again.
@@ -335,7 +343,7 @@ fn lock(path: &Path) -> io::Result<Option<File>> {
 /// A row of `loss.csv`; the columns are the reference package's.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LossEntry {
-    /// Always 0: one process trains.
+    /// The process whose batch it is of, counted from 0; of a loss that all of them measured, 0.
     pub gpu_rank: u32,
     /// When, in UTC.
     pub timestamp: String,
@@ -361,6 +369,13 @@ pub struct LossEntry {
 
 /// `loss.csv`, open for more rows.
 pub struct LossLog(LineLog);
+
+impl LossLog {
+    /// Keeps nothing: another process does.
+    pub fn nowhere() -> Self {
+        LossLog(LineLog::nowhere())
+    }
+}
 
 const HEADER: &str = "gpu_rank,timestamp,elements_seen,kind,epoch,batch,cum_batch,loss,lr,avg_grad,avg_grad_clipped";
 

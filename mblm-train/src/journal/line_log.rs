@@ -8,10 +8,10 @@ use mblm_base::files;
 
 use crate::error::{AtPath, Result};
 
-/// The file, open for more lines.
+/// The file, open for more lines. A process that does not write has none.
 pub(crate) struct LineLog {
     path: PathBuf,
-    file: File,
+    file: Option<File>,
 }
 
 impl LineLog {
@@ -35,12 +35,25 @@ impl LineLog {
             }
             Ok(())
         });
-        Ok(LineLog { file: file.at(&path)?, path })
+        Ok(LineLog { file: Some(file.at(&path)?), path })
+    }
+
+    /// Keeps nothing: another process does.
+    pub fn nowhere() -> Self {
+        LineLog { path: PathBuf::new(), file: None }
+    }
+
+    /// Whether nothing is kept.
+    pub fn is_nowhere(&self) -> bool {
+        self.file.is_none()
     }
 
     /// Adds a line in one write: a crash cuts at most the last one short.
     pub fn add(&mut self, line: &str) -> Result<()> {
-        self.file.write_all(format!("{line}\n").as_bytes()).at(&self.path)
+        match &mut self.file {
+            Some(file) => file.write_all(format!("{line}\n").as_bytes()).at(&self.path),
+            None => Ok(()),
+        }
     }
 }
 

@@ -140,15 +140,8 @@ impl Metrics {
             }
             _ => false,
         })?;
-        let mut metrics = Metrics {
-            lines,
-            board: folder.join(BOARD),
-            first_batch: batches,
-            events: BTreeMap::new(),
-            started: Instant::now(),
-            seconds_before,
-            pace: Pace::default(),
-        };
+        let mut metrics =
+            Metrics { lines, board: folder.join(BOARD), first_batch: batches, seconds_before, ..Metrics::nowhere() };
         // A chart of an earlier session must learn where this one goes on, also if it is stopped before its first point.
         for kind in Kind::ALL {
             if metrics.board.join(kind.name()).exists() {
@@ -156,6 +149,19 @@ impl Metrics {
             }
         }
         Ok(metrics)
+    }
+
+    /// Keeps nothing: another process does.
+    pub fn nowhere() -> Self {
+        Metrics {
+            lines: LineLog::nowhere(),
+            board: PathBuf::new(),
+            first_batch: 0,
+            events: BTreeMap::new(),
+            started: Instant::now(),
+            seconds_before: 0.0,
+            pace: Pace::default(),
+        }
     }
 
     fn begin_events(&mut self, kind: Kind) -> Result<()> {
@@ -167,6 +173,9 @@ impl Metrics {
 
     /// Adds a point; it is on disk, as far as a crash of the program goes, when this returns.
     pub fn record(&mut self, point: &Point) -> Result<()> {
+        if self.lines.is_nowhere() {
+            return Ok(());
+        }
         let Point { batch, step, bytes_seen, kind, ref scalars } = *point;
         let seconds = self.seconds_before + self.started.elapsed().as_secs_f64();
         let line = serde_json::to_string(&Line { batch, step, bytes_seen, seconds, kind: kind.name(), scalars });

@@ -32,7 +32,8 @@ const WIDTH: usize = 80;
 
 /// The display of one run.
 pub struct Progress {
-    file: File,
+    /// None of a process that does not write.
+    file: Option<File>,
     screen: Screen,
     course: Course,
     started: Instant,
@@ -77,9 +78,16 @@ impl Progress {
             false => Screen::Lines,
             true => Screen::Bar(bar(course)),
         };
+        let mut progress = Progress::nowhere(course);
+        (progress.file, progress.screen) = (Some(file), screen);
+        progress
+    }
+
+    /// Shows and logs nothing: another process does.
+    pub fn nowhere(course: Course) -> Self {
         Progress {
-            file,
-            screen,
+            file: None,
+            screen: Screen::Quiet,
             course,
             started: Instant::now(),
             done: course.done,
@@ -106,7 +114,7 @@ impl Progress {
     pub fn warn(&mut self, text: &str) {
         let text = format!("warning: {text}");
         match &self.screen {
-            Screen::Quiet => {
+            Screen::Quiet if self.file.is_some() => {
                 self.log(&text);
                 terminal::line(text);
             }
@@ -170,7 +178,9 @@ impl Progress {
 
     /// Logs a line without showing it. The log never ends a run: a full disk shows when the next checkpoint is saved.
     pub fn log(&mut self, text: &str) {
-        let _ = writeln!(self.file, "{} {text}", Timestamp::now());
+        if let Some(file) = &mut self.file {
+            let _ = writeln!(file, "{} {text}", Timestamp::now());
+        }
     }
 
     /// What a bar shows in its own way.

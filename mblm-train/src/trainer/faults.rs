@@ -26,7 +26,8 @@ impl Trainer<'_> {
         let is_saved = record.checkpoints.list().is_ok_and(|all| all.last().is_some_and(|newest| self.is_of(newest)));
         if may_save
             && !is_saved
-            && let Err(error) = self.save(record)
+            && self.processes.is_first()
+            && let Err(error) = self.save_here(record)
         {
             return error;
         }
@@ -40,7 +41,8 @@ impl Trainer<'_> {
     pub fn check_data(&self) -> Result<()> {
         let (pad, most) = (self.pad(), self.config.train.max_eval_steps);
         for (what, batches, most) in [("training", &*self.train, None), ("validation", &self.valid, most)] {
-            if !anything_counts(batches, most, pad)? {
+            let found = self.processes.agree(anything_counts(batches, most, pad))?;
+            if !self.processes.any(found) {
                 return Err(self.nothing_to_predict(what));
             }
         }

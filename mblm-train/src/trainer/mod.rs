@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use mblm_base::random::mix;
 use mblm_core::Mode;
@@ -14,6 +14,7 @@ use mblm_core::gemm::{Precision, autocast};
 use mblm_core::simd::instruction_set;
 use mblm_data::batches::{Batches, Cursor};
 use mblm_data::prefetch::Prefetch;
+use mblm_data::share::share;
 use mblm_data::{Fingerprint, Splits};
 
 use crate::checkpoint::{Checkpoint, Shelf, Snapshot, TrainState, Window};
@@ -23,11 +24,13 @@ use crate::journal::folder::{LossEntry, LossLog, replace_config};
 use crate::journal::metrics::{Kind, Metrics, Point, Scalars, activation_norms, loss_scalars, stage_grad_norms};
 use crate::journal::timemem::TimeMem;
 use crate::journal::timestamp::Timestamp;
-use crate::model::{Loss, TrainModel, sequences};
-use crate::progress::Progress;
+use crate::model::{Loss, LossSum, TrainModel, sequences};
+use crate::processes::{Processes, caught};
+use crate::progress::{Course, Progress};
 use crate::trainer::optimizer::{Adam, AdamConfig, GradNorm, clip_grad_norm, scale_grads};
 use crate::trainer::plan::RunPlan;
 
+mod alike;
 mod faults;
 pub mod optimizer;
 pub mod plan;
@@ -55,6 +58,20 @@ pub struct Record {
     pub progress: Progress,
 }
 
+impl Record {
+    /// That of a process which keeps nothing, since the first one does.
+    pub fn elsewhere(folder: PathBuf, checkpoints: Shelf, course: Course) -> Self {
+        Record {
+            folder,
+            checkpoints,
+            losses: LossLog::nowhere(),
+            metrics: Metrics::nowhere(),
+            timemem: TimeMem::nowhere(),
+            progress: Progress::nowhere(course),
+        }
+    }
+}
+
 /// Why training ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum End {
@@ -77,9 +94,21 @@ pub struct Outcome {
     pub state: TrainState,
 }
 
+/// What a process found of a batch.
+struct Trained {
+    loss: LossSum,
+    /// Of each stage, where they were asked for.
+    activations: Vec<f64>,
+    /// The time that reading took.
+    read: Duration,
+    forward: Duration,
+    backward: Duration,
+}
+
 /// A model in training. Its parameters, its optimizer and its [`TrainState`] determine everything that follows.
 pub struct Trainer<'a> {
     model: &'a dyn TrainModel,
+    processes: &'a dyn Processes,
     config: &'a RunConfig,
     /// What checkpoints keep of it.
     config_yaml: String,
@@ -94,12 +123,17 @@ pub struct Trainer<'a> {
 }
 
 impl<'a> Trainer<'a> {
-    /// A trainer at the start of a run.
+    /// A trainer at the start of a run, one of the `processes` that train it.
     ///
     /// # Errors
     /// The configuration does not fit the data or this machine.
-    pub fn new(model: &'a dyn TrainModel, splits: Splits, config: &'a RunConfig) -> Result<Self> {
-        let plan = RunPlan::new(config)?;
+    pub fn new(
+        model: &'a dyn TrainModel,
+        splits: Splits,
+        config: &'a RunConfig,
+        processes: &'a dyn Processes,
+    ) -> Result<Self> {
+        let plan = RunPlan::new(config, processes.size())?;
         let section = &config.train;
         let device = &model.params().place().device;
         if section.precision == Precision::Bf16 && !has_bf16(device) {
@@ -119,13 +153,19 @@ impl<'a> Trainer<'a> {
             shuffle: shuffle.then_some(seed),
             drop_last,
         };
-        let train = batches(splits.train, section.shuffle_train, section.seed, true);
+        // Each process has an order of its own.
+        let order = section.seed ^ (processes.rank() as u64) << 32;
+        let sequences = splits.train.num_sequences(0);
+        let train = batches(share(splits.train, processes.share()), section.shuffle_train, order, true);
         let valid = batches(splits.valid, section.shuffle_eval, !section.seed, false);
         if train.num_batches(0) == 0 {
+            let each = match processes.size() {
+                1 => String::new(),
+                size => format!(", {} for each of {size} processes", train.dataset.num_sequences(0)),
+            };
             return Err(Error::Config(format!(
-                "train.batch_size: found {batch_size}, but the training data are {} sequence(s) of {seq_len} bytes \
-                 (input_seq_len); expected at most that many: lower one of the two or add data",
-                train.dataset.num_sequences(0)
+                "train.batch_size: found {batch_size}, but the training data are {sequences} sequence(s) of {seq_len} \
+                 bytes (input_seq_len){each}; expected at most that many: lower one of the two or add data"
             )));
         }
         let test = splits.test.map(|dataset| batches(dataset, false, 0, false));
@@ -136,6 +176,7 @@ impl<'a> Trainer<'a> {
             data: splits.fingerprint.as_str().into(),
             schedule: Some(plan.schedule),
             threads: Some(rayon::current_num_threads()),
+            processes: processes.size(),
             instructions: Some(instruction_set().into()),
             device: Some(device::name(&model.params().place().device)),
             version: Some(env!("CARGO_PKG_VERSION").into()),
@@ -145,7 +186,8 @@ impl<'a> Trainer<'a> {
         let ahead = Prefetch::new(train.clone());
         let data = splits.fingerprint;
         let config_yaml = config.to_yaml()?;
-        let mut trainer = Trainer { model, config, config_yaml, train, ahead, valid, test, plan, adam, data, state };
+        let mut trainer =
+            Trainer { model, processes, config, config_yaml, train, ahead, valid, test, plan, adam, data, state };
         trainer.go_to(Cursor::default());
         Ok(trainer)
     }
@@ -198,16 +240,19 @@ impl<'a> Trainer<'a> {
     }
 
     /// Trains to the end, or until `stop` is raised, or until `train.max_seconds` after `started`: then the current batch
-    /// is finished and a checkpoint saved, at the time limit with a validation.
+    /// is finished and a checkpoint saved, at the time limit with a validation. Several processes finish the gradient step.
     ///
     /// # Errors
     /// A loss or a gradient is not finite. The run ends before the weights change; checkpoints stay.
     pub fn run(&mut self, record: &mut Record, stop: &AtomicBool, started: Instant) -> Result<Outcome> {
-        let is_late = || self.config.train.max_seconds.is_some_and(|limit| started.elapsed().as_secs_f64() >= limit);
+        let limit = self.config.train.max_seconds;
+        let is_late = || limit.is_some_and(|limit| started.elapsed().as_secs_f64() >= limit);
+        self.must_be_alike()?;
         // A window that a change of the configuration completed.
         if self.window_is_complete() {
             self.complete_window()?;
-            self.gradient_step()?;
+            let stepped = self.gradient_step();
+            self.processes.agree(stepped)?;
             self.state.valid_loss = None;
         }
         // A run that was interrupted while it validated does that first.
@@ -216,19 +261,19 @@ impl<'a> Trainer<'a> {
             if validates && self.validate(record, stop)? {
                 self.save(record)?;
             }
+            let (stopped, is_late) = self.wishes(stop.load(Ordering::Relaxed), is_late());
             let end = match () {
                 () if self.is_finished() => Some(End::Finished),
-                () if stop.load(Ordering::Relaxed) => Some(End::Stopped),
+                () if stopped => Some(End::Stopped),
                 () if self.is_at_end() => Some(End::Finished),
-                () if is_late() => Some(self.validate_at_limit(record, stop)?),
+                () if is_late => Some(self.validate_at_limit(record, stop)?),
                 () => None,
             };
             if let Some(end) = end {
-                let newest = record.checkpoints.list()?.pop();
-                let checkpoint = match newest {
-                    Some(path) if self.is_of(&path) => path,
-                    _ => self.save(record)?,
-                };
+                let checkpoint = self.write(record, |trainer, record| match record.checkpoints.list()?.pop() {
+                    Some(path) if trainer.is_of(&path) => Ok(path),
+                    _ => trainer.save_here(record),
+                })?;
                 return Ok(Outcome { checkpoint, end, state: self.state.clone() });
             }
             let before = self.state.clone();
@@ -263,58 +308,130 @@ impl<'a> Trainer<'a> {
         Checkpoint::open(checkpoint).and_then(|found| found.state()).is_ok_and(|state| state == self.state)
     }
 
-    /// Whether the last batch is one to validate after.
+    /// Whether training is to stop, and whether its time is up, in one of the processes. Several processes end after a
+    /// gradient step, so that no checkpoint has to hold what waits in each of them.
+    fn wishes(&self, stop: bool, is_late: bool) -> (bool, bool) {
+        if self.processes.size() > 1 && self.state.window.batches > 0 {
+            return (false, false);
+        }
+        let mut wishes = [stop, is_late].map(|wish| f64::from(u8::from(wish)));
+        self.processes.sum(&mut wishes);
+        (wishes[0] > 0.0, wishes[1] > 0.0)
+    }
+
+    /// Whether the last batch is one to validate after. Several processes do after the gradient step that the batch is of,
+    /// for the same reason.
     fn at_valid_point(&self) -> bool {
-        self.state.batches > 0 && self.plan.validates_after(self.state.batches - 1)
+        let batches = self.state.batches;
+        let since = match self.processes.size() {
+            1 => batches.saturating_sub(1),
+            _ if self.state.window.batches > 0 => batches,
+            _ => batches.saturating_sub(self.plan.accumulate),
+        };
+        self.plan.validates_in(since..batches)
     }
 
     /// Whether the gradients that wait are those of a whole step: of all batches that belong to it, or of the last ones
     /// of the run. One in which nothing counts takes more batches in.
     fn window_is_complete(&self) -> bool {
-        let window = &self.state.window;
-        let is_full = window.batches >= self.plan.accumulate || self.state.batches >= self.plan.batches;
-        window.weight > 0.0 && is_full
+        self.window_is_full() && self.processes.any(self.state.window.weight > 0.0)
+    }
+
+    fn window_is_full(&self) -> bool {
+        self.state.window.batches >= self.plan.accumulate || self.state.batches >= self.plan.batches
     }
 
     fn train_batch(&mut self, record: &mut Record) -> Result<()> {
+        let started = Instant::now();
         let at = self.state.next;
-        let (index, cum_batch) = (self.state.batches, self.state.cum_batch());
+        let is_point = self.plan.train_points.contains(self.state.batches);
+        let mine = caught(|| self.compute(at, is_point));
+        let mine = self.processes.agree(mine)?;
+        let mut loss = [mine.loss.sum, mine.loss.count as f64];
+        self.processes.sum(&mut loss);
+        let value = LossSum { sum: loss[0], count: loss[1] as u64 }.mean();
+        // A batch in which nothing counts has none.
+        let losses = if is_point { self.processes.gather(mine.loss.mean().unwrap_or(f64::NAN)) } else { vec![] };
+        let cum_batch = self.state.cum_batch();
+        let (size, long) = (self.sequences_per_batch(), self.train.seq_len as u64);
+        self.state.count(size, long, self.config.train.target_elements_strategy);
+        self.go_to(self.train.after(at));
+        self.state.valid_loss = None;
+        let lr = self.plan.schedule.lr(self.state.step);
+        let entries = self.train_entries(at, &losses, lr);
+        let mut scalars = match value.filter(|_| is_point) {
+            Some(value) => [loss_scalars(value), vec![("lr".into(), lr)]].concat(),
+            None => Scalars::new(),
+        };
+        scalars.extend(activation_norms(&mine.activations));
+        if self.window_is_full() {
+            match self.processes.any(self.state.window.weight > 0.0) {
+                true => {
+                    let stepped = self.measured_step(&mut scalars);
+                    self.processes.agree(stepped)?;
+                }
+                // Every window of several processes has the same number of batches.
+                false if self.processes.size() > 1 => self.state.window = Window::default(),
+                false => {}
+            }
+        }
+        record.progress.batch(self.state.batches, value, mine.read);
+        if let Some(value) = value.filter(|_| is_point) {
+            record.progress.train_loss(self.state.batches, value, lr);
+        }
+        record.metrics.trained(self.bytes_per_batch(), started.elapsed().as_secs_f64(), mine.read.as_secs_f64());
+        if is_point {
+            scalars.extend(record.metrics.pace());
+        }
+        let noted = self.note_batch(record, cum_batch, &mine, &entries, scalars);
+        self.processes.agree(noted)
+    }
+
+    /// Reads the batch at `at`, and adds its gradient to those that wait.
+    fn compute(&mut self, at: Cursor, is_point: bool) -> Result<Trained> {
         let started = Instant::now();
         let batch = self.ahead.take(at)?;
         let read = started.elapsed();
+        // As one process would draw that trains on the same batches, one after the other.
+        let index = self.state.batches * self.processes.size() as u64 + self.processes.rank() as u64;
         let mode = Mode::train(mix(mix(self.state.seed) ^ index));
-        let precision = self.config.train.precision;
-        let is_point = self.plan.train_points.contains(index);
         let sequences = sequences(&batch);
-        let (loss, activations) = autocast(precision, || match is_point {
+        let (loss, activations) = autocast(self.config.train.precision, || match is_point {
             true => self.model.measured_loss(&sequences, mode),
             false => Ok((self.model.loss(&sequences, mode)?, Vec::new())),
         })?;
-        let value = loss.sum()?.mean();
-        if let Some(value) = value.filter(|value| !value.is_finite()) {
+        let found = loss.sum()?;
+        if let Some(value) = found.mean().filter(|value| !value.is_finite()) {
             return Err(self.non_finite_loss(value, &sequences));
         }
         let forward = started.elapsed() - read;
         self.add_gradient(&loss)?;
         let backward = started.elapsed() - read - forward;
-        record.timemem.train(cum_batch, self.train.batch_size, forward.as_secs_f64(), backward.as_secs_f64())?;
-        let (size, long) = (self.train.batch_size as u64, self.train.seq_len as u64);
-        self.state.count(size, long, self.config.train.target_elements_strategy);
-        self.go_to(self.train.after(at));
-        self.state.valid_loss = None;
-        record.progress.batch(self.state.batches, value, read);
-        let mut scalars = match value.filter(|_| is_point) {
-            Some(value) => self.log_train_loss(record, at, value)?,
-            None => Scalars::new(),
+        Ok(Trained { loss: found, activations, read, forward, backward })
+    }
+
+    /// Rows of `loss.csv` for the batch at `at`, one of each process that is to have some.
+    fn train_entries(&self, at: Cursor, losses: &[f64], lr: f64) -> Vec<LossEntry> {
+        let wanted = |rank: &usize| match &self.config.io.enabled_loss_log_for_gpus {
+            Some(ranks) if losses.len() > 1 => ranks.contains(rank),
+            _ => *rank == 0,
         };
-        scalars.extend(activation_norms(&activations));
-        if self.window_is_complete() {
-            self.measured_step(&mut scalars)?;
-        }
-        record.metrics.trained(self.bytes_per_batch(), started.elapsed().as_secs_f64(), read.as_secs_f64());
-        if is_point {
-            scalars.extend(record.metrics.pace());
-        }
+        let all = losses.iter().copied().enumerate();
+        let found = all.filter(|(rank, loss)| wanted(rank) && !loss.is_nan());
+        found.map(|(rank, loss)| LossEntry { gpu_rank: rank as u32, lr, ..self.entry("train", at, loss) }).collect()
+    }
+
+    fn note_batch(
+        &self,
+        record: &mut Record,
+        cum_batch: u64,
+        mine: &Trained,
+        entries: &[LossEntry],
+        scalars: Scalars,
+    ) -> Result<()> {
+        let (forward, backward) = (mine.forward.as_secs_f64(), mine.backward.as_secs_f64());
+        record.timemem.train(cum_batch, self.train.batch_size, forward, backward)?;
+        entries.iter().try_for_each(|entry| record.losses.add(entry))?;
         match scalars.is_empty() {
             true => Ok(()),
             false => record.metrics.record(&self.point(Kind::Train, scalars)),
@@ -336,15 +453,6 @@ impl<'a> Trainer<'a> {
         Ok(())
     }
 
-    fn log_train_loss(&self, record: &mut Record, at: Cursor, loss: f64) -> Result<Scalars> {
-        let lr = self.plan.schedule.lr(self.state.step);
-        record.losses.add(&LossEntry { lr, ..self.entry("train", at, loss) })?;
-        record.progress.train_loss(self.state.batches, loss, lr);
-        let mut scalars = loss_scalars(loss);
-        scalars.push(("lr".into(), lr));
-        Ok(scalars)
-    }
-
     /// A gradient step; if a training point lies in the batches it is of, with the norms of its gradients.
     fn measured_step(&mut self, scalars: &mut Scalars) -> Result<()> {
         let window = self.state.batches - self.state.window.batches..self.state.batches;
@@ -359,11 +467,24 @@ impl<'a> Trainer<'a> {
         Ok(())
     }
 
-    /// Makes the gradients that wait those of their mean.
+    /// Makes the gradients that wait, in all processes, those of their mean.
     fn complete_window(&mut self) -> Result<()> {
-        scale_grads(self.model.params(), self.state.window.scale())?;
-        self.state.window = Window::default();
-        Ok(())
+        let window = std::mem::take(&mut self.state.window);
+        let mut weight = [window.weight];
+        self.processes.sum(&mut weight);
+        scale_grads(self.model.params(), window.scale(weight[0]))?;
+        self.sum_gradients()
+    }
+
+    fn sum_gradients(&self) -> Result<()> {
+        if self.processes.size() == 1 {
+            return Ok(());
+        }
+        let store = self.model.params();
+        let mut there: Vec<f64> = store.gradients_there().into_iter().map(|there| f64::from(u8::from(there))).collect();
+        self.processes.sum(&mut there);
+        let there: Vec<bool> = there.into_iter().map(|count| count > 0.0).collect();
+        Ok(store.flat_gradients(&there, |all| self.processes.sum_gradients(all))?)
     }
 
     fn gradient_step(&mut self) -> Result<GradNorm> {
@@ -390,8 +511,19 @@ impl<'a> Trainer<'a> {
         Cursor { batch: at.batch.saturating_sub(1), ..at }
     }
 
+    /// Has the first process write something, and the others wait for it: their result is the run's folder.
+    fn write(&self, record: &mut Record, work: impl FnOnce(&Self, &mut Record) -> Result<PathBuf>) -> Result<PathBuf> {
+        let written = if self.processes.is_first() { work(self, record) } else { Ok(record.folder.clone()) };
+        self.processes.agree(written)
+    }
+
     /// Saves a checkpoint.
     pub(crate) fn save(&self, record: &mut Record) -> Result<PathBuf> {
+        self.must_be_alike()?;
+        self.write(record, Self::save_here)
+    }
+
+    fn save_here(&self, record: &mut Record) -> Result<PathBuf> {
         let store = self.model.params();
         // Gradients that wait in the checkpoint must be good ones.
         if self.state.window.weight > 0.0 && !clip_grad_norm(store, f64::INFINITY)?.norm.is_finite() {
@@ -406,8 +538,11 @@ impl<'a> Trainer<'a> {
     /// Saves a checkpoint with a changed configuration. The run's `config.yaml` comes first: if the run is killed before the
     /// checkpoint is there, a resume names what changed and takes it with `--force`, as this one did.
     pub(crate) fn save_changed(&self, record: &mut Record) -> Result<()> {
-        self.write_config(record, &self.config.to_yaml()?)?;
-        self.save(record).map(drop)
+        let save = |trainer: &Self, record: &mut Record| {
+            trainer.write_config(record, &trainer.config.to_yaml()?)?;
+            trainer.save_here(record)
+        };
+        self.write(record, save).map(drop)
     }
 
     /// Writes the run's `config.yaml`, which also says how another run begins where this one is. The checkpoint is named by
@@ -463,8 +598,13 @@ impl<'a> Trainer<'a> {
         Point { batch, step, bytes_seen, kind, scalars }
     }
 
+    /// Of all processes.
+    fn sequences_per_batch(&self) -> u64 {
+        (self.train.batch_size * self.processes.size()) as u64
+    }
+
     fn bytes_per_batch(&self) -> u64 {
-        (self.train.batch_size * self.train.seq_len) as u64
+        self.sequences_per_batch() * self.train.seq_len as u64
     }
 }
 

@@ -1,6 +1,8 @@
 //! What a run will do, computed from its configuration: how many batches and steps, at which learning rates, and when
 //! to log and to validate.
 
+use std::ops::Range;
+
 use crate::checkpoint::TrainState;
 use crate::config::RunConfig;
 use crate::error::{Error, Result};
@@ -32,11 +34,11 @@ pub struct RunPlan {
 }
 
 impl RunPlan {
-    /// The course that `config` describes.
+    /// The course that `config` describes for each of `processes`.
     ///
     /// # Errors
     /// A setting with which nothing could be trained.
-    pub fn new(config: &RunConfig) -> Result<Self> {
+    pub fn new(config: &RunConfig, processes: usize) -> Result<Self> {
         let (train, io) = (&config.train, &config.io);
         let require = |ok: bool, field: &str, expected: &str, found: &dyn std::fmt::Display| {
             if ok { Ok(()) } else { Err(Error::Config(format!("{field}: expected {expected}, found {found}"))) }
@@ -58,27 +60,28 @@ impl RunPlan {
         }
 
         let elements_per_batch = train.elements_per_batch(config.params.input_seq_len);
-        let batches = train.target_elements.div_ceil(elements_per_batch);
+        let batches = train.batches_of(train.target_elements, config.params.input_seq_len, processes);
         let accumulate = train.gradient_accumulate_every as u64;
         if batches < accumulate {
             return Err(Error::Config(format!(
-                "train.target_elements: {} elements are {batches} batch(es), fewer than gradient_accumulate_every \
+                "train.target_elements: {} elements are {batches} batch(es){}, fewer than gradient_accumulate_every \
                  ({accumulate}): not one gradient step; expected at least {} elements",
                 train.target_elements,
-                (accumulate - 1).saturating_mul(elements_per_batch).saturating_add(1)
+                if processes == 1 { "" } else { " of each process" },
+                (accumulate - 1).saturating_mul(elements_per_batch).saturating_add(1).saturating_mul(processes as u64)
             )));
         }
         Ok(RunPlan::over(config, batches, batches.div_ceil(accumulate)))
     }
 
-    /// The course of a run that stands at `state`: as many batches more as `target_elements` wants. The schedule of
+    /// The course of a run that stands at `state`: as many batches more of each of `processes` as `target_elements` wants. The schedule of
     /// learning rates is that of a run that began with `config`.
     ///
     /// # Errors
     /// As [`new`](Self::new).
-    pub fn resumed(config: &RunConfig, state: &TrainState) -> Result<Self> {
-        RunPlan::new(config)?;
-        let (batches, steps) = state.left(&config.train, config.params.input_seq_len);
+    pub fn resumed(config: &RunConfig, state: &TrainState, processes: usize) -> Result<Self> {
+        RunPlan::new(config, processes)?;
+        let (batches, steps) = state.left(&config.train, config.params.input_seq_len, processes);
         Ok(RunPlan::over(config, state.batches + batches, state.step + steps))
     }
 
@@ -96,9 +99,10 @@ impl RunPlan {
         }
     }
 
-    /// Whether the run validates and saves after `batch`.
-    pub fn validates_after(&self, batch: u64) -> bool {
-        self.valid_points.contains(batch) || batch + 1 == self.batches
+    /// Whether the run validates and saves after one of `batches`.
+    pub fn validates_in(&self, batches: Range<u64>) -> bool {
+        let last = self.batches.saturating_sub(1);
+        self.valid_points.any_in(batches.clone()) || batches.contains(&last)
     }
 }
 
@@ -116,26 +120,40 @@ mod tests {
         config.train.target_elements = 49;
         config.train.gradient_accumulate_every = 2;
         config.io.validate_amount = 1;
-        let plan = RunPlan::new(&config).unwrap();
+        let plan = RunPlan::new(&config, 1).unwrap();
         assert_eq!((plan.batches, plan.elements_per_batch, plan.steps), (3, 24, 2));
-        let validated = |plan: &RunPlan| (0..5).filter(|&batch| plan.validates_after(batch)).collect::<Vec<u64>>();
+        let validated =
+            |plan: &RunPlan| (0..5).filter(|&batch| plan.validates_in(batch..batch + 1)).collect::<Vec<u64>>();
         assert_eq!(validated(&plan), [0, 2], "the last batch validates too");
         config.train.validate_every = Some(2);
-        assert_eq!(validated(&RunPlan::new(&config).unwrap())[..2], [1, 2]);
+        assert_eq!(validated(&RunPlan::new(&config, 1).unwrap())[..2], [1, 2]);
         config.train.target_elements_strategy = TargetStrategy::Batch;
-        assert_eq!(RunPlan::new(&config).unwrap().batches, 17);
+        assert_eq!(RunPlan::new(&config, 1).unwrap().batches, 17);
+    }
+
+    #[test]
+    fn the_target_is_that_of_all_processes() {
+        let mut config = config();
+        (config.train.batch_size, config.params.input_seq_len, config.train.target_elements) = (3, 8, 24 * 9 + 1);
+        config.train.gradient_accumulate_every = 2;
+        let plan = |processes| RunPlan::new(&config, processes).map(|plan| (plan.batches, plan.steps));
+        assert_eq!(plan(1).unwrap(), (10, 5));
+        assert_eq!(plan(2).unwrap(), (5, 3));
+        assert_eq!(plan(3).unwrap(), (3, 2), "what is left over of the target is not counted");
+        let error = plan(11).unwrap_err().to_string();
+        assert!(error.contains("1 batch(es) of each process") && error.contains("at least 275 elements"), "{error}");
     }
 
     #[test]
     fn a_resumed_run_has_what_is_left_of_its_target() {
         let mut config = config();
-        let plan = RunPlan::new(&config).unwrap();
+        let plan = RunPlan::new(&config, 1).unwrap();
         assert_eq!((plan.batches, plan.steps), (20, 7), "the last step is of two batches");
         let mut state = TrainState::new(0, vec![]);
         for batch in 1..=20 {
             state.count(4, 16, TargetStrategy::Sequence);
             (state.step, state.window.batches) = if batch == 20 { (7, 0) } else { (batch / 3, batch % 3) };
-            let resumed = RunPlan::resumed(&config, &state).unwrap();
+            let resumed = RunPlan::resumed(&config, &state, 1).unwrap();
             assert_eq!((resumed.batches, resumed.steps), (20, 7), "unchanged, at batch {batch}");
         }
         // 13 batches of 4 sequences are seen, and 7 · 4 sequences are left.
@@ -144,7 +162,7 @@ mod tests {
         (state.step, state.window.batches) = (4, 1);
         let mut resumed = |change: fn(&mut TrainSection)| {
             change(&mut config.train);
-            let plan = RunPlan::resumed(&config, &state).unwrap();
+            let plan = RunPlan::resumed(&config, &state, 1).unwrap();
             (plan.batches, plan.steps)
         };
         assert_eq!(resumed(|t| t.batch_size = 8), (13 + 4, 4 + 2));
@@ -158,8 +176,8 @@ mod tests {
         let mut config = config();
         (config.train.target_elements, config.train.validate_every) = (u64::MAX, Some(1));
         (config.io.log_train_loss_amount, config.io.validate_amount) = (usize::MAX, usize::MAX);
-        let plan = RunPlan::new(&config).unwrap();
-        assert!(plan.validates_after(1 << 40) && plan.train_points.contains(0), "{plan:?}");
+        let plan = RunPlan::new(&config, 1).unwrap();
+        assert!(plan.validates_in(1 << 40..(1 << 40) + 1) && plan.train_points.contains(0), "{plan:?}");
     }
 
     #[test]
@@ -177,7 +195,7 @@ mod tests {
         for (change, want) in cases {
             let mut config = config();
             change(&mut config);
-            let error = RunPlan::new(&config).unwrap_err();
+            let error = RunPlan::new(&config, 1).unwrap_err();
             assert!(error.is_configuration() && error.to_string().contains(want), "{error}");
         }
     }

@@ -41,8 +41,8 @@ impl Trainer<'_> {
             )));
         }
         let mut remarks = Remarks::default();
-        let next = self.place(checkpoint, saved.next, &before, &mut remarks)?;
-        let plan = RunPlan::resumed(self.config, &saved)?;
+        let next = self.place(checkpoint, &saved, &before, &mut remarks)?;
+        let plan = RunPlan::resumed(self.config, &saved, self.processes.size())?;
         let schedule = self.schedule(&saved, &before, &plan, &mut remarks)?;
         remarks.warnings.extend(self.rounds_otherwise(&saved));
         self.go_to(next);
@@ -53,6 +53,7 @@ impl Trainer<'_> {
             plugins,
             data,
             threads: self.state.threads,
+            processes: self.processes.size(),
             instructions: self.state.instructions.take(),
             device: self.state.device.take(),
             version: self.state.version.take(),
@@ -65,6 +66,11 @@ impl Trainer<'_> {
         };
         self.plan = plan;
         self.plan.schedule = schedule;
+        if !self.processes.is_first() {
+            // What waits does so once.
+            self.state.window = Window { batches: self.state.window.batches, ..Window::default() };
+            self.model.params().zero_grad();
+        }
         Ok(remarks)
     }
 
@@ -75,7 +81,9 @@ impl Trainer<'_> {
         let instructions = saved.instructions.as_ref().zip(now.instructions.as_ref()).filter(|(a, b)| a != b);
         let device = saved.device.as_ref().zip(now.device.as_ref()).filter(|(before, now)| before != now);
         let version = saved.version.as_ref().zip(now.version.as_ref()).filter(|(before, now)| before != now);
+        let processes = Some((saved.processes, now.processes)).filter(|(before, now)| before != now);
         let differences = [
+            processes.map(|(before, now)| format!("{now} process(es) instead of {before}")),
             threads.map(|(before, now)| format!("{now} threads instead of {before} (set RAYON_NUM_THREADS={before})")),
             instructions.map(|(before, now)| format!("{now} instructions instead of {before}")),
             device.map(|(before, now)| format!("device {now} instead of {before}")),
@@ -86,11 +94,27 @@ impl Trainer<'_> {
         (!differences.is_empty()).then(|| format!("{}: {effect}", differences.join("; ")))
     }
 
-    /// The batch that comes next. In batches of another size it is the first that holds nothing of those before.
-    fn place(&self, checkpoint: &Checkpoint, saved: Cursor, before: &Sizes, remarks: &mut Remarks) -> Result<Cursor> {
-        let bytes = |size: usize, seq_len: usize| (size as u128) * (seq_len as u128);
-        let (old, new) =
-            (bytes(before.train.batch_size, before.seq_len()), bytes(self.train.batch_size, self.train.seq_len).max(1));
+    /// The batch that comes next. In batches of another size it is the first that holds nothing of those before, and so it
+    /// is with another number of processes, if the data were not shared out anew.
+    fn place(
+        &self,
+        checkpoint: &Checkpoint,
+        state: &TrainState,
+        before: &Sizes,
+        remarks: &mut Remarks,
+    ) -> Result<Cursor> {
+        let saved = state.next;
+        let bytes = |size: usize, len: usize, processes: usize| size as u128 * len as u128 * processes as u128;
+        let (count, now) = (self.processes.size(), &self.train);
+        let old = bytes(before.train.batch_size, before.seq_len(), state.processes);
+        let new = bytes(now.batch_size, now.seq_len, count).max(1);
+        if count != state.processes {
+            remarks.warnings.push(
+                "each process now has another share of the data: in this epoch some sequences come again, and some not \
+                 at all"
+                    .into(),
+            );
+        }
         if old != new {
             let batch = (u128::from(saved.batch) * old).div_ceil(new) as u64;
             let next = match batch.checked_sub(1) {
@@ -131,12 +155,13 @@ impl Trainer<'_> {
             let steps = batches.div_ceil(before.train.gradient_accumulate_every.max(1) as u64);
             Schedule::new(before.train.learning_rate, steps, before.train.warmup_steps_perc)
         });
-        let course = |train: &TrainSection, seq_len| {
+        let course = |train: &TrainSection, seq_len, processes| {
             let target = (train.target_elements, train.target_elements_strategy);
-            (target, train.batch_size, train.gradient_accumulate_every, seq_len)
+            (target, train.batch_size, train.gradient_accumulate_every, seq_len, processes)
         };
         let rewarm = train.rewarm_steps_perc;
-        let is_same = course(&before.train, before.seq_len()) == course(train, self.train.seq_len)
+        let is_same = course(&before.train, before.seq_len(), saved.processes)
+            == course(train, self.train.seq_len, self.processes.size())
             && (rewarm.is_none() || rewarm == before.train.rewarm_steps_perc);
         let (step, left) = (saved.step, plan.steps - saved.step);
         let new = match old.with_peak(train.learning_rate) {

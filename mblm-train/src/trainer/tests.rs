@@ -1,5 +1,7 @@
 //! Whole runs of the bigram stand-in.
 
+mod together;
+
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
@@ -10,6 +12,7 @@ use crate::checkpoint::{Which, find};
 use crate::config::{ModelConfig, TargetStrategy};
 use crate::journal::folder::{RunFolder, read_losses};
 use crate::model::sequences;
+use crate::processes::Solo;
 use crate::session::{Session, open_data};
 
 /// A folder with data, in which each byte follows from the one before in three of four cases, and an `output` folder.
@@ -224,7 +227,7 @@ fn a_loss_or_gradient_that_is_not_finite_stops_before_the_weights_change() {
     }
     // A finite loss whose gradient is not: stands in for an overflow in backward.
     let model = Bigram::new();
-    let mut trainer = Trainer::new(&model, open_data(&config).unwrap(), &config).unwrap();
+    let mut trainer = Trainer::new(&model, open_data(&config).unwrap(), &config, &Solo).unwrap();
     let before = model.weights();
     model.params().get("bias").unwrap().grad_mut()[3] = f32::INFINITY;
     let error = trainer.gradient_step().unwrap_err().to_string();
@@ -406,7 +409,7 @@ fn accumulated_batches_are_one_large_batch_whatever_counts_in_them() {
         // The pad token is a byte of the data.
         let mut model = Bigram::new();
         (model.pad, model.dropout) = (Some(3), 0.0);
-        let mut trainer = Trainer::new(&model, open_data(&config).unwrap(), &config).unwrap();
+        let mut trainer = Trainer::new(&model, open_data(&config).unwrap(), &config, &Solo).unwrap();
         for _ in 0..accumulate {
             let batch = trainer.train.read(trainer.state.next).unwrap();
             let loss = TrainModel::loss(&&model, &sequences(&batch), Mode::train(0)).unwrap();
@@ -559,7 +562,7 @@ fn validation_does_not_depend_on_the_batch_size_and_needs_something_to_predict()
         (config.train.batch_size, config.train.gradient_accumulate_every) = (size, 1);
         let mut model = Bigram::new();
         model.pad = Some(7);
-        let trainer = Trainer::new(&model, open_data(&config).unwrap(), &config).unwrap();
+        let trainer = Trainer::new(&model, open_data(&config).unwrap(), &config, &Solo).unwrap();
         trainer.measure_valid_loss(&never()).unwrap().unwrap()
     };
     let one = valid(1);
@@ -580,7 +583,7 @@ fn validation_does_not_depend_on_the_batch_size_and_needs_something_to_predict()
 fn precision_is_checked_where_training_starts() {
     let (_folder, mut config) = workplace();
     config.train.precision = mblm_core::gemm::Precision::Bf16;
-    let found = Trainer::new(&Bigram::new(), open_data(&config).unwrap(), &config).map(drop);
+    let found = Trainer::new(&Bigram::new(), open_data(&config).unwrap(), &config, &Solo).map(drop);
     match config.train.precision.is_available() {
         true => found.unwrap(),
         false => assert!(found.unwrap_err().to_string().contains("train.precision: expected f32: this CPU")),
@@ -591,7 +594,7 @@ fn precision_is_checked_where_training_starts() {
 fn what_computes_otherwise_is_said() {
     let (folder, config) = workplace();
     let model = Bigram::new();
-    let trainer = || Trainer::new(&model, open_data(&config).unwrap(), &config).unwrap();
+    let trainer = || Trainer::new(&model, open_data(&config).unwrap(), &config, &Solo).unwrap();
     let mut other = trainer();
     let same = Shelf::new(folder.path().into()).save(other.snapshot(), 0).unwrap();
     let remarks = trainer().restore(&Checkpoint::open(&same).unwrap()).unwrap();

@@ -1,5 +1,6 @@
 //! The losses on the validation and the test split, and what is recorded of them.
 
+use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
@@ -10,6 +11,7 @@ use crate::error::{Error, Result};
 use crate::evaluate::{bpb, losses};
 use crate::journal::folder::LossEntry;
 use crate::journal::metrics::{Kind, Point, loss_scalars};
+use crate::model::LossSum;
 
 impl Trainer<'_> {
     /// Validates; false if it was stopped meanwhile.
@@ -24,17 +26,21 @@ impl Trainer<'_> {
             self.state.best_valid_loss = Some(loss);
             self.state.stale_validations = 0;
         }
+        let noted = self.note_validation(record, loss, is_best, seconds);
+        self.processes.agree(noted).map(|()| true)
+    }
+
+    fn note_validation(&self, record: &mut Record, loss: f64, is_best: bool, seconds: f64) -> Result<()> {
         let at = self.last_batch();
         record.losses.add(&LossEntry { avg_grad: -1.0, avg_grad_clipped: -1.0, ..self.entry("valid", at, loss) })?;
         record.progress.valid_loss(self.state.batches, loss, is_best);
         record.metrics.record(&self.point(Kind::Valid, loss_scalars(loss)))?;
-        record.timemem.valid(self.state.cum_batch() - 1, self.state.elements_seen, seconds)?;
-        Ok(true)
+        record.timemem.valid(self.state.cum_batch() - 1, self.state.elements_seen, seconds)
     }
 
     /// The mean loss on the validation split; none if it was stopped meanwhile.
     pub(super) fn measure_valid_loss(&self, stop: &AtomicBool) -> Result<Option<f64>> {
-        let found = losses(self.model, &self.valid, self.config.train.max_eval_steps, stop);
+        let found = losses(self.model, &self.valid, self.config.train.max_eval_steps, stop, self.processes);
         let found = found.map_err(|error| match error {
             Error::Core(mblm_core::Error::NotFinite(what)) => self.non_finite(format!("in validation {what}")),
             other => other,
@@ -59,23 +65,45 @@ impl Trainer<'_> {
         let Some(loss) = self.measure_valid_loss(stop)? else { return Ok(End::Stopped) };
         let is_best = self.state.best_valid_loss.is_none_or(|best| loss < best);
         self.state.valid_loss = Some(loss);
+        let noted = self.note_limit(record, loss, is_best);
+        self.processes.agree(noted).map(|()| End::TimeLimit)
+    }
+
+    fn note_limit(&self, record: &mut Record, loss: f64, is_best: bool) -> Result<()> {
         let cum_batch = self.state.cum_batch();
         let entry = LossEntry { cum_batch: cum_batch as i64, ..self.entry("valid", self.last_batch(), loss) };
         record.losses.add(&LossEntry { avg_grad: -1.0, avg_grad_clipped: -1.0, ..entry })?;
         record.progress.valid_loss(self.state.batches, loss, is_best);
-        record.metrics.record(&Point { batch: cum_batch, ..self.point(Kind::Valid, loss_scalars(loss)) })?;
-        Ok(End::TimeLimit)
+        record.metrics.record(&Point { batch: cum_batch, ..self.point(Kind::Valid, loss_scalars(loss)) })
     }
 
     /// Measures the best model on the test split, if the data set has one; the model keeps its weights.
     pub fn test(&mut self, record: &mut Record, stop: &AtomicBool) -> Result<()> {
         let Some(test) = &self.test else { return Ok(()) };
+        // What the first process has just written may not yet be seen by the others.
+        let loaded = if self.processes.is_first() { self.load_best(record).map(Some) } else { Ok(None) };
+        let best = self.processes.agree(loaded)?;
+        self.weights_of_the_first()?;
+        let most = self.config.train.max_eval_steps;
+        let Some(found) = losses(self.model, test, most, stop, self.processes)? else { return Ok(()) };
+        let noted = match best {
+            Some(best) => self.note_test(record, found, &best),
+            None => Ok(()),
+        };
+        self.processes.agree(noted)
+    }
+
+    /// Takes over the weights of the best checkpoint, or of the newest if none has a validation loss; says which.
+    fn load_best(&self, record: &Record) -> Result<PathBuf> {
         let best = match record.checkpoints.best() {
             Ok(best) => best,
             Err(_) => record.checkpoints.newest()?,
         };
         self.model.params().load(&best.weights()?)?;
-        let Some(found) = losses(self.model, test, self.config.train.max_eval_steps, stop)? else { return Ok(()) };
+        Ok(best.path().into())
+    }
+
+    fn note_test(&self, record: &mut Record, found: LossSum, best: &Path) -> Result<()> {
         let Some(loss) = found.mean() else {
             record.progress.line("no test loss: the test data have nothing to predict");
             return Ok(());
@@ -92,7 +120,7 @@ impl Trainer<'_> {
             ..self.entry("test", Cursor::default(), loss)
         };
         record.losses.add(&LossEntry { avg_grad: -1.0, avg_grad_clipped: -1.0, ..row })?;
-        record.progress.line(&format!("test loss {loss:.4} ({:.4} bpb), of {}", bpb(loss), best.path().display()));
+        record.progress.line(&format!("test loss {loss:.4} ({:.4} bpb), of {}", bpb(loss), best.display()));
         Ok(())
     }
 }
