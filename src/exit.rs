@@ -31,6 +31,11 @@ pub fn is_usage(error: &anyhow::Error) -> bool {
         || error.downcast_ref::<mblm::train::Error>().is_some_and(|error| error.is_configuration())
 }
 
+/// Whether another process shows the error.
+pub fn is_elsewhere(error: &anyhow::Error) -> bool {
+    matches!(error.downcast_ref::<mblm::train::Error>(), Some(mblm::train::Error::Elsewhere { .. }))
+}
+
 /// Whoever reads our output, such as `head`, has had enough.
 pub fn is_closed_pipe(error: &anyhow::Error) -> bool {
     let closed = |error: &std::io::Error| error.kind() == std::io::ErrorKind::BrokenPipe;

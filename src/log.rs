@@ -29,6 +29,7 @@ pub fn start() {
         let backtrace = Backtrace::capture();
         let backtrace =
             if backtrace.status() == BacktraceStatus::Captured { format!("\n{backtrace}") } else { "".into() };
+        terminal::hush(false);
         terminal::line(format_args!("\nthread '{}' {panic}{backtrace}", thread.name().unwrap_or("<unnamed>")));
     }));
 }

@@ -8,6 +8,7 @@ mod memory;
 mod model;
 mod orphan;
 mod plugins;
+mod processes;
 mod signals;
 mod streams;
 mod trial;
@@ -20,11 +21,12 @@ use commands::{
     bench, blocks, check, checkpoint, compare, doctor, eval, generate, import, inspect, measure, plugin, report,
     run_of_study, schema, train,
 };
-use exit::{EXIT_CODES, EXIT_USAGE, Usage, is_closed_pipe, is_usage};
+use exit::{EXIT_CODES, EXIT_USAGE, Usage, is_closed_pipe, is_elsewhere, is_usage};
 use mblm::base::terminal::{self, Output};
 use mblm::plugin::host::blame;
 use mblm_blocks as _;
 use plugins::Plugins;
+use processes::{Joined, Sharing};
 use signals::Interrupted;
 
 /// Train, compare and run Multiscale Byte Language Models.
@@ -99,7 +101,11 @@ fn work() -> ExitCode {
     let ended = match arguments() {
         Ok(cli) => {
             catch_signals(&cli.command);
-            rayon::scope(|_| run(cli))
+            Joined::new(sharing(&cli.command)).and_then(|joined| {
+                let ended = rayon::scope(|_| run(cli, &joined));
+                // Several processes end with one error, which the process shows that it happened in.
+                joined.all_end(ended)
+            })
         }
         Err(answer) => explain(&answer),
     };
@@ -109,7 +115,10 @@ fn work() -> ExitCode {
         Err(error) => match error.downcast_ref::<Interrupted>() {
             Some(interrupted) => interrupted.exit_code().into(),
             None => {
-                terminal::line(format_args!("error: {error:#}"));
+                if !is_elsewhere(&error) {
+                    terminal::hush(false);
+                    terminal::line(format_args!("error: {error:#}"));
+                }
                 ExitCode::from(if is_usage(&error) { EXIT_USAGE } else { 1 })
             }
         },
@@ -155,18 +164,27 @@ fn explain(answer: &clap::Error) -> anyhow::Result<()> {
     Ok(out.write_all(text.as_bytes()).and_then(|()| out.flush())?)
 }
 
-fn run(Cli { plugins, command }: Cli) -> anyhow::Result<()> {
+/// What several copies of the program may do with a command.
+fn sharing(command: &Command) -> Sharing {
+    match command {
+        Command::Train(_) | Command::Eval(_) => Sharing::Together,
+        Command::Compare(_) | Command::Report(_) | Command::Import(_) | Command::Checkpoint(_) => Sharing::Alone,
+        _ => Sharing::Each,
+    }
+}
+
+fn run(Cli { plugins, command }: Cli, joined: &Joined) -> anyhow::Result<()> {
     // What these two make is in folders, and takes long.
     if !matches!(command, Command::Train(_) | Command::Compare(_)) {
         streams::check_output()?;
     }
     match command {
         // Its product is the run, whether or not anybody can read of it.
-        Command::Train(args) => return train::run(&args, &plugins),
+        Command::Train(args) => return train::run(&args, &plugins, joined),
         Command::Generate(args) => generate::run(&args, &plugins),
         Command::Compare(args) => compare::run(&args, &plugins),
         Command::Report(args) => report::run(&args),
-        Command::Eval(args) => eval::run(&args, &plugins),
+        Command::Eval(args) => eval::run(&args, &plugins, joined),
         Command::Import(args) => import::run(&args, &plugins),
         Command::Checkpoint(args) => checkpoint::run(&args),
         Command::Check(args) => check::run(&args, &plugins),

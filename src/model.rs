@@ -14,7 +14,7 @@ use crate::exit::Usage;
 use crate::plugins::Plugins;
 
 /// Which model to load.
-#[derive(clap::Args)]
+#[derive(Clone, clap::Args)]
 pub struct Args {
     /// A run folder, or one of its checkpoints
     pub run: PathBuf,

@@ -20,6 +20,15 @@ pub static STOP: AtomicBool = AtomicBool::new(false);
 /// Whether a raised [`STOP`] will be noticed.
 pub static LISTENING: AtomicBool = AtomicBool::new(false);
 
+/// Whether another process tells the user of a signal.
+static SAYS_NOTHING: AtomicBool = AtomicBool::new(false);
+
+/// From now on nothing is shown when a signal is heard.
+#[cfg_attr(not(feature = "mpi"), expect(dead_code, reason = "one process speaks for itself"))]
+pub fn say_nothing() {
+    SAYS_NOTHING.store(true, SeqCst);
+}
+
 /// The signal that raised [`STOP`].
 static HEARD: AtomicI32 = AtomicI32::new(0);
 
@@ -47,7 +56,15 @@ impl Interrupted {
 /// # Errors
 /// [`STOP`] was raised.
 pub fn check() -> Result<(), Interrupted> {
-    if STOP.load(SeqCst) { Err(Interrupted(HEARD.load(SeqCst))) } else { Ok(()) }
+    if STOP.load(SeqCst) { Err(interrupted()) } else { Ok(()) }
+}
+
+/// What to end with after an interruption: the signal that was heard, or SIGTERM if another process heard it.
+pub fn interrupted() -> Interrupted {
+    match HEARD.load(SeqCst) {
+        0 => Interrupted(SIGTERM),
+        heard => Interrupted(heard),
+    }
 }
 
 /// Waits for signals from now on; `hint` is shown when one is heard. Call it before there are other threads, which must
@@ -79,7 +96,9 @@ fn hear(signal: c_int, first: &mut Instant, hint: Option<&str>) {
         false if is_listening => {
             *first = Instant::now();
             raise(signal);
-            hint.into_iter().for_each(|hint| terminal::line(format_args!("\n{hint}")));
+            hint.filter(|_| !SAYS_NOTHING.load(SeqCst))
+                .into_iter()
+                .for_each(|hint| terminal::line(format_args!("\n{hint}")));
         }
         true if is_listening && (signal == SIGHUP || first.elapsed() < ECHO) => {}
         _ => end(signal),

@@ -116,3 +116,22 @@ fn inspect_shows_every_stage() {
     let json: serde_json::Value = serde_json::from_str(&json).unwrap();
     assert_eq!((code, &json["stages"][1]["hidden_dim"], &json["step"]["bytes"]), (0, &32.into(), &128.into()));
 }
+
+#[cfg(not(feature = "mpi"))]
+#[test]
+fn copies_that_a_launcher_starts_do_not_each_train_the_run() {
+    let start = |args: &[&str], name: &str, value: &str| {
+        let output = Command::cargo_bin("mblm").unwrap().args(args).env(name, value).output().unwrap();
+        (output.status.code(), String::from_utf8(output.stderr).unwrap())
+    };
+    for name in ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"] {
+        let (code, said) = start(&["train", "run.yaml"], name, "2");
+        assert_eq!(code, Some(2), "{said}");
+        let built = "build the program with `--features mpi`, with which they share it (docs/cluster.md)";
+        assert!(said.contains(&format!("2 copies of this program ({name}=2)")) && said.contains(built), "{said}");
+        assert!(start(&["compare", "study.yaml"], name, "2").1.contains("start it by itself"));
+        // One process, and a command of which each copy may do its own: what is wrong is another thing.
+        assert!(start(&["train", "no.yaml"], name, "1").1.contains("no such file"));
+        assert!(start(&["inspect", "no.yaml"], name, "2").1.contains("no such file"));
+    }
+}

@@ -1,6 +1,7 @@
 //! How much memory this process holds, and how much it may still take. Linux and macOS tell; other systems are not asked.
 
 use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 #[cfg(target_os = "macos")]
 mod macos;
@@ -8,9 +9,26 @@ mod macos;
 mod proc;
 
 #[cfg(target_os = "macos")]
-pub use macos::available;
+use macos::limit;
 #[cfg(not(target_os = "macos"))]
-pub use proc::available;
+use proc::limit;
+
+/// The processes of this machine that share its memory.
+static SHARING: AtomicU64 = AtomicU64::new(1);
+
+/// From now on the memory of the machine is that of so many processes, which all need the same.
+pub fn share_among(processes: usize) {
+    SHARING.store(processes.max(1) as u64, Ordering::Relaxed);
+}
+
+/// The tightest limit on memory that this process takes from now on; `None` where the system does not tell. What the
+/// machine or the container has is shared with [the others](share_among).
+pub fn available() -> Option<Limit> {
+    limit().map(|limit| match limit.owner {
+        Owner::Process => limit,
+        _ => Limit { bytes: limit.bytes / SHARING.load(Ordering::Relaxed), ..limit },
+    })
+}
 
 /// The tightest limit, and whose it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,7 +48,10 @@ enum Owner {
 
 impl fmt::Display for Limit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let size = gib(self.bytes);
+        let size = match SHARING.load(Ordering::Relaxed) {
+            1 => gib(self.bytes),
+            processes => format!("{} for each of {processes} processes", gib(self.bytes)),
+        };
         match self.owner {
             Owner::Machine => write!(f, "this machine has {size} of memory available"),
             Owner::Container => write!(f, "the memory limit of this container is {size}"),

@@ -10,9 +10,30 @@
 use std::borrow::Cow;
 use std::fmt::{Display, Write as _};
 use std::io::{self, IsTerminal, Write};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// How the lines of this process begin, if it is one of several.
+static NAME: OnceLock<String> = OnceLock::new();
+
+static IS_HUSHED: AtomicBool = AtomicBool::new(false);
+
+/// Has every line begin with `name`. Only the first call counts.
+pub fn speak_as(name: String) {
+    let _ = NAME.set(name); // it has one
+}
+
+/// Whether lines are dropped from now on, since another process writes the same ones.
+pub fn hush(is_hushed: bool) {
+    IS_HUSHED.store(is_hushed, Ordering::Relaxed);
+}
 
 /// Writes a line to standard error, and ignores that it cannot be written.
 pub fn line(text: impl Display) {
+    if IS_HUSHED.load(Ordering::Relaxed) {
+        return;
+    }
+    let text = format_args!("{}{text}", NAME.get().map_or("", |name| name));
     write_line(io::stderr().lock(), io::stderr().is_terminal(), text);
 }
 

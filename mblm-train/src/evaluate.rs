@@ -9,6 +9,7 @@ use mblm_core::model::Sequences;
 use mblm_data::batches::{Batches, Cursor};
 use mblm_data::bytes::check_vocabulary;
 use mblm_data::files::corpus::Corpus;
+use mblm_data::share::Share;
 
 use crate::error::{Error, Result};
 use crate::model::{LossSum, TrainModel, sequences};
@@ -109,14 +110,35 @@ impl Evaluation {
 ///
 /// # Errors
 /// Nothing to read or to predict, a byte outside the vocabulary, or the model's own.
-pub fn evaluate(model: &dyn TrainModel, place: &str, options: &EvaluateOptions) -> Result<Evaluation> {
+pub fn evaluate(
+    model: &dyn TrainModel,
+    place: &str,
+    options: &EvaluateOptions,
+    processes: &dyn Processes,
+) -> Result<Evaluation> {
+    let corpus = processes.agree(open(place, options))?;
+    // Of each batch, so that the sum has the same bits whoever computed which.
+    let mut losses = vec![LossSum::default(); num_batches(&corpus, options)];
+    let mine = caught(|| {
+        for_sequences(&corpus, options, processes.share(), |batch, _, sequences| {
+            losses[batch] = model.loss(sequences, Mode::Eval)?.sum()?;
+            Ok(())
+        })
+    });
+    processes.agree(mine)?;
+    sum(&mut losses, processes);
     let mut all = LossSum::default();
-    let corpus = open(place, options)?;
-    for_sequences(&corpus, options, |_, sequences| {
-        all.add(model.loss(sequences, Mode::Eval)?.sum()?);
-        Ok(())
-    })?;
+    losses.into_iter().for_each(|loss| all.add(loss));
     some(all, place)
+}
+
+/// Adds up what each process has in the same place.
+fn sum(losses: &mut [LossSum], processes: &dyn Processes) {
+    let mut numbers: Vec<f64> = losses.iter().flat_map(|loss| [loss.sum, loss.count as f64]).collect();
+    processes.sum(&mut numbers);
+    for (loss, [sum, count]) in losses.iter_mut().zip(numbers.as_chunks::<2>().0) {
+        *loss = LossSum { sum: *sum, count: *count as u64 };
+    }
 }
 
 /// What was found, if anything was predicted.
@@ -149,13 +171,14 @@ pub fn evaluate_parts(
     seq_lens: &[usize],
     place: &str,
     options: &EvaluateOptions,
+    processes: &dyn Processes,
 ) -> Result<Parts> {
-    let corpus = open(place, options)?;
+    let corpus = processes.agree(open(place, options))?;
     let starts: Vec<(PathBuf, u64)> = corpus.files().map(|(path, start)| (path.into(), start)).collect();
     let (mut all, mut files) = (LossSum::default(), vec![LossSum::default(); starts.len()]);
     let mut stages: Vec<Vec<LossSum>> = seq_lens.iter().map(|_| vec![]).collect();
     let mut file = 0;
-    for_sequences(&corpus, options, |at, sequences| {
+    let receive = |_, at: u64, sequences: &Sequences| {
         let Some(losses) = model.byte_losses(sequences)? else {
             return Err(Error::Config("this is an encoder; only its mean loss can be measured".into()));
         };
@@ -178,7 +201,17 @@ pub fn evaluate_parts(
             all.add(loss);
         }
         Ok(())
-    })?;
+    };
+    processes.agree(caught(|| for_sequences(&corpus, options, processes.share(), receive)))?;
+    if processes.size() > 1 {
+        sum(std::slice::from_mut(&mut all), processes);
+        sum(&mut files, processes);
+        for sums in &mut stages {
+            let longest = processes.gather(sums.len() as f64).into_iter().fold(0.0, f64::max);
+            sums.resize(longest as usize, LossSum::default());
+            sum(sums, processes);
+        }
+    }
     let files = starts.into_iter().zip(files).filter(|(_, losses)| losses.count > 0);
     Ok(Parts {
         all: some(all, place)?,
@@ -208,20 +241,31 @@ fn num_bytes(corpus: &Corpus, options: &EvaluateOptions) -> u64 {
     options.max_bytes.map_or(corpus.len(), |max| max.min(corpus.len()))
 }
 
-/// Calls `receive` with the place of each batch in the corpus, and its sequences.
+/// Batches that [`for_sequences`] makes: whole sequences, and what is left of the last one by itself.
+fn num_batches(corpus: &Corpus, options: &EvaluateOptions) -> usize {
+    let (len, seq_len) = (num_bytes(corpus, options), options.seq_len as u64);
+    let whole = (len / seq_len).div_ceil(options.batch_size as u64);
+    (whole + u64::from(!len.is_multiple_of(seq_len))) as usize
+}
+
+/// Calls `receive` with the number of each batch, its place in the corpus, and its sequences; of every so many batches, as
+/// this process has its `share`.
 fn for_sequences(
     corpus: &Corpus,
     options: &EvaluateOptions,
-    mut receive: impl FnMut(u64, &Sequences) -> Result<()>,
+    share: Share,
+    mut receive: impl FnMut(usize, u64, &Sequences) -> Result<()>,
 ) -> Result<()> {
     let (len, seq_len) = (num_bytes(corpus, options), options.seq_len as u64);
     let mut at = 0;
-    while at < len {
+    for batch in 0..num_batches(corpus, options) {
         let whole = ((len - at) / seq_len).min(options.batch_size as u64);
         let (rows, cols) = if whole > 0 { (whole, seq_len) } else { (1, len - at) };
-        let mut ids = vec![0; (rows * cols) as usize];
-        corpus.read(at, &mut ids)?;
-        receive(at, &Sequences { ids: &ids, len: cols as usize, loss_mask: None })?;
+        if batch % share.size == share.rank {
+            let mut ids = vec![0; (rows * cols) as usize];
+            corpus.read(at, &mut ids)?;
+            receive(batch, at, &Sequences { ids: &ids, len: cols as usize, loss_mask: None })?;
+        }
         at += rows * cols;
     }
     Ok(())
@@ -234,6 +278,8 @@ mod tests {
 
     use super::*;
     use crate::model::Loss;
+    use crate::processes::Solo;
+    use crate::processes::threads::together;
 
     /// The loss is the mean of the ids, so that what was read shows in the number.
     struct MeanId(ParamStore);
@@ -256,18 +302,21 @@ mod tests {
         let model = MeanId(ParamStore::new(0));
         for (seq_len, batch_size) in [(10, 3), (7, 1), (200, 4), (101, 2)] {
             let options = EvaluateOptions { num_tokens: 256, seq_len, batch_size, max_bytes: None };
-            let found = evaluate(&model, place, &options).unwrap();
+            let found = evaluate(&model, place, &options, &Solo).unwrap();
             assert_eq!(found.bytes, 101);
+            let shared =
+                together(3, |processes| evaluate(&MeanId(ParamStore::new(0)), place, &options, processes).unwrap());
+            assert_eq!(shared, [found; 3], "shared among processes");
             assert!((found.loss - 50.0).abs() < 1e-5, "{found:?}");
         }
         let options = EvaluateOptions { num_tokens: 256, seq_len: 10, batch_size: 2, max_bytes: Some(21) };
-        let found = evaluate(&model, place, &options).unwrap();
+        let found = evaluate(&model, place, &options, &Solo).unwrap();
         assert_eq!((found.bytes, found.loss as f32), (21, 10.0));
         assert!((found.bpb() - 10.0 / std::f64::consts::LN_2).abs() < 1e-5);
-        let error = evaluate_parts(&model, &[10], place, &options).unwrap_err().to_string();
+        let error = evaluate_parts(&model, &[10], place, &options, &Solo).unwrap_err().to_string();
         assert!(error.contains("only its mean loss"), "{error}");
         let small = EvaluateOptions { num_tokens: 100, ..options };
-        assert!(evaluate(&model, place, &small).unwrap_err().to_string().contains("the byte 100"));
+        assert!(evaluate(&model, place, &small, &Solo).unwrap_err().to_string().contains("the byte 100"));
     }
 
     /// The loss of a byte is its value, and the pad token is 255.
@@ -293,8 +342,11 @@ mod tests {
         }
         // 2 patches of 3 bytes: sequences of 6 bytes, the last of 4.
         let options = EvaluateOptions { num_tokens: 256, seq_len: 6, batch_size: 2, max_bytes: None };
-        let found =
-            evaluate_parts(&Value(ParamStore::new(0)), &[2, 3], folder.path().to_str().unwrap(), &options).unwrap();
+        let evaluate = |processes: &dyn Processes| {
+            let model = Value(ParamStore::new(0));
+            evaluate_parts(&model, &[2, 3], folder.path().to_str().unwrap(), &options, processes).unwrap()
+        };
+        let found = evaluate(&Solo);
         let of = |bytes: &[u64]| Evaluation {
             bytes: bytes.len() as u64,
             loss: bytes.iter().sum::<u64>() as f64 / bytes.len() as f64,
@@ -305,5 +357,6 @@ mod tests {
         let patches = [of(&[0, 1, 2, 6, 7, 8, 12, 13, 14]), of(&[3, 4, 5, 9, 10, 15])];
         let bytes = [of(&[0, 3, 6, 9, 12, 15]), of(&[1, 4, 7, 10, 13]), of(&[2, 5, 8, 14])];
         assert_eq!(found.stages, [patches.to_vec(), bytes.to_vec()]);
+        assert_eq!(together(2, evaluate), [found.clone(), found], "shared among processes");
     }
 }

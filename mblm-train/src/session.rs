@@ -341,6 +341,8 @@ impl<'a> Session<'a> {
         };
         let listens = |listens| self.listening.into_iter().for_each(|flag| flag.store(listens, Ordering::SeqCst));
         listens(true);
+        // From here on every process has something of its own to say.
+        terminal::hush(false);
         // Whatever a panic leaves half done is dropped with the trainer and its model.
         let ended = caught(training);
         listens(false);

@@ -14,6 +14,7 @@ use serde_json::json;
 use crate::exit::Usage;
 use crate::model;
 use crate::plugins::Plugins;
+use crate::processes::Joined;
 
 /// Bars of the positions within a patch: the worst is this wide.
 const BAR: f64 = 40.0;
@@ -46,8 +47,9 @@ pub struct Args {
 }
 
 /// Runs `mblm eval`.
-pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
-    let trained = model::load(&args.model, plugins)?;
+pub fn run(args: &Args, plugins: &Plugins, joined: &Joined) -> Result<()> {
+    let model = model::Args { device: joined.device(args.model.device), ..args.model.clone() };
+    let trained = joined.agree(model::load(&model, plugins))?;
     let hierarchy = trained.config.params.model.hierarchy();
     let options = EvaluateOptions {
         num_tokens: hierarchy.num_tokens,
@@ -60,13 +62,16 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
         return Err(Usage("--files, --positions and --csv do not support encoders".into()).into());
     }
     let parts = match wants_parts {
-        true => Some(evaluate_parts(&trained.model, &hierarchy.seq_lens, &args.data, &options)?),
+        true => Some(evaluate_parts(&trained.model, &hierarchy.seq_lens, &args.data, &options, joined.all())?),
         false => None,
     };
     let found = match &parts {
         Some(parts) => parts.all,
-        None => evaluate(&trained.model, &args.data, &options)?,
+        None => evaluate(&trained.model, &args.data, &options, joined.all())?,
     };
+    if !joined.all().is_first() {
+        return Ok(());
+    }
     if let (Some(path), Some(parts)) = (&args.csv, &parts) {
         let written = fs::write(path, csv(parts)?);
         written.map_err(|error| Usage(format!("--csv {}: {error}; choose a writable file", path.display())))?;

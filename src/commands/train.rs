@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use mblm::base::memory::{Limit, Memory};
 use mblm::base::terminal::{self, Output};
 use mblm::data::{Splits, unigram_entropy};
-use mblm::device::DeviceName;
+use mblm::device::{DeviceName, Place};
 use mblm::generate::{Format, Sampler, Sampling, TokenStream, Until, generate};
 use mblm::model::Mblm;
 use mblm::train as training;
@@ -24,6 +24,7 @@ use mblm::yaml::Document;
 
 use crate::exit::{EXIT_CODES, Usage, is_closed_pipe};
 use crate::plugins::Plugins;
+use crate::processes::Joined;
 use crate::{model, orphan, signals, streams};
 
 /// Bytes of validation data that the sample at a run's end continues, and bytes that it makes.
@@ -78,24 +79,24 @@ impl Args {
 }
 
 /// Runs `mblm train`.
-pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
+pub fn run(args: &Args, plugins: &Plugins, joined: &Joined) -> Result<()> {
     if args.until_eof {
         signals::catch_end_of_input();
         orphan::end_with_parent(ORPHAN_GRACE);
     }
     let (run, outcome) = match (&args.resume, &args.config) {
-        (Some(run), _) => (run.clone(), resume(run, args, plugins)?),
+        (Some(run), _) => (run.clone(), resume(run, args, plugins, joined)?),
         (None, Some(path)) => {
-            let mut document = Document::read(path)?;
-            args.assignments().try_for_each(|assignment| document.set(&assignment))?;
-            let mut config = RunConfig::from_document(&document, &plugins.registry(Some(path))?)?;
-            find_checkpoint(&mut config, path, &args.set);
+            let (document, config) = joined.agree(read(path, args, plugins))?;
             // Errors of the data and of the plan begin with the field that is at fault; here its line is known.
             let located = |error: training::Error| error.located(&document);
-            session(&config, args)?.train().map_err(located)?
+            session(&config, args, joined)?.train().map_err(located)?
         }
         (None, None) => return Err(Usage("expected a configuration, or --resume RUN".into()).into()),
     };
+    if !joined.all().is_first() {
+        return if outcome.end == End::Stopped { Err(signals::interrupted().into()) } else { Ok(()) };
+    }
     let shown = match outcome.end {
         _ if args.quiet => print_folder(&run),
         End::Stopped | End::TimeLimit => {
@@ -111,14 +112,35 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
         _ => {}
     }
     match outcome.end {
-        End::Stopped => Ok(signals::check()?),
+        End::Stopped => Err(signals::interrupted().into()),
         End::TimeLimit | End::Finished => Ok(()),
     }
 }
 
-/// Goes on with a run. Its configuration is that of its newest checkpoint, unless `--force` lets it be another one.
-fn resume(path: &Path, args: &Args, plugins: &Plugins) -> Result<Outcome> {
-    let run = RunFolder::open(path)?;
+/// Reads the configuration of a new run.
+fn read(path: &Path, args: &Args, plugins: &Plugins) -> Result<(Document, RunConfig)> {
+    let mut document = Document::read(path)?;
+    args.assignments().try_for_each(|assignment| document.set(&assignment))?;
+    let mut config = RunConfig::from_document(&document, &plugins.registry(Some(path))?)?;
+    find_checkpoint(&mut config, path, &args.set);
+    Ok((document, config))
+}
+
+/// Goes on with a run.
+fn resume(path: &Path, args: &Args, plugins: &Plugins, joined: &Joined) -> Result<Outcome> {
+    // The first process locks the folder.
+    let run = match joined.all().is_first() {
+        true => RunFolder::open(path),
+        false => Ok(RunFolder::of_another(path.into())),
+    };
+    let run = joined.all().agree(run)?;
+    let (config, changes) = joined.agree(read_run(path, &run, args, plugins))?;
+    Ok(Session { changes, ..session(&config, args, joined)? }.resume(&run)?)
+}
+
+/// Reads the configuration of a run. It is that of its newest checkpoint, unless `--force` lets it be another one; then how
+/// they differ comes with it.
+fn read_run(path: &Path, run: &RunFolder, args: &Args, plugins: &Plugins) -> Result<(RunConfig, Vec<String>)> {
     let checkpoint = run.checkpoints().newest()?;
     let state = checkpoint.state()?;
     let registry = plugins.registry_of_run(path, &state.plugins, args.allow_plugin_change)?;
@@ -146,7 +168,7 @@ fn resume(path: &Path, args: &Args, plugins: &Plugins) -> Result<Outcome> {
             .into());
         }
     }
-    Ok(Session { changes, ..session(&config, args)? }.resume(&run)?)
+    Ok((config, changes))
 }
 
 /// Finds the checkpoint that the configuration at `path` begins with. A path on the command line is one from here.
@@ -160,25 +182,27 @@ pub fn find_checkpoint(config: &mut RunConfig, path: &Path, set: &[String]) {
     }
 }
 
-fn session<'a>(config: &'a RunConfig, args: &Args) -> Result<Session<'a>> {
-    let build = || Ok(Box::new(build(config)?) as Box<dyn TrainModel>);
+fn session<'a>(config: &'a RunConfig, args: &Args, joined: &'a Joined) -> Result<Session<'a>> {
+    let device = joined.device(config.train.device);
+    let build = move || Ok(Box::new(build(config, device)?) as Box<dyn TrainModel>);
     Ok(Session {
         build: Box::new(build),
         place: args.out.clone(),
         retries: args.retries,
         quiet: args.quiet,
+        processes: joined.all(),
         listening: Some(&signals::LISTENING),
         ..Session::new(config, &signals::STOP)?
     })
 }
 
-/// Builds the model to train.
+/// Builds the model to train, on `device`.
 ///
 /// # Errors
 /// As of [`outline`].
-pub fn build(config: &RunConfig) -> training::Result<Model> {
+fn build(config: &RunConfig, device: DeviceName) -> training::Result<Model> {
     let model = outline(config, true)?;
-    let place = config.train.place()?;
+    let place = Place::from(device.open()?);
     if !place.is_host() {
         return Model::at(config, config.train.seed, place);
     }

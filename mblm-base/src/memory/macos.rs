@@ -37,11 +37,11 @@ fn total() -> Option<u64> {
     (done == 0).then_some(bytes)
 }
 
-/// The memory that this process may take from now on; `None` where the system does not tell.
+/// The limit; `None` where the system does not tell.
 ///
 /// Pages that other processes use count too, unless they are wired: the system compresses them and swaps them out, and makes
 /// its swap files larger as it needs them.
-pub fn available() -> Option<Limit> {
+pub(super) fn limit() -> Option<Limit> {
     // SAFETY: zeros are a valid value, which the call fills in up to `count`; the page size never changes.
     let (pages, page) = unsafe {
         let mut pages: libc::vm_statistics64 = zeroed();

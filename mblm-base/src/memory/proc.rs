@@ -28,16 +28,15 @@ impl Memory {
     }
 }
 
-/// The tightest limit on memory that this process takes from now on; `None` where the system does not tell.
-///
-/// What the machine has available counts memory that the system can take back from its caches, and free swap.
-pub fn available() -> Option<Limit> {
-    let limit = |owner| move |bytes| Limit { bytes, owner };
-    let machine = fs::read_to_string("/proc/meminfo").ok().and_then(|text| machine(&text)).map(limit(Owner::Machine));
+/// The tightest limit. What the machine has available counts memory that the system can take back from its caches, and free swap.
+pub(super) fn limit() -> Option<Limit> {
+    let limit_of = |owner| move |bytes| Limit { bytes, owner };
+    let machine =
+        fs::read_to_string("/proc/meminfo").ok().and_then(|text| machine(&text)).map(limit_of(Owner::Machine));
     let process = || process(&fs::read_to_string("/proc/self/limits").ok()?, &status()?);
     let groups = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
-    let container = container(&groups, Path::new("/sys/fs/cgroup")).map(limit(Owner::Container));
-    let limits = [machine, container, process().map(limit(Owner::Process))];
+    let container = container(&groups, Path::new("/sys/fs/cgroup")).map(limit_of(Owner::Container));
+    let limits = [machine, container, process().map(limit_of(Owner::Process))];
     limits.into_iter().flatten().min_by_key(|limit| limit.bytes)
 }
 

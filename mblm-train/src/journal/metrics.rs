@@ -13,6 +13,8 @@
 //! | `stage1/activation_norm`, … | the root mean square of that stage's output, the hidden state after its last layer, over all its elements: sequences of the batch, positions with start tokens and padding, channels |
 //! | `bytes_per_second` | training bytes per second since the last point, without validations and checkpoints |
 //! | `data_seconds` | seconds spent waiting for training data since the last point |
+//! | `wait_seconds` | of several processes: seconds that this one waited for the others, since the last point |
+//! | `sum_seconds` | of several processes: seconds in which gradients were summed up, since the last point |
 //! | `memory_mb` | resident memory now, in MiB |
 //!
 //! Where gradients are accumulated over several batches, their norms are on the line of the last of these, with or
@@ -120,6 +122,8 @@ struct Pace {
     bytes: u64,
     seconds: f64,
     data_seconds: f64,
+    /// Waiting for other processes, and adding up gradients with them; none of a process by itself.
+    together: Option<(f64, f64)>,
 }
 
 /// The folders of metrics in a run's folder.
@@ -191,17 +195,27 @@ impl Metrics {
 
     /// A batch of `bytes` was trained on in `seconds`, `data_seconds` of which went by before its data were there.
     pub fn trained(&mut self, bytes: u64, seconds: f64, data_seconds: f64) {
-        let Pace { bytes: all, seconds: total, data_seconds: waited } = &mut self.pace;
+        let Pace { bytes: all, seconds: total, data_seconds: waited, .. } = &mut self.pace;
         *all += bytes;
         *total += seconds;
         *waited += data_seconds;
     }
 
+    /// Of several processes, this one waited so many seconds for the others, and added up gradients in so many.
+    pub fn together(&mut self, waited: f64, summed: f64) {
+        let (all_waited, all_summed) = self.pace.together.get_or_insert_default();
+        *all_waited += waited;
+        *all_summed += summed;
+    }
+
     /// The scalars of how training went since this was last asked, and the memory it holds now.
     pub fn pace(&mut self) -> Scalars {
-        let Pace { bytes, seconds, data_seconds } = std::mem::take(&mut self.pace);
+        let Pace { bytes, seconds, data_seconds, together } = std::mem::take(&mut self.pace);
         let mut scalars =
             vec![("bytes_per_second".into(), bytes as f64 / seconds.max(1e-9)), ("data_seconds".into(), data_seconds)];
+        if let Some((waited, summed)) = together {
+            scalars.extend([("wait_seconds".into(), waited), ("sum_seconds".into(), summed)]);
+        }
         scalars.extend(Memory::now().map(|memory| ("memory_mb".into(), memory.resident as f64 / (1u64 << 20) as f64)));
         scalars
     }

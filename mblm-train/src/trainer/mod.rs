@@ -346,7 +346,10 @@ impl<'a> Trainer<'a> {
         let at = self.state.next;
         let is_point = self.plan.train_points.contains(self.state.batches);
         let mine = caught(|| self.compute(at, is_point));
+        let computed = Instant::now();
         let mine = self.processes.agree(mine)?;
+        let waited = computed.elapsed();
+        let mut summed = Duration::ZERO;
         let mut loss = [mine.loss.sum, mine.loss.count as f64];
         self.processes.sum(&mut loss);
         let value = LossSum { sum: loss[0], count: loss[1] as u64 }.mean();
@@ -368,7 +371,7 @@ impl<'a> Trainer<'a> {
             match self.processes.any(self.state.window.weight > 0.0) {
                 true => {
                     let stepped = self.measured_step(&mut scalars);
-                    self.processes.agree(stepped)?;
+                    summed = self.processes.agree(stepped)?;
                 }
                 // Every window of several processes has the same number of batches.
                 false if self.processes.size() > 1 => self.state.window = Window::default(),
@@ -380,6 +383,9 @@ impl<'a> Trainer<'a> {
             record.progress.train_loss(self.state.batches, value, lr);
         }
         record.metrics.trained(self.bytes_per_batch(), started.elapsed().as_secs_f64(), mine.read.as_secs_f64());
+        if self.processes.size() > 1 {
+            record.metrics.together(waited.as_secs_f64(), summed.as_secs_f64());
+        }
         if is_point {
             scalars.extend(record.metrics.pace());
         }
@@ -453,18 +459,21 @@ impl<'a> Trainer<'a> {
         Ok(())
     }
 
-    /// A gradient step; if a training point lies in the batches it is of, with the norms of its gradients.
-    fn measured_step(&mut self, scalars: &mut Scalars) -> Result<()> {
+    /// A gradient step; if a training point lies in the batches it is of, with the norms of its gradients. Returns how long
+    /// it took to add up those of all processes.
+    fn measured_step(&mut self, scalars: &mut Scalars) -> Result<Duration> {
         let window = self.state.batches - self.state.window.batches..self.state.batches;
         let is_measured = self.plan.train_points.any_in(window);
+        let started = Instant::now();
         self.complete_window()?;
+        let summed = started.elapsed();
         let stages = if is_measured { stage_grad_norms(self.model.params())? } else { Scalars::new() };
         let GradNorm { norm, factor, .. } = self.gradient_step()?;
         if is_measured {
             scalars.extend([("grad_norm".into(), norm), ("grad_norm_clipped".into(), norm * factor)]);
             scalars.extend(stages);
         }
-        Ok(())
+        Ok(summed)
     }
 
     /// Makes the gradients that wait, in all processes, those of their mean.
