@@ -132,8 +132,11 @@ fn weights(run: &Path) -> BTreeMap<String, Vec<f32>> {
     tensors.tensors().into_iter().map(|(name, tensor)| (name, values(tensor.data()))).collect()
 }
 
-/// The losses by kind, process and batch.
-fn losses(run: &Path) -> BTreeMap<(String, usize, usize), f64> {
+/// Numbers by kind, process and batch.
+type Rows<T> = BTreeMap<(String, usize, usize), T>;
+
+/// The losses.
+fn losses(run: &Path) -> Rows<f64> {
     let text = fs::read_to_string(run.join("loss.csv")).unwrap();
     let row = |line: &str| {
         let cells: Vec<&str> = line.split(',').collect();
@@ -143,7 +146,7 @@ fn losses(run: &Path) -> BTreeMap<(String, usize, usize), f64> {
 }
 
 /// What two runs that went the same way have in common.
-fn fate(run: &Path) -> (BTreeMap<String, Vec<u32>>, BTreeMap<(String, usize, usize), u64>) {
+fn fate(run: &Path) -> (BTreeMap<String, Vec<u32>>, Rows<u64>) {
     let bits = |values: Vec<f32>| values.into_iter().map(f32::to_bits).collect();
     let weights = weights(run).into_iter().map(|(name, values)| (name, bits(values))).collect();
     (weights, losses(run).into_iter().map(|(place, loss)| (place, loss.to_bits())).collect())
@@ -178,9 +181,7 @@ fn several_processes_are_one_that_accumulates_their_batches() {
             let want = want[&("train".into(), 0, at)];
             assert!((found - want).abs() <= 1e-5 * want, "batch {at}: {found}, want {want}");
         }
-        let last = |losses: &BTreeMap<(String, usize, usize), f64>| {
-            losses.iter().rfind(|(place, _)| place.0 == "valid").map(|(_, loss)| *loss).unwrap()
-        };
+        let last = |losses: &Rows<f64>| *losses.iter().rfind(|(place, _)| place.0 == "valid").unwrap().1;
         assert!((last(&found) - last(&want)).abs() <= 1e-5 * last(&want));
         let (found, want) = (weights(&several), weights(&one));
         assert!(found.len() > 10 && found.keys().eq(want.keys()));

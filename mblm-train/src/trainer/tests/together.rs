@@ -120,8 +120,7 @@ fn a_resumed_run_of_several_is_the_one_without_interruption() {
     for (rank, pass) in [(0, 0), (1, 4), (2, 5), (1, 9)] {
         let ran = train_together(3, &config, 0, |me, model, stop| {
             let raised = stop.clone();
-            let hook = move |now| raised.fetch_or(me == rank && now == pass, Ordering::Relaxed);
-            model.hook = Some(Box::new(move |now| drop(hook(now))));
+            model.hook = Some(Box::new(move |now| _ = raised.fetch_or(me == rank && now == pass, Ordering::Relaxed)));
         });
         let ran: Vec<_> = ran.into_iter().map(Result::unwrap).collect();
         let batches = ran[0].1.state.batches;
@@ -169,7 +168,7 @@ fn a_checkpoint_goes_on_with_another_number_of_processes() {
     for (before, after) in [(2, 3), (3, 1), (1, 2)] {
         let stop_early = |_: usize, model: &mut Bigram, stop: &Arc<AtomicBool>| {
             let raised = stop.clone();
-            model.hook = Some(Box::new(move |pass| drop(raised.fetch_or(pass == 3, Ordering::Relaxed))));
+            model.hook = Some(Box::new(move |pass| _ = raised.fetch_or(pass == 3, Ordering::Relaxed)));
         };
         let (run, outcome, _) = train_together(before, &config, 0, stop_early).remove(0).unwrap();
         assert_eq!(outcome.end, End::Stopped);
