@@ -93,7 +93,7 @@ fn norms_and_activations(c: &mut Criterion) {
     let by_heads = x_tensor.reshape((dims.batch, dims.seq, heads, 64)).and_then(|x| x.transpose(1, 2)?.contiguous());
     let by_heads = by_heads.expect("heads");
     y.copy_from_slice(&x);
-    pair(c, "rotary", || rotary.rotate(&mut y, dims.dim, heads, dims.seq, 0, false), || rotary.composed(&by_heads));
+    pair(c, "rotary", || rotary.rotate(&mut y, dims.dim, heads, dims.seq, 0, false), || rotary.composed(&by_heads, 0));
     let kernel = noise(dims.dim * 4, 4);
     let kernel_tensor = tensor(&kernel, &[dims.dim, 1, 4]);
     let conv = Conv1d::new(&kernel, &gain);
