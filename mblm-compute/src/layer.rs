@@ -11,6 +11,7 @@ use crate::device;
 use crate::error::Result;
 use crate::mode::Mode;
 use crate::node::{Node, apply1};
+use crate::transfer;
 
 /// The shape `(batch, seq, dim)` of a layer's input and output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,7 +85,7 @@ pub fn apply<L: Layer>(layer: &Arc<L>, x: &Tensor, mask: Option<&Tensor>, mode: 
     }
     let (batch, seq, dim) = x.dims3()?;
     let dims = Dims { batch, seq, dim };
-    let mask = mask.map(|m| m.flatten_all()?.to_vec1::<u8>()).transpose()?;
+    let mask = mask.map(transfer::to_vec::<u8>).transpose()?;
     let node = Fused { layer: layer.clone(), dims, mask, mode };
     apply1(node, x, mode)
 }

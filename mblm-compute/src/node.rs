@@ -8,6 +8,7 @@ use crate::device;
 use crate::error::{Error, Result};
 use crate::mode::Mode;
 use crate::parallel;
+use crate::transfer;
 
 /// A differentiable function of `f32` CPU tensors. It may own parameters; backward adds their gradients to their
 /// buffers.
@@ -191,7 +192,11 @@ fn on_cpu<'a>(storage: &'a Storage, layout: &Layout) -> candle_core::Result<&'a 
 
 /// Lends the elements of a tensor: those of `f32` on the CPU as they lie, others as a copy.
 pub fn with_floats<R>(x: &Tensor, work: impl FnOnce(&[f32]) -> R) -> candle_core::Result<R> {
-    let x = x.detach().to_device(&Device::Cpu)?.to_dtype(DType::F32)?.contiguous()?;
+    let x = match x.device().is_cpu() && x.dtype() == DType::F32 {
+        true => x.detach(),
+        false => transfer::to_host(&x.detach())?,
+    };
+    let x = x.contiguous()?;
     let (storage, layout) = x.storage_and_layout();
     Ok(work(on_cpu(&storage, layout)?))
 }

@@ -47,6 +47,33 @@ pub fn to_tensor<T: WithDType>(values: &[T], shape: impl Into<Shape>, device: &D
     Ok(Tensor::from_slice(values, shape.into(), device)?)
 }
 
+/// Moves a tensor of this process's memory to `device`.
+///
+/// # Errors
+/// The device has no memory for it.
+pub fn to_device(x: &Tensor, device: &Device) -> Result<Tensor> {
+    note(true, x.dtype(), x.elem_count());
+    Ok(x.to_device(device)?)
+}
+
+/// Moves a tensor of `f32` to this process's memory.
+///
+/// # Errors
+/// The device fails.
+pub fn to_host(x: &Tensor) -> Result<Tensor> {
+    note(false, DType::F32, x.elem_count());
+    Ok(x.to_dtype(DType::F32)?.to_device(&Device::Cpu)?)
+}
+
+/// Copies a scalar, converted to `T` where it lies.
+///
+/// # Errors
+/// The device fails, or `x` has more than one element.
+pub fn to_scalar<T: WithDType>(x: &Tensor) -> Result<T> {
+    note(false, T::DTYPE, 1);
+    Ok(x.to_dtype(T::DTYPE)?.to_scalar()?)
+}
+
 /// Copies the elements of a tensor, converted to `T` where they lie.
 ///
 /// # Errors

@@ -1,10 +1,10 @@
 //! What a run trains: a model that predicts the next byte, or an encoder that restores masked bytes.
 
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
 use mblm_base::random::mix;
 use mblm_core::device::Place;
 use mblm_core::model::{Mblm, MblmEncoder, Seen, Sequences};
-use mblm_core::{Mode, ParamStore, StageModel};
+use mblm_core::{Mode, ParamStore, StageModel, transfer};
 use mblm_data::batches::Batch;
 
 use crate::config::{ModelConfig, RunConfig};
@@ -22,7 +22,7 @@ pub struct Loss {
 impl Loss {
     /// The loss as a number, which joins those of other batches.
     pub fn sum(&self) -> Result<LossSum> {
-        let mean = self.mean.to_dtype(DType::F32)?.to_scalar::<f32>()?;
+        let mean = transfer::to_scalar::<f32>(&self.mean)?;
         Ok(LossSum { sum: f64::from(mean) * self.count as f64, count: self.count })
     }
 }

@@ -6,6 +6,8 @@ use candle_core::{Module, Result, Tensor, bail};
 pub use candle_nn::Conv1dConfig;
 use candle_nn::{Init, VarBuilder};
 
+use crate::transfer;
+
 /// A convolution of `(batch, channels, length)`: the sum over its taps, as one product of matrices.
 #[derive(Clone, Debug)]
 pub struct Conv1d {
@@ -51,7 +53,7 @@ impl Conv1d {
             1 => x.narrow(2, tap * dilation, positions),
             _ => {
                 let seen: Vec<u32> = (0..positions).map(|i| (i * stride + tap * dilation) as u32).collect();
-                x.contiguous()?.index_select(&Tensor::new(seen, x.device())?, 2)
+                x.contiguous()?.index_select(&transfer::to_tensor(&seen, positions, x.device())?, 2)
             }
         };
         let taps = (0..taps).map(at_tap).collect::<Result<Vec<_>>>()?;

@@ -18,6 +18,7 @@ use crate::ops::tables::positions;
 use crate::parallel::{Shared, Threads, row_ranges};
 use crate::param::Param;
 use crate::simd::{self, vectorize};
+use crate::transfer;
 
 /// Rows whose logits exist at the same time.
 const CHUNK: usize = 1024;
@@ -45,12 +46,14 @@ pub fn cross_entropy_composed(hidden: &Tensor, weight: &Tensor, bias: &Tensor, t
     let rows: Vec<u32> = targets.iter().map(|t| t.row).collect();
     let tokens: Vec<u32> = targets.iter().map(|t| t.token).collect();
     let weights: Vec<f32> = targets.iter().map(|t| t.weight).collect();
-    let hidden = hidden.index_select(&Tensor::new(rows, device)?, 0)?;
+    let hidden = hidden.index_select(&transfer::to_tensor(&rows, rows.len(), device)?, 0)?;
     let logits = linear_composed(&hidden, weight, Some(bias))?;
     let shifted = logits.broadcast_sub(&logits.max_keepdim(D::Minus1)?.detach())?;
     let log_sum = shifted.exp()?.sum(D::Minus1)?.log()?;
-    let chosen = shifted.gather(&Tensor::new(tokens, device)?.unsqueeze(1)?, 1)?.squeeze(1)?;
-    let losses = ((log_sum - chosen)? * Tensor::new(weights, device)?.to_dtype(hidden.dtype())?)?;
+    let chosen = transfer::to_tensor(&tokens, (tokens.len(), 1), device)?;
+    let chosen = shifted.gather(&chosen, 1)?.squeeze(1)?;
+    let weights = transfer::to_tensor(&weights, weights.len(), device)?.to_dtype(hidden.dtype())?;
+    let losses = ((log_sum - chosen)? * weights)?;
     Ok((losses.sum_all()? / targets.len() as f64)?)
 }
 
@@ -231,10 +234,13 @@ impl Rows {
         };
         let gathered = match is_dense {
             true => None,
-            false => Some(Tensor::from_iter(targets.iter().map(|target| target.row), device)?),
+            false => {
+                let rows: Vec<u32> = targets.iter().map(|target| target.row).collect();
+                Some(transfer::to_tensor(&rows, rows.len(), device)?)
+            }
         };
-        let weights = Tensor::from_slice(&weights, weights.len(), device)?.to_dtype(hidden.dtype())?;
-        Ok(Rows { gathered, tokens: Tensor::from_slice(&tokens, tokens.len(), device)?, weights })
+        let weights = transfer::to_tensor(&weights, weights.len(), device)?.to_dtype(hidden.dtype())?;
+        Ok(Rows { gathered, tokens: transfer::to_tensor(&tokens, tokens.len(), device)?, weights })
     }
 
     /// The loss of `[hidden, weight, bias]`, and their gradients in training.

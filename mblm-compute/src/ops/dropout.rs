@@ -6,6 +6,7 @@ use crate::error::Result;
 use crate::mode::Dropout;
 use crate::parallel::{Shared, for_rows};
 use crate::simd::vectorize;
+use crate::transfer;
 
 /// The definition: `x` times the mask.
 pub fn dropout_composed(x: &Tensor, dropout: Option<Dropout>) -> Result<Tensor> {
@@ -21,8 +22,16 @@ pub fn factors(dropout: Dropout, shape: &[usize], device: &Device) -> Result<Ten
     if device.is_cuda() {
         return crate::cuda::dropout_factors(dropout, shape, device);
     }
-    let factors: Vec<f32> = (0..shape.iter().product()).map(|i| dropout.factor(i)).collect();
-    Ok(Tensor::from_vec(factors, shape, device)?)
+    made_at(device, shape, (0..shape.iter().product()).map(|i| dropout.factor(i)))
+}
+
+/// Factors that the CPU computes: in place if that is the device.
+pub(crate) fn made_at(device: &Device, shape: &[usize], factors: impl Iterator<Item = f32>) -> Result<Tensor> {
+    let factors: Vec<f32> = factors.collect();
+    match device {
+        Device::Cpu => Ok(Tensor::from_vec(factors, shape, &Device::Cpu)?),
+        _ => transfer::to_tensor(&factors, shape, device),
+    }
 }
 
 /// Multiplies `x` by the mask, in place. Its own backward.

@@ -13,9 +13,9 @@ const CHUNK: usize = 1 << 16;
 /// loop over the ids on a GPU.
 ///
 /// # Shapes
-/// - `table`: `(V, D)`; returns `(ids, D)`
-pub fn embedding_composed(table: &Tensor, ids: &[u32]) -> Result<Tensor> {
-    let ids = Tensor::from_slice(ids, ids.len(), table.device())?;
+/// - `table`: `(V, D)`, `ids`: `(ids)`, `u32`; returns `(ids, D)`
+pub fn embedding_composed(table: &Tensor, ids: &Tensor) -> Result<Tensor> {
+    let ids = ids.clone();
     let rows = table.detach().index_select(&ids, 0)?;
     with_backward(&[table], &rows, move |table, dy| {
         let (vocab, dim) = table[0].dims2()?;

@@ -5,6 +5,7 @@ use std::sync::Mutex;
 use candle_core::{DType, Device, Tensor};
 
 use crate::error::Result;
+use crate::transfer;
 
 /// The tables that one maker has made, with their lengths.
 #[derive(Default)]
@@ -34,7 +35,7 @@ impl Tables {
         if let Some((_, table)) = tables.iter().find(fits) {
             return Ok(table.clone());
         }
-        let table = make(len)?.to_dtype(dtype)?.to_device(device)?;
+        let table = transfer::to_device(&make(len)?.to_dtype(dtype)?, device)?;
         tables.push((len, table.clone()));
         Ok(table)
     }

@@ -4,11 +4,12 @@
 use std::ops::{Deref, DerefMut, Range};
 use std::sync::{Arc, OnceLock};
 
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
 
 use super::arena::Arena;
 use crate::error::Result;
 use crate::parallel;
+use crate::transfer;
 
 /// The memory of an accumulated gradient: a parameter's own, or a host's for the length of a call.
 #[derive(Debug, Default)]
@@ -48,7 +49,7 @@ struct Away {
 
 impl Away {
     fn read(&self) -> Result<Vec<f32>> {
-        Ok(self.sum.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
+        transfer::to_vec(&self.sum)
     }
 }
 

@@ -4,7 +4,7 @@ use std::ops::Deref;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
-use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Storage, StorageRef, Tensor, Var};
+use candle_core::{CpuStorage, Device, InplaceOp1, Layout, Storage, StorageRef, Tensor, Var};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
 use sha2::{Digest, Sha256};
@@ -15,6 +15,7 @@ use super::part::Part;
 use crate::device::Place;
 use crate::error::{Error, Result};
 use crate::mode::Mode;
+use crate::transfer;
 
 /// One learned tensor: its value, and the gradient that backward passes add to.
 pub struct Param {
@@ -156,7 +157,7 @@ impl Param {
     /// As many values as the parameter has, where it lies.
     pub(super) fn placed(&self, values: Vec<f32>) -> Result<Tensor> {
         let values = Tensor::from_vec(values, &self.shape[..], &Device::Cpu)?;
-        Ok(values.to_dtype(self.place.dtype)?.to_device(&self.place.device)?)
+        transfer::to_device(&values.to_dtype(self.place.dtype)?, &self.place.device)
     }
 
     /// The value as a tensor: a node of the graph in training, detached in evaluation.
@@ -196,8 +197,7 @@ impl Param {
     }
 
     fn read(&self) -> Result<Vec<f32>> {
-        let values = self.var().as_detached_tensor().to_device(&Device::Cpu)?;
-        Ok(values.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
+        transfer::to_vec(&self.var().as_detached_tensor())
     }
 
     /// Notes that somebody changed the values where they lie.

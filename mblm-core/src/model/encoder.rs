@@ -7,6 +7,7 @@ use mblm_sdk::error::{Error, Result};
 use mblm_sdk::mode::Mode;
 use mblm_sdk::ops::cross_entropy::Target;
 use mblm_sdk::param::ParamStore;
+use mblm_sdk::transfer;
 
 use super::hierarchy::Hierarchy;
 use super::input::{Ids, Sequences, check_vocabulary, to_u32};
@@ -162,7 +163,7 @@ impl MblmEncoder {
             .collect();
         let seq = if n > 0 { self.hierarchy.stages[n].seq_len } else { ids.padded_len / patch };
         let sequences = reduced.len() / seq;
-        Ok(Tensor::from_vec(reduced, (sequences, seq), &self.hierarchy.params.place().device)?)
+        transfer::to_tensor(&reduced, (sequences, seq), &self.hierarchy.params.place().device)
     }
 
     fn per_byte(&self, ids: &Ids, local: &Tensor) -> Result<Tensor> {

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
 use mblm_sdk::error::{Error, Result};
 use mblm_sdk::layer::param_like;
 use mblm_sdk::mode::Mode;
@@ -11,6 +11,7 @@ use mblm_sdk::node::apply1;
 use mblm_sdk::ops::cross_entropy::{CrossEntropy, Target};
 use mblm_sdk::ops::linear::linear_composed;
 use mblm_sdk::param::{Init, Param, ParamStore, Part};
+use mblm_sdk::transfer;
 
 use super::input::Ids;
 use super::local_loss::LocalLoss;
@@ -77,7 +78,7 @@ impl Hierarchy {
             return self.loss_as_it_is(ids, targets, masks, mode);
         }
         let loss = self.loss_as_it_is(ids, targets.clone(), masks, mode)?;
-        let value = loss.to_dtype(DType::F32)?.to_scalar::<f32>()?;
+        let value = transfer::to_scalar::<f32>(&loss)?;
         match value.is_finite() {
             true => Ok(loss),
             false => {

@@ -1,9 +1,11 @@
 //! Byte ids as they come from a caller: checked, padded and folded.
 
-use std::sync::Arc;
+use std::ops::{Deref, Range};
+use std::sync::{Arc, OnceLock};
 
-use candle_core::{DType, Tensor};
+use candle_core::{Device, Tensor};
 use mblm_sdk::error::{Error, Result};
+use mblm_sdk::transfer;
 
 use crate::config::MblmConfig;
 
@@ -30,10 +32,52 @@ impl<'a> Sequences<'a> {
     }
 }
 
+/// Ids in this process's memory. They are copied to the model's device when somebody reads them there for the first time,
+/// once for all stages and parts.
+#[derive(Clone)]
+pub(crate) struct Tokens {
+    all: Arc<(Vec<u32>, OnceLock<Tensor>)>,
+    /// Of all of them.
+    range: Range<usize>,
+}
+
+impl Tokens {
+    pub(crate) fn new(ids: Vec<u32>) -> Self {
+        Tokens { range: 0..ids.len(), all: Arc::new((ids, OnceLock::new())) }
+    }
+
+    /// Those in a range of these.
+    pub(crate) fn part(&self, range: Range<usize>) -> Self {
+        let first = self.range.start;
+        Tokens { all: self.all.clone(), range: first + range.start..first + range.end }
+    }
+
+    /// A tensor on the model's device, `(ids)`.
+    pub(crate) fn tensor(&self, device: &Device) -> Result<Tensor> {
+        let (ids, tensor) = &*self.all;
+        let all = match tensor.get() {
+            Some(all) => all,
+            None => {
+                let all = transfer::to_tensor(ids, ids.len(), device)?;
+                tensor.get_or_init(|| all)
+            }
+        };
+        Ok(all.narrow(0, self.range.start, self.range.len())?)
+    }
+}
+
+impl Deref for Tokens {
+    type Target = [u32];
+
+    fn deref(&self) -> &[u32] {
+        &self.all.0[self.range.clone()]
+    }
+}
+
 /// Ids padded to whole patches.
 pub(crate) struct Ids {
     /// `(B, padded_len)`
-    pub(crate) values: Arc<Vec<u32>>,
+    pub(crate) values: Tokens,
     pub(crate) batch: usize,
     /// Bytes of each sequence as given.
     pub(crate) len: usize,
@@ -87,7 +131,7 @@ impl Ids {
         for (row, ids) in values.chunks_exact_mut(padded_len.max(1)).zip(flat.chunks_exact(len.max(1))) {
             row[..len].copy_from_slice(ids);
         }
-        Ids { values: Arc::new(values), batch, len, padded_len, folded: None }
+        Ids { values: Tokens::new(values), batch, len, padded_len, folded: None }
     }
 
     /// The shape that per-byte results `(B, L, …)` are given back in.
@@ -105,7 +149,7 @@ impl Ids {
             let message = format!("{what} has shape {:?}; expected that of the ids, {expected:?}", tensor.dims());
             return Err(Error::Input(message));
         }
-        Ok(tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
+        transfer::to_vec(tensor)
     }
 }
 
@@ -114,7 +158,7 @@ pub(crate) fn to_u32(ids: &Tensor, vocab: usize) -> Result<Vec<u32>> {
     if !ids.dtype().is_int() {
         return Err(Error::Input(format!("ids are of type {:?}; expected integers", ids.dtype())));
     }
-    let wide = ids.to_dtype(DType::I64)?.flatten_all()?.to_vec1::<i64>()?;
+    let wide = transfer::to_vec::<i64>(ids)?;
     if let Some(at) = wide.iter().position(|&id| id < 0 || id >= vocab as i64) {
         return Err(outside(wide[at], at, vocab));
     }

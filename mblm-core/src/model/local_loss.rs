@@ -13,7 +13,9 @@ use mblm_sdk::mode::Mode;
 use mblm_sdk::node::{Node, apply1, with_floats};
 use mblm_sdk::ops::cross_entropy::{CrossEntropy, Target};
 use mblm_sdk::param::{Param, fold_gradients};
+use mblm_sdk::transfer;
 
+use super::input::Tokens;
 use super::stage::Stage;
 use crate::model::recompute::chunk_mode;
 
@@ -22,7 +24,7 @@ use crate::model::recompute::chunk_mode;
 pub(crate) struct LocalLoss {
     pub(crate) stage: Stage,
     /// `(R · S)`
-    pub(crate) ids: Arc<Vec<u32>>,
+    pub(crate) ids: Tokens,
     /// `(R, S)`, `u8`, 1 = attend
     pub(crate) mask: Option<Tensor>,
     /// In the order of their rows.
@@ -64,7 +66,7 @@ impl LocalLoss {
     fn chunk(&self, above: &Tensor, first: usize, keep: bool) -> Result<Option<Tensor>> {
         let (rows, seq, dim) = above.dims3()?;
         let mode = chunk_mode(self.mode, first);
-        let ids = Arc::new(self.ids[first * seq..(first + rows) * seq].to_vec());
+        let ids = self.ids.part(first * seq..(first + rows) * seq);
         let tokens = self.stage.embedding.forward(&ids, mode)?.reshape((rows, seq, dim))?;
         let input = self.stage.input.forward(&tokens, Some(above), mode)?;
         let mask = self.mask.as_ref().map(|mask| mask.narrow(0, first, rows)?.contiguous()).transpose()?;
@@ -97,7 +99,7 @@ impl Node for LocalLoss {
         for (first, rows) in self.chunks() {
             // Not a variable of the graph: what the chunk keeps goes with its loss.
             if let Some(loss) = self.chunk(&self.part(inputs[0], first, rows)?, first, false)? {
-                sum += loss.to_scalar::<f32>()? as f64;
+                sum += f64::from(transfer::to_scalar::<f32>(&loss)?);
             }
         }
         y[0] = sum as f32;

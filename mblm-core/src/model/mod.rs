@@ -11,11 +11,12 @@ mod stage_input;
 mod token_embedding;
 mod watch;
 
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
 pub use encoder::MblmEncoder;
 pub(crate) use hierarchy::Hierarchy;
 use input::Ids;
 pub use input::Sequences;
+pub(crate) use input::Tokens;
 use mblm_sdk::block::StageModel;
 use mblm_sdk::device::Place;
 use mblm_sdk::error::{Error, Result};
@@ -23,6 +24,7 @@ use mblm_sdk::mode::Mode;
 use mblm_sdk::node::apply1;
 use mblm_sdk::ops::cross_entropy::{CrossEntropy, Target};
 use mblm_sdk::param::ParamStore;
+use mblm_sdk::transfer;
 pub(crate) use stage::Stage;
 pub(crate) use stage_input::{Positions, start_rows};
 pub use watch::{Mean, Seen};
@@ -182,9 +184,10 @@ impl Mblm {
         let mut known = Vec::with_capacity(targets.len());
         for targets in targets.chunks(LOGIT_ROWS) {
             let rows: Vec<u32> = targets.iter().map(|target| target.row).collect();
-            let hidden = local.index_select(&Tensor::new(rows, local.device())?, 0)?;
-            let logits = self.hierarchy.logits(&hidden, Mode::Eval)?.to_dtype(DType::F32)?.to_vec2::<f32>()?;
-            known.extend(logits.iter().zip(targets).map(|(logits, target)| surprise(logits, target.token)));
+            let hidden = local.index_select(&transfer::to_tensor(&rows, rows.len(), local.device())?, 0)?;
+            let logits = transfer::to_vec::<f32>(&self.hierarchy.logits(&hidden, Mode::Eval)?)?;
+            let logits = logits.chunks_exact(self.config().num_tokens);
+            known.extend(logits.zip(targets).map(|(logits, target)| surprise(logits, target.token)));
         }
         if let Some(loss) = known.iter().find(|loss| !loss.is_finite()) {
             let pass = || self.hierarchy.run(&ids, None, Mode::Eval);

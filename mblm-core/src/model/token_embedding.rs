@@ -16,6 +16,8 @@ use mblm_sdk::parallel::{self, Shared, for_rows, reduce_rows};
 use mblm_sdk::param::{Init, Param, ParamScope};
 use mblm_sdk::simd;
 
+use super::input::Tokens;
+
 /// Floats of looked-up bytes that a projection works on at a time: enough rows for a fast product, and no more memory
 /// than a long sequence can afford.
 const CHUNK: usize = 1 << 22;
@@ -85,7 +87,7 @@ impl TokenEmbedding {
     }
 
     /// The tokens of `ids`, `(ids / patch, D)`.
-    pub(crate) fn forward(&self, ids: &Arc<Vec<u32>>, mode: Mode) -> Result<Tensor> {
+    pub(crate) fn forward(&self, ids: &Tokens, mode: Mode) -> Result<Tensor> {
         apply1(Embed { embedding: self.clone(), ids: ids.clone() }, &self.table.tensor(mode), mode)
     }
 
@@ -145,7 +147,7 @@ impl TokenEmbedding {
 /// Ids are constants, so the graph's input is the table: an op without a differentiable input gets no backward.
 struct Embed {
     embedding: TokenEmbedding,
-    ids: Arc<Vec<u32>>,
+    ids: Tokens,
 }
 
 impl Embed {
@@ -216,7 +218,7 @@ impl Node for Embed {
     }
 
     fn composed(&self, inputs: &[&Tensor], mode: Mode) -> Result<Tensor> {
-        let looked_up = embedding_composed(inputs[0], &self.ids)?;
+        let looked_up = embedding_composed(inputs[0], &self.ids.tensor(inputs[0].device())?)?;
         let Some(p) = &self.embedding.projection else { return Ok(looked_up) };
         let norm = |x: &Tensor, [weight, bias]: &[Arc<Param>; 2]| {
             on_device::layer_norm(x, &weight.tensor(mode), &bias.tensor(mode), layer_norm::EPS)

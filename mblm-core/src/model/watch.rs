@@ -5,13 +5,14 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use candle_core::{DType, Device, Shape, Tensor};
+use candle_core::{DType, Shape, Tensor};
 use mblm_base::memory::Memory;
 use mblm_sdk::backward::with_backward;
 use mblm_sdk::error::Result;
 use mblm_sdk::mode::Mode;
 use mblm_sdk::node::{Node, apply1, with_floats};
 use mblm_sdk::parallel::MIN_PARALLEL;
+use mblm_sdk::transfer;
 use rayon::prelude::*;
 use serde::Serialize;
 
@@ -147,9 +148,9 @@ impl Watch {
     /// Adds an output, or a part of one.
     fn output(&self, output: &Tensor) -> Result<()> {
         let (sequences, positions, dim) = output.dims3()?;
-        let of_output = match output.device() {
-            Device::Cpu => with_floats(output, squares)?,
-            _ => f64::from(output.detach().sqr()?.sum_all()?.to_dtype(DType::F32)?.to_scalar::<f32>()?),
+        let of_output = match output.device().is_cpu() && output.dtype() == DType::F32 {
+            true => with_floats(output, squares)?,
+            false => f64::from(transfer::to_scalar::<f32>(&output.detach().sqr()?.sum_all()?)?),
         };
         let Some(watching) = &mut *self.watching() else { return Ok(()) };
         if watching.not_finite.is_none() && !of_output.is_finite() {

@@ -71,8 +71,8 @@ pub fn stacked<'m, L: Send + Sync, S: Default + Send + 'm>(
 ) -> Box<dyn TensorDecoder + 'm> {
     let advance = move |x: &Tensor, pasts: &mut Vec<S>| {
         pasts.resize_with(layers.len(), S::default);
-        let layers = layers.iter().zip(pasts);
-        finish(&layers.fold(Ok(x.clone()), |x: Result<_>, (layer, past)| advance(layer, &x?, past))?)
+        let mut layers = layers.iter().zip(pasts);
+        finish(&layers.try_fold(x.clone(), |x, (layer, past)| advance(layer, &x, past))?)
     };
     Box::new(WithState { state: vec![], advance })
 }

@@ -1,11 +1,12 @@
 //! What a whole model that generates promises: no output depends on later bytes or on other sequences, and decoding gives
 //! the outputs of the forward pass.
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 use mblm_core::Mode;
 use mblm_core::generate::Decoder;
 use mblm_core::model::{Mblm, Sequences};
 use mblm_core::testing::difference;
+use mblm_core::transfer;
 use serde::Serialize;
 
 use crate::error::{Error, Result};
@@ -80,7 +81,8 @@ impl Whole<'_> {
     fn logits(&self, ids: &[Vec<u32>]) -> Result<Vec<Vec<f32>>> {
         let shape = (ids.len(), ids[0].len());
         let logits = self.model.logits(&Tensor::from_vec(ids.concat(), shape, &Device::Cpu)?, Mode::Eval)?;
-        Ok(logits.flatten_from(1)?.to_dtype(DType::F32)?.to_vec2::<f32>()?)
+        let rows = transfer::to_vec::<f32>(&logits)?;
+        Ok(rows.chunks_exact(rows.len() / ids.len()).map(<[f32]>::to_vec).collect())
     }
 
     /// Whether each byte shows in the logits that follow it, and in none before.

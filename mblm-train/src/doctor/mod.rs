@@ -8,14 +8,13 @@ mod stage;
 
 use std::time::Instant;
 
-use candle_core::DType;
 pub use checks::Check;
 use checks::SAME_OUTPUTS;
 use mblm_base::random::noise;
 use mblm_core::device::Place;
 use mblm_core::model::{Seen, Sequences};
 use mblm_core::registry::block_type;
-use mblm_core::{Mode, ParamStore};
+use mblm_core::{Mode, ParamStore, transfer};
 pub use report::{Examination, Finding, Group, Severity, StageReport};
 use report::{findings, groups};
 
@@ -132,7 +131,7 @@ impl Step {
             let forward = start.elapsed().as_secs_f64();
             model.params().backward(&loss)?;
             Ok(Step {
-                loss: loss.to_dtype(DType::F64)?.to_scalar()?,
+                loss: transfer::to_scalar(&loss)?,
                 forward_seconds: forward,
                 backward_seconds: start.elapsed().as_secs_f64() - forward,
                 seen: vec![],

@@ -8,7 +8,7 @@ use candle_core::{D, Tensor};
 use crate::backward::recomputed;
 use crate::error::Result;
 use crate::mode::Dropout;
-use crate::ops::dropout::dropout_composed;
+use crate::ops::dropout::{dropout_composed, made_at};
 use crate::ops::product::Products;
 use crate::ops::tables::positions;
 
@@ -139,8 +139,8 @@ impl Definition {
             return dropout_composed(weights, Some(dropout));
         }
         let rows = (0..batch * heads).flat_map(|head| queries.clone().map(move |i| (head * self.seq + i) * self.seq));
-        let factors: Vec<f32> = rows.flat_map(|first| (first..first + keys).map(|i| dropout.factor(i))).collect();
-        let factors = Tensor::from_vec(factors, weights.shape(), weights.device())?;
+        let factors = rows.flat_map(|first| (first..first + keys).map(|i| dropout.factor(i)));
+        let factors = made_at(weights.device(), weights.dims(), factors)?;
         Ok((weights * factors.to_dtype(weights.dtype())?)?)
     }
 }

@@ -20,7 +20,7 @@ pub fn ssd_composed(inputs: [&Tensor; 4], a_log: &Tensor, d: &Tensor, dt_bias: &
     let mut y = chunks.within()?;
     if chunks.count > 1 {
         let starts = carry(&chunks.log_totals()?, &chunks.own_states()?)?;
-        y = (y + chunks.from_starts(&starts)?)?;
+        y = (y + chunks.by_starts(&starts)?)?;
     }
     chunks.output(&y, inputs[0], d)
 }
@@ -45,7 +45,7 @@ pub fn ssd_from(
         let chunk = Chunks::new([&x, &dt, &b, &c], a_log, dt_bias)?;
         let (mut y, mut end) = (chunk.within()?, chunk.own_states()?);
         if let Some(start) = &*state {
-            y = (y + chunk.from_starts(start)?)?;
+            y = (y + chunk.by_starts(start)?)?;
             end = (end + start.broadcast_mul(&chunk.log_totals()?.exp()?.unsqueeze(3)?)?)?;
         }
         outputs.push(chunk.output(&y, &x, d)?);
@@ -115,7 +115,7 @@ impl Chunks {
     }
 
     /// What the states before the chunks, `(B, chunks, H, N P)`, give their positions, `(G, Q, H, P)`.
-    fn from_starts(&self, starts: &Tensor) -> Result<Tensor> {
+    fn by_starts(&self, starts: &Tensor) -> Result<Tensor> {
         let ((groups, len, heads, headdim), d_state) = (self.input.dims4()?, self.c.dim(2)?);
         let starts = starts.reshape((self.batch, self.count, heads, d_state, headdim))?.transpose(2, 3)?;
         let y = self.c.matmul(&starts.reshape((groups, d_state, heads * headdim))?)?;

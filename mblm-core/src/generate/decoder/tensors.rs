@@ -1,8 +1,6 @@
 //! The states of all stages over tensors, on the device of the model. For each byte, ids go in, and logits come out; caches,
 //! states and what stages say of each other stay.
 
-use std::sync::Arc;
-
 use candle_core::Tensor;
 use mblm_sdk::block::TensorDecoder;
 use mblm_sdk::error::Result;
@@ -10,7 +8,7 @@ use mblm_sdk::mode::Mode;
 use mblm_sdk::transfer;
 
 use super::Stages;
-use crate::model::{Hierarchy, Stage, start_rows};
+use crate::model::{Hierarchy, Stage, Tokens, start_rows};
 
 pub(super) struct Tensors<'m> {
     hierarchy: &'m Hierarchy,
@@ -65,7 +63,7 @@ impl Stages for Tensors<'_> {
     fn feed(&mut self, n: usize, position: usize, ids: Vec<u32>) -> Result<()> {
         let (stage, state) = (&self.hierarchy.stages[n], &mut self.states[n]);
         let count = ids.len() / (self.batch * self.hierarchy.patch_len(n));
-        let tokens = stage.embedding.forward(&Arc::new(ids), Mode::Eval)?;
+        let tokens = stage.embedding.forward(&Tokens::new(ids), Mode::Eval)?;
         let tokens = tokens.reshape((count, self.batch, stage.dim))?.transpose(0, 1)?.contiguous()?;
         let mut x = stage.input.positions.composed(&tokens, position, Mode::Eval)?;
         if let Some(above) = &state.above {

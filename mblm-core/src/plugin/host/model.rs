@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use candle_core::{DType, Device, Shape, Tensor};
+use candle_core::{Shape, Tensor};
 use mblm_sdk::abi;
 use mblm_sdk::block::{Cost, StageDecoder, StageModel, TensorDecoder, by_tensors, replay};
 use mblm_sdk::device;
@@ -13,6 +13,7 @@ use mblm_sdk::mode::Mode;
 use mblm_sdk::node::{Node, apply1};
 use mblm_sdk::param::{Param, Values};
 use mblm_sdk::simd::vectorize;
+use mblm_sdk::transfer;
 
 use super::instance::{Instance, ParamValues, Pass, State, Tape};
 
@@ -61,13 +62,13 @@ impl StageModel for PluginModel {
                 "{name}: it does not accept an attention mask, so it cannot run in an encoder"
             )));
         }
-        let mask = mask.map(|mask| mask.flatten_all()?.to_vec1::<u8>()).transpose()?;
+        let mask = mask.map(transfer::to_vec::<u8>).transpose()?;
         let (instance, params, dims) = (self.instance.clone(), self.params.clone(), Dims { batch, seq, dim });
         self.warn_of_copies(x, mode);
-        let here = x.to_device(&Device::Cpu)?.to_dtype(DType::F32)?;
+        let here = transfer::to_host(x)?;
         let pass = PluginPass { instance, params, dims, mask, mode };
         let y = device::fused(|| apply1(pass, &here, mode))?;
-        Ok(y.to_dtype(x.dtype())?.to_device(x.device())?)
+        Ok(transfer::to_device(&y, x.device())?.to_dtype(x.dtype())?)
     }
 
     fn is_causal(&self) -> bool {

@@ -3,9 +3,10 @@
 use candle_core::{DType, Tensor};
 use mblm_core::Param;
 use mblm_core::ops::adam::Step;
+use mblm_core::transfer;
 
 use super::Moments;
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// The moments of a parameter as tensors of its place; none before its first gradient.
 #[derive(Clone, Debug, Default)]
@@ -15,8 +16,8 @@ impl TensorMoments {
     /// Moments that were saved.
     pub(super) fn new(param: &Param, moments: &Moments) -> Result<Self> {
         let place = |values: &[f32]| {
-            let values = Tensor::from_slice(values, param.shape(), &candle_core::Device::Cpu)?;
-            values.to_dtype(param.place().dtype)?.to_device(&param.place().device)
+            let place = param.place();
+            Ok::<_, Error>(transfer::to_tensor(values, param.shape(), &place.device)?.to_dtype(place.dtype)?)
         };
         Ok(TensorMoments(Some([place(&moments.m)?, place(&moments.v)?])))
     }
@@ -26,8 +27,7 @@ impl TensorMoments {
         let Some(moments) = &self.0 else {
             return Ok(Moments { m: vec![0.0; param.len()], v: vec![0.0; param.len()] });
         };
-        let read = |tensor: &Tensor| tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>();
-        Ok(Moments { m: read(&moments[0])?, v: read(&moments[1])? })
+        Ok(Moments { m: transfer::to_vec(&moments[0])?, v: transfer::to_vec(&moments[1])? })
     }
 
     /// Changes the parameter and its moments by its gradient. Without a gradient nothing changes before the first one,
@@ -65,8 +65,8 @@ pub(super) fn sums_of_tensors<'a>(tensors: impl Iterator<Item = &'a Tensor>) -> 
         return Ok(vec![]);
     }
     let counts: Vec<usize> = parts.iter().map(|parts| parts.elem_count() / 2).collect();
-    let all = Tensor::cat(&parts, 0)?.to_vec2::<f64>()?;
-    let mut all = all.iter();
+    let all = transfer::to_vec::<f64>(&Tensor::cat(&parts, 0)?)?;
+    let mut all = all.chunks_exact(2);
     let sum_of = |count: &usize| {
         let parts = all.by_ref().take(*count);
         parts.fold((0.0, 0.0), |(sum, squares), part| (sum + part[0], squares + part[1]))
