@@ -53,7 +53,7 @@ impl FromStr for Launcher {
     fn from_str(command: &str) -> std::result::Result<Self, String> {
         let words = shlex::split(command).ok_or("a quote is not closed")?;
         let program = words.first().filter(|program| !program.is_empty());
-        let program = program.ok_or("expected a command, such as 'srun --exclusive -n1 -c8'; it is empty")?;
+        let program = program.ok_or("expected a command, such as 'srun -n1 -c8'; it is empty")?;
         let found = match program.contains('/') {
             true => Path::new(program).is_file(),
             false => std::env::var_os("PATH")

@@ -26,7 +26,7 @@ pub struct Args {
     /// Number of runs at a time; without --launcher they share the cores [default: `jobs` of the study]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     jobs: Option<u32>,
-    /// Start each run through this command, such as 'srun --exclusive -n1 -c8', on machines that share the file system
+    /// Start each run through this command, such as 'srun -n1 -c8', on machines that share the file system
     #[arg(long, value_name = "COMMAND")]
     launcher: Option<Launcher>,
     /// With --launcher: a run has failed if N starts in a row have not brought it further

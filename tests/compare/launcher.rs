@@ -111,8 +111,12 @@ fn a_study_that_is_stopped_stops_what_was_launched_and_what_waits() {
     assert!(folder.path().join("out/failed").read_dir().unwrap().next().is_none(), "neither has failed");
     let log = read(folder.path().join("out/study.log"));
     assert!(SLOW_RUNS.iter().all(|run| log.contains(&format!("{run} is stopped"))), "{log}");
-    let (code, said) = ended(launched(folder.path(), &["--launcher", "env"]));
+    // As many threads as the job was given.
+    let (code, said) = ended(launched(folder.path(), &["--launcher", "env SLURM_CPUS_PER_TASK=1"]));
     assert_eq!(code, 0, "{said}");
+    for run in SLOW_RUNS {
+        assert_eq!(json(folder.path().join("out/runs").join(run).join("result.json"))["threads"], 1);
+    }
 }
 
 #[test]
@@ -139,7 +143,7 @@ fn a_run_that_fails_is_told_from_a_launcher_that_does() {
 fn what_no_launcher_can_do_is_said_before_anything_runs() {
     let folder = workplace("base: base.yaml\nbudget: {seconds: 5}\noutput_dir: out\n");
     let cases = [
-        ("", "expected a command, such as 'srun --exclusive -n1 -c8'; it is empty"),
+        ("", "expected a command, such as 'srun -n1 -c8'; it is empty"),
         ("srun 'x", "a quote is not closed"),
         ("no-such-srun -n1", "there is no program no-such-srun"),
         ("env", "budget.seconds: the speed is measured on this machine, and --launcher has others train"),
