@@ -13,10 +13,15 @@ params: {num_tokens: 257, pad_token_id: 256, input_seq_len: 32, hidden_dims: [16
   block: {attn_head_dims: 8, attn_num_heads: 2, attn_use_rot_embs: true}}
 ";
 
-/// Exit code, standard output and error of `mblm check` in a folder that holds `run.yaml` and `data.txt`.
+/// Exit code, standard output and error of `mblm check` of [`CONFIG`].
 fn check(args: &[&str]) -> (i32, String, String) {
+    check_that(CONFIG, args)
+}
+
+/// Exit code, standard output and error of `mblm check` in a folder that holds `config` as `run.yaml`, and `data.txt`.
+fn check_that(config: &str, args: &[&str]) -> (i32, String, String) {
     let folder = tempfile::tempdir().unwrap();
-    fs::write(folder.path().join("run.yaml"), CONFIG).unwrap();
+    fs::write(folder.path().join("run.yaml"), config).unwrap();
     fs::write(folder.path().join("data.txt"), "0123456789".repeat(100)).unwrap();
     let mut command = Command::cargo_bin("mblm").unwrap();
     let output = command.current_dir(&folder).args(["check", "run.yaml"]).args(args).output().unwrap();
@@ -77,6 +82,35 @@ fn a_mistake_is_named_with_what_was_meant() {
         let (code, yaml, said) = check(&["--set", set]);
         assert!(said.contains(want), "{set}: {said}");
         assert!(code != 0 && yaml.is_empty(), "{set}: {code}");
+    }
+}
+
+#[test]
+fn a_block_that_takes_no_mask_is_refused_in_an_encoder_with_its_line() {
+    let (head, _) = CONFIG.split_once("params:").unwrap();
+    let encoder = |block: &str| {
+        head.replace("train: {", "train: {masking_proba: 0.15, ")
+            + "params:\n  input_seq_len: 32\n  mask_token_id: 257\n  mblm_config:\n    {num_tokens: 258, pad_token_id: 256, \
+               hidden_dims: [16, 16], num_layers: [1, 1], seq_lens: [8, 4],\n    block: "
+            + block
+            + "}\n"
+    };
+    let sees = "{block_type: transformerEncoder, attn_head_dims: 8, attn_num_heads: 2, attn_use_rot_embs: true}";
+    assert_eq!(check_that(&encoder(sees), &[]).0, 0);
+    let blocks = [
+        ("mamba1", "{block_type: mamba1, d_state: 8, d_conv: 4, expand: 2}"),
+        ("mamba2", "{block_type: mamba2, d_state: 8, d_conv: 4, expand: 2, headdim: 8}"),
+        ("transformer", "{block_type: transformer, attn_head_dims: 8, attn_num_heads: 2, attn_use_rot_embs: true}"),
+    ];
+    for (name, block) in blocks {
+        let places = [(block.to_string(), "block", 10), (format!("[{sees},\n    {block}]"), "block[1]", 11)];
+        for (blocks, place, line) in places {
+            let want = format!(
+                "error: run.yaml: params.mblm_config.{place}: `{name}` takes no attention mask, which an encoder has; \
+                 expected a block that does, such as `transformerEncoder` (line {line})\n"
+            );
+            assert_eq!(check_that(&encoder(&blocks), &[]), (2, String::new(), want));
+        }
     }
 }
 

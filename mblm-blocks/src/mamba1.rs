@@ -69,6 +69,10 @@ impl StageBlock for Mamba1Block {
         self.pos_emb_type
     }
 
+    fn takes_mask(&self) -> bool {
+        false
+    }
+
     fn validate(&self, dim: usize) -> std::result::Result<(), FieldError> {
         width(&[("d_state", self.d_state)], 1)?;
         width(&[("d_conv", self.d_conv)], 1)?;

@@ -86,6 +86,10 @@ impl StageBlock for Mamba2Block {
         self.pos_emb_type
     }
 
+    fn takes_mask(&self) -> bool {
+        false
+    }
+
     fn validate(&self, dim: usize) -> std::result::Result<(), FieldError> {
         let Mamba2Block { d_state, d_conv, expand, headdim, .. } = *self;
         for field in [("d_state", d_state), ("d_conv", d_conv), ("headdim", headdim)] {

@@ -183,6 +183,15 @@ impl Section<'_> {
     }
 }
 
+/// Where the block of stage `stage` (from 0) of the model at `path` stands.
+fn block_path(document: &Document, path: &str, stage: usize) -> String {
+    let blocks = join(path, "block");
+    match document.get(&blocks) {
+        Some(Value::Sequence(_)) => format!("{blocks}[{stage}]"),
+        _ => blocks,
+    }
+}
+
 /// Checks that `id` is in the vocabulary.
 fn check_token_id(document: &Document, path: &str, id: usize, num_tokens: usize) -> Result<(), ConfigError> {
     if id < num_tokens {
@@ -235,6 +244,14 @@ impl MblmEncoderConfig {
         }
         let Fields { mask_token_id, mask_reduce_strat } = document.section(path)?;
         let mblm_config = MblmConfig::from_document(document, &join(path, "mblm_config"), registry)?;
+        if let Some(stage) = mblm_config.blocks.iter().position(|block| !block.takes_mask()) {
+            let name = mblm_config.blocks[stage].typetag_name();
+            let message = format!(
+                "`{name}` takes no attention mask, which an encoder has; expected a block that does, such as \
+                 `transformerEncoder`"
+            );
+            return Err(document.error(&block_path(document, &join(path, "mblm_config"), stage), message));
+        }
         let field = join(path, "mask_token_id");
         check_token_id(document, &field, mask_token_id, mblm_config.num_tokens)?;
         if mask_token_id == mblm_config.pad_token_id {

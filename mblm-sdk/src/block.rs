@@ -78,6 +78,12 @@ pub trait StageBlock: fmt::Debug + Send + Sync {
         None
     }
 
+    /// Whether its models accept an attention mask. Every encoder has one, so the configuration of an encoder refuses a block
+    /// that does not.
+    fn takes_mask(&self) -> bool {
+        true
+    }
+
     /// Checks the configuration at width `dim`, before anything is built.
     fn validate(&self, _dim: usize) -> Result<(), FieldError> {
         Ok(())

@@ -19,6 +19,7 @@ use mblm::yaml::Document;
 use mblm::{Mode, buffer};
 use serde::Serialize;
 
+use crate::commands::inspect::Described;
 use crate::commands::{inspect, train};
 use crate::exit::Usage;
 use crate::plugins::Plugins;
@@ -50,10 +51,10 @@ pub struct Args {
     /// Measure only this
     #[arg(long, value_enum)]
     only: Option<Part>,
-    /// Where to run: cpu, cuda, cuda:N, metal or auto
-    #[arg(long, value_name = "DEVICE", default_value_t)]
-    device: DeviceName,
-    /// Compose every op of candle's, as on a GPU, instead of running fused ops on the CPU; generation is not measured
+    /// Where to run: cpu, cuda, cuda:N, metal or auto [default: `train.device`, or cpu]
+    #[arg(long, value_name = "DEVICE")]
+    device: Option<DeviceName>,
+    /// Compose every op of candle's, as on a GPU, instead of running fused ops on the CPU
     #[arg(long)]
     composed: bool,
     /// Precision of matrix products in training and forward pass; bf16 needs a CPU with AVX-512 BF16
@@ -109,10 +110,10 @@ struct Measurements {
 pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
     let mut document = Document::read(&args.config)?;
     args.set.iter().try_for_each(|assignment| document.set(assignment))?;
-    let (config, _) = inspect::read(&document, &plugins.registry(Some(&args.config))?)?;
+    let Described { config, device, .. } = inspect::read(&document, &plugins.registry(Some(&args.config))?)?;
     let length = config.hierarchy().context_len();
     let generation = Generation::new(args, &config, length)?;
-    let device = args.device.open()?;
+    let device = args.device.unwrap_or(device).open()?;
     let precision = args.precision.available(&device)?;
     if args.only.is_none_or(|only| only == Part::Train) {
         train::must_fit(&config, Step { batch: args.batch as usize, bytes: length })?;
@@ -193,10 +194,6 @@ impl Generation {
             Some(Part::Generate) if is_encoder => {
                 return Err(Usage("--only generate: an encoder cannot generate".into()).into());
             }
-            Some(Part::Generate) if args.composed => {
-                return Err(Usage("--only generate: decoders are not composed; leave out --composed".into()).into());
-            }
-            None if args.composed => return Ok(None),
             None | Some(Part::Generate) if !is_encoder => {}
             _ => return Ok(None),
         }

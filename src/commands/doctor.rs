@@ -5,7 +5,7 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use anyhow::Result;
-use candle_core::DType;
+use candle_core::{DType, Device};
 use mblm::base::random::noise;
 use mblm::base::terminal::Output;
 use mblm::data::files::corpus::Corpus;
@@ -16,6 +16,7 @@ use mblm::train::cost::{Step, bytes as shown_bytes};
 use mblm::train::doctor::{Examination, Severity, examine};
 use mblm::yaml::Document;
 
+use crate::commands::inspect::Described;
 use crate::commands::{inspect, train};
 use crate::exit::Usage;
 use crate::plugins::Plugins;
@@ -34,9 +35,9 @@ pub struct Args {
     /// Sequences in the step
     #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..))]
     batch: u32,
-    /// Where to run: cpu, cuda, cuda:N, metal or auto
-    #[arg(long, value_name = "DEVICE", default_value_t)]
-    device: DeviceName,
+    /// Where to run: cpu, cuda, cuda:N, metal or auto [default: `train.device`, or cpu]
+    #[arg(long, value_name = "DEVICE")]
+    device: Option<DeviceName>,
     /// Compute in f64 on the CPU, composed of candle's ops: gradients without the rounding of f32
     #[arg(long, value_enum, default_value = "f32")]
     dtype: Type,
@@ -58,12 +59,14 @@ enum Type {
 }
 
 impl Args {
-    fn place(&self) -> Result<Place> {
-        let device = self.device.open()?;
-        match self.dtype {
-            Type::F32 => Ok(device.into()),
-            Type::F64 if device.is_cpu() => Ok(Place { device, dtype: DType::F64 }),
-            Type::F64 => Err(Usage(format!("--dtype f64 runs on the CPU; found --device {}", self.device)).into()),
+    /// Where to run a model that trains on `device`.
+    fn place(&self, device: DeviceName) -> Result<Place> {
+        match (self.dtype, self.device) {
+            (Type::F32, named) => Ok(named.unwrap_or(device).open()?.into()),
+            (Type::F64, None | Some(DeviceName::Cpu)) => Ok(Place { device: Device::Cpu, dtype: DType::F64 }),
+            (Type::F64, Some(named)) => {
+                Err(Usage(format!("--dtype f64 runs on the CPU; found --device {named}")).into())
+            }
         }
     }
 }
@@ -72,7 +75,7 @@ impl Args {
 pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
     let mut document = Document::read(&args.config)?;
     args.set.iter().try_for_each(|assignment| document.set(assignment))?;
-    let (config, step) = inspect::read(&document, &plugins.registry(Some(&args.config))?)?;
+    let Described { config, step, device } = inspect::read(&document, &plugins.registry(Some(&args.config))?)?;
     let hierarchy = config.hierarchy();
     // With one patch alone nothing would pass from the first stage's embedding to the loss.
     let two_patches = 2 * hierarchy.seq_lens[1..].iter().product::<usize>();
@@ -83,7 +86,7 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
     };
     train::must_fit(&config, Step { batch: shape.0, bytes: shape.1 })?;
     let sequences = Sequences { ids: &ids, len: shape.1, loss_mask: None };
-    let report = examine(&config, MASKING, args.seed, &sequences, args.place()?)?;
+    let report = examine(&config, MASKING, args.seed, &sequences, args.place(device)?)?;
     let text = if args.json { serde_json::to_string_pretty(&report)? + "\n" } else { table(&report) };
     let shown = Output::new().write_all(text.as_bytes());
     match report.findings.iter().filter(|finding| finding.severity == Severity::Problem).count() {

@@ -41,7 +41,7 @@ pub fn run(args: &Args, plugins: &Plugins) -> anyhow::Result<()> {
     let mut document = Document::read(&args.config)?;
     args.set.iter().try_for_each(|assignment| document.set(assignment))?;
     let registry = plugins.registry(Some(&args.config))?;
-    let (config, mut step) = read(&document, &registry)?;
+    let Described { config, mut step, .. } = read(&document, &registry)?;
     if let Some(batch) = args.batch {
         step.batch = batch as usize;
     }
@@ -91,17 +91,27 @@ fn on_device(name: DeviceName, config: &ModelConfig, step: Step) -> anyhow::Resu
     Ok(OnDevice { device, bytes, line })
 }
 
-/// The model of a training YAML or of a model's, and what a step of its training reads.
-pub fn read(document: &Document, registry: &BlockRegistry) -> anyhow::Result<(ModelConfig, Step)> {
+/// What a training configuration, or one of a model alone, says of a model and its training.
+pub struct Described {
+    /// The model.
+    pub config: ModelConfig,
+    /// What a step of its training reads.
+    pub step: Step,
+    /// Where it trains.
+    pub device: DeviceName,
+}
+
+/// Reads a training YAML or a model's.
+pub fn read(document: &Document, registry: &BlockRegistry) -> anyhow::Result<Described> {
     if ["params", "train", "io", "budget"].iter().any(|section| document.get(section).is_some()) {
         let run = RunConfig::from_document(document, registry)?;
         let step = Step { batch: run.train.batch_size, bytes: run.params.input_seq_len };
-        return Ok((run.params.model, step));
+        return Ok(Described { config: run.params.model, step, device: run.train.device });
     }
     let config = match document.get("mblm_config") {
         Some(_) => ModelConfig::Encoder(MblmEncoderConfig::from_document(document, "", registry)?),
         None => ModelConfig::Generative(MblmConfig::from_document(document, "", registry)?),
     };
     let bytes = config.hierarchy().context_len();
-    Ok((config, Step { batch: 1, bytes }))
+    Ok(Described { config, step: Step { batch: 1, bytes }, device: DeviceName::Cpu })
 }

@@ -76,6 +76,10 @@ impl StageBlock for Transformer {
         self.0.pos_emb_type
     }
 
+    fn takes_mask(&self) -> bool {
+        false
+    }
+
     fn validate(&self, dim: usize) -> Result<(), FieldError> {
         self.0.validate(dim)
     }

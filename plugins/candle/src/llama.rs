@@ -29,6 +29,10 @@ impl StageBlock for Llama {
         None
     }
 
+    fn takes_mask(&self) -> bool {
+        false
+    }
+
     fn validate(&self, dim: usize) -> std::result::Result<(), FieldError> {
         width(&[("intermediate_size", self.intermediate_size)], 1)?;
         match self.num_heads > 0 && dim.is_multiple_of(2 * self.num_heads) {

@@ -49,6 +49,10 @@ impl StageBlock for Lstm {
         self.pos_emb_type
     }
 
+    fn takes_mask(&self) -> bool {
+        false
+    }
+
     fn validate(&self, _dim: usize) -> std::result::Result<(), FieldError> {
         match (0.0..1.0).contains(&self.dropout) {
             true => Ok(()),

@@ -128,6 +128,10 @@ impl StageBlock for PluginBlock {
         self.pos_emb_type
     }
 
+    fn takes_mask(&self) -> bool {
+        self.block().table.flags & abi::MASK != 0
+    }
+
     fn plugin(&self) -> Option<&PluginOrigin> {
         Some(self.library.origin())
     }
