@@ -1,42 +1,41 @@
-//! The training loop: reads batches; accumulates, clips and applies gradients; logs losses, validates and saves
-//! checkpoints.
+//! The training loop: batch after batch, with gradient steps, validations and checkpoints where they are due.
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use mblm_base::random::mix;
-use mblm_core::Mode;
 use mblm_core::device::{self, has_bf16};
-use mblm_core::gemm::{Precision, autocast};
+use mblm_core::gemm::Precision;
 use mblm_core::simd::instruction_set;
 use mblm_data::batches::{Batches, Cursor};
 use mblm_data::prefetch::Prefetch;
 use mblm_data::share::share;
 use mblm_data::{Fingerprint, Splits};
 
-use crate::checkpoint::{Checkpoint, Shelf, Snapshot, TrainState, Window};
-use crate::config::{LossAverage, ResumeSection, RunConfig};
-use crate::error::{AtPath, Error, Result};
-use crate::journal::folder::{LossEntry, LossLog, replace_config};
-use crate::journal::metrics::{Kind, Metrics, Point, Scalars, activation_norms, loss_scalars, stage_grad_norms};
+use crate::checkpoint::{Checkpoint, Shelf, TrainState};
+use crate::config::RunConfig;
+use crate::error::{Error, Result};
+use crate::journal::folder::{LossEntry, LossLog};
+use crate::journal::metrics::{Kind, Metrics, Point, Scalars};
 use crate::journal::timemem::TimeMem;
 use crate::journal::timestamp::Timestamp;
-use crate::model::{Loss, LossSum, TrainModel, sequences};
-use crate::processes::{Processes, caught};
+use crate::model::TrainModel;
+use crate::processes::Processes;
 use crate::progress::{Course, Progress};
-use crate::trainer::optimizer::{Adam, AdamConfig, GradNorm, clip_grad_norm, scale_grads};
+use crate::trainer::optimizer::{Adam, AdamConfig};
 use crate::trainer::plan::RunPlan;
 
 mod alike;
+mod batch;
 mod faults;
 pub mod optimizer;
 pub mod plan;
 pub mod points;
 mod restore;
+mod save;
 pub mod schedule;
+mod step;
 mod validation;
 
 pub use restore::Remarks;
@@ -92,17 +91,6 @@ pub struct Outcome {
     pub end: End,
     /// Where it stands.
     pub state: TrainState,
-}
-
-/// What a process found of a batch.
-struct Trained {
-    loss: LossSum,
-    /// Of each stage, where they were asked for.
-    activations: Vec<f64>,
-    /// The time that reading took.
-    read: Duration,
-    forward: Duration,
-    backward: Duration,
 }
 
 /// A model in training. Its parameters, its optimizer and its [`TrainState`] determine everything that follows.
@@ -331,185 +319,6 @@ impl<'a> Trainer<'a> {
         self.plan.validates_in(since..batches)
     }
 
-    /// Whether the gradients that wait are those of a whole step: of all batches that belong to it, or of the last ones
-    /// of the run. One in which nothing counts takes more batches in.
-    fn window_is_complete(&self) -> bool {
-        self.window_is_full() && self.processes.any(self.state.window.weight > 0.0)
-    }
-
-    fn window_is_full(&self) -> bool {
-        self.state.window.batches >= self.plan.accumulate || self.state.batches >= self.plan.batches
-    }
-
-    fn train_batch(&mut self, record: &mut Record) -> Result<()> {
-        let started = Instant::now();
-        let at = self.state.next;
-        let is_point = self.plan.train_points.contains(self.state.batches);
-        let mine = caught(|| self.compute(at, is_point));
-        let computed = Instant::now();
-        let mine = self.processes.agree(mine)?;
-        let waited = computed.elapsed();
-        let mut summed = Duration::ZERO;
-        let mut loss = [mine.loss.sum, mine.loss.count as f64];
-        self.processes.sum(&mut loss);
-        let value = LossSum { sum: loss[0], count: loss[1] as u64 }.mean();
-        // A batch in which nothing counts has none.
-        let losses = if is_point { self.processes.gather(mine.loss.mean().unwrap_or(f64::NAN)) } else { vec![] };
-        let cum_batch = self.state.cum_batch();
-        let (size, long) = (self.sequences_per_batch(), self.train.seq_len as u64);
-        self.state.count(size, long, self.config.train.target_elements_strategy);
-        self.go_to(self.train.after(at));
-        self.state.valid_loss = None;
-        let lr = self.plan.schedule.lr(self.state.step);
-        let entries = self.train_entries(at, &losses, lr);
-        let mut scalars = match value.filter(|_| is_point) {
-            Some(value) => [loss_scalars(value), vec![("lr".into(), lr)]].concat(),
-            None => Scalars::new(),
-        };
-        scalars.extend(activation_norms(&mine.activations));
-        if self.window_is_full() {
-            match self.processes.any(self.state.window.weight > 0.0) {
-                true => {
-                    let stepped = self.measured_step(&mut scalars);
-                    summed = self.processes.agree(stepped)?;
-                }
-                // Every window of several processes has the same number of batches.
-                false if self.processes.size() > 1 => self.state.window = Window::default(),
-                false => {}
-            }
-        }
-        record.progress.batch(self.state.batches, value, mine.read);
-        if let Some(value) = value.filter(|_| is_point) {
-            record.progress.train_loss(self.state.batches, value, lr);
-        }
-        record.metrics.trained(self.bytes_per_batch(), started.elapsed().as_secs_f64(), mine.read.as_secs_f64());
-        if self.processes.size() > 1 {
-            record.metrics.together(waited.as_secs_f64(), summed.as_secs_f64());
-        }
-        if is_point {
-            scalars.extend(record.metrics.pace());
-        }
-        let noted = self.note_batch(record, cum_batch, &mine, &entries, scalars);
-        self.processes.agree(noted)
-    }
-
-    /// Reads the batch at `at`, and adds its gradient to those that wait.
-    fn compute(&mut self, at: Cursor, is_point: bool) -> Result<Trained> {
-        let started = Instant::now();
-        let batch = self.ahead.take(at)?;
-        let read = started.elapsed();
-        // As one process would draw that trains on the same batches, one after the other.
-        let index = self.state.batches * self.processes.size() as u64 + self.processes.rank() as u64;
-        let mode = Mode::train(mix(mix(self.state.seed) ^ index));
-        let sequences = sequences(&batch);
-        let (loss, activations) = autocast(self.config.train.precision, || match is_point {
-            true => self.model.measured_loss(&sequences, mode),
-            false => Ok((self.model.loss(&sequences, mode)?, Vec::new())),
-        })?;
-        let found = loss.sum()?;
-        if let Some(value) = found.mean().filter(|value| !value.is_finite()) {
-            return Err(self.non_finite_loss(value, &sequences));
-        }
-        let forward = started.elapsed() - read;
-        self.add_gradient(&loss)?;
-        let backward = started.elapsed() - read - forward;
-        Ok(Trained { loss: found, activations, read, forward, backward })
-    }
-
-    /// Rows of `loss.csv` for the batch at `at`, one of each process that is to have some.
-    fn train_entries(&self, at: Cursor, losses: &[f64], lr: f64) -> Vec<LossEntry> {
-        let wanted = |rank: &usize| match &self.config.io.enabled_loss_log_for_gpus {
-            Some(ranks) if losses.len() > 1 => ranks.contains(rank),
-            _ => *rank == 0,
-        };
-        let all = losses.iter().copied().enumerate();
-        let found = all.filter(|(rank, loss)| wanted(rank) && !loss.is_nan());
-        found.map(|(rank, loss)| LossEntry { gpu_rank: rank as u32, lr, ..self.entry("train", at, loss) }).collect()
-    }
-
-    fn note_batch(
-        &self,
-        record: &mut Record,
-        cum_batch: u64,
-        mine: &Trained,
-        entries: &[LossEntry],
-        scalars: Scalars,
-    ) -> Result<()> {
-        let (forward, backward) = (mine.forward.as_secs_f64(), mine.backward.as_secs_f64());
-        record.timemem.train(cum_batch, self.train.batch_size, forward, backward)?;
-        entries.iter().try_for_each(|entry| record.losses.add(entry))?;
-        match scalars.is_empty() {
-            true => Ok(()),
-            false => record.metrics.record(&self.point(Kind::Train, scalars)),
-        }
-    }
-
-    /// Adds a batch's gradient to those that wait, as much of it as the batch weighs among them.
-    fn add_gradient(&mut self, loss: &Loss) -> Result<()> {
-        let weight = match self.config.train.loss_average {
-            LossAverage::Window => loss.count as f64,
-            LossAverage::Batch => 1.0,
-        };
-        let times = self.state.window.add(weight);
-        if loss.count == 0 {
-            return Ok(());
-        }
-        let loss = if times == 1.0 { loss.mean.clone() } else { (&loss.mean * times)? };
-        autocast(self.config.train.precision, || self.model.params().backward(&loss))?;
-        Ok(())
-    }
-
-    /// A gradient step; if a training point lies in the batches it is of, with the norms of its gradients. Returns how long
-    /// it took to add up those of all processes.
-    fn measured_step(&mut self, scalars: &mut Scalars) -> Result<Duration> {
-        let window = self.state.batches - self.state.window.batches..self.state.batches;
-        let is_measured = self.plan.train_points.any_in(window);
-        let started = Instant::now();
-        self.complete_window()?;
-        let summed = started.elapsed();
-        let stages = if is_measured { stage_grad_norms(self.model.params())? } else { Scalars::new() };
-        let GradNorm { norm, factor, .. } = self.gradient_step()?;
-        if is_measured {
-            scalars.extend([("grad_norm".into(), norm), ("grad_norm_clipped".into(), norm * factor)]);
-            scalars.extend(stages);
-        }
-        Ok(summed)
-    }
-
-    /// Makes the gradients that wait, in all processes, those of their mean.
-    fn complete_window(&mut self) -> Result<()> {
-        let window = std::mem::take(&mut self.state.window);
-        let mut weight = [window.weight];
-        self.processes.sum(&mut weight);
-        scale_grads(self.model.params(), window.scale(weight[0]))?;
-        self.sum_gradients()
-    }
-
-    fn sum_gradients(&self) -> Result<()> {
-        if self.processes.size() == 1 {
-            return Ok(());
-        }
-        let store = self.model.params();
-        let mut there: Vec<f64> = store.gradients_there().into_iter().map(|there| f64::from(u8::from(there))).collect();
-        self.processes.sum(&mut there);
-        let there: Vec<bool> = there.into_iter().map(|count| count > 0.0).collect();
-        Ok(store.flat_gradients(&there, |all| self.processes.sum_gradients(all))?)
-    }
-
-    fn gradient_step(&mut self) -> Result<GradNorm> {
-        let store = self.model.params();
-        let norm = clip_grad_norm(store, self.config.train.gradient_clipping.unwrap_or(f64::INFINITY))?;
-        if !norm.norm.is_finite() {
-            return Err(self.non_finite_gradient());
-        }
-        self.adam.step(store, self.plan.schedule.lr(self.state.step))?;
-        store.zero_grad();
-        self.state.step += 1;
-        self.state.optimizer_step = self.adam.step_count();
-        self.state.avg_grad = (norm.mean, norm.mean * norm.factor);
-        Ok(norm)
-    }
-
     /// The place of the batch before the next one.
     fn last_batch(&self) -> Cursor {
         let mut at = self.state.next;
@@ -518,69 +327,6 @@ impl<'a> Trainer<'a> {
             at.batch = self.train.num_batches(at.epoch);
         }
         Cursor { batch: at.batch.saturating_sub(1), ..at }
-    }
-
-    /// Has the first process write something, and the others wait for it: their result is the run's folder.
-    fn write(&self, record: &mut Record, work: impl FnOnce(&Self, &mut Record) -> Result<PathBuf>) -> Result<PathBuf> {
-        let written = if self.processes.is_first() { work(self, record) } else { Ok(record.folder.clone()) };
-        self.processes.agree(written)
-    }
-
-    /// Saves a checkpoint.
-    pub(crate) fn save(&self, record: &mut Record) -> Result<PathBuf> {
-        self.must_be_alike()?;
-        self.write(record, Self::save_here)
-    }
-
-    fn save_here(&self, record: &mut Record) -> Result<PathBuf> {
-        let store = self.model.params();
-        // Gradients that wait in the checkpoint must be good ones.
-        if self.state.window.weight > 0.0 && !clip_grad_norm(store, f64::INFINITY)?.norm.is_finite() {
-            return Err(self.non_finite_gradient());
-        }
-        let saved = record.checkpoints.save(self.snapshot(), self.config.io.num_models_to_save)?;
-        record.progress.saved(self.state.batches, &saved);
-        self.write_config(record, &self.config_yaml)?;
-        Ok(saved)
-    }
-
-    /// Saves a checkpoint with a changed configuration. The run's `config.yaml` comes first: if the run is killed before the
-    /// checkpoint is there, a resume names what changed and takes it with `--force`, as this one did.
-    pub(crate) fn save_changed(&self, record: &mut Record) -> Result<()> {
-        let save = |trainer: &Self, record: &mut Record| {
-            trainer.write_config(record, &trainer.config.to_yaml()?)?;
-            trainer.save_here(record)
-        };
-        self.write(record, save).map(drop)
-    }
-
-    /// Writes the run's `config.yaml`, which also says how another run begins where this one is. The checkpoint is named by
-    /// its place in the run, which may be moved or copied.
-    fn write_config(&self, record: &Record, config_yaml: &str) -> Result<()> {
-        let best = match record.checkpoints.best() {
-            Ok(best) => best,
-            Err(_) => record.checkpoints.newest()?,
-        };
-        let best = best.path();
-        let resume = ResumeSection {
-            checkpoint_file: best.strip_prefix(&record.folder).unwrap_or(best).into(),
-            next_epoch_index: self.state.next.epoch,
-            next_batch_index: self.state.next.batch,
-            migrate_embeddings: false,
-            rename_modules: false,
-            // For a reader: a name that is not UTF-8 must not keep the run from being saved.
-            resumed_from: self.state.resumed_from.as_ref().map(|path| path.to_string_lossy().into_owned().into()),
-            run: record.folder.canonicalize().at(&record.folder)?.to_str().map(PathBuf::from),
-        };
-        let section = serde_yaml::to_string(&BTreeMap::from([("resume", resume)]))
-            .map_err(|error| Error::Config(format!("{}: {error}", best.display())))?;
-        replace_config(&record.folder, &format!("{config_yaml}{section}"))
-    }
-
-    /// What a checkpoint of this moment holds.
-    pub fn snapshot(&self) -> Snapshot<'_> {
-        let (store, adam, state) = (self.model.params(), &self.adam, &self.state);
-        Snapshot { store, adam, state, config_yaml: &self.config_yaml }
     }
 
     /// A row of `loss.csv` for the last batch, `at`.

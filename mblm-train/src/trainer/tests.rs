@@ -6,10 +6,13 @@ use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
+use mblm_base::random::mix;
+use mblm_core::Mode;
+
 use super::*;
 use crate::bigram::{Bigram, VOCABULARY, config, model};
 use crate::checkpoint::{Which, find};
-use crate::config::{ModelConfig, TargetStrategy};
+use crate::config::{LossAverage, ModelConfig, ResumeSection, TargetStrategy};
 use crate::journal::folder::{RunFolder, read_losses};
 use crate::model::sequences;
 use crate::processes::Solo;
