@@ -229,11 +229,14 @@ fn a_process_that_is_killed_costs_nothing() {
         let out = format!("killed-{rank}");
         let child = begin(folder.path(), &out);
         wait_for_batches(&folder.path().join(&out), batches);
+        let pid = process(&out, rank);
         // SAFETY: no memory is involved.
-        assert_eq!(unsafe { libc::kill(process(&out, rank), libc::SIGKILL) }, 0);
+        assert_eq!(unsafe { libc::kill(pid, libc::SIGKILL) }, 0);
         let output = end(child);
-        let said = text(&output.stderr);
-        assert!(!output.status.success() && said.contains(&format!("rank {rank}")), "{said}");
+        let said = text(&[output.stdout, output.stderr].concat());
+        // Open MPI names the one that died by its rank, MPICH by its process number.
+        let is_named = said.contains(&format!("rank {rank}")) || said.contains(&format!("PID {pid}"));
+        assert!(!output.status.success() && is_named, "{said}");
         let run = folder.path().join(&out);
         succeed(mblm(folder.path(), 1, &["checkpoint", "verify", &out]));
         succeed(mblm(folder.path(), 3, &["train", "--resume", &out, "-q"]));
@@ -273,7 +276,7 @@ fn what_does_not_fit_all_is_said_once_and_nothing_is_written() {
     assert_eq!(said.matches("error: ").count(), 1, "{said}");
     assert!(said.contains(want) && said.contains("run.yaml: train.batch_size"), "{said}");
     let said = refused(&["train", "run.yaml", "--set", "train.learning_rate=fast"]);
-    assert_eq!(said.matches("train.learning_rate").count(), 1, "{said}");
+    assert_eq!(said.matches("error: ").count(), 1, "{said}");
     assert!(!folder.path().join("runs").exists());
     // One sequence for each.
     let five = ["train", "run.yaml", "-q", "--out", "five", "--set", "train.batch_size=1"];
