@@ -168,7 +168,11 @@ fn explain(answer: &clap::Error) -> anyhow::Result<()> {
 fn sharing(command: &Command) -> Sharing {
     match command {
         Command::Train(_) | Command::Eval(_) => Sharing::Together,
-        Command::Compare(_) | Command::Report(_) | Command::Import(_) | Command::Checkpoint(_) => Sharing::Alone,
+        Command::Compare(_)
+        | Command::RunOfStudy(_)
+        | Command::Report(_)
+        | Command::Import(_)
+        | Command::Checkpoint(_) => Sharing::Alone,
         _ => Sharing::Each,
     }
 }

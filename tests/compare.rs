@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::Write;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -231,12 +232,14 @@ fn data_that_change_while_a_study_runs_make_the_next_runs_fail() {
     let folder = workplace(SLOW);
     let (data, text) = (folder.path().join("data.txt"), read(folder.path().join("data.txt")));
     let mut study = begin(folder.path());
-    fs::write(&data, format!("{text}more")).unwrap();
+    // Appended: a file that is emptied first would take the bytes away from the run that has mapped it.
+    let mut appended = fs::OpenOptions::new().append(true).open(&data).unwrap();
+    appended.write_all(b"more").unwrap();
     assert_eq!(study.wait().unwrap().code(), Some(1));
     let failed = |run: &str| fs::read_to_string(folder.path().join("out/failed").join(format!("{run}.txt")));
     let why = failed(SLOW_RUNS[1]).unwrap();
     let want = "the data are not those that the study started with: resized: data.txt (";
-    assert!(why.contains(want) && failed(SLOW_RUNS[0]).is_err(), "{why}");
+    assert!(why.contains(want) && failed(SLOW_RUNS[0]).is_err(), "{why}\n{:?}", failed(SLOW_RUNS[0]));
     let (code, _, error) = mblm(folder.path(), &["compare", "study.yaml", "--retry-failed"]);
     assert!(code == 2 && error.contains(&format!("{} was trained on other data", SLOW_RUNS[0])), "{error}");
     fs::write(&data, text).unwrap();

@@ -134,6 +134,10 @@ fn a_run_that_fails_is_told_from_a_launcher_that_does() {
         "the launcher was tried 2 times in a row without bringing the run further: the launcher ended with exit code 1 \
          (no such partition)"
     );
+    // A launcher that starts several copies.
+    let launcher = "env SLURM_STEP_NUM_TASKS=4";
+    let (code, said) = ended(launched(folder.path(), &["--launcher", launcher, "--tries", "1", "--retry-failed"]));
+    assert!(code == 1 && why().contains("error: srun has started 4 copies of this program"), "{said}{}", why());
     let (code, said) = ended(launched(folder.path(), &["--launcher", "env", "--retry-failed"]));
     assert!(code == 1 && why().starts_with("training stopped at gradient step"), "{said}{}", why());
     assert_eq!(starts(folder.path(), "hopeless-seed1"), 1, "what would fail again is not started again");
