@@ -98,17 +98,29 @@ extern "C" fn _exit(code: libc::c_int) -> ! {
 
 fn work() -> ExitCode {
     // On a thread of the pool, so that a parallel loop starts by handing out work, not by waking a thread and sleeping.
-    let ended = match arguments() {
-        Ok(cli) => {
-            catch_signals(&cli.command);
-            Joined::new(sharing(&cli.command)).and_then(|joined| {
-                let ended = rayon::scope(|_| run(cli, &joined));
-                // Several processes end with one error, which the process shows that it happened in.
-                joined.all_end(ended)
-            })
-        }
-        Err(answer) => explain(&answer),
+    terminal::hush(processes::is_another());
+    let cli = match arguments() {
+        Ok(cli) => cli,
+        Err(_) if processes::is_another() => return EXIT_USAGE.into(),
+        Err(answer) => return conclude(explain(&answer)),
     };
+    catch_signals(&cli.command);
+    let joined = match Joined::new(sharing(&cli.command)) {
+        Ok(joined) => joined,
+        Err(error) => return conclude(Err(error)),
+    };
+    // Until training begins, all would say the same.
+    terminal::hush(joined.all().rank() > 0);
+    let ended = joined.all_end(rayon::scope(|_| run(cli, &joined)));
+    // One error, which the process shows that it happened in.
+    terminal::hush(false);
+    let code = conclude(ended);
+    joined.wait();
+    code
+}
+
+/// Says how the program ended.
+fn conclude(ended: anyhow::Result<()>) -> ExitCode {
     match ended {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if is_closed_pipe(&error) => ExitCode::SUCCESS,
@@ -116,7 +128,6 @@ fn work() -> ExitCode {
             Some(interrupted) => interrupted.exit_code().into(),
             None => {
                 if !is_elsewhere(&error) {
-                    terminal::hush(false);
                     terminal::line(format_args!("error: {error:#}"));
                 }
                 ExitCode::from(if is_usage(&error) { EXIT_USAGE } else { 1 })

@@ -7,7 +7,7 @@ use mblm::device::DeviceName;
 use mblm::train::Error;
 use mblm::train::processes::{Failure, Processes, Solo};
 
-use crate::exit::{Usage, is_closed_pipe, is_usage};
+use crate::exit::{Usage, is_closed_pipe, is_elsewhere, is_usage};
 #[cfg(feature = "mpi")]
 use crate::signals;
 use crate::signals::Interrupted;
@@ -16,6 +16,16 @@ use crate::signals::Interrupted;
 /// and Slurm in a step of a job. Inside a job's script, outside of steps, there is one.
 const LAUNCHERS: [(&str, &str); 3] =
     [("OMPI_COMM_WORLD_SIZE", "mpirun"), ("PMI_SIZE", "mpirun"), ("SLURM_STEP_NUM_TASKS", "srun")];
+
+/// In which of them it says which one this is, counted from 0.
+const RANKS: [&str; 3] = ["OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID"];
+
+/// Whether this is one of several copies that a launcher has started, and not the first: what is wrong with the command
+/// line, the first one says.
+pub fn is_another() -> bool {
+    let rank = RANKS.iter().find_map(|name| env::var(name).ok()?.trim().parse().ok());
+    Launched::find(|name| env::var(name).ok()).is_some() && rank.is_some_and(|rank: usize| rank > 0)
+}
 
 /// What a launcher has started.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -109,10 +119,15 @@ impl Joined {
         }
     }
 
+    /// Waits until all of them have said what they have to say: a launcher ends the others when one has failed.
+    pub fn wait(&self) {
+        self.all().any(false);
+    }
+
     /// The end of all of them. A process that was interrupted has not failed, and neither has one whose output nobody reads.
     pub fn all_end(&self, mine: Result<()>) -> Result<()> {
         match mine {
-            Err(error) if error.is::<Interrupted>() || is_closed_pipe(&error) => {
+            Err(error) if error.is::<Interrupted>() || is_closed_pipe(&error) || is_elsewhere(&error) => {
                 self.agree(Ok(()))?;
                 Err(error)
             }
@@ -149,8 +164,6 @@ fn join(launched: Launched) -> Result<Joined> {
     memory::share_among(size);
     if mpi.rank() > 0 {
         terminal::speak_as(format!("process {}: ", mpi.rank()));
-        // Until training begins, all would say the same.
-        terminal::hush(true);
         signals::say_nothing();
     }
     Ok(Joined { processes: Box::new(mpi), local_rank })

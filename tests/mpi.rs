@@ -297,6 +297,47 @@ fn evaluation_is_shared_and_exact() {
     assert_eq!(text(&succeed(mblm(folder.path(), 2, &parts)).stdout), text(&alone));
 }
 
+/// Whatever one process finds otherwise than the first, it says, and none goes on.
+#[test]
+fn a_process_that_has_other_files_is_heard() {
+    let folder = workplace(&bytes(BATCH * ACCUMULATE * STEPS * 3));
+    train(folder.path(), 1, "run", &[]);
+    let script = "cd view${OMPI_COMM_WORLD_RANK}${PMI_RANK} && exec \"$0\" \"$@\"";
+    let copy = |from: &str, to: String| {
+        let copied = Command::new("cp").args(["-r", from, &to]).current_dir(folder.path()).status().unwrap();
+        assert!(copied.success());
+    };
+    for rank in 0..3 {
+        fs::create_dir(folder.path().join(format!("view{rank}"))).unwrap();
+        ["run.yaml", "data.bin", "run"].iter().for_each(|file| copy(file, format!("view{rank}/{file}")));
+    }
+    let view1 = folder.path().join("view1");
+    let refused = |args: &[&str], code: i32, want: &str| {
+        let program = env!("CARGO_BIN_EXE_mblm");
+        let mut command = mblm(folder.path(), 3, &[]);
+        let mut words = vec!["-n", "3", "sh", "-c", script, program];
+        words.extend(args);
+        // The same environment, with another command line.
+        let environment: Vec<_> =
+            command.get_envs().map(|(name, value)| (name.to_owned(), value.unwrap().to_owned())).collect();
+        command = Command::new("mpirun");
+        let output = command.args(words).current_dir(folder.path()).envs(environment).output().unwrap();
+        let said = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(code), "{args:?}: {said}");
+        assert_eq!(said.matches("error: ").count(), 1, "{args:?}: {said}");
+        assert!(said.contains(&format!("process 1: error: {want}")), "{args:?}: {said}");
+    };
+    let target = target(3);
+    let train = ["train", "run.yaml", "-q", "--out", "new", "--set", &target];
+    fs::write(view1.join("run.yaml"), RUN.replace("learning_rate: 0.01", "learning_rate: 0.02")).unwrap();
+    refused(&train, 2, "not the same configuration as in process 0");
+    fs::remove_file(view1.join("run.yaml")).unwrap();
+    refused(&train, 2, "run.yaml: no such file");
+    assert!(!folder.path().join("view0/new").exists());
+    fs::write(view1.join("data.bin"), bytes(5000)).unwrap();
+    refused(&["eval", "run", "data.bin"], 2, "not the same data as in process 0");
+}
+
 /// Started without a launcher that MPI knows, the copies must not each train the run.
 #[test]
 fn copies_that_mpi_does_not_join_are_refused() {

@@ -21,12 +21,17 @@ pub fn share_among(processes: usize) {
     SHARING.store(processes.max(1) as u64, Ordering::Relaxed);
 }
 
+/// The part of the machine's memory that is this process's, where [others](share_among) need as much.
+pub fn share(bytes: u64) -> u64 {
+    bytes / SHARING.load(Ordering::Relaxed)
+}
+
 /// The tightest limit on memory that this process takes from now on; `None` where the system does not tell. What the
 /// machine or the container has is shared with [the others](share_among).
 pub fn available() -> Option<Limit> {
     limit().map(|limit| match limit.owner {
         Owner::Process => limit,
-        _ => Limit { bytes: limit.bytes / SHARING.load(Ordering::Relaxed), ..limit },
+        _ => Limit { bytes: share(limit.bytes), ..limit },
     })
 }
 
@@ -48,13 +53,14 @@ enum Owner {
 
 impl fmt::Display for Limit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let size = match SHARING.load(Ordering::Relaxed) {
-            1 => gib(self.bytes),
-            processes => format!("{} for each of {processes} processes", gib(self.bytes)),
+        let size = gib(self.bytes);
+        let each = match SHARING.load(Ordering::Relaxed) {
+            1 => String::new(),
+            processes => format!(" for each of {processes} processes"),
         };
         match self.owner {
-            Owner::Machine => write!(f, "this machine has {size} of memory available"),
-            Owner::Container => write!(f, "the memory limit of this container is {size}"),
+            Owner::Machine => write!(f, "this machine has {size} of memory available{each}"),
+            Owner::Container => write!(f, "the memory limit of this container is {size}{each}"),
             Owner::Process => write!(f, "the limit of this process's address space (ulimit -v) leaves {size}"),
         }
     }

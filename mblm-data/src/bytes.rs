@@ -20,7 +20,6 @@ use serde::Deserialize;
 use crate::dataset::{Dataset, DatasetOptions, Splits};
 use crate::error::{Error, Result};
 use crate::files::corpus::Corpus;
-use crate::files::fingerprint::Fingerprint;
 use crate::files::listing::Listing;
 use crate::share::Share;
 
@@ -133,7 +132,7 @@ fn open(options: &DatasetOptions) -> Result<Splits> {
             options.dir,
             corpus.left_out()
         ),
-        fingerprint: Fingerprint::new(corpus.sums("")?, corpus.names_and_sizes()),
+        fingerprint: corpus.fingerprint()?,
     })
 }
 

@@ -13,7 +13,7 @@ use mblm_data::share::Share;
 
 use crate::error::{Error, Result};
 use crate::model::{LossSum, TrainModel, sequences};
-use crate::processes::{Processes, caught};
+use crate::processes::{Processes, caught, sum_of, sum_of_weights};
 
 /// Bits per byte of a mean loss in nats.
 pub fn bpb(loss: f64) -> f64 {
@@ -117,6 +117,7 @@ pub fn evaluate(
     processes: &dyn Processes,
 ) -> Result<Evaluation> {
     let corpus = processes.agree(open(place, options))?;
+    must_be_alike(model, &corpus, processes)?;
     // Of each batch, so that the sum has the same bits whoever computed which.
     let mut losses = vec![LossSum::default(); num_batches(&corpus, options)];
     let mine = caught(|| {
@@ -130,6 +131,16 @@ pub fn evaluate(
     let mut all = LossSum::default();
     losses.into_iter().for_each(|loss| all.add(loss));
     some(all, place)
+}
+
+/// Refuses to share the work among processes that have other weights or data than the first.
+fn must_be_alike(model: &dyn TrainModel, corpus: &Corpus, processes: &dyn Processes) -> Result<()> {
+    if processes.size() == 1 {
+        return Ok(());
+    }
+    processes.must_have_the_same("weights", sum_of_weights(model.params()))?;
+    let fingerprint = processes.agree(corpus.fingerprint().map_err(Error::from))?;
+    processes.must_have_the_same("data", sum_of(&(corpus.len(), fingerprint.as_str())))
 }
 
 /// Adds up what each process has in the same place.
@@ -174,6 +185,7 @@ pub fn evaluate_parts(
     processes: &dyn Processes,
 ) -> Result<Parts> {
     let corpus = processes.agree(open(place, options))?;
+    must_be_alike(model, &corpus, processes)?;
     let starts: Vec<(PathBuf, u64)> = corpus.files().map(|(path, start)| (path.into(), start)).collect();
     let (mut all, mut files) = (LossSum::default(), vec![LossSum::default(); starts.len()]);
     let mut stages: Vec<Vec<LossSum>> = seq_lens.iter().map(|_| vec![]).collect();

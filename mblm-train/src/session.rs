@@ -179,6 +179,7 @@ impl<'a> Session<'a> {
         let warnings = all.agree(begun)?;
         trainer.check_data()?;
         all.agree(trainer.rehearse())?;
+        trainer.must_be_alike()?;
         let run = self.make_folder(&trainer, &fingerprint)?;
         let mut record = all.agree(self.record(&run, &trainer))?;
         let progress = &mut record.progress;
@@ -230,6 +231,7 @@ impl<'a> Session<'a> {
         let model = all.agree((self.build)())?;
         let mut trainer = all.agree(Trainer::new(&*model, splits, config, all))?;
         let remarks = all.agree(trainer.restore(&checkpoint))?;
+        trainer.must_be_alike()?;
         let is_tested = all.agree(has_test_loss(run.path()))?;
         if trainer.is_finished() && (!trainer.has_test() || is_tested) {
             // A kill may have come while the last checkpoint that was not kept was deleted.

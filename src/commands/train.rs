@@ -225,14 +225,15 @@ pub fn outline(config: &RunConfig, here: bool) -> training::Result<Model> {
         None => warn_of_stages(config)?,
     }
     if let (Some(peak), Some(memory)) = (report.peak_bytes(), Memory::now())
-        && peak > memory.total as f64
+        && let total = mblm::base::memory::share(memory.total)
+        && peak > total as f64
     {
         terminal::line(format_args!(
-            "warning: a training step needs about {}, and this machine has {} of memory; lower train.batch_size or \
+            "warning: a training step needs about {}, and this machine has {} of memory for it; lower train.batch_size or \
              params.input_seq_len, or recompute stages in chunks (params.train_checkpoint_chunks); `mblm inspect` shows \
              what needs how much",
             shown_bytes(peak),
-            shown_bytes(memory.total as f64)
+            shown_bytes(total as f64)
         ));
     }
     Ok(model)

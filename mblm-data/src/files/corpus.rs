@@ -6,7 +6,7 @@ use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
 use crate::error::Result;
-use crate::files::fingerprint::{FileSum, hex};
+use crate::files::fingerprint::{FileSum, Fingerprint, hex};
 use crate::files::listing::{LeftOut, Listing};
 use crate::files::reader::{DataFile, OpenFiles};
 
@@ -156,6 +156,14 @@ impl Corpus {
             Some((bytes[at], self.files[chunk.file].data.path.as_path(), chunk.start + at as u64))
         };
         self.scan(0, self.len, in_chunk).find_map_first(Result::transpose).transpose()
+    }
+
+    /// Identifies its contents.
+    ///
+    /// # Errors
+    /// A file cannot be read.
+    pub fn fingerprint(&self) -> Result<Fingerprint> {
+        Ok(Fingerprint::new(self.sums("")?, self.names_and_sizes()))
     }
 
     /// The files with their sums, whose names begin with `folder`.

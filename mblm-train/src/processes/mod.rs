@@ -10,11 +10,18 @@ pub mod mpi;
 pub(crate) mod threads;
 
 use std::any::Any;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
+use mblm_base::random::mix;
+use mblm_core::ParamStore;
 use mblm_data::share::Share;
+use rayon::prelude::*;
 
 use crate::error::{Error, Result};
+
+/// Weights whose bits are mixed one after the other.
+const PIECE: usize = 1 << 16;
 
 /// The processes that train together.
 pub trait Processes: Send + Sync {
@@ -145,14 +152,29 @@ impl dyn Processes + '_ {
         let differs = first != sum.to_le_bytes();
         self.agree(if differs {
             Err(Error::Config(format!(
-                "process {} has not the {what} of process 0: start all of them with the same program and the same \
-                 files, on one kind of machine",
-                self.rank()
+                "not the same {what} as in process 0: start all processes with the same program and the same files, on \
+                 one kind of machine"
             )))
         } else {
             Ok(())
         })
     }
+}
+
+/// What tells contents apart.
+pub(crate) fn sum_of(contents: &impl Hash) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    contents.hash(&mut hasher);
+    hasher.finish()
+}
+
+/// What tells weights apart.
+pub(crate) fn sum_of_weights(store: &ParamStore) -> u64 {
+    let of_piece = |piece: &[f32]| piece.iter().fold(0, |sum, x| mix(sum ^ u64::from(x.to_bits())));
+    store.iter().fold(0, |sum, param| {
+        let pieces: Vec<u64> = param.values().par_chunks(PIECE).map(of_piece).collect();
+        pieces.into_iter().fold(sum, |sum, piece| mix(sum ^ piece))
+    })
 }
 
 /// Runs what one process does by itself; a panic in it, of a block for example, is an error, so that the others learn of it.
@@ -206,7 +228,7 @@ mod tests {
         };
         assert!(same(9).iter().all(|found| found.is_ok()));
         let found = same(2);
-        assert!(found.iter().all(|found| found.as_ref().unwrap_err().contains("process 2 has not the weights")));
+        assert!(found.iter().all(|found| found.as_ref().unwrap_err().contains("not the same weights as in process 0")));
     }
 
     #[test]

@@ -1,37 +1,24 @@
 //! That all processes train the same model: each changes its own weights, by the same gradients, and nobody compares what
 //! comes of it but this.
 
-use std::hash::{DefaultHasher, Hash, Hasher};
-
-use mblm_base::random::mix;
-use rayon::prelude::*;
-
 use super::Trainer;
 use crate::error::Result;
-
-/// Weights whose bits are mixed one after the other.
-const PIECE: usize = 1 << 16;
+use crate::processes::{sum_of, sum_of_weights};
 
 impl Trainer<'_> {
-    /// Refuses to go on if a process has another configuration, other data, or other weights than the first.
-    pub(super) fn must_be_alike(&self) -> Result<()> {
+    /// Refuses to go on if a process has another configuration, other plugins or data, or other weights than the first.
+    pub(crate) fn must_be_alike(&self) -> Result<()> {
         if self.processes.size() == 1 {
             return Ok(());
         }
         let state = &self.state;
         let place = (state.batches, state.step, state.next.epoch, state.next.batch, &state.version);
-        self.processes.must_have_the_same("configuration", sum(&self.config_yaml))?;
-        self.processes.must_have_the_same("data", sum(&state.data))?;
-        self.processes.must_have_the_same("place in the run", sum(&place))?;
-        self.processes.must_have_the_same("weights", self.sum_of_weights())
-    }
-
-    fn sum_of_weights(&self) -> u64 {
-        let of_piece = |piece: &[f32]| piece.iter().fold(0, |sum, x| mix(sum ^ u64::from(x.to_bits())));
-        self.model.params().iter().fold(0, |sum, param| {
-            let pieces: Vec<u64> = param.values().par_chunks(PIECE).map(of_piece).collect();
-            pieces.into_iter().fold(sum, |sum, piece| mix(sum ^ piece))
-        })
+        self.processes.must_have_the_same("configuration", sum_of(&self.config_yaml))?;
+        let plugins: Vec<&String> = state.plugins.iter().map(|plugin| &plugin.sha256).collect();
+        self.processes.must_have_the_same("plugins", sum_of(&plugins))?;
+        self.processes.must_have_the_same("data", sum_of(&state.data))?;
+        self.processes.must_have_the_same("place in the run", sum_of(&place))?;
+        self.processes.must_have_the_same("weights", sum_of_weights(self.model.params()))
     }
 
     /// Takes over the weights of the first process.
@@ -54,10 +41,4 @@ impl Trainer<'_> {
         }
         Ok(())
     }
-}
-
-fn sum(of: &impl Hash) -> u64 {
-    let mut hasher = DefaultHasher::new();
-    of.hash(&mut hasher);
-    hasher.finish()
 }

@@ -156,6 +156,15 @@ impl<'a> Trainer<'a> {
                  bytes (input_seq_len){each}; expected at most that many: lower one of the two or add data"
             )));
         }
+        if let Some(ranks) = &config.io.enabled_loss_log_for_gpus
+            && processes.size() > 1
+            && !ranks.iter().any(|rank| *rank < processes.size())
+        {
+            let last = processes.size() - 1;
+            return Err(Error::Config(format!(
+                "io.enabled_loss_log_for_gpus: expected processes from 0 to {last}, found {ranks:?}"
+            )));
+        }
         let test = splits.test.map(|dataset| batches(dataset, false, 0, false));
         let train = Arc::new(train);
         let (beta1, beta2) = section.betas;
@@ -235,7 +244,6 @@ impl<'a> Trainer<'a> {
     pub fn run(&mut self, record: &mut Record, stop: &AtomicBool, started: Instant) -> Result<Outcome> {
         let limit = self.config.train.max_seconds;
         let is_late = || limit.is_some_and(|limit| started.elapsed().as_secs_f64() >= limit);
-        self.must_be_alike()?;
         // A window that a change of the configuration completed.
         if self.window_is_complete() {
             self.complete_window()?;

@@ -217,10 +217,9 @@ fn a_process_with_another_configuration_is_named() {
         let trained = Session { processes, ..session(&model, &config, &stop) }.train();
         trained.unwrap_err().to_string()
     });
-    assert!(
-        errors.iter().all(|error| error.contains("process 2 has not the configuration of process 0")),
-        "{errors:?}"
-    );
+    assert_eq!(outputs(&config), 0, "no folder is left");
+    assert!(errors.iter().all(|error| error.contains("not the same configuration as in process 0")), "{errors:?}");
+    assert!(errors[0].starts_with("process 2: "), "{errors:?}");
 }
 
 /// Validation is shared, and summed up as one process does.
