@@ -5,7 +5,8 @@ use std::env;
 use anyhow::Result;
 use mblm::device::DeviceName;
 use mblm::train::Error;
-use mblm::train::processes::{Failure, Processes, Solo};
+use mblm::train::error::Failure;
+use mblm::train::processes::{Processes, Solo};
 
 use crate::exit::{Usage, is_closed_pipe, is_elsewhere, is_usage};
 #[cfg(feature = "mpi")]

@@ -1,5 +1,6 @@
 //! The contract of a data set: splits of sequences that can be read in any order.
 
+use std::ops::Range;
 use std::path::Path;
 
 use mblm_yaml::{from_value, join};
@@ -7,7 +8,6 @@ use serde::de::DeserializeOwned;
 
 use crate::error::{Error, Result};
 use crate::files::fingerprint::Fingerprint;
-use crate::share::Share;
 
 /// A split of a data set: sequences of a fixed length, in a fixed order.
 ///
@@ -39,6 +39,23 @@ pub trait Dataset: Send + Sync {
     /// counts](Self::byte_counts) are those of all the data.
     fn share(&self, _share: Share) -> Option<Box<dyn Dataset>> {
         None
+    }
+}
+
+/// Which one of several processes reads a [share](crate::share) of the data.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Share {
+    /// Counted from 0.
+    pub rank: usize,
+    /// How many there are.
+    pub size: usize,
+}
+
+impl Share {
+    /// The share of `len` things.
+    pub fn range(self, len: u64) -> Range<u64> {
+        let each = len / self.size as u64;
+        self.rank as u64 * each..(self.rank as u64 + 1) * each
     }
 }
 

@@ -6,24 +6,8 @@
 use std::ops::Range;
 
 use crate::dataset::Dataset;
+pub use crate::dataset::Share;
 use crate::error::Result;
-
-/// Which of the processes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Share {
-    /// Counted from 0.
-    pub rank: usize,
-    /// How many there are.
-    pub size: usize,
-}
-
-impl Share {
-    /// The share of `len` things.
-    pub fn range(self, len: u64) -> Range<u64> {
-        let each = len / self.size as u64;
-        self.rank as u64 * each..(self.rank as u64 + 1) * each
-    }
-}
 
 /// The part of `dataset` that is `share`.
 pub fn share(dataset: Box<dyn Dataset>, share: Share) -> Box<dyn Dataset> {

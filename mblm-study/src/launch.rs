@@ -6,16 +6,15 @@
 //! place of standard input and of signals, which launchers do not pass on in one way.
 
 mod errand;
+pub(crate) mod launcher;
 pub(crate) mod lease;
 
 use std::fs;
-use std::path::Path;
-use std::process::Command;
-use std::str::FromStr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 pub use errand::{Errand, Outcome};
+use launcher::Launcher;
 use lease::Lease;
 use mblm_base::files;
 use mblm_train::checkpoint::Shelf;
@@ -38,44 +37,6 @@ const UNSEEN: Duration = Duration::from_secs(60);
 const LOOK: Duration = Duration::from_millis(500);
 /// How often a pause looks whether it should end.
 const GLANCE: Duration = Duration::from_millis(50);
-
-/// What a Slurm job says of its own processors and memory, which `srun` would take for those of the new step.
-const OF_THIS_STEP: [&str; 2] = ["SLURM_CPU_BIND", "SLURM_MEM_BIND"];
-
-/// A command that starts another one, which follows it, on a machine of its choice.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Launcher(Vec<String>);
-
-impl FromStr for Launcher {
-    type Err = String;
-
-    /// Splits a command as a shell does, without expanding anything.
-    fn from_str(command: &str) -> std::result::Result<Self, String> {
-        let words = shlex::split(command).ok_or("a quote is not closed")?;
-        let program = words.first().filter(|program| !program.is_empty());
-        let program = program.ok_or("expected a command, such as 'srun -n1 -c8'; it is empty")?;
-        let found = match program.contains('/') {
-            true => Path::new(program).is_file(),
-            false => std::env::var_os("PATH")
-                .is_some_and(|path| std::env::split_paths(&path).any(|folder| folder.join(program).is_file())),
-        };
-        if found { Ok(Launcher(words)) } else { Err(format!("there is no program {program}; is it in PATH?")) }
-    }
-}
-
-impl Launcher {
-    /// `program`, started by the launcher.
-    fn command(&self, program: &Path) -> Command {
-        let mut command = Command::new(&self.0[0]);
-        command.args(&self.0[1..]).arg(program);
-        for (name, _) in std::env::vars_os() {
-            if OF_THIS_STEP.iter().any(|start| name.to_string_lossy().starts_with(start)) {
-                command.env_remove(name);
-            }
-        }
-        command
-    }
-}
 
 /// A run that a launcher starts.
 pub(crate) struct Launch<'a> {
@@ -197,27 +158,4 @@ fn terminate(launcher: u32) {
     }
     #[cfg(not(unix))]
     let _ = launcher;
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_launcher_is_split_as_a_shell_does_and_must_be_there() {
-        let words = |command: &str| Launcher::from_str(command).map(|Launcher(words)| words);
-        assert_eq!(words("env A='b c' sh").unwrap(), ["env", "A=b c", "sh"]);
-        let cases = [
-            ("", "it is empty"),
-            ("  ", "it is empty"),
-            ("'' x", "it is empty"),
-            ("srun 'a", "a quote is not closed"),
-            ("no-such-program -n1", "there is no program no-such-program"),
-            ("./no/such", "there is no program ./no/such"),
-        ];
-        for (command, want) in cases {
-            let found = words(command).unwrap_err();
-            assert!(found.contains(want), "{command:?}: {found}");
-        }
-    }
 }

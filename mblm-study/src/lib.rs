@@ -29,7 +29,8 @@ mod spec;
 mod task;
 
 pub use budget::{Amount, Budget, Parameters};
-pub use launch::{ERRAND, Errand, Launcher, Outcome};
+pub use launch::launcher::Launcher;
+pub use launch::{ERRAND, Errand, Outcome};
 pub use plan::{AboutVariant, Plan, PlanFile, PlannedRun, PlannedVariant};
 pub use runner::{Ended, Options, Runner};
 pub use spec::Spec;

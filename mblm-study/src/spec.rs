@@ -26,7 +26,7 @@ use mblm_yaml::{ConfigError, Document, describe, join};
 use serde_yaml::{Mapping, Value};
 
 use crate::budget::Budget;
-use crate::launch::Launcher;
+use crate::launch::launcher::Launcher;
 
 const FIELDS: [&str; 11] =
     ["name", "description", "output_dir", "base", "set", "variants", "grid", "seeds", "budget", "prompt", "jobs"];

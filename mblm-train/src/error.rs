@@ -5,8 +5,6 @@ use std::path::{Path, PathBuf};
 
 use mblm_yaml::Document;
 
-use crate::processes::Failure;
-
 /// Everything that can go wrong in `mblm-train`.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -73,6 +71,40 @@ pub enum Error {
     /// The model failed.
     #[error(transparent)]
     Core(#[from] mblm_core::Error),
+}
+
+/// What a process says of its failure to the others.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Failure {
+    /// What it shows.
+    pub message: String,
+    /// Whether the user must change the configuration, the data or the command line.
+    pub is_configuration: bool,
+    /// Whether a loss, a gradient or logits were not finite.
+    pub is_not_finite: bool,
+}
+
+impl Failure {
+    pub(crate) fn to_bytes(&self) -> Vec<u8> {
+        let kind = u8::from(self.is_configuration) | u8::from(self.is_not_finite) << 1;
+        [&[kind], self.message.as_bytes()].concat()
+    }
+
+    pub(crate) fn from_bytes(bytes: &[u8]) -> Self {
+        let (kind, message) = bytes.split_first().unwrap_or((&0, &[]));
+        let message = String::from_utf8_lossy(message).into_owned();
+        Failure { message, is_configuration: kind & 1 != 0, is_not_finite: kind & 2 != 0 }
+    }
+}
+
+impl From<&Error> for Failure {
+    fn from(error: &Error) -> Self {
+        Failure {
+            message: error.to_string(),
+            is_configuration: error.is_configuration(),
+            is_not_finite: error.is_not_finite(),
+        }
+    }
 }
 
 /// A result with this crate's [`Error`].

@@ -6,6 +6,7 @@
 
 mod arena;
 mod candle;
+mod flat;
 mod gradient;
 mod init;
 mod part;

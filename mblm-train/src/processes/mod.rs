@@ -18,7 +18,7 @@ use mblm_core::ParamStore;
 use mblm_data::share::Share;
 use rayon::prelude::*;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Failure, Result};
 
 /// Weights whose bits are mixed one after the other.
 const PIECE: usize = 1 << 16;
@@ -56,40 +56,6 @@ impl Processes for Solo {
     fn sum(&self, _: &mut [f64]) {}
     fn sum_gradients(&self, _: &mut [f32]) {}
     fn broadcast(&self, _: usize, _: &mut Vec<u8>) {}
-}
-
-/// What a process says of its failure to the others.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Failure {
-    /// What it shows.
-    pub message: String,
-    /// Whether the user must change the configuration, the data or the command line.
-    pub is_configuration: bool,
-    /// Whether a loss, a gradient or logits were not finite.
-    pub is_not_finite: bool,
-}
-
-impl Failure {
-    fn to_bytes(&self) -> Vec<u8> {
-        let kind = u8::from(self.is_configuration) | u8::from(self.is_not_finite) << 1;
-        [&[kind], self.message.as_bytes()].concat()
-    }
-
-    fn from_bytes(bytes: &[u8]) -> Self {
-        let (kind, message) = bytes.split_first().unwrap_or((&0, &[]));
-        let message = String::from_utf8_lossy(message).into_owned();
-        Failure { message, is_configuration: kind & 1 != 0, is_not_finite: kind & 2 != 0 }
-    }
-}
-
-impl From<&Error> for Failure {
-    fn from(error: &Error) -> Self {
-        Failure {
-            message: error.to_string(),
-            is_configuration: error.is_configuration(),
-            is_not_finite: error.is_not_finite(),
-        }
-    }
 }
 
 impl dyn Processes + '_ {
