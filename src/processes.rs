@@ -51,7 +51,7 @@ impl Launched {
         let Launched { by, variable, size } = self;
         Usage(format!(
             "{by} has started {size} copies of this program ({variable}={size}), and {why}: {remedy}; if each copy has a \
-             task of its own, start them as `env -u {variable} mblm ...`"
+             task of its own, start it as `env -u {variable} mblm ...`"
         ))
     }
 }

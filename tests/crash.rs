@@ -3,15 +3,16 @@
 #![cfg(unix)]
 
 mod compiled;
+mod programs;
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant, SystemTime};
 
 use assert_cmd::cargo::CommandCargoExt;
+use programs::{succeed, text};
 use serde_json::Value;
 
 /// Shuffled, accumulated, with dropout, recomputed in chunks, and with a block from a plugin.
@@ -48,28 +49,7 @@ fn workplace() -> tempfile::TempDir {
 fn command(folder: &Path, args: &[&str]) -> Command {
     let mut command = Command::cargo_bin("mblm").unwrap();
     command.current_dir(folder).args(args).env("MBLM_PLUGIN_PATH", folder.join("plugins"));
-    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    // Signals are heard even if these tests run in the background of a script, which ignores some.
-    // SAFETY: the calls are allowed between fork and exec.
-    unsafe {
-        command.pre_exec(|| {
-            for signal in [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT, libc::SIGTERM] {
-                libc::signal(signal, libc::SIG_DFL);
-            }
-            Ok(())
-        });
-    }
-    command
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
-}
-
-fn succeed(mut command: Command) -> Output {
-    let output = command.output().unwrap();
-    assert!(output.status.success(), "{command:?}\n{}", text(&output.stderr));
-    output
+    programs::piped(command)
 }
 
 /// The one run below `output`, if its folder is there.

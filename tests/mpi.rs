@@ -3,14 +3,15 @@
 #![cfg(target_os = "linux")]
 
 mod compiled;
+mod programs;
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, Command, Output};
 use std::time::{Duration, Instant};
 
+use programs::{succeed, text};
 use safetensors::SafeTensors;
 
 /// Dropout, recomputed chunks, a block from a plugin, padding: 0 is a byte of the data that does not count.
@@ -72,28 +73,7 @@ fn mblm(folder: &Path, processes: usize, args: &[&str]) -> Command {
     }
     command.args(args).current_dir(folder).env("MBLM_PLUGIN_PATH", folder.join("plugins"));
     command.env("RAYON_NUM_THREADS", "1");
-    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    // Signals are heard even if these tests run in the background of a script, which ignores some.
-    // SAFETY: the calls are allowed between fork and exec.
-    unsafe {
-        command.pre_exec(|| {
-            for signal in [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT, libc::SIGTERM] {
-                libc::signal(signal, libc::SIG_DFL);
-            }
-            Ok(())
-        });
-    }
-    command
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
-}
-
-fn succeed(mut command: Command) -> Output {
-    let output = command.output().expect("mpirun is installed");
-    assert!(output.status.success(), "{command:?}\n{}", text(&output.stderr));
-    output
+    programs::piped(command)
 }
 
 /// Ends within [`SOON`].
@@ -111,6 +91,11 @@ fn end(mut child: Child) -> Output {
 
 fn target(processes: usize) -> String {
     format!("train.target_elements={}", BATCH * ACCUMULATE * STEPS * processes)
+}
+
+/// That of 3 processes that pass over their data several times, so that there is time to interrupt them.
+fn long_target() -> String {
+    format!("train.target_elements={}", 5 * BATCH * ACCUMULATE * STEPS * 3)
 }
 
 fn train(folder: &Path, processes: usize, out: &str, set: &[&str]) -> PathBuf {
@@ -195,7 +180,7 @@ fn several_processes_are_one_that_accumulates_their_batches() {
 
 /// Starts a run of 3 processes that goes on for long enough to be killed.
 fn begin(folder: &Path, out: &str) -> Child {
-    let args = ["train", "run.yaml", "-q", "--out", out, "--set", &target(3)];
+    let args = ["train", "run.yaml", "-q", "--out", out, "--set", &long_target()];
     mblm(folder, 3, &args).spawn().expect("mpirun is installed")
 }
 
@@ -224,8 +209,8 @@ fn process(run: &str, rank: usize) -> i32 {
 #[test]
 fn a_process_that_is_killed_costs_nothing() {
     let folder = workplace(&bytes(BATCH * ACCUMULATE * STEPS * 3));
-    let straight = fate(&train(folder.path(), 3, "straight", &[]));
-    for (rank, batches) in [(1, 3), (0, 13), (2, 24)] {
+    let straight = fate(&train(folder.path(), 3, "straight", &[&long_target()]));
+    for (rank, batches) in [(1, 3), (0, 53), (2, 104)] {
         let out = format!("killed-{rank}");
         let child = begin(folder.path(), &out);
         wait_for_batches(&folder.path().join(&out), batches);
@@ -247,7 +232,7 @@ fn a_process_that_is_killed_costs_nothing() {
 #[test]
 fn a_launcher_that_is_told_to_end_leaves_a_run_that_goes_on() {
     let folder = workplace(&bytes(BATCH * ACCUMULATE * STEPS * 3));
-    let straight = fate(&train(folder.path(), 3, "straight", &[]));
+    let straight = fate(&train(folder.path(), 3, "straight", &[&long_target()]));
     let child = begin(folder.path(), "ended");
     let run = folder.path().join("ended");
     wait_for_batches(&run, 7);

@@ -3,6 +3,7 @@
 #![cfg(unix)]
 
 mod compiled;
+mod programs;
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Write};
@@ -14,6 +15,7 @@ use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
 use assert_cmd::cargo::CommandCargoExt;
+use programs::text;
 
 const RUN: &str = "\
 io: {name_model: toy, output_dir: runs, dataset_dir: data.txt, dataset_id: bytes, num_models_to_save: 1,
@@ -50,21 +52,8 @@ fn mblm(folder: &Path, args: &[&str]) -> Command {
     command
 }
 
-/// Has a program hear its signals, even if these tests run in the background of a script, which ignores some. To be called
-/// between fork and exec.
-fn heard() {
-    for signal in [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT, libc::SIGTERM] {
-        // SAFETY: allowed between fork and exec.
-        unsafe { libc::signal(signal, libc::SIG_DFL) };
-    }
-}
-
 fn full() -> File {
     OpenOptions::new().write(true).open("/dev/full").unwrap()
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
 }
 
 /// Every command whose product is what it prints.
@@ -357,7 +346,7 @@ impl Person {
         unsafe {
             command.pre_exec(|| {
                 libc::setsid();
-                heard();
+                programs::hear_signals();
                 libc::ioctl(0, libc::TIOCSCTTY, 0);
                 Ok(())
             });
@@ -445,7 +434,7 @@ fn an_ignored_signal_stays_ignored() {
         // SAFETY: the call is allowed between fork and exec.
         unsafe {
             command.pre_exec(move || {
-                heard();
+                programs::hear_signals();
                 for signal in &signals {
                     libc::signal(*signal, libc::SIG_IGN);
                 }

@@ -19,6 +19,7 @@ use lease::Lease;
 use mblm_base::files;
 use mblm_train::checkpoint::Shelf;
 use mblm_train::error::{AtPath, Result};
+use mblm_train::session::rest;
 
 use crate::child::{ChildLog, Exit};
 use crate::plan::failure_file;
@@ -138,15 +139,6 @@ impl Launch<'_> {
         let newest = Shelf::of_run(&self.task.folder()).and_then(|shelf| shelf.newest());
         newest.and_then(|checkpoint| checkpoint.state()).ok().map(|state| state.batches)
     }
-}
-
-/// Waits; false if `stop` is raised meanwhile or was before.
-fn rest(pause: Duration, stop: &AtomicBool) -> bool {
-    let started = Instant::now();
-    while !stop.load(Ordering::Relaxed) && started.elapsed() < pause {
-        std::thread::sleep(GLANCE);
-    }
-    !stop.load(Ordering::Relaxed)
 }
 
 /// Asks a launcher, and what it has started here, to end.

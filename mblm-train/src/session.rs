@@ -292,7 +292,7 @@ impl<'a> Session<'a> {
             if self.processes.is_first() {
                 terminal::line(&text);
             }
-            let rested = self.rest(pause);
+            let rested = rest(pause, self.stop);
             if self.processes.any(!rested) {
                 return Err(error);
             }
@@ -309,15 +309,6 @@ impl<'a> Session<'a> {
         let rewarm_steps_perc = self.processes.agree(newest)?.train.rewarm_steps_perc;
         let train = TrainSection { rewarm_steps_perc, ..self.config.train.clone() };
         self.go_on(run, started, &RunConfig { train, ..self.config.clone() }, &[])
-    }
-
-    /// Waits; false if `stop` is raised meanwhile or was before.
-    fn rest(&self, pause: Duration) -> bool {
-        let started = Instant::now();
-        while !self.stopped() && started.elapsed() < pause {
-            std::thread::sleep(GLANCE);
-        }
-        !self.stopped()
     }
 
     fn stopped(&self) -> bool {
@@ -373,6 +364,15 @@ impl<'a> Session<'a> {
             progress: Progress::new(log, course, self.quiet),
         })
     }
+}
+
+/// Waits; false if `stop` is raised meanwhile or was before.
+pub fn rest(pause: Duration, stop: &AtomicBool) -> bool {
+    let started = Instant::now();
+    while !stop.load(Ordering::Relaxed) && started.elapsed() < pause {
+        std::thread::sleep(GLANCE);
+    }
+    !stop.load(Ordering::Relaxed)
 }
 
 /// Notes an error in the run's log; the program shows it.

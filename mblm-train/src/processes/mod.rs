@@ -108,10 +108,10 @@ impl dyn Processes + '_ {
         }
     }
 
-    /// Refuses to go on if a process has not what the first one has of `what`. `sum` tells contents apart.
+    /// Checks that every process has the same `what` as the first one. `sum` identifies the contents.
     ///
     /// # Errors
-    /// Names the first process that differs.
+    /// A process has something else.
     pub fn must_have_the_same(&self, what: &str, sum: u64) -> Result<()> {
         let mut first = sum.to_le_bytes().to_vec();
         self.broadcast(0, &mut first);
@@ -127,14 +127,14 @@ impl dyn Processes + '_ {
     }
 }
 
-/// What tells contents apart.
+/// A number that identifies contents.
 pub(crate) fn sum_of(contents: &impl Hash) -> u64 {
     let mut hasher = DefaultHasher::new();
     contents.hash(&mut hasher);
     hasher.finish()
 }
 
-/// What tells weights apart.
+/// A number that identifies the weights of a model.
 pub(crate) fn sum_of_weights(store: &ParamStore) -> u64 {
     let of_piece = |piece: &[f32]| piece.iter().fold(0, |sum, x| mix(sum ^ u64::from(x.to_bits())));
     store.iter().fold(0, |sum, param| {

@@ -1,8 +1,8 @@
-//! That all processes train the same model: each changes its own weights, by the same gradients, and nobody compares what
-//! comes of it but this.
+//! Checks that all processes train the same model. Each process updates its own copy of the weights; only this compares
+//! the copies.
 
 use super::Trainer;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::processes::{sum_of, sum_of_weights};
 
 impl Trainer<'_> {
@@ -26,6 +26,7 @@ impl Trainer<'_> {
         if self.processes.size() == 1 {
             return Ok(());
         }
+        let mut taken = Ok(());
         for param in self.model.params().iter() {
             let mut bytes = match self.processes.is_first() {
                 true => param.values().iter().flat_map(|x| x.to_le_bytes()).collect(),
@@ -34,11 +35,12 @@ impl Trainer<'_> {
             self.processes.broadcast(0, &mut bytes);
             if !self.processes.is_first() {
                 let from = bytes.as_chunks::<4>().0;
-                param.update(|values| {
-                    values.iter_mut().zip(from).for_each(|(x, from)| *x = f32::from_le_bytes(*from))
-                })?;
+                taken =
+                    taken.and(param.update(|values| {
+                        values.iter_mut().zip(from).for_each(|(x, from)| *x = f32::from_le_bytes(*from))
+                    }));
             }
         }
-        Ok(())
+        self.processes.agree(taken.map_err(Error::from))
     }
 }

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use super::Trainer;
 use super::optimizer::{GradNorm, clip_grad_norm, scale_grads};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::journal::metrics::{Scalars, stage_grad_norms};
 
 impl Trainer<'_> {
@@ -40,7 +40,7 @@ impl Trainer<'_> {
         let window = std::mem::take(&mut self.state.window);
         let mut weight = [window.weight];
         self.processes.sum(&mut weight);
-        scale_grads(self.model.params(), window.scale(weight[0]))?;
+        self.processes.agree(scale_grads(self.model.params(), window.scale(weight[0])))?;
         self.sum_gradients()
     }
 
@@ -52,7 +52,8 @@ impl Trainer<'_> {
         let mut there: Vec<f64> = store.gradients_there().into_iter().map(|there| f64::from(u8::from(there))).collect();
         self.processes.sum(&mut there);
         let there: Vec<bool> = there.into_iter().map(|count| count > 0.0).collect();
-        Ok(store.flat_gradients(&there, |all| self.processes.sum_gradients(all))?)
+        let summed = store.flat_gradients(&there, |all| self.processes.sum_gradients(all));
+        self.processes.agree(summed.map_err(Error::from))
     }
 
     pub(super) fn gradient_step(&mut self) -> Result<GradNorm> {
