@@ -13,6 +13,8 @@ use serde_json::Value;
 mod compiled;
 #[path = "compare/launcher.rs"]
 mod launcher;
+#[path = "compare/tuning.rs"]
+mod tuning;
 
 const BASE: &str = "
 io: {name_model: toy, output_dir: runs, dataset_dir: data.txt, dataset_id: bytes, num_models_to_save: 1,
@@ -155,8 +157,8 @@ fn the_others_finish_when_a_variant_fails_and_the_report_says_what_their_files_s
     let (code, _, error) = mblm(folder.path(), &["compare", "study.yaml", "--set", "train.batch_size=4"]);
     assert!(
         code == 2
-            && error.contains("was trained with another configuration:\n")
-            && error.contains("\n  train.batch_size: 8, now 4\n"),
+            && error.contains("as-it-is-seed1 was trained with another configuration: ")
+            && error.contains(", train.batch_size: 8, now 4\n"),
         "{error}"
     );
 }
@@ -168,9 +170,14 @@ const SLOW_RUNS: [&str; 2] = ["num_layers-0-2-seed1", "num_layers-0-1-seed1"];
 
 /// Starts the study and returns when its first run has logged a few losses.
 fn begin(folder: &Path) -> std::process::Child {
+    begin_until(folder, SLOW_RUNS[0])
+}
+
+/// Starts the study and returns when this run has logged a few losses.
+fn begin_until(folder: &Path, run: &str) -> std::process::Child {
     let quiet = Stdio::null;
     let child = command(folder, &["compare", "study.yaml"]).stdout(quiet()).stderr(quiet()).spawn().unwrap();
-    wait_for_losses(folder, &SLOW_RUNS[..1]);
+    wait_for_losses(folder, &[run]);
     child
 }
 

@@ -20,7 +20,6 @@ const PARTS: u64 = 1000;
 /// The display of a study.
 pub(super) struct Display {
     bars: Option<(MultiProgress, ProgressBar)>,
-    width: usize,
     state: Mutex<State>,
 }
 
@@ -30,6 +29,8 @@ struct State {
     /// Runs that ended, of how many.
     ended: usize,
     total: usize,
+    /// Of the longest name.
+    width: usize,
     /// Work of all runs that are to do.
     work: f64,
     /// Work done in this session.
@@ -47,16 +48,25 @@ pub(super) struct RunBar<'a> {
 }
 
 impl Display {
-    /// The display of `total` runs, of which `work` is to do, in any unit. `width`: of the longest name.
-    pub(super) fn new(log: File, total: usize, work: f64, width: usize) -> Self {
+    /// The display of a study of which nothing is known yet.
+    pub(super) fn new(log: File) -> Self {
         let bars = std::io::stderr().is_terminal().then(|| {
             let multi = MultiProgress::new();
             let all = multi.add(bar(ALL));
-            all.set_prefix(format!("{:width$}", "all runs"));
+            all.set_prefix("all runs");
             (multi, all)
         });
-        let state = State { log, started: Instant::now(), ended: 0, total, work, done: 0.0 };
-        Display { bars, width, state: Mutex::new(state) }
+        let state = State { log, started: Instant::now(), ended: 0, total: 0, width: 0, work: 0.0, done: 0.0 };
+        Display { bars, state: Mutex::new(state) }
+    }
+
+    /// There are `total` runs, at least, of which `left` work is to do, in any unit. `width`: of the longest name.
+    pub(super) fn expect(&self, total: usize, left: f64, width: usize) {
+        let mut state = self.state();
+        (state.total, state.work, state.width) = (total, state.done + left, width);
+        if let Some((_, all)) = &self.bars {
+            all.set_prefix(format!("{:width$}", "all runs"));
+        }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -77,7 +87,8 @@ impl Display {
     pub(super) fn begin(&self, name: &str, work: f64) -> RunBar<'_> {
         let bar = self.bars.as_ref().map(|(multi, all)| {
             let bar = multi.insert_before(all, bar(RUN));
-            bar.set_prefix(format!("{:width$}", terminal::visible(name), width = self.width));
+            let width = self.state().width;
+            bar.set_prefix(format!("{:width$}", terminal::visible(name)));
             bar
         });
         RunBar { display: self, bar, work, first: None, counted: 0.0 }
@@ -85,15 +96,15 @@ impl Display {
 
     /// A run ended, or was skipped; `text` says how.
     pub(super) fn ended(&self, name: &str, text: &str) {
-        let (ended, total) = {
+        let (ended, total, width) = {
             let mut state = self.state();
             state.ended += 1;
-            (state.ended, state.total)
+            (state.ended, state.total, state.width)
         };
         let digits = total.to_string().len();
         let left = self.left().map_or(String::new(), |left| format!("  ETA {}", duration(left)));
         let left = if ended < total { left } else { String::new() };
-        self.line(&format!("[{ended:digits$}/{total}] {name:width$}  {text}{left}", width = self.width));
+        self.line(&format!("[{ended:digits$}/{total}] {name:width$}  {text}{left}"));
     }
 
     /// Seconds that the rest will take, from what has been done since the start.
@@ -160,7 +171,8 @@ mod tests {
     #[test]
     fn what_is_left_follows_from_what_was_done() {
         let file = tempfile::NamedTempFile::new().unwrap();
-        let display = Display::new(file.reopen().unwrap(), 3, 30.0, 6);
+        let display = Display::new(file.reopen().unwrap());
+        display.expect(3, 30.0, 6);
         assert_eq!(display.left(), None);
         let share = |display: &Display| {
             let state = display.state();

@@ -15,12 +15,14 @@ use mblm_train::error::{AtPath, Error, Result};
 use mblm_train::journal::metrics::Kind;
 use mblm_train::session::open_data;
 
-use crate::budget::Amount;
 use crate::child::ChildLog;
+use crate::course::{Course, Outcome, PlannedRun, follow};
 use crate::launch::{Launch, lease};
-use crate::plan::{Plan, PlannedRun, failure_file};
+use crate::plan::{Plan, failure_file, outcome, step_bytes};
 use crate::progress::{Display, RunBar};
 use crate::report::{Run, RunResult, duration, with_unit};
+use crate::spec::budget::Amount;
+use crate::spec::tune::Tune;
 use crate::task::{Fate, Phase, Task, cores, is_trained};
 
 const LOG: &str = "study.log";
@@ -55,18 +57,18 @@ pub struct Ended {
 }
 
 /// Runs a plan. While it lives, no other process can run the same study.
-pub struct Runner<'a> {
-    plan: &'a mut Plan,
+pub struct Runner<'p, 'r> {
+    plan: &'p mut Plan<'r>,
     options: Options,
     log: File,
 }
 
-impl<'a> Runner<'a> {
+impl<'p, 'r> Runner<'p, 'r> {
     /// Opens the study's folder.
     ///
     /// # Errors
     /// Another process runs this study.
-    pub fn new(plan: &'a mut Plan, options: Options) -> Result<Self> {
+    pub fn new(plan: &'p mut Plan<'r>, options: Options) -> Result<Self> {
         let folder = plan.folder();
         for name in ["configs", "runs", "logs", "failed"] {
             let place = folder.join(name);
@@ -97,7 +99,7 @@ impl<'a> Runner<'a> {
     }
 
     /// What is run.
-    pub fn plan(&self) -> &Plan {
+    pub fn plan(&self) -> &Plan<'r> {
         self.plan
     }
 
@@ -129,7 +131,7 @@ impl<'a> Runner<'a> {
         let mut config = self.plan.variants[variant].config.clone();
         let (least, most) = CALIBRATION_SECONDS;
         config.train.max_seconds = Some((seconds * CALIBRATION_SHARE).clamp(least, most));
-        config.train.target_elements = CALIBRATION_STEPS * self.step_bytes(variant);
+        config.train.target_elements = CALIBRATION_STEPS * step_bytes(&config);
         config.train.validate_every = Some(u64::MAX);
         config.train.max_eval_steps = Some(1);
         config.io.log_train_loss_amount = usize::MAX;
@@ -149,53 +151,115 @@ impl<'a> Runner<'a> {
 
     /// `bytes` in whole gradient steps, at least one.
     fn whole_steps(&self, variant: usize, bytes: f64) -> u64 {
-        let step = self.step_bytes(variant);
+        let step = step_bytes(&self.plan.variants[variant].config);
         ((bytes / step as f64).round() as u64).max(1) * step
     }
 
-    /// Bytes of a gradient step.
-    fn step_bytes(&self, variant: usize) -> u64 {
-        let config = &self.plan.variants[variant].config;
-        (config.train.batch_size * config.params.input_seq_len * config.train.gradient_accumulate_every) as u64
+    /// Runs what is left to do, until the study has come to its end or `stop` is raised; `after` is called after each run,
+    /// one call at a time.
+    pub fn run(&self, stop: &AtomicBool, after: &(dyn Fn() + Sync)) -> Result<Ended> {
+        if self.options.retry_failed {
+            self.forget_failures()?;
+        }
+        let log = self.log.try_clone().at(&self.plan.folder().join(LOG))?;
+        let display = Display::new(log);
+        let mut course = self.course();
+        self.expect(&course, &display);
+        for run in course.runs().filter(|run| self.outcome(run) != Outcome::Open) {
+            self.ended_before(run, &display)?;
+        }
+        while !course.next.is_empty() && !stop.load(Ordering::Relaxed) {
+            self.train_all(&course.next, &display, stop, after)?;
+            course = self.course();
+            self.expect(&course, &display);
+        }
+        self.ended(&course)
     }
 
-    /// Runs what is left to do, until all runs have ended or `stop` is raised; `after` is called after each run, one
-    /// call at a time.
-    pub fn run(&self, stop: &AtomicBool, after: &(dyn Fn() + Sync)) -> Result<Ended> {
-        let plan: &Plan = self.plan;
-        let runs = plan.runs();
-        let work: f64 = runs.iter().filter(|run| !self.has_ended(run)).map(|run| self.work(run)).sum();
-        let width = runs.iter().map(|run| run.name.chars().count()).max().unwrap_or(0);
-        let log = self.log.try_clone().at(&plan.folder().join(LOG))?;
-        let display = Display::new(log, runs.len(), work, width);
+    /// Where the study stands.
+    fn course(&self) -> Course {
+        follow(&self.plan.file(), &|name| outcome(self.plan.folder(), name))
+    }
+
+    fn outcome(&self, run: &PlannedRun) -> Outcome {
+        outcome(self.plan.folder(), &run.name)
+    }
+
+    /// Failed runs are as if they had not been begun.
+    fn forget_failures(&self) -> Result<()> {
+        for run in self.course().runs() {
+            let failure = self.failure_file(run);
+            if failure.exists() && RunResult::read(&self.plan.run_folder(run)).is_none() {
+                fs::remove_file(&failure).at(&failure)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Tells the display how much there is to do, at least.
+    fn expect(&self, course: &Course, display: &Display) {
+        let known: f64 = course.runs().filter(|run| self.outcome(run) == Outcome::Open).map(|run| self.work(run)).sum();
+        let ahead = course.ahead(&self.plan.file());
+        let later: f64 = ahead.iter().map(|(variant, share)| share * self.work_of(*variant)).sum();
+        let width = course.runs().map(|run| run.name.chars().count()).max().unwrap_or(0);
+        display.expect(course.runs().count() + ahead.len(), known + later, width);
+    }
+
+    /// Trains runs, so many at a time.
+    fn train_all(
+        &self,
+        runs: &[PlannedRun],
+        display: &Display,
+        stop: &AtomicBool,
+        after: &(dyn Fn() + Sync),
+    ) -> Result<()> {
         let queue: Mutex<VecDeque<&PlannedRun>> = Mutex::new(runs.iter().collect());
-        let ended: Mutex<Result<Ended>> = Mutex::new(Ok(Ended::default()));
+        let all: Mutex<Result<()>> = Mutex::new(Ok(()));
         let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
         let worker = || {
             while let Some(run) = next() {
-                let fate = self.run_one(run, &display, stop);
-                let mut ended = ended.lock().unwrap_or_else(PoisonError::into_inner);
-                match (&mut *ended, fate) {
-                    (Ok(ended), Ok(Fate::Finished)) => ended.finished += 1,
-                    (Ok(ended), Ok(Fate::Failed(why))) => ended.failed.push((run.name.clone(), why)),
-                    (Ok(ended), Ok(Fate::Stopped)) => ended.interrupted = true,
+                let result = self.run_one(run, display, stop);
+                let mut all = all.lock().unwrap_or_else(PoisonError::into_inner);
+                if let Err(error) = result {
                     // The study itself is in trouble, its folder for example: nothing more is begun.
-                    (all, Err(error)) => {
-                        *all = Err(error);
-                        stop.store(true, Ordering::SeqCst);
-                    }
-                    (Err(_), _) => {}
+                    *all = std::mem::replace(&mut *all, Ok(())).and(Err(error));
+                    stop.store(true, Ordering::SeqCst);
                 }
                 after();
             }
         };
-        std::thread::scope(|scope| (0..plan.spec.jobs).for_each(|_| drop(scope.spawn(worker))));
-        ended.into_inner().unwrap_or_else(PoisonError::into_inner)
+        std::thread::scope(|scope| (0..self.plan.spec.jobs).for_each(|_| drop(scope.spawn(worker))));
+        all.into_inner().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How the study stands when nothing is run any more. A try that failed is a measurement; a variant without any try
+    /// that did not is a failure.
+    fn ended(&self, course: &Course) -> Result<Ended> {
+        let mut ended = Ended { interrupted: !course.next.is_empty(), ..Ended::default() };
+        for (unit, field) in course.units.iter().filter_map(|unit| Some((unit, unit.lost_with()?))) {
+            let name = &self.plan.variants[unit.variants[0]].about.name;
+            ended.failed.push((name.clone(), no_value(self.plan.spec.tune.as_ref(), field)));
+        }
+        for run in &course.scoring {
+            match RunResult::read(&self.plan.run_folder(run)) {
+                Some(_) => ended.finished += 1,
+                None if self.outcome(run) == Outcome::Failed => {
+                    let failure = self.failure_file(run);
+                    ended.failed.push((run.name.clone(), files::read_text(&failure, files::SMALL).at(&failure)?));
+                }
+                None => {}
+            }
+        }
+        Ok(ended)
     }
 
     /// What a run costs, in units that are the same for all.
     fn work(&self, run: &PlannedRun) -> f64 {
-        let about = &self.plan.variants[run.variant].about;
+        run.share * self.work_of(run.variant)
+    }
+
+    fn work_of(&self, variant: usize) -> f64 {
+        let about = &self.plan.variants[variant].about;
         match self.plan.spec.budget.amount {
             Amount::Seconds(seconds) => seconds,
             _ => about.bytes.unwrap_or(1) as f64 * about.cost.total.flops_per_byte.unwrap_or(1.0),
@@ -206,48 +270,49 @@ impl<'a> Runner<'a> {
         failure_file(self.plan.folder(), &run.name)
     }
 
-    fn has_ended(&self, run: &PlannedRun) -> bool {
-        let failed = self.failure_file(run).exists() && !self.options.retry_failed;
-        failed || RunResult::read(&self.plan.run_folder(run)).is_some()
+    /// Shows a run that ended before this call.
+    fn ended_before(&self, run: &PlannedRun, display: &Display) -> Result<()> {
+        let folder = self.plan.run_folder(run);
+        if RunResult::read(&folder).is_some() {
+            display.ended(&run.name, &format!("{}  (done before)", summary(&folder)));
+            return Ok(());
+        }
+        let failure = self.failure_file(run);
+        let why = files::read_text(&failure, files::SMALL).at(&failure)?;
+        display.ended(&run.name, &format!("failed before: {}; try again with --retry-failed", first_line(&why)));
+        Ok(())
     }
 
     /// Takes one run to its end, from wherever it stands.
-    fn run_one(&self, run: &PlannedRun, display: &Display, stop: &AtomicBool) -> Result<Fate> {
-        let (folder, failure) = (self.plan.run_folder(run), self.failure_file(run));
-        if RunResult::read(&folder).is_some() {
-            display.ended(&run.name, &format!("{}  (done before)", summary(&folder)));
-            return Ok(Fate::Finished);
-        }
-        if failure.exists() && !self.options.retry_failed {
-            let why = files::read_text(&failure, files::SMALL).at(&failure)?;
-            display.ended(&run.name, &format!("failed before: {}; try again with --retry-failed", first_line(&why)));
-            return Ok(Fate::Failed(why));
-        }
+    fn run_one(&self, run: &PlannedRun, display: &Display, stop: &AtomicBool) -> Result<()> {
         if stop.load(Ordering::Relaxed) {
-            return Ok(Fate::Stopped);
+            return Ok(());
         }
+        let (folder, failure) = (self.plan.run_folder(run), self.failure_file(run));
         let fate = self.train_and_measure(run, display, stop)?;
         match &fate {
-            Fate::Finished => {
-                if failure.exists() {
-                    fs::remove_file(&failure).at(&failure)?;
-                }
-                display.ended(&run.name, &summary(&folder));
-            }
+            Fate::Finished => display.ended(&run.name, &summary(&folder)),
             Fate::Failed(why) => {
                 files::replace_text(&failure, why).at(&failure)?;
                 display.ended(&run.name, &format!("failed: {}", first_line(why)));
             }
             Fate::Stopped => display.line(&format!("{} is stopped", run.name)),
         }
-        Ok(fate)
+        Ok(())
     }
 
     fn train_and_measure(&self, run: &PlannedRun, display: &Display, stop: &AtomicBool) -> Result<Fate> {
         let folder = self.plan.run_folder(run);
+        let config = match self.plan.config(run) {
+            Ok(config) => config,
+            // A grid that widens may come to what a field cannot be.
+            Err(error) => return Ok(Fate::Failed(error.to_string())),
+        };
+        if let Some(why) = self.plan.misfit(run)? {
+            return Ok(Fate::Failed(format!("{why}; remove that folder, or start the study with --force")));
+        }
+        let bytes = config.train.target_elements;
         let mut bar = display.begin(&run.name, self.work(run));
-        let bytes = self.plan.variants[run.variant].about.bytes.unwrap_or(1);
-        let config = self.plan.config(run, bytes);
         if !is_trained(&folder, &config)
             && let Err(error) = self.check_data(run, &config)
         {
@@ -323,6 +388,14 @@ fn summary(folder: &Path) -> String {
     let peak = run.peak_bytes().map_or(String::new(), |peak| format!("  {:>8}", binary(peak)));
     let time = run.seconds().map_or(String::new(), |s| format!("  {}", duration(s)));
     format!("{bpb}{rate}{peak}{time}")
+}
+
+/// Why a variant is not scored.
+pub(crate) fn no_value(tune: Option<&Tune>, field: usize) -> String {
+    let path = tune.map_or("", |tune| &tune.fields[field].path);
+    format!(
+        "no value of {path} that was tried ended with a finite loss; tune it in a lower range, or with another base"
+    )
 }
 
 fn first_line(text: &str) -> &str {

@@ -3,16 +3,23 @@
 use std::io::Write;
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 use mblm::base::terminal::{self, Output};
 use mblm::device::DeviceName;
-use mblm::study::report::Report;
+use mblm::model::Sequences;
+use mblm::study::report::{Report, duration};
 use mblm::study::{Launcher, Options, Plan, Runner, Spec};
+use mblm::train::config::RunConfig;
+use mblm::train::model::Model;
 
 use crate::exit::EXIT_CODES;
 use crate::plugins::Plugins;
-use crate::signals;
+use crate::{signals, trial};
+
+/// A dry run measures the speed of each variant for so long, and one step at least.
+const MEASURED: Duration = Duration::from_millis(500);
 
 /// Arguments of `mblm compare`.
 #[derive(clap::Args)]
@@ -42,6 +49,9 @@ pub struct Args {
     /// Where to train: cpu, cuda, cuda:N, metal or auto; the same as `--set train.device=DEVICE`
     #[arg(long, value_name = "DEVICE")]
     device: Option<DeviceName>,
+    /// If the study has changed: keep the runs that still fit, and move the others to the folder `replaced` of the study
+    #[arg(long)]
+    force: bool,
     /// Override a field of the study (`budget.bytes=1e6`) or of every variant (`io.dataset_dir=DIR`); may be repeated
     #[arg(long, value_name = "FIELD=VALUE")]
     set: Vec<String>,
@@ -57,14 +67,15 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
     spec.output_dir = args.out.clone().unwrap_or(spec.output_dir);
     let registry = plugins.registry(Some(&args.study))?;
     let mut plan = Plan::new(spec, &registry)?;
-    plan.check_earlier_runs(&registry)?;
+    let misfits = plan.check_earlier_runs(args.force)?;
     let mut out = Output::new();
     let shown = writeln!(out, "{plan}");
     if let Some(warning) = plan.memory_warning() {
         terminal::line(warning);
     }
     if args.dry_run {
-        return Ok(shown?);
+        shown?;
+        return hours(&plan);
     }
     signals::LISTENING.store(true, Ordering::SeqCst);
     let folder = plan.folder().to_path_buf();
@@ -72,6 +83,7 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
     let program = std::env::current_exe()?;
     let options = Options { program, retry_failed: args.retry_failed, tries: args.tries };
     let mut runner = Runner::new(&mut plan, options)?;
+    runner.plan().replace(misfits)?.iter().for_each(terminal::line);
     if runner.calibrate(&signals::STOP)? && has_unmeasured {
         let _ = writeln!(out, "{}", runner.plan()); // an error comes again at the end
     }
@@ -94,4 +106,31 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
             ended.failed.len() + ended.finished
         ),
     }
+}
+
+/// Shows how long a study takes, from a few steps of training of each variant.
+fn hours(plan: &Plan) -> Result<()> {
+    if plan.spec.launcher.is_some() {
+        return Ok(());
+    }
+    let rates = plan.variants.iter().map(|variant| rate(&variant.config)).collect::<Result<Vec<_>>>()?;
+    let (least, most) = plan.seconds(&rates);
+    let upto = if most > least { format!(" to {}", duration(most)) } else { String::new() };
+    Ok(writeln!(Output::new(), "\ntime on this machine, from a few steps of each: about {}{upto}", duration(least))?)
+}
+
+/// Training bytes per second.
+fn rate(config: &RunConfig) -> Result<f64> {
+    let place = config.train.place()?;
+    let model = Model::of(&config.params.model, trial::MASKING_PROBA, 0, place)?;
+    let ids = trial::random_bytes(config.train.batch_size * config.params.input_seq_len, trial::num_tokens(&model));
+    let sequences = Sequences { ids: &ids, len: config.params.input_seq_len, loss_mask: None };
+    let mut step = trial::training_step(&model, sequences);
+    step()?; // the first one makes buffers
+    let (started, mut steps) = (Instant::now(), 0);
+    while steps == 0 || started.elapsed() < MEASURED {
+        step()?;
+        steps += 1;
+    }
+    Ok((ids.len() * steps) as f64 / started.elapsed().as_secs_f64())
 }

@@ -25,7 +25,7 @@ pub(crate) fn with_unit(number: f64, unit: &str) -> String {
 }
 
 /// `1 h 5 min`, `2 min 3 s`, `4.2 s`.
-pub(crate) fn duration(seconds: f64) -> String {
+pub fn duration(seconds: f64) -> String {
     let whole = seconds.round() as u64;
     match whole {
         0..10 => format!("{seconds:.1} s"),

@@ -24,8 +24,8 @@ pub use basis::Apart;
 use charts::Measure;
 use charts::svg::{Format, Svg};
 use format::count;
-pub use format::inert;
-pub(crate) use format::{duration, with_unit};
+pub(crate) use format::with_unit;
+pub use format::{duration, inert};
 use mblm_base::files;
 use mblm_train::cost;
 use mblm_train::error::{AtPath, Result};
@@ -36,8 +36,11 @@ pub use seen::Seen;
 use serde_yaml::Value;
 pub use variant::{Axis, CurvePoint, Spread, Variant};
 
-use crate::budget::Amount;
-use crate::plan::{PlanFile, failure_file, run_folder, run_name};
+use crate::course::{PlannedRun, Unit, follow};
+use crate::plan::{AboutVariant, PlanFile, failure_file, outcome, run_folder};
+use crate::runner::no_value;
+use crate::spec::budget::Amount;
+use crate::spec::seeds::Seeds;
 
 /// Fields in which runs of one variant may differ.
 const NO_VARIANTS: [&str; 3] = ["train.seed", "io.name_model", "io.output_dir"];
@@ -69,9 +72,14 @@ impl Report {
     /// It is no study's folder.
     pub fn of_study(folder: &Path) -> Result<Self> {
         let plan = PlanFile::read(folder)?;
-        let (mut variants, mut seen) = (Vec::new(), Seen::default());
-        for about in &plan.variants {
-            let runs = plan.seeds.iter().map(|&seed| study_run(folder, &about.name, seed, &mut seen)).collect();
+        let course = follow(&plan, &|name| outcome(folder, name));
+        let mut seen = Seen::default();
+        let mut variants = Vec::new();
+        for (i, about) in plan.variants.iter().enumerate() {
+            let runs = course.scoring.iter().filter(|run| run.variant == i);
+            let mut runs: Vec<Run> = runs.map(|run| study_run(folder, run, &mut seen)).collect();
+            let unit = course.units.iter().find(|unit| unit.variants.contains(&i));
+            runs.extend(unit.and_then(|unit| lost(&plan, about, unit)));
             variants.push(Variant {
                 name: about.name.clone(),
                 runs,
@@ -79,6 +87,9 @@ impl Report {
                 differences: about.differences.clone(),
                 solved: about.solved.clone(),
             });
+        }
+        if plan.scale.is_some() {
+            variants = of_largest_budget(&plan, variants);
         }
         let facts = study_facts(&plan, &variants);
         let PlanFile { name, description, .. } = plan;
@@ -201,20 +212,42 @@ fn gradient_id(stage: usize) -> String {
 }
 
 /// A run of a study: from its folder, or that it has none.
-fn study_run(study: &Path, variant: &str, seed: u64, seen: &mut Seen) -> Run {
-    let name = run_name(variant, seed);
-    if let Some(why) = seen.again(&run_folder(study, &name)) {
-        return Run::absent(&name, seed, Status::Failed(format!("its folder is {why}")));
+fn study_run(study: &Path, planned: &PlannedRun, seen: &mut Seen) -> Run {
+    let PlannedRun { name, seed, .. } = planned;
+    if let Some(why) = seen.again(&run_folder(study, name)) {
+        return Run::absent(name, *seed, Status::Failed(format!("its folder is {why}")));
     }
-    let mut run = Run::read(&run_folder(study, &name)).unwrap_or_else(|_| Run::absent(&name, seed, Status::Unfinished));
-    match files::read_text(&failure_file(study, &name), files::SMALL) {
+    let mut run = Run::read(&run_folder(study, name)).unwrap_or_else(|_| Run::absent(name, *seed, Status::Unfinished));
+    match files::read_text(&failure_file(study, name), files::SMALL) {
         Ok(why) => run.status = Status::Failed(why),
         // The study knows better than the log: a run it has not measured is not finished.
         Err(_) if run.result.is_none() => run.status = Status::Unfinished,
         Err(_) => run.status = Status::Finished,
     }
-    (run.name, run.seed) = (name, Some(seed));
+    (run.name, run.seed) = (name.clone(), Some(*seed));
     run
+}
+
+/// What stands for the runs of a variant that could not be tuned.
+fn lost(plan: &PlanFile, about: &AboutVariant, unit: &Unit) -> Option<Run> {
+    let why = no_value(plan.tune.as_ref(), unit.lost_with()?);
+    Some(Run::absent(&about.name, plan.seeds.first()[0], Status::Failed(why)))
+}
+
+/// Of a scaling study: each variant in the size that is best for the largest budget.
+fn of_largest_budget(plan: &PlanFile, variants: Vec<Variant>) -> Vec<Variant> {
+    let largest = plan.scale.as_ref().and_then(|scale| scale.budgets.last().copied()).unwrap_or_default();
+    let mut best: Vec<(&str, Variant)> = Vec::new();
+    for (about, variant) in plan.variants.iter().zip(variants) {
+        let Some(cell) = about.cell.as_ref().filter(|cell| cell.flops == largest) else { continue };
+        let loss = |variant: &Variant| variant.valid_bpb().map_or(f64::INFINITY, |bpb| bpb.mean);
+        match best.iter_mut().find(|(name, _)| *name == cell.variant) {
+            Some((_, other)) if loss(&variant) < loss(other) => *other = variant,
+            Some(_) => {}
+            None => best.push((&cell.variant, variant)),
+        }
+    }
+    best.into_iter().map(|(_, variant)| variant).collect()
 }
 
 fn study_facts(plan: &PlanFile, variants: &[Variant]) -> Vec<String> {
@@ -223,7 +256,7 @@ fn study_facts(plan: &PlanFile, variants: &[Variant]) -> Vec<String> {
         Amount::Flops(flops) => format!("{} of training each", format::with_unit(flops, "FLOP")),
         Amount::Seconds(seconds) => seconds_used(seconds, variants),
     };
-    let mut facts = vec![count(plan.variants.len(), "variant"), count(plan.seeds.len(), "seed"), equal];
+    let mut facts = vec![count(variants.len(), "variant"), seeds(plan), equal];
     if plan.equal_parameters {
         facts.push("equal parameters".into());
     }
@@ -246,6 +279,13 @@ fn study_facts(plan: &PlanFile, variants: &[Variant]) -> Vec<String> {
         facts.push(format!("{} not finished", count(open, "run")));
     }
     facts
+}
+
+fn seeds(plan: &PlanFile) -> String {
+    match &plan.seeds {
+        Seeds::Listed(seeds) => count(seeds.len(), "seed"),
+        Seeds::Until { start, most } => format!("{start} to {most} seeds"),
+    }
 }
 
 /// A budget in seconds is one of bytes that were measured to take so long: what the runs took may be something else.
@@ -343,7 +383,9 @@ mod tests {
                 description: None,
                 amount: Amount::Bytes(100),
                 equal_parameters: false,
-                seeds: vec![1],
+                seeds: Seeds::Listed(vec![1]),
+                tune: None,
+                scale: None,
                 jobs: 1,
                 variants: vec![],
             };

@@ -5,6 +5,9 @@ use mblm_yaml::{ConfigError, Document};
 use serde::{Deserialize, Serialize};
 use serde_yaml::Value;
 
+use super::scale::Scale;
+
+const PATH: &str = "budget";
 /// How far from the budget a variant may be, unless the study says otherwise.
 const TOLERANCE: f64 = 0.05;
 
@@ -79,9 +82,11 @@ impl std::fmt::Display for Amount {
 }
 
 impl Budget {
-    /// Reads section `budget` of a study.
-    pub(super) fn from_document(document: &Document) -> Result<Self, ConfigError> {
-        const PATH: &str = "budget";
+    /// Reads section `budget` of a study. Where `scale` is given, sizes and amounts are there.
+    pub(super) fn from_document(document: &Document, scale: Option<&Scale>) -> Result<Self, ConfigError> {
+        if let Some(scale) = scale {
+            return Budget::of_scale(document, scale);
+        }
         const AMOUNTS: &str = "`bytes: N`, `flops: F` or `seconds: S`";
         document.require(PATH)?;
         document.check_fields(PATH, &["bytes", "flops", "seconds", "parameters", "solve", "tolerance"])?;
@@ -89,14 +94,7 @@ impl Budget {
             .into_iter()
             .filter(|f| document.get(&format!("budget.{f}")).is_some())
             .collect();
-        let number = |field: &str| {
-            let path = format!("budget.{field}");
-            let number: f64 = document.section(&path)?;
-            match number > 0.0 && number.is_finite() {
-                true => Ok(number),
-                false => Err(document.error(&path, format!("expected a positive number, found {number}"))),
-            }
-        };
+        let number = |field: &str| positive(document, field);
         let amount = match given[..] {
             ["bytes"] => {
                 number("bytes")?;
@@ -113,11 +111,40 @@ impl Budget {
                 return Err(document.error(PATH, message));
             }
         };
-        let tolerance = match document.get("budget.tolerance") {
-            Some(_) => number("tolerance")?,
-            None => TOLERANCE,
-        };
-        Ok(Budget { amount, parameters: Parameters::from_document(document)?, tolerance })
+        Ok(Budget { amount, parameters: Parameters::from_document(document)?, tolerance: tolerance(document)? })
+    }
+
+    /// That of the largest model of a scaling study.
+    fn of_scale(document: &Document, scale: &Scale) -> Result<Self, ConfigError> {
+        if document.get(PATH).is_some() {
+            document.check_fields(PATH, &["bytes", "flops", "seconds", "parameters", "solve", "tolerance"])?;
+            for field in ["bytes", "flops", "seconds", "parameters", "solve"] {
+                let place = format!("{PATH}.{field}");
+                if document.get(&place).is_some() {
+                    let message = "sizes and budgets of a scaling study are in `scale`; remove it";
+                    return Err(document.error(&place, message));
+                }
+            }
+        }
+        let (size, amount) = (scale.sizes.last().copied(), scale.budgets.last().copied().unwrap_or_default());
+        let parameters = Parameters { number: size, solve: Solve { field: SolveField::HiddenDims, stage: None } };
+        Ok(Budget { amount: Amount::Flops(amount), parameters: Some(parameters), tolerance: tolerance(document)? })
+    }
+}
+
+fn tolerance(document: &Document) -> Result<f64, ConfigError> {
+    match document.get("budget.tolerance") {
+        Some(_) => positive(document, "tolerance"),
+        None => Ok(TOLERANCE),
+    }
+}
+
+fn positive(document: &Document, field: &str) -> Result<f64, ConfigError> {
+    let path = format!("{PATH}.{field}");
+    let number: f64 = document.section(&path)?;
+    match number > 0.0 && number.is_finite() {
+        true => Ok(number),
+        false => Err(document.error(&path, format!("expected a positive number, found {number}"))),
     }
 }
 
@@ -176,7 +203,7 @@ mod tests {
 
     fn read(text: &str) -> Result<Budget, String> {
         let document = Document::parse(&format!("budget: {text}"), "s.yaml").unwrap();
-        Budget::from_document(&document).map_err(|error| error.to_string())
+        Budget::from_document(&document, None).map_err(|error| error.to_string())
     }
 
     #[test]
@@ -190,6 +217,23 @@ mod tests {
         let solve = Solve { field: SolveField::HiddenDims, stage: None };
         let parameters = Some(Parameters { number: Some(3_000_000), solve });
         assert_eq!(read("{seconds: 60, parameters: 3e6}").unwrap().parameters, parameters);
+    }
+
+    #[test]
+    fn a_scaling_study_says_elsewhere_how_much_it_trains() {
+        let scale = Scale { sizes: vec![10, 20], budgets: vec![1e12, 2e12], deepens: false };
+        let read = |text: &str| {
+            let document = Document::parse(text, "s.yaml").unwrap();
+            Budget::from_document(&document, Some(&scale)).map_err(|error| error.to_string())
+        };
+        let budget = read("budget: {tolerance: 0.2}").unwrap();
+        assert_eq!((budget.amount, budget.parameters.unwrap().number), (Amount::Flops(2e12), Some(20)));
+        assert_eq!(read("x: 1").unwrap().tolerance, 0.05);
+        let error = read("budget: {bytes: 3}").unwrap_err();
+        assert!(
+            error.contains("budget.bytes: sizes and budgets of a scaling study are in `scale`; remove it"),
+            "{error}"
+        );
     }
 
     #[test]

@@ -10,7 +10,7 @@ use mblm_train::cost::metric;
 use mblm_train::error::{Error, Result};
 use mblm_train::model::{Model, TrainModel};
 
-use crate::budget::{Parameters, SolveField};
+use crate::spec::budget::{Parameters, Solve, SolveField};
 
 /// Halvings of the range of scales.
 const HALVINGS: usize = 24;
@@ -43,7 +43,7 @@ pub(super) fn solve(config: &mut RunConfig, parameters: &Parameters, target: u64
     if off.abs() > tolerance {
         return Err(Error::Config(format!(
             "budget.parameters: {} of {before} cannot be changed to give {} parameters: {} comes closest, with \
-             {reached}, and budget.tolerance allows {:.1}%; solve for another field (budget.solve), or allow more",
+             {reached}, and budget.tolerance allows {:.1}%; solve for another field, allow more, or choose another size",
             field.name(),
             number(target),
             list(&best),
@@ -55,6 +55,21 @@ pub(super) fn solve(config: &mut RunConfig, parameters: &Parameters, target: u64
         same if same == before => format!("{} {before} as given: {reached}", field.name()),
         now => format!("{} {before} → {now}: {reached}", field.name()),
     })
+}
+
+/// Brings `config` to a size by its widths; if it `deepens`, by its layers too, in the same proportion. Parameters grow
+/// with the layers and with the square of the widths.
+pub(super) fn to_size(config: &mut RunConfig, size: u64, deepens: bool, tolerance: f64) -> Result<String> {
+    let mut said = String::new();
+    if deepens {
+        let ratio = (size as f64 / num_parameters(config)? as f64).cbrt();
+        let layers = values_mut(config, SolveField::NumLayers);
+        let before = list(layers);
+        layers.iter_mut().for_each(|layers| *layers = ((*layers as f64 * ratio).round() as usize).max(1));
+        said = format!("num_layers {before} → {}, ", list(layers));
+    }
+    let parameters = Parameters { number: Some(size), solve: Solve { field: SolveField::HiddenDims, stage: None } };
+    Ok(said + &solve(config, &parameters, size, tolerance)?)
 }
 
 fn list(values: &[usize]) -> String {
@@ -219,13 +234,12 @@ impl Search {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use mblm_blocks as _;
     use mblm_core::registry::BlockRegistry;
     use mblm_yaml::Document;
 
     use super::*;
-    use crate::budget::Solve;
 
     const CONFIG: &str = "
 io: {name_model: a, output_dir: runs, dataset_dir: x, dataset_id: bytes, num_models_to_save: 1, validate_amount: 1,
@@ -236,7 +250,7 @@ params: {num_tokens: 257, pad_token_id: 256, input_seq_len: 64, seq_lens: [16, 4
 train: {target_elements: 1, target_elements_strategy: batch, batch_size: 1, learning_rate: 1, gradient_accumulate_every: 1}
 ";
 
-    fn config() -> RunConfig {
+    pub(in crate::plan) fn config() -> RunConfig {
         let document = Document::parse(CONFIG, "a.yaml").unwrap();
         RunConfig::from_document(&document, &BlockRegistry::builtin().unwrap()).unwrap()
     }

@@ -1,15 +1,18 @@
-//! What a study will do: every run with its configuration, checked and brought to the budget, before anything runs.
+//! What a study will do: every variant with its configuration, checked and brought to the budget, before anything runs.
 
-use std::fmt;
+mod earlier;
+mod solve;
+mod table;
+mod tuning;
+
 use std::path::{Path, PathBuf};
 
 use mblm_base::files;
 use mblm_base::memory::Memory;
 use mblm_core::registry::BlockRegistry;
 use mblm_data::Fingerprint;
-use mblm_train::checkpoint::Shelf;
 use mblm_train::config::{RunConfig, TargetStrategy};
-use mblm_train::cost::{self, STEP_PER_FORWARD, Step, bytes as binary, metric, write_table};
+use mblm_train::cost::{self, STEP_PER_FORWARD, Step, bytes as binary};
 use mblm_train::error::{AtPath, Error, Result};
 use mblm_train::journal::folder::RunFolder;
 use mblm_train::model::{Model, TrainModel};
@@ -20,8 +23,14 @@ use mblm_yaml::Document;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use crate::budget::{Amount, Parameters};
-use crate::solve::{num_parameters, solve};
+pub use self::earlier::Misfit;
+use self::solve::{num_parameters, solve};
+use crate::course::{Outcome, PlannedRun};
+use crate::report::{Run, RunResult};
+use crate::spec::budget::{Amount, Parameters};
+use crate::spec::scale::{Scale, compact};
+use crate::spec::seeds::Seeds;
+use crate::spec::tune::Tune;
 use crate::spec::{Spec, slug};
 
 const FILE: &str = "study.json";
@@ -33,12 +42,12 @@ const DECIDED: [&str; 5] =
     ["train.seed", "train.target_elements", "train.target_elements_strategy", "io.name_model", "io.output_dir"];
 
 /// A study, checked.
-#[derive(Debug)]
-pub struct Plan {
+pub struct Plan<'a> {
     /// What the YAML says.
     pub spec: Spec,
-    /// In the order of the YAML.
+    /// In the order of the YAML; in a scaling study each variant in every size for every budget.
     pub variants: Vec<PlannedVariant>,
+    registry: &'a BlockRegistry,
 }
 
 /// A variant, with what it costs.
@@ -57,6 +66,12 @@ pub struct PlannedVariant {
 pub struct AboutVariant {
     /// Its name.
     pub name: String,
+    /// In a scaling study: what it is of.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cell: Option<Cell>,
+    /// The values of the tuned fields that it begins with.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tuned_from: Vec<f64>,
     /// Training bytes of each run; none if that is measured first.
     pub bytes: Option<u64>,
     /// What was solved for, and how close it is.
@@ -65,6 +80,17 @@ pub struct AboutVariant {
     pub differences: Vec<String>,
     /// What it costs.
     pub cost: cost::ModelCost,
+}
+
+/// A variant in one size for one budget.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Cell {
+    /// The variant's name.
+    pub variant: String,
+    /// The parameters that were asked for.
+    pub size: u64,
+    /// Floating point operations of training.
+    pub flops: f64,
 }
 
 /// What `study.json` holds.
@@ -78,31 +104,26 @@ pub struct PlanFile {
     pub amount: Amount,
     /// Whether models were brought to one size.
     pub equal_parameters: bool,
-    /// The seeds.
-    pub seeds: Vec<u64>,
+    /// The seeds that score.
+    pub seeds: Seeds,
+    /// What was tuned before.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tune: Option<Tune>,
+    /// The sizes and budgets of a scaling study.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scale: Option<Scale>,
     /// Runs at a time.
     pub jobs: usize,
     /// The variants.
     pub variants: Vec<AboutVariant>,
 }
 
-/// One run of a plan.
-#[derive(Clone, Debug)]
-pub struct PlannedRun {
-    /// The number of its variant.
-    pub variant: usize,
-    /// Its seed.
-    pub seed: u64,
-    /// `NAME-seedN`
-    pub name: String,
-}
-
-impl Plan {
+impl<'a> Plan<'a> {
     /// Checks a study and solves for what is to be equal.
     ///
     /// # Errors
     /// Everything that cannot be trained, of all variants at once.
-    pub fn new(spec: Spec, registry: &BlockRegistry) -> Result<Self> {
+    pub fn new(spec: Spec, registry: &'a BlockRegistry) -> Result<Self> {
         check_folder(&spec.output_dir)?;
         if let (Some(_), Amount::Seconds(_)) = (&spec.launcher, spec.budget.amount) {
             return Err(Error::Config(
@@ -114,28 +135,30 @@ impl Plan {
         let base = RunConfig::from_document(&spec.base, registry)
             .map_err(|error| Error::Config(format!("the base cannot be trained: {error}")))?;
         let target = match &spec.budget.parameters {
+            _ if spec.scale.is_some() => None,
             Some(Parameters { number: Some(number), .. }) => Some(*number),
             Some(Parameters { number: None, .. }) => Some(num_parameters(&base)?),
             None => None,
         };
         let earlier = PlanFile::read(&spec.output_dir).ok();
         let planner = Planner { spec: &spec, registry, base: &base, target, earlier };
+        let cells = cells(&spec);
         let results: Vec<Result<PlannedVariant>> =
-            spec.variants.par_iter().map(|(name, document)| planner.variant(name, document)).collect();
+            cells.par_iter().map(|(name, document, cell)| planner.variant(name, document, cell.clone())).collect();
         let mut variants = Vec::new();
         let mut wrong = Vec::new();
-        for (result, (name, _)) in results.into_iter().zip(&spec.variants) {
+        for (result, (name, ..)) in results.into_iter().zip(&cells) {
             match result {
                 Ok(variant) => variants.push(variant),
                 Err(error) => wrong.push(format!("variant {name:?}: {error}")),
             }
         }
         match wrong.len() {
-            0 => Ok(Plan { spec, variants }),
+            0 => Ok(Plan { spec, variants, registry }),
             1 => Err(Error::Config(wrong.remove(0))),
             n => Err(Error::Config(format!(
                 "{n} of {} variants cannot be trained:\n  {}",
-                spec.variants.len(),
+                cells.len(),
                 wrong.join("\n  ")
             ))),
         }
@@ -146,79 +169,48 @@ impl Plan {
         &self.spec.output_dir
     }
 
-    /// All runs: the first seed of every variant, then the second.
-    pub fn runs(&self) -> Vec<PlannedRun> {
-        let of_seed = |&seed: &u64| {
-            let run = move |(i, variant): (usize, &PlannedVariant)| PlannedRun {
-                variant: i,
-                seed,
-                name: run_name(&variant.about.name, seed),
-            };
-            self.variants.iter().enumerate().map(run)
-        };
-        self.spec.seeds.iter().flat_map(of_seed).collect()
-    }
-
     /// The folder of a run.
     pub fn run_folder(&self, run: &PlannedRun) -> PathBuf {
         run_folder(self.folder(), &run.name)
     }
 
-    /// The configuration of a run, which trains `bytes`.
-    pub fn config(&self, run: &PlannedRun, bytes: u64) -> RunConfig {
-        let mut config = self.variants[run.variant].config.clone();
-        config.train.seed = run.seed;
-        config.train.target_elements = bytes;
-        config
-    }
-
-    /// Holds the runs that are there already against the plan.
+    /// The configuration of a run.
     ///
     /// # Errors
-    /// One was trained with another configuration, or on other data.
-    pub fn check_earlier_runs(&self, registry: &BlockRegistry) -> Result<()> {
-        for run in self.runs() {
-            let folder = self.run_folder(&run);
-            let state = Shelf::of_run(&folder).and_then(|shelf| shelf.newest()).and_then(|newest| newest.state());
-            if state.is_ok_and(|state| !state.data.is_empty() && !self.variants[run.variant].data.is(&state.data)) {
-                return Err(Error::Config(format!(
-                    "{} was trained on other data; restore them, remove that folder to train it again, or \
-                     name another output_dir",
-                    folder.display()
-                )));
+    /// A tuned field cannot have the value that it should have.
+    pub fn config(&self, run: &PlannedRun) -> Result<RunConfig> {
+        let variant = &self.variants[run.variant];
+        let mut config = tuning::with_values(&variant.config, &run.values, self.registry)?;
+        config.train.seed = run.seed;
+        config.train.target_elements = match (variant.about.bytes.unwrap_or(1), run.share) {
+            (bytes, 1.0) => bytes,
+            (bytes, share) => {
+                let step = step_bytes(&config);
+                ((bytes as f64 * share / step as f64).round() as u64).max(1) * step
             }
-            let (true, Some(bytes)) = (folder.exists(), self.variants[run.variant].about.bytes) else { continue };
-            let name = folder.join("config.yaml").display().to_string();
-            let document = Document::parse(&RunFolder::config_yaml(&folder)?, &name)
-                .map_err(|error| Error::Config(error.to_string()))?;
-            let before =
-                RunConfig::from_document(&document, registry).map_err(|error| Error::Config(error.to_string()))?;
-            let changes = before.differences(&self.config(&run, bytes))?;
-            if !changes.is_empty() {
-                return Err(Error::Config(format!(
-                    "{} was trained with another configuration:\n  {}\nremove that folder to train it again, or name \
-                     another output_dir",
-                    folder.display(),
-                    changes.join("\n  ")
-                )));
-            }
-        }
-        Ok(())
+        };
+        Ok(config)
     }
 
-    /// Writes `study.json`.
-    pub fn write(&self) -> Result<()> {
-        let path = self.folder().join(FILE);
-        let file = PlanFile {
+    /// What `study.json` has of this plan.
+    pub(crate) fn file(&self) -> PlanFile {
+        PlanFile {
             name: self.spec.name.clone(),
             description: self.spec.description.clone(),
             amount: self.spec.budget.amount,
             equal_parameters: self.spec.budget.parameters.is_some(),
             seeds: self.spec.seeds.clone(),
+            tune: self.spec.tune.clone(),
+            scale: self.spec.scale.clone(),
             jobs: self.spec.jobs,
             variants: self.variants.iter().map(|variant| variant.about.clone()).collect(),
-        };
-        let text = serde_json::to_string_pretty(&file).map_err(std::io::Error::from).at(&path)?;
+        }
+    }
+
+    /// Writes `study.json`.
+    pub fn write(&self) -> Result<()> {
+        let path = self.folder().join(FILE);
+        let text = serde_json::to_string_pretty(&self.file()).map_err(std::io::Error::from).at(&path)?;
         files::replace_text(&path, &text).at(&path)
     }
 
@@ -241,9 +233,39 @@ impl Plan {
     }
 }
 
-/// What the run of a variant with a seed is called.
-pub(crate) fn run_name(variant: &str, seed: u64) -> String {
-    format!("{}-seed{seed}", slug(variant))
+/// Bytes of a gradient step.
+pub(crate) fn step_bytes(config: &RunConfig) -> u64 {
+    (config.train.batch_size * config.params.input_seq_len * config.train.gradient_accumulate_every) as u64
+}
+
+/// What the run `name` of the study in `folder` has come to.
+pub(crate) fn outcome(folder: &Path, name: &str) -> Outcome {
+    let place = run_folder(folder, name);
+    match RunResult::read(&place).is_some() {
+        true => {
+            let loss = Run::read(&place).ok().and_then(|run| run.valid_bpb());
+            loss.map_or(Outcome::Failed, Outcome::Loss)
+        }
+        false if failure_file(folder, name).exists() => Outcome::Failed,
+        false => Outcome::Open,
+    }
+}
+
+/// All that is planned for: the variants, each in every size for every budget if there are such.
+fn cells(spec: &Spec) -> Vec<(String, &Document, Option<Cell>)> {
+    let Some(scale) = &spec.scale else {
+        return spec.variants.iter().map(|(name, document)| (name.clone(), document, None)).collect();
+    };
+    let mut cells = Vec::new();
+    for (variant, document) in &spec.variants {
+        for &size in &scale.sizes {
+            for &flops in &scale.budgets {
+                let name = format!("{variant}, {}, {}FLOP", compact(size as f64), compact(flops));
+                cells.push((name, document, Some(Cell { variant: variant.clone(), size, flops })));
+            }
+        }
+    }
+    cells
 }
 
 /// Where a study says why the run `name` failed.
@@ -273,7 +295,7 @@ impl PlanFile {
         let path = folder.join(FILE);
         let text = files::read(&path, files::SMALL).at(&path)?;
         let plan: PlanFile = serde_json::from_slice(&text).map_err(std::io::Error::from).at(&path)?;
-        match plan.variants.len().saturating_mul(plan.seeds.len()) {
+        match plan.variants.len().saturating_mul(plan.seeds.all().len()) {
             0..=MAX_RUNS => Ok(plan),
             runs => Err(Error::Config(format!("{}: {runs} runs; expected at most {MAX_RUNS}", path.display()))),
         }
@@ -297,7 +319,7 @@ struct Planner<'a> {
 }
 
 impl Planner<'_> {
-    fn variant(&self, name: &str, document: &Document) -> Result<PlannedVariant> {
+    fn variant(&self, name: &str, document: &Document, cell: Option<Cell>) -> Result<PlannedVariant> {
         let mut config =
             RunConfig::from_document(document, self.registry).map_err(|error| Error::Config(error.to_string()))?;
         self.refuse(&config).map_err(|error| error.located(document))?;
@@ -305,21 +327,22 @@ impl Planner<'_> {
         if self.spec.launcher.is_none() {
             config.train.place().map_err(|error| Error::from(error).located(document))?;
         }
-        let budget = &self.spec.budget;
-        let solved = match (&budget.parameters, self.target) {
-            (Some(parameters), Some(target)) => Some(solve(&mut config, parameters, target, budget.tolerance)?),
+        let tolerance = self.spec.budget.tolerance;
+        let solved = match (&cell, &self.spec.scale, &self.spec.budget.parameters, self.target) {
+            (Some(cell), Some(scale), ..) => Some(solve::to_size(&mut config, cell.size, scale.deepens, tolerance)?),
+            (_, _, Some(parameters), Some(target)) => Some(solve(&mut config, parameters, target, tolerance)?),
             _ => None,
         };
         config.io.name_model = slug(name);
         config.io.output_dir = self.spec.output_dir.join("runs");
         config.train.target_elements_strategy = TargetStrategy::Sequence;
-        config.train.seed = self.spec.seeds[0];
+        config.train.seed = self.spec.seeds.first()[0];
         let model = Model::new(&config, 0)?;
         let step = Step { batch: config.train.batch_size, bytes: config.params.input_seq_len };
         let cost = cost::ModelCost::new(config.params.model.hierarchy(), model.params(), &model.stage_models(), step);
-        let wanted = self.bytes(name, &cost)?;
-        let smallest = (step.batch * step.bytes * config.train.gradient_accumulate_every) as u64;
-        config.train.target_elements = wanted.unwrap_or(smallest);
+        let amount = cell.as_ref().map_or(self.spec.budget.amount, |cell| Amount::Flops(cell.flops));
+        let wanted = self.bytes(name, amount, &cost)?;
+        config.train.target_elements = wanted.unwrap_or(step_bytes(&config));
         // Everything else that a run checks before it begins.
         let planned = open_data(&config).and_then(|splits| {
             let data = splits.fingerprint.clone();
@@ -333,7 +356,11 @@ impl Planner<'_> {
         let mut differences = self.base.differences(&config)?;
         differences.retain(|line| !DECIDED.iter().any(|field| line.starts_with(&format!("{field}:"))));
         let bytes = wanted.map(|_| bytes);
-        let about = AboutVariant { name: name.into(), bytes, solved, differences, cost };
+        let tuned_from = match &self.spec.tune {
+            None => vec![],
+            Some(tune) => tuning::base_values(tune, &config, self.registry, &self.spec.document)?,
+        };
+        let about = AboutVariant { name: name.into(), cell, tuned_from, bytes, solved, differences, cost };
         Ok(PlannedVariant { config, data, about })
     }
 
@@ -350,8 +377,8 @@ impl Planner<'_> {
     }
 
     /// How many bytes a run trains on; none if that must be measured first.
-    fn bytes(&self, name: &str, cost: &cost::ModelCost) -> Result<Option<u64>> {
-        match self.spec.budget.amount {
+    fn bytes(&self, name: &str, amount: Amount, cost: &cost::ModelCost) -> Result<Option<u64>> {
+        match amount {
             Amount::Bytes(bytes) => Ok(Some(bytes)),
             Amount::Flops(flops) => match cost.total.flops_per_byte {
                 Some(per_byte) => Ok(Some((flops / (per_byte * STEP_PER_FORWARD)).round().max(1.0) as u64)),
@@ -365,7 +392,7 @@ impl Planner<'_> {
                 }
             },
             Amount::Seconds(_) => {
-                let earlier = self.earlier.as_ref().filter(|file| file.amount == self.spec.budget.amount);
+                let earlier = self.earlier.as_ref().filter(|file| file.amount == amount);
                 Ok(earlier.and_then(|file| file.variants.iter().find(|v| v.name == name)?.bytes))
             }
         }
@@ -387,50 +414,35 @@ impl Planner<'_> {
     }
 }
 
-/// The table of `mblm compare --dry-run`.
-impl fmt::Display for Plan {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Spec { name, seeds, jobs, budget, .. } = &self.spec;
-        let (variants, runs) = (self.variants.len(), self.variants.len() * seeds.len());
-        let plural = |n: usize, what: &str| format!("{n} {what}{}", if n == 1 { "" } else { "s" });
-        writeln!(
-            f,
-            "{name}: {} x {} = {}, {} each, {jobs} at a time\n",
-            plural(variants, "variant"),
-            plural(seeds.len(), "seed"),
-            plural(runs, "run"),
-            budget.amount
-        )?;
-        let header = ["variant", "blocks", "widths", "layers", "parameters", "FLOP/byte", "bytes", "memory"];
-        let mut rows = vec![header.map(String::from)];
-        rows.extend(self.variants.iter().map(|variant| variant.about.cells()));
-        write_table(f, &rows)?;
-        let solved: Vec<_> =
-            self.variants.iter().filter_map(|v| Some((&v.about.name, v.about.solved.as_ref()?))).collect();
-        if !solved.is_empty() {
-            writeln!(f, "\nsolved for equal parameters:")?;
-            let width = solved.iter().map(|(name, _)| name.chars().count()).max().unwrap_or(0);
-            solved.iter().try_for_each(|(name, solved)| writeln!(f, "  {name:width$}  {solved}"))?;
-        }
-        Ok(())
-    }
-}
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
 
-impl AboutVariant {
-    fn cells(&self) -> [String; 8] {
-        let stages = &self.cost.stages;
-        let join =
-            |cell: &dyn Fn(&cost::Stage) -> String, by: &str| stages.iter().map(cell).collect::<Vec<_>>().join(by);
-        let short = |number: f64| metric(number).trim_end().to_string();
-        [
-            self.name.clone(),
-            join(&|stage| stage.block_type.clone(), " / "),
-            join(&|stage| stage.hidden_dim.to_string(), " / "),
-            join(&|stage| stage.num_layers.to_string(), " / "),
-            short(self.cost.total.parameters as f64),
-            self.cost.total.flops_per_byte.map_or("unknown".into(), short),
-            self.bytes.map_or("measured".into(), |bytes| short(bytes as f64)),
-            self.cost.peak_bytes().map_or("unknown".into(), binary),
-        ]
+    /// A plan of variants with these names that tunes nothing.
+    pub(crate) fn plan_file(names: &[&str], seeds: Seeds) -> PlanFile {
+        let config = solve::tests::config();
+        let model = Model::outline(&config, 0).unwrap();
+        let step = Step { batch: 1, bytes: 64 };
+        let cost = cost::ModelCost::new(config.params.model.hierarchy(), model.params(), &model.stage_models(), step);
+        let about = |name: &&str| AboutVariant {
+            name: name.to_string(),
+            cell: None,
+            tuned_from: vec![],
+            bytes: Some(1000),
+            solved: None,
+            differences: vec![],
+            cost: cost.clone(),
+        };
+        PlanFile {
+            name: "s".into(),
+            description: None,
+            amount: Amount::Bytes(1000),
+            equal_parameters: false,
+            seeds,
+            tune: None,
+            scale: None,
+            jobs: 1,
+            variants: names.iter().map(about).collect(),
+        }
     }
 }

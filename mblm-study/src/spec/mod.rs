@@ -12,28 +12,45 @@
 //! grid:                               # all combinations, of each variant
 //!   train.learning_rate: [1e-3, 3e-3]
 //!   "params.block[1]": {lstm: {block_type: lstm}, transformer: {…}}    # values with names of their own
-//! seeds: [1, 2, 3]
+//! seeds: [1, 2, 3]                    # or {start: 3, most: 10}
+//! tune: {train.learning_rate: {factor: 2, points: 5}}
 //! budget: {bytes: 2_000_000, parameters: base}
 //! ```
 
-use std::collections::BTreeMap;
+pub(crate) mod budget;
+pub(crate) mod scale;
+pub(crate) mod seeds;
+pub(crate) mod tune;
+mod variants;
+
 use std::path::{Path, PathBuf};
 
-use mblm_core::registry::TAG;
-use mblm_train::journal::folder::LONGEST_NAME;
-use mblm_yaml::difference::shown;
 use mblm_yaml::{ConfigError, Document, describe, join};
 use serde_yaml::{Mapping, Value};
 
-use crate::budget::Budget;
 use crate::launch::launcher::Launcher;
+use budget::Budget;
+use scale::Scale;
+use seeds::Seeds;
+use tune::Tune;
 
-const FIELDS: [&str; 11] =
-    ["name", "description", "output_dir", "base", "set", "variants", "grid", "seeds", "budget", "prompt", "jobs"];
+const FIELDS: [&str; 13] = [
+    "name",
+    "description",
+    "output_dir",
+    "base",
+    "set",
+    "variants",
+    "grid",
+    "seeds",
+    "tune",
+    "scale",
+    "budget",
+    "prompt",
+    "jobs",
+];
 /// The sections of a training configuration: an override that begins so is for every variant.
 const SECTIONS: [&str; 4] = ["params", "train", "io", "resume"];
-/// More combinations than this are a mistake.
-const MAX_VARIANTS: usize = 1000;
 
 /// A study as its YAML says.
 #[derive(Clone, Debug)]
@@ -49,7 +66,11 @@ pub struct Spec {
     /// The configuration of each variant, by name.
     pub variants: Vec<(String, Document)>,
     /// The seeds that each variant is trained with.
-    pub seeds: Vec<u64>,
+    pub seeds: Seeds,
+    /// What is tuned for each variant before that.
+    pub tune: Option<Tune>,
+    /// In which sizes, and for which budgets, every variant is trained.
+    pub scale: Option<Scale>,
     /// What is equal between them.
     pub budget: Budget,
     /// What samples continue; the beginning of the validation data, if none.
@@ -95,14 +116,21 @@ impl Spec {
         if jobs == 0 {
             return Err(document.error("jobs", "expected a positive integer, found 0"));
         }
+        let (seeds, scale) = (Seeds::from_document(&document)?, Scale::from_document(&document)?);
+        if let (Seeds::Until { .. }, Some(_)) = (&seeds, &scale) {
+            let message = "a scaling study trains every size with the same seeds; give a list, such as [1, 2, 3]";
+            return Err(document.error("seeds", message));
+        }
         Ok(Spec {
             name,
             description: reader.optional("description")?,
             output_dir,
             base,
             variants,
-            seeds: reader.seeds()?,
-            budget: Budget::from_document(&document)?,
+            tune: Tune::from_document(&document, &seeds)?,
+            budget: Budget::from_document(&document, scale.as_ref())?,
+            seeds,
+            scale,
             prompt: reader.optional("prompt")?,
             jobs,
             launcher: None,
@@ -126,31 +154,11 @@ struct Reader<'a> {
     of_variants: Vec<&'a String>,
 }
 
-/// One value of a field in a grid, with the name it has there and its place.
-struct Choice<'a> {
-    field: &'a str,
-    name: String,
-    value: &'a Value,
-    place: String,
-}
-
 impl Reader<'_> {
     fn optional<T: serde::de::DeserializeOwned>(&self, field: &str) -> Result<Option<T>, ConfigError> {
         match self.document.get(field) {
             None | Some(Value::Null) => Ok(None),
             Some(_) => self.document.section(field).map(Some),
-        }
-    }
-
-    fn seeds(&self) -> Result<Vec<u64>, ConfigError> {
-        let seeds: Vec<u64> = self.optional("seeds")?.unwrap_or_else(|| vec![0]);
-        let twice = (1..seeds.len()).find(|&i| seeds[..i].contains(&seeds[i]));
-        match (seeds.is_empty(), twice) {
-            (true, _) => Err(self.document.error("seeds", "expected at least one seed, found none")),
-            (_, Some(i)) => {
-                Err(self.document.error(&format!("seeds[{i}]"), format!("the seed {} is given twice", seeds[i])))
-            }
-            _ => Ok(seeds),
         }
     }
 
@@ -209,143 +217,13 @@ impl Reader<'_> {
             }
         }
     }
-
-    fn variants(&self, base: &Document) -> Result<Vec<(String, Document)>, ConfigError> {
-        let named = self.named_variants(base)?;
-        let grid = self.grid()?;
-        let combinations = grid.iter().fold(named.len(), |product, choices| product.saturating_mul(choices.len()));
-        if combinations > MAX_VARIANTS {
-            let message = format!("{combinations} combinations; expected at most {MAX_VARIANTS}");
-            return Err(self.document.error("grid", message));
-        }
-        let is_list = self.document.get("variants").is_some();
-        let mut variants: Vec<(String, Document)> = named;
-        for (i, choices) in grid.iter().enumerate() {
-            let mut next = Vec::with_capacity(variants.len() * choices.len());
-            for (name, config) in &variants {
-                for choice in choices {
-                    let mut config = config.clone();
-                    config.graft(choice.field, choice.value.clone(), self.document, &choice.place)?;
-                    let first = i == 0 && !is_list;
-                    next.push((if first { choice.name.clone() } else { format!("{name} / {}", choice.name) }, config));
-                }
-            }
-            variants = next;
-        }
-        self.check_names(&variants)?;
-        Ok(variants)
-    }
-
-    /// Those of `variants`; without such a list, the base alone.
-    fn named_variants(&self, base: &Document) -> Result<Vec<(String, Document)>, ConfigError> {
-        let list = match self.document.get("variants") {
-            None | Some(Value::Null) => return Ok(vec![("base".into(), base.clone())]),
-            Some(Value::Sequence(list)) if !list.is_empty() => list,
-            Some(other) => {
-                let message = format!(
-                    "expected a list of variants, such as [{{name: …, set: {{…}}}}], found {}",
-                    describe(other)
-                );
-                return Err(self.document.error("variants", message));
-            }
-        };
-        (0..list.len()).map(|i| self.variant(&format!("variants[{i}]"), base)).collect()
-    }
-
-    fn variant(&self, path: &str, base: &Document) -> Result<(String, Document), ConfigError> {
-        self.document.check_fields(path, &["name", "set", "config"])?;
-        let name: String = self.document.section(&join(path, "name"))?;
-        if slug(&name).is_empty() {
-            let message = format!("expected a name with letters or digits, found {name:?}");
-            return Err(self.document.error(&join(path, "name"), message));
-        }
-        let file = join(path, "config");
-        let mut config = match self.document.get(&file) {
-            Some(_) => self.with_common(self.config(&file, &self.document.section::<String>(&file)?)?)?,
-            None => base.clone(),
-        };
-        self.apply(&mut config, &join(path, "set"))?;
-        Ok((name, config))
-    }
-
-    /// For each field of `grid`, its values.
-    fn grid(&self) -> Result<Vec<Vec<Choice<'_>>>, ConfigError> {
-        let fields = self.mapping("grid")?.into_iter().flatten();
-        fields.map(|(field, values)| self.choices(field.as_str().unwrap_or_default(), values)).collect()
-    }
-
-    fn choices<'a>(&self, field: &'a str, values: &'a Value) -> Result<Vec<Choice<'a>>, ConfigError> {
-        let place = join("grid", field);
-        let choices: Vec<Choice> = match values {
-            Value::Sequence(values) => {
-                let choice = |(i, value)| Choice {
-                    field,
-                    name: choice_name(field, value),
-                    value,
-                    place: format!("{place}[{i}]"),
-                };
-                values.iter().enumerate().map(choice).collect()
-            }
-            Value::Mapping(values) => {
-                let named = values.iter().filter_map(|(name, value)| Some((name.as_str()?, value)));
-                named
-                    .map(|(name, value)| Choice { field, name: name.into(), value, place: join(&place, name) })
-                    .collect()
-            }
-            other => {
-                let message =
-                    format!("expected a list of values, or a mapping of names to values, found {}", describe(other));
-                return Err(self.document.error(&place, message));
-            }
-        };
-        match choices.is_empty() {
-            true => Err(self.document.error(&place, "expected at least one value, found none")),
-            false => Ok(choices),
-        }
-    }
-
-    /// Names must differ, also as names of folders.
-    fn check_names(&self, variants: &[(String, Document)]) -> Result<(), ConfigError> {
-        let path = if self.document.get("variants").is_some() { "variants" } else { "grid" };
-        let mut seen = BTreeMap::new();
-        for (name, _) in variants {
-            self.check_length(path, name)?;
-            if let Some(other) = seen.insert(slug(name), name) {
-                let message = format!(
-                    "two variants would be called {name:?} and {other:?}, which are one folder; give each a name of its own"
-                );
-                return Err(self.document.error(path, message));
-            }
-        }
-        Ok(())
-    }
-
-    /// Names become those of files.
-    fn check_length(&self, path: &str, name: &str) -> Result<(), ConfigError> {
-        match slug(name).len() {
-            0..=LONGEST_NAME => Ok(()),
-            len => {
-                let start: String = name.chars().take(40).collect();
-                let message = format!(
-                    "the name \"{start}…\" has {len} bytes; expected at most {LONGEST_NAME}, since folders are called by \
-                     it; give a shorter name (a grid takes a mapping of names to values)"
-                );
-                Err(self.document.error(path, message))
-            }
-        }
-    }
-}
-
-/// What a value of a grid is called: `num_layers=[2, 1]`, or a block by its type.
-fn choice_name(field: &str, value: &Value) -> String {
-    let block = value.get(TAG).and_then(Value::as_str);
-    let last = field.rsplit('.').next().unwrap_or(field);
-    block.map_or_else(|| format!("{last}={}", shown(value).replace('"', "")), String::from)
 }
 
 #[cfg(test)]
 mod tests {
     use std::fs;
+
+    use mblm_yaml::difference::shown;
 
     use super::*;
 
@@ -376,10 +254,10 @@ mod tests {
         assert_eq!(variants(&spec, "params.num_layers"), want.map(|(a, b)| (a.to_string(), b.to_string())));
         assert!(variants(&spec, "train.lr").iter().all(|(_, lr)| lr == "5"));
         assert_eq!((&spec.name[..], spec.output_dir.to_str(), spec.jobs), ("My study", Some("runs/my-study"), 1));
-        assert_eq!(spec.seeds, [3, 1]);
+        assert_eq!(spec.seeds, Seeds::Listed(vec![3, 1]));
         let spec = read(text, &["train.lr=6", "seeds=[4]", "jobs=2", "variants[0].name=x"]).unwrap();
         assert!(variants(&spec, "train.lr").iter().all(|(_, lr)| lr == "6"), "the command line has the last word");
-        assert_eq!((spec.seeds, spec.jobs, &spec.variants[0].0[..]), (vec![4], 2, "x"));
+        assert_eq!((spec.seeds, spec.jobs, &spec.variants[0].0[..]), (Seeds::Listed(vec![4]), 2, "x"));
     }
 
     #[test]
@@ -413,8 +291,10 @@ mod tests {
             ),
             ("base: no.yaml", "My study.yaml: base: there is no file no.yaml; expected the path"),
             ("base: base.yaml", "My study.yaml: missing field `budget`"),
-            ("base: base.yaml\nseeds: []", "seeds: expected at least one seed"),
-            ("base: base.yaml\nseeds: [1, 2, 1]", "seeds[2]: the seed 1 is given twice (line 2)"),
+            (
+                "base: base.yaml\nseeds: {start: 3, most: 5}\nscale: {sizes: [1M], budgets: [1T]}",
+                "seeds: a scaling study trains",
+            ),
             ("base: base.yaml\njobs: 0", "jobs: expected a positive integer, found 0"),
             ("base: base.yaml\nvariants: {}", "variants: expected a list of variants"),
             ("base: base.yaml\nvariants: [{set: {}}]", "variants[0]: missing field `name` (line 2)"),
