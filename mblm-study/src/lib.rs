@@ -28,6 +28,7 @@ mod progress;
 pub mod report;
 mod runner;
 mod spec;
+mod speeds;
 mod task;
 
 pub use course::PlannedRun;

@@ -8,17 +8,15 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use mblm_base::files;
-use mblm_base::terminal;
 use mblm_train::config::RunConfig;
 use mblm_train::cost::bytes as binary;
 use mblm_train::error::{AtPath, Error, Result};
 use mblm_train::journal::metrics::Kind;
 use mblm_train::session::open_data;
 
-use crate::child::ChildLog;
 use crate::course::{Course, Outcome, PlannedRun, follow};
 use crate::launch::{Launch, lease};
-use crate::plan::{Plan, failure_file, outcome, step_bytes};
+use crate::plan::{Plan, failure_file, outcome};
 use crate::progress::{Display, RunBar};
 use crate::report::{Run, RunResult, duration, with_unit};
 use crate::spec::budget::Amount;
@@ -28,12 +26,6 @@ use crate::task::{Fate, Phase, Task, cores, is_trained};
 const LOG: &str = "study.log";
 /// How often the metrics of a running run are looked at.
 const LOOK: Duration = Duration::from_millis(500);
-/// For a budget in seconds, a variant's speed is measured for this share of it, within bounds.
-const CALIBRATION_SHARE: f64 = 0.1;
-const CALIBRATION_SECONDS: (f64, f64) = (1.0, 20.0);
-/// Gradient steps that such a measurement never comes to.
-const CALIBRATION_STEPS: u64 = 100_000;
-
 /// How runs are started.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -58,7 +50,7 @@ pub struct Ended {
 
 /// Runs a plan. While it lives, no other process can run the same study.
 pub struct Runner<'p, 'r> {
-    plan: &'p mut Plan<'r>,
+    pub(crate) plan: &'p mut Plan<'r>,
     options: Options,
     log: File,
 }
@@ -103,58 +95,6 @@ impl<'p, 'r> Runner<'p, 'r> {
         self.plan
     }
 
-    /// For a budget in seconds: measures how many bytes each variant trains in that time, where that is not known yet.
-    /// False if it was stopped.
-    pub fn calibrate(&mut self, stop: &AtomicBool) -> Result<bool> {
-        let Amount::Seconds(seconds) = self.plan.spec.budget.amount else { return Ok(true) };
-        for i in 0..self.plan.variants.len() {
-            if self.plan.variants[i].about.bytes.is_some() {
-                continue;
-            }
-            let name = &self.plan.variants[i].about.name;
-            terminal::line(format_args!("measuring the speed of {name}"));
-            match self.speed(i, seconds, stop)? {
-                Some(rate) => self.plan.variants[i].about.bytes = Some(self.whole_steps(i, rate * seconds)),
-                None => return Ok(false),
-            }
-            self.plan.write()?;
-        }
-        Ok(true)
-    }
-
-    /// Training bytes per second of a variant, in a short training whose folder is removed. A variant that fails in it
-    /// gets the least bytes: its runs will say why.
-    fn speed(&self, variant: usize, seconds: f64, stop: &AtomicBool) -> Result<Option<f64>> {
-        let place = self.plan.folder().join("runs").join(".calibration");
-        let clear = || if place.exists() { fs::remove_dir_all(&place).at(&place) } else { Ok(()) };
-        clear()?;
-        let mut config = self.plan.variants[variant].config.clone();
-        let (least, most) = CALIBRATION_SECONDS;
-        config.train.max_seconds = Some((seconds * CALIBRATION_SHARE).clamp(least, most));
-        config.train.target_elements = CALIBRATION_STEPS * step_bytes(&config);
-        config.train.validate_every = Some(u64::MAX);
-        config.train.max_eval_steps = Some(1);
-        config.io.log_train_loss_amount = usize::MAX;
-        let Some(log) = ChildLog::open(&self.plan.folder().join("logs/calibration.log"), stop, || ())? else {
-            return Ok(None);
-        };
-        let task = self.task("calibration", &config);
-        task.write_config()?;
-        let exit = log.run(task.train(&place), stop, |_| ())?;
-        let rate = Run::read(&place).ok().and_then(|run| run.train_rate());
-        clear()?;
-        match stop.load(Ordering::Relaxed) {
-            true => Ok(None),
-            false => Ok(Some(rate.filter(|_| exit.failure("").is_none()).unwrap_or(0.0))),
-        }
-    }
-
-    /// `bytes` in whole gradient steps, at least one.
-    fn whole_steps(&self, variant: usize, bytes: f64) -> u64 {
-        let step = step_bytes(&self.plan.variants[variant].config);
-        ((bytes / step as f64).round() as u64).max(1) * step
-    }
-
     /// Runs what is left to do, until the study has come to its end or `stop` is raised; `after` is called after each run,
     /// one call at a time.
     pub fn run(&self, stop: &AtomicBool, after: &(dyn Fn() + Sync)) -> Result<Ended> {
@@ -177,7 +117,7 @@ impl<'p, 'r> Runner<'p, 'r> {
     }
 
     /// Where the study stands.
-    fn course(&self) -> Course {
+    pub(crate) fn course(&self) -> Course {
         follow(&self.plan.file(), &|name| outcome(self.plan.folder(), name))
     }
 
@@ -331,7 +271,7 @@ impl<'p, 'r> Runner<'p, 'r> {
             Phase::Training => {}
             Phase::Measuring => bar.at(1.0, "measuring".into()),
         };
-        let task = self.task(&run.name, &config);
+        let task = self.task(&run.name, &config, self.plan.spec.jobs);
         task.write_config()?;
         match &self.plan.spec.launcher {
             None => task.run(stop, watch),
@@ -355,7 +295,8 @@ impl<'p, 'r> Runner<'p, 'r> {
         }
     }
 
-    fn task<'t>(&'t self, name: &'t str, config: &'t RunConfig) -> Task<'t> {
+    /// One of so many runs at a time.
+    pub(crate) fn task<'t>(&'t self, name: &'t str, config: &'t RunConfig, jobs: usize) -> Task<'t> {
         let Plan { spec, .. } = &self.plan;
         Task {
             program: &self.options.program,
@@ -363,8 +304,8 @@ impl<'p, 'r> Runner<'p, 'r> {
             name,
             config,
             prompt: spec.prompt.as_deref(),
-            jobs: spec.jobs,
-            threads: (cores() / spec.jobs).max(1),
+            jobs,
+            threads: (cores() / jobs).max(1),
         }
     }
 }

@@ -75,7 +75,7 @@ impl Task<'_> {
             peak = exit.peak;
         }
         watch(Phase::Measuring);
-        self.measure(peak, &log)?;
+        self.measure(peak, None, &log)?;
         Ok(Fate::Finished)
     }
 
@@ -84,8 +84,9 @@ impl Task<'_> {
         run_folder(self.study, self.name)
     }
 
-    /// Measures a trained model, and writes the run's result.
-    fn measure(&self, peak_bytes: Option<u64>, log: &ChildLog) -> Result<()> {
+    /// Measures a trained model, and writes the run's result: with the memory that its training held, and its speed if that
+    /// was measured apart from it.
+    pub(crate) fn measure(&self, peak_bytes: Option<u64>, train_rate: Option<f64>, log: &ChildLog) -> Result<()> {
         let mut command = self.command();
         command.arg("measure-run").arg(self.folder());
         if let Some(prompt) = self.prompt {
@@ -105,7 +106,8 @@ impl Task<'_> {
         if !hosts.contains(&here) {
             hosts.push(here);
         }
-        RunResult { threads: self.threads, jobs: self.jobs, hosts, peak_bytes, measured }.write(&self.folder())
+        RunResult { threads: self.threads, jobs: self.jobs, hosts, peak_bytes, train_rate, measured }
+            .write(&self.folder())
     }
 
     fn command(&self) -> Command {

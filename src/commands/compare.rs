@@ -49,6 +49,9 @@ pub struct Args {
     /// Where to train: cpu, cuda, cuda:N, metal or auto; the same as `--set train.device=DEVICE`
     #[arg(long, value_name = "DEVICE")]
     device: Option<DeviceName>,
+    /// After the last run: measure again how fast each run trains and generates, one after the other; for a quiet machine
+    #[arg(long, conflicts_with = "launcher")]
+    speeds: bool,
     /// If the study has changed: keep the runs that still fit, and move the others to the folder `replaced` of the study
     #[arg(long)]
     force: bool,
@@ -90,11 +93,12 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
     // On the way a report that cannot be written is no reason to stop.
     let ended =
         runner.run(&signals::STOP, &|| drop(Report::of_study(&folder).and_then(|report| report.write(&folder))))?;
+    let is_measured = !args.speeds || ended.interrupted || runner.measure_again(&signals::STOP)?;
     signals::LISTENING.store(false, Ordering::SeqCst);
     let report = Report::of_study(&folder)?;
     report.write(&folder)?;
     let shown = writeln!(out, "\n{}\nreport: {}", report.to_text(), folder.join("report.html").display());
-    if ended.interrupted {
+    if ended.interrupted || !is_measured {
         terminal::line("to continue, run the same command again; finished runs are kept");
         signals::check()?;
         bail!("runs were interrupted");

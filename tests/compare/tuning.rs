@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 
-use super::{TRANSFORMER, begin_until, json, mblm, metrics, read, workplace};
+use super::{TRANSFORMER, begin_until, csv, json, mblm, metrics, read, workplace};
 
 /// One variant has a rate that all but its lowest tries diverge at.
 const STUDY: &str = "
@@ -135,6 +135,26 @@ fn a_study_that_changed_is_refused_and_force_keeps_what_fits() {
     // Seeds that are added are no change.
     fs::write(folder.path().join("study.yaml"), changed.replace("[2, 3]", "[2, 3, 4]")).unwrap();
     assert_eq!(mblm(folder.path(), &["compare", "study.yaml"]).0, 0);
+}
+
+#[test]
+fn speeds_are_measured_again_one_run_after_the_other() {
+    let folder = workplace("base: base.yaml\nseeds: [1, 2]\nbudget: {bytes: 5_000}\noutput_dir: out\njobs: 2\n");
+    assert_eq!(mblm(folder.path(), &["compare", "study.yaml"]).0, 0);
+    let result = |seed: u64| json(folder.path().join(format!("out/runs/base-seed{seed}/result.json")));
+    let (before, at_once) = (losses(folder.path()), read(folder.path().join("out/report.md")));
+    assert!(at_once.contains(", 2 runs at a time") && result(1)["train_rate"].is_null());
+    let (code, out, error) = mblm(folder.path(), &["compare", "study.yaml", "--speeds"]);
+    assert_eq!(code, 0, "{out}{error}");
+    for seed in [1, 2] {
+        let rate = result(seed)["train_rate"].as_f64().unwrap();
+        assert!(rate > 0.0 && result(seed)["measured"]["generation"]["bytes"].as_u64() > Some(0));
+        let row = &csv(folder.path().join("out/results.csv"))[seed as usize - 1];
+        assert_eq!(row["train_bytes_per_second"].parse::<f64>().unwrap(), rate);
+    }
+    assert!(!read(folder.path().join("out/report.md")).contains("runs at a time"));
+    assert_eq!(losses(folder.path()), before);
+    assert_eq!(names(&folder.path().join("out/runs")).len(), 2, "nothing is left over");
 }
 
 #[test]

@@ -92,6 +92,9 @@ pub struct RunResult {
     pub hosts: Vec<String>,
     /// The most memory its process held, in bytes.
     pub peak_bytes: Option<u64>,
+    /// Training bytes per second, if they were measured when nothing else ran.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub train_rate: Option<f64>,
     /// What was measured of its best model.
     pub measured: Measured,
 }
@@ -186,8 +189,12 @@ impl Run {
         self.of_kind(Kind::Test).last().and_then(|point| point.bpb)
     }
 
-    /// Training bytes per second, without validations and checkpoints: the mean over all bytes.
+    /// Training bytes per second, without validations and checkpoints: the mean over all bytes, unless they were measured
+    /// apart from that.
     pub fn train_rate(&self) -> Option<f64> {
+        if let Some(rate) = self.result.as_ref().and_then(|result| result.train_rate).filter(|rate| *rate > 0.0) {
+            return Some(rate);
+        }
         let (mut bytes, mut seconds, mut before) = (0.0, 0.0, 0.0);
         for point in self.points.iter().filter(|point| point.kind == Kind::Train) {
             if let (Some(at), Some(rate)) =
