@@ -43,10 +43,17 @@ impl fmt::Display for Plan<'_> {
         let mut rows = vec![header.map(String::from)];
         rows.extend(self.variants.iter().map(|variant| variant.about.cells()));
         write_table(f, &rows)?;
-        let solved: Vec<_> =
-            self.variants.iter().filter_map(|v| Some((&v.about.name, v.about.solved.as_ref()?))).collect();
+        // A size is the same for all budgets.
+        let smallest = self.spec.scale.as_ref().map(|scale| scale.budgets[0]);
+        let sizes = self.variants.iter().filter(|v| v.about.cell.as_ref().map(|cell| cell.flops) == smallest);
+        let solved: Vec<_> = sizes
+            .filter_map(|v| {
+                let name = v.about.cell.as_ref().map_or(&v.about.name, |cell| &cell.variant);
+                Some((name, v.about.solved.as_ref()?))
+            })
+            .collect();
         if !solved.is_empty() {
-            writeln!(f, "\nsolved for equal parameters:")?;
+            writeln!(f, "\nsolved for {}:", if smallest.is_some() { "these sizes" } else { "equal parameters" })?;
             let width = solved.iter().map(|(name, _)| name.chars().count()).max().unwrap_or(0);
             solved.iter().try_for_each(|(name, solved)| writeln!(f, "  {name:width$}  {solved}"))?;
         }

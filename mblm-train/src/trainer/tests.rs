@@ -613,3 +613,20 @@ fn what_computes_otherwise_is_said() {
         assert!(remarks.warnings[0].contains(part), "{remarks:?}");
     }
 }
+
+/// A study compares its variants seed by seed.
+#[test]
+fn the_seed_alone_decides_the_order_of_the_data() {
+    let (_folder, config) = workplace();
+    let ids = |config: &RunConfig| -> Vec<Vec<u32>> {
+        let model = Bigram::new();
+        let trainer = Trainer::new(&model, open_data(config).unwrap(), config, &Solo).unwrap();
+        (0..4).map(|batch| trainer.train.read(Cursor { epoch: 0, batch }).unwrap().ids).collect()
+    };
+    let mut other = config.clone();
+    (other.train.learning_rate, other.train.weight_decay, other.train.target_elements) = (9.0, 0.5, 640);
+    (other.io.name_model, other.train.gradient_accumulate_every) = ("another".into(), 2);
+    assert_eq!(ids(&other), ids(&config));
+    other.train.seed += 1;
+    assert_ne!(ids(&other), ids(&config));
+}
