@@ -29,6 +29,7 @@ pub mod report;
 mod runner;
 mod spec;
 mod speeds;
+pub mod statistics;
 mod task;
 
 pub use course::PlannedRun;
