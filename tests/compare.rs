@@ -119,6 +119,9 @@ fn the_others_finish_when_a_variant_fails_and_the_report_says_what_their_files_s
         let rate = result["measured"]["generation"]["bytes_per_second"].as_f64().unwrap();
         assert_eq!(row["generation_bytes_per_second"].parse::<f64>().unwrap(), rate);
         assert_eq!(result["measured"]["generation"]["prompt"], "line 4");
+        let passage = &result["measured"]["passage"];
+        let (bytes, bits) = (passage["bytes"].as_str().unwrap(), passage["bits"].as_array().unwrap());
+        assert!(bytes.len() == 2 * bits.len() && !bits.is_empty(), "{passage}");
         assert!(cfg!(not(target_os = "linux")) || row["peak_memory_bytes"].parse::<f64>().unwrap() > 1e6, "{row:?}");
     }
     let results = json(study.join("results.json"));

@@ -23,6 +23,7 @@
 mod child;
 mod course;
 mod launch;
+pub mod passage;
 mod plan;
 mod progress;
 pub mod report;

@@ -1,4 +1,5 @@
-//! `mblm measure-run`, which a study calls when a run has ended: what the model costs, what it writes and how fast.
+//! `mblm measure-run`, which a study calls when a run has ended: what the model costs, what it writes and how fast,
+//! and what it spends on single bytes.
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -9,6 +10,7 @@ use mblm::base::terminal::Output;
 use mblm::device::DeviceName;
 use mblm::generate::{Format, Sampler, Sampling, TokenStream, Until, generate};
 use mblm::model::Mblm;
+use mblm::study::passage::{Reading, score};
 use mblm::study::report::{Generation, Measured};
 use mblm::train::cost::{ModelCost, Step};
 use mblm::train::model::{Model, TrainModel};
@@ -41,17 +43,18 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
     let step = Step { batch: config.train.batch_size, bytes: config.params.input_seq_len };
     let (hierarchy, stages) = (config.params.model.hierarchy(), trained.model.stage_models());
     let cost = ModelCost::new(hierarchy, trained.model.params(), &stages, step);
-    let generation = match &trained.model {
-        Model::Masked(_) => None,
-        Model::Generative(model) => {
-            let prompt = match &args.prompt {
-                Some(text) => text.bytes().map(u32::from).collect(),
-                None => train::prompt(&session::open_data_of(&args.run, config)?.0, config.params.input_seq_len)?,
-            };
-            Some(sample(model, prompt)?)
-        }
-    };
-    let measured = Measured { cost: Some(cost), generation, missing: None };
+    let mut measured = Measured { cost: Some(cost), ..Measured::default() };
+    if let Model::Generative(model) = &trained.model {
+        let data = session::open_data_of(&args.run, config)?.0;
+        let prompt = match &args.prompt {
+            Some(text) => text.bytes().map(u32::from).collect(),
+            None => train::prompt(&data, config.params.input_seq_len)?,
+        };
+        measured.generation = Some(sample(model, prompt)?);
+        let reading = Reading { seq_len: step.bytes, batch_size: step.batch, stages: &hierarchy.seq_lens };
+        let scores = score(model, &*data.valid, reading)?;
+        (measured.passage, measured.place_bits) = (scores.passage, scores.place_bits);
+    }
     Ok(writeln!(Output::new(), "{}", serde_json::to_string(&measured)?)?)
 }
 

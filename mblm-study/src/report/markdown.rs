@@ -5,7 +5,7 @@ use super::matrix::Matrix;
 use super::table::{bpb, columns, places};
 use super::variant::Variant;
 use super::verdict::verdict;
-use super::{Axis, Kind, Measure, Report, curve_id, trade_off_id};
+use super::{Axis, Kind, Measure, PLACES, Report, curve_id, trade_off_id};
 
 /// `report.md`; `charts` are the names of those that were drawn.
 pub(super) fn text(report: &Report, charts: &[&str]) -> String {
@@ -47,6 +47,10 @@ pub(super) fn text(report: &Report, charts: &[&str]) -> String {
     section("Learning curves", Axis::ALL.map(curve).to_vec());
     let quality = |measure: Measure| (trade_off_id(measure), format!("bits per byte against {}", measure.name()));
     section("Quality and cost", Measure::ALL.map(quality).to_vec());
+    section(
+        "Bits by place in the patch",
+        vec![(PLACES.into(), "mean bits by the byte's place in the innermost patch".into())],
+    );
     let gradients = charts.iter().filter(|name| name.starts_with("gradients-"));
     section("Gradient norms", gradients.map(|name| (name.to_string(), name.replace('-', " of "))).collect());
     text += "## Variants\n\n";

@@ -10,6 +10,7 @@ mod front;
 mod markdown;
 mod matrix;
 mod page;
+mod passage;
 mod run;
 mod seen;
 mod table;
@@ -161,9 +162,10 @@ impl Report {
         }
         let names: Vec<&str> = charts.iter().map(|(name, _)| &name[..]).collect();
         write("report.md", &markdown::text(self, &names))?;
-        write("results.csv", &table::csv(self)?)?;
+        let csv = table::csv(self)?;
+        write("results.csv", &csv)?;
         write("results.json", &table::json(self)?)?;
-        write("report.html", &page::html(self))
+        write("report.html", &page::html(self, &csv))
     }
 
     /// The ranking as text for a terminal.
@@ -183,6 +185,7 @@ impl Report {
         for measure in Measure::ALL {
             charts.push((trade_off_id(measure), charts::trade_off(variants, measure, format)));
         }
+        charts.push((PLACES.to_string(), charts::lines::places(variants, format)));
         for stage in 0..self.num_stages() {
             charts.push((gradient_id(stage), charts::lines::gradients(variants, stage, format)));
         }
@@ -195,6 +198,9 @@ impl Report {
         runs.flat_map(|run| &run.points).map(|point| point.stage_grads.len()).max().unwrap_or(0)
     }
 }
+
+/// The name of the chart of bits by place in the patch.
+const PLACES: &str = "places";
 
 /// The name of a chart of learning curves.
 fn curve_id(kind: Kind, axis: Axis) -> String {
@@ -410,6 +416,8 @@ mod tests {
             measured: Measured {
                 cost: Some(super::matrix::tests::cost(&["a", "b"])),
                 generation: Some(Generation { prompt: "a".into(), text: "b".into(), bytes: 1, bytes_per_second: 5.0 }),
+                passage: Some(crate::passage::Passage { bytes: b"a\n".into(), bits: vec![2.5, 0.125] }),
+                place_bits: vec![2.5, 1.5],
                 missing: None,
             },
             peak_bytes: Some(1 << 30),
@@ -443,8 +451,9 @@ mod tests {
             let Ok(run) = Run::read(folder.path()) else { continue };
             let whole = self::folder(&good.iter().map(|(name, text)| (*name, &text[..])).collect::<Vec<_>>());
             let report = Report::of_runs(vec![Run::read(whole.path()).unwrap(), run], |_| None);
-            let page = page::html(&report);
-            let text = report.to_text() + &markdown::text(&report, &[]) + &table::csv(&report).unwrap();
+            let csv = table::csv(&report).unwrap();
+            let page = page::html(&report, &csv);
+            let text = report.to_text() + &markdown::text(&report, &[]) + &csv;
             let json = table::json(&report).unwrap();
             assert!(page.len() + text.len() + json.len() < 4 << 20, "round {round}");
             for place in [" d=\"", " x=\"", " y=\"", " cx=\"", " cy=\""] {

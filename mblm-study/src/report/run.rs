@@ -19,6 +19,7 @@ use serde_json::Value as Json;
 use serde_yaml::Value;
 
 use super::charts::scale::LARGEST;
+use crate::passage::Passage;
 
 const METRICS: &str = "metrics.jsonl";
 pub(super) const LOSSES: &str = "loss.csv";
@@ -106,6 +107,12 @@ pub struct Measured {
     pub cost: Option<cost::ModelCost>,
     /// What it wrote; none for an encoder.
     pub generation: Option<Generation>,
+    /// What it spends on the beginning of the validation data, byte by byte; none for an encoder.
+    #[serde(default)]
+    pub passage: Option<Passage>,
+    /// Mean bits by the byte's place in the innermost patch, over a larger sample; empty if it has no patches.
+    #[serde(default)]
+    pub place_bits: Vec<f64>,
     /// What could not be measured, and why.
     pub missing: Option<String>,
 }

@@ -3,7 +3,8 @@
 use mblm_train::cost::{self, STEP_PER_FORWARD};
 use mblm_train::journal::metrics::Kind;
 
-use super::run::{Generation, Run, Status};
+use super::run::{Generation, Run, Status, sane};
+use crate::passage::Passage;
 
 /// Runs of one configuration.
 #[derive(Clone, Debug)]
@@ -196,6 +197,20 @@ impl Variant {
             points.filter(|(_, norm)| *norm > 0.0).collect()
         };
         mean_curve(&self.shown().into_iter().map(of_run).collect::<Vec<_>>())
+    }
+
+    /// Bits by the byte's place in the innermost patch, counted from 1.
+    pub fn place_bits(&self) -> Vec<CurvePoint> {
+        let of_run = |run: &Run| -> Vec<(f64, f64)> {
+            let bits = run.result.iter().flat_map(|result| &result.measured.place_bits);
+            (1..).map(f64::from).zip(bits.map_while(|bits| sane(*bits))).collect()
+        };
+        mean_curve(&self.counted().into_iter().map(of_run).collect::<Vec<_>>())
+    }
+
+    /// What its first run that counts spends on the bytes of a passage.
+    pub fn passage(&self) -> Option<&Passage> {
+        self.counted().into_iter().find_map(|run| run.result.as_ref()?.measured.passage.as_ref())
     }
 
     /// The runs whose curves are drawn: those that count; of a variant that failed, the failed ones.

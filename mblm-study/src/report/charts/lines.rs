@@ -1,4 +1,4 @@
-//! Charts of what changes in training: learning curves and gradient norms.
+//! Charts of lines: what changes in training (learning curves, gradient norms), and bits by place in the patch.
 
 use mblm_train::journal::metrics::Kind;
 
@@ -7,8 +7,10 @@ use super::svg::{COLOURS, Format, Margins, Svg, colour, escape, fitting, path, s
 use crate::report::format::{duration, with_unit};
 use crate::report::variant::{Axis, CurvePoint, Variant};
 
-/// Points of a curve, at most.
+/// Points of a curve, at most; on a phone; and where a curve only feels the pointer.
 const MAX_POINTS: usize = 120;
+const MAX_NARROW_POINTS: usize = 60;
+const MAX_HIT_POINTS: usize = 30;
 /// Dots of a chart, at most: beyond, curves go without.
 const MAX_DOTS: usize = 600;
 /// Curves with labels beside them, at most: beyond, the best alone have one.
@@ -73,7 +75,9 @@ pub(crate) fn curves(variants: &[Variant], kind: Kind, axis: Axis, format: Forma
         x_name: axis.name(),
         y_name: &format!("bits per byte in {what}"),
         x_unit: axis.unit(),
+        x_from: 0.0,
         is_log: false,
+        is_steep: true,
         text: &|point| format!("{:.3} bits per byte after {}", point.mean, axis.text(point.x)),
     };
     (!series.is_empty()).then(|| chart.draw(&series, format))
@@ -89,10 +93,29 @@ pub(crate) fn gradients(variants: &[Variant], stage: usize, format: Format) -> O
         x_name: Axis::Bytes.name(),
         y_name: &format!("gradient norm of stage {} (smoothed)", stage + 1),
         x_unit: Unit::Metric,
+        x_from: 0.0,
         is_log: true,
+        is_steep: false,
         text: &|point| format!("gradient norm {:.3} after {}", point.mean, Axis::Bytes.text(point.x)),
     };
     (!series.is_empty()).then(|| chart.draw(&series, format))
+}
+
+/// Bits by the byte's place in the innermost patch. None if no variant has patches of several bytes.
+pub(crate) fn places(variants: &[Variant], format: Format) -> Option<Svg> {
+    let series = all_series(variants, false, Variant::place_bits);
+    let chart = LineChart {
+        id: "places".into(),
+        title: "Bits by the byte's place in the innermost patch",
+        x_name: "byte of the patch",
+        y_name: "mean bits of a byte",
+        x_unit: Unit::Whole,
+        x_from: 1.0,
+        is_log: false,
+        is_steep: false,
+        text: &|point| format!("{:.3} bits for byte {} of a patch", point.mean, point.x),
+    };
+    series.iter().any(|series| series.points.len() > 1).then(|| chart.draw(&series, format))
 }
 
 /// Worst first, so that the best lie on top.
@@ -126,7 +149,11 @@ struct LineChart<'a> {
     x_name: &'a str,
     y_name: &'a str,
     x_unit: Unit,
+    /// Where the axis along begins.
+    x_from: f64,
     is_log: bool,
+    /// Whether the curves begin with a steep part that is not shown.
+    is_steep: bool,
     /// A point in words.
     text: &'a dyn Fn(&CurvePoint) -> String,
 }
@@ -140,13 +167,13 @@ impl LineChart<'_> {
         let margins = Margins { left: 52.0, right, top: 30.0, bottom: 48.0 };
         let mut svg = Svg::new(self.title, format.width(), height, margins);
         let last = series.iter().filter_map(|s| s.points.last()).map(|point| point.x).fold(0.0, f64::max);
-        let x = Scale::linear(0.0, last, self.x_unit);
+        let x = Scale::linear(self.x_from, last, self.x_unit);
         let y = self.heights(series, last);
         svg.axes((&x, self.x_name), (&y, self.y_name), format.ticks());
         let dots: usize = series.iter().map(|series| series.points.len()).sum();
         let has_dots = format == Format::Wide && !self.is_log && dots <= MAX_DOTS;
-        let inside: String =
-            series.iter().map(|s| self.series(&svg, s, (&x, &y), has_dots && is_labelled(series, s))).collect();
+        let drawn = |one| self.series(&svg, one, (&x, &y), format, has_dots && is_labelled(series, one));
+        let inside: String = series.iter().map(drawn).collect();
         svg.clipped(&format!("{}-{format:?}", self.id), &inside);
         if format == Format::Wide {
             label_ends(&mut svg, series, (&x, &y));
@@ -158,7 +185,7 @@ impl LineChart<'_> {
     /// others leaves the frame.
     fn heights(&self, series: &[Series], last: f64) -> Scale {
         let shown = |series: &Series| -> Vec<f64> {
-            let late = series.points.iter().filter(|point| self.is_log || point.x >= SHOWN_FROM * last);
+            let late = series.points.iter().filter(|point| !self.is_steep || point.x >= SHOWN_FROM * last);
             late.chain(series.points.last()).flat_map(|point| [point.min, point.max]).collect()
         };
         let most = ceiling(series.iter().map(|series| shown(series).into_iter().fold(f64::MIN, f64::max)));
@@ -167,9 +194,10 @@ impl LineChart<'_> {
         Scale::around(values, 0.06, self.is_log, unit)
     }
 
-    fn series(&self, svg: &Svg, series: &Series, (x, y): (&Scale, &Scale), has_dots: bool) -> String {
+    fn series(&self, svg: &Svg, series: &Series, (x, y): (&Scale, &Scale), format: Format, has_dots: bool) -> String {
         let at = |px: f64, py: f64| (svg.x(x.place(px)), svg.y(y.place(py)));
-        let points = &series.points;
+        let most = if format == Format::Wide { MAX_POINTS } else { MAX_NARROW_POINTS };
+        let points = &thinned(&series.points, most);
         let line = path(points.iter().map(|p| at(p.x, p.mean)));
         let name = &series.variant.name;
         let ended = points.last().map_or(String::new(), |point| (self.text)(point));
@@ -183,7 +211,8 @@ impl LineChart<'_> {
             let around = points.iter().map(|p| at(p.x, p.max)).chain(points.iter().rev().map(|p| at(p.x, p.min)));
             group += &format!("<path class=\"band\" d=\"{}Z\"/>", path(around));
         }
-        group += &format!("<path class=\"curve\" d=\"{line}\"/><path class=\"hit\" d=\"{line}\"/>");
+        let hit = path(thinned(points, MAX_HIT_POINTS).iter().map(|p| at(p.x, p.mean)));
+        group += &format!("<path class=\"curve\" d=\"{line}\"/><path class=\"hit\" d=\"{hit}\"/>");
         if has_dots {
             for point in points {
                 let (cx, cy) = at(point.x, point.mean);

@@ -24,6 +24,8 @@ pub(crate) struct Scale {
 pub(crate) enum Unit {
     /// Decimals as the distance of the marks needs.
     Plain,
+    /// Whole numbers.
+    Whole,
     /// Metric prefixes.
     Metric,
     /// Seconds, minutes, hours.
@@ -83,6 +85,9 @@ impl Scale {
         let values = match (self.is_log, self.unit) {
             (true, _) if is_wide => log_ticks(self.low, self.high, wanted),
             (false, Unit::Time) => steps(self.low, self.high, time_step((self.high - self.low) / wanted as f64)),
+            (false, Unit::Whole) => {
+                steps(self.low, self.high, round_step((self.high - self.low) / wanted as f64).max(1.0))
+            }
             _ => steps(self.low, self.high, round_step((self.high - self.low) / wanted as f64)),
         };
         let step = values.windows(2).map(|pair| pair[1] - pair[0]).fold(f64::MAX, f64::min);
@@ -94,7 +99,9 @@ impl Scale {
             Unit::Metric => metric(value, step),
             Unit::Time if value == 0.0 => "0".into(),
             Unit::Time if value >= 1.0 => duration(value).replace(".0 s", " s"),
-            Unit::Time | Unit::Plain => format!("{value:.*}", (-step.log10().floor()).clamp(0.0, 9.0) as usize),
+            Unit::Time | Unit::Plain | Unit::Whole => {
+                format!("{value:.*}", (-step.log10().floor()).clamp(0.0, 9.0) as usize)
+            }
         }
     }
 }
@@ -185,6 +192,7 @@ mod tests {
         assert_eq!(texts(Scale::linear(0.0, 2e6, Unit::Metric), 4), ["0", "500 k", "1 M", "1.5 M", "2 M"]);
         assert_eq!(texts(Scale::linear(190_200.0, 191_300.0, Unit::Metric), 3), ["190.5 k", "191 k"]);
         assert_eq!(texts(Scale::linear(1.93, 2.31, Unit::Plain), 4), ["2.0", "2.1", "2.2", "2.3"]);
+        assert_eq!(texts(Scale::linear(1.0, 4.0, Unit::Whole), 6), ["1", "2", "3", "4"]);
         assert_eq!(texts(Scale::linear(0.0, 100.0, Unit::Time), 4), ["0", "30 s", "1 min", "1 min 30 s"]);
         assert_eq!(texts(Scale::linear(0.0, 7200.0, Unit::Time), 4), ["0", "30 min", "1 h", "1 h 30 min", "2 h"]);
         assert_eq!(texts(Scale::linear(0.0, 2.0, Unit::Time), 4), ["0", "0.5", "1 s", "1.5 s", "2 s"]);
@@ -206,7 +214,7 @@ mod tests {
         let tiny = f64::MIN_POSITIVE;
         let extremes = [0.0, 1e-300, tiny, -1.0, 1.0, 1e15, 1e15 + 0.125, 1e30, 1e308, -1e308, f64::INFINITY, f64::NAN];
         for (low, high) in extremes.iter().flat_map(|low| extremes.map(|high| (*low, high))) {
-            for unit in [Unit::Plain, Unit::Metric, Unit::Time] {
+            for unit in [Unit::Plain, Unit::Whole, Unit::Metric, Unit::Time] {
                 let around = |is_log| Scale::around([low, high].into_iter(), 0.1, is_log, unit);
                 for scale in [Scale::linear(low, high, unit), Scale::log(low, high, unit), around(false), around(true)]
                 {

@@ -5,7 +5,9 @@
 
 mod best;
 mod details;
+mod numbers;
 mod panels;
+mod passage;
 mod tables;
 
 use maud::{DOCTYPE, Markup, PreEscaped, html};
@@ -18,10 +20,10 @@ use super::variant::Variant;
 use super::verdict::verdict;
 
 const PAGE_STYLE: &str = include_str!("page.css");
-const SCRIPT: &str = include_str!("page.js");
+const SCRIPT: &str = concat!(include_str!("page.js"), include_str!("passage.js"));
 
-/// `report.html`
-pub(super) fn html(report: &Report) -> String {
+/// `report.html`; `csv` is the text of `results.csv`.
+pub(super) fn html(report: &Report, csv: &str) -> String {
     let charts = Charts::new(report);
     let page = html! {
         (DOCTYPE)
@@ -41,9 +43,11 @@ pub(super) fn html(report: &Report) -> String {
                     (tables::matrix(report))
                     (panels::learning_curves(report, &charts))
                     (panels::trade_offs(&charts))
+                    (passage::section(report, &charts))
                     (panels::gradients(report, &charts))
                     (tables::apart(report))
                     (details::variants(report))
+                    (numbers::section(csv))
                     (footer())
                 }
                 script { (PreEscaped(SCRIPT)) }
@@ -122,8 +126,13 @@ fn footer() -> Markup {
 mod tests {
     use super::*;
     use crate::report::matrix::tests::cost;
+    use crate::report::table;
     use crate::report::variant::tests::{run, variant};
     use crate::report::{Apart, Generation, Kind, Measured, Point, RunResult, Status};
+
+    fn page(report: &Report) -> String {
+        html(report, &table::csv(report).unwrap())
+    }
 
     fn report(n: usize) -> Report {
         let mut variants: Vec<Variant> = (0..n)
@@ -148,14 +157,14 @@ mod tests {
     #[test]
     fn nothing_from_outside_and_nothing_unescaped() {
         for n in [1, 2, 30] {
-            let page = html(&report(n));
+            let page = page(&report(n));
             for outside in ["http", "src=", "@import", "url(\""] {
                 assert!(!page.contains(outside), "{outside}");
             }
             assert!(page.contains("A &amp; B") && page.contains("&lt;oops&gt;") && !page.contains("<b>0"));
             assert_eq!(page.matches("<script>").count(), 1, "a sample is no script");
             assert_eq!(page.matches("<tr class=").count(), n + 1);
-            assert_eq!(page.matches("<details").count(), n + 1);
+            assert_eq!(page.matches("<details").count(), n + 2, "of each variant, and all numbers");
             let ids: Vec<&str> =
                 page.split("<clipPath id=\"").skip(1).map(|rest| rest.split('"').next().unwrap()).collect();
             let mut unique = ids.clone();
@@ -188,12 +197,12 @@ mod tests {
         report.variants[3].runs[0].status = Status::Failed(hostile());
         report.apart.push(Apart { why: vec![hostile()], variants: report.variants.clone() });
         let charts = report.charts(Format::Wide).into_iter().map(|(_, svg)| svg.file());
-        for text in charts.chain([html(&report)]) {
+        for text in charts.chain([page(&report)]) {
             assert!(text.contains("&quot; onload=&quot;x&quot;&gt;&lt;img src=x&gt;\u{FFFD}[31m"));
             assert!(!text.contains("<img") && !text.contains("\" onload"));
             assert!(!text.contains(|c: char| c.is_control() && c != '\n'));
         }
-        assert!(html(&report).contains("Global or local?"), "the matrix is among them");
+        assert!(page(&report).contains("Global or local?"), "the matrix is among them");
     }
 
     #[test]
@@ -207,14 +216,14 @@ mod tests {
         };
         let mut report = report(1);
         report.variants = vec![of("a", 1000.0, 2.0), of("b", 1010.0, 2.0), of("c", 500.0, 3.0)];
-        let page = html(&report);
+        let page = page(&report);
         assert!(
             page.contains("<dt>fastest in training: a tie</dt>") && page.contains("<dt>best: a tie</dt>"),
             "{page}"
         );
         assert!(page.contains("<dd class=\"who\">a, b</dd>"));
         report.variants[0] = of("a", 2000.0, 1.0);
-        let page = html(&report);
+        let page = page(&report);
         assert!(page.contains("<dt>fastest in training</dt>") && page.contains("<dt>best</dt>"), "{page}");
     }
 
@@ -223,7 +232,7 @@ mod tests {
         let mut report = report(2);
         let other = variant("other", vec![run(1, Status::Finished, &[1.0])]);
         report.apart.push(Apart { why: vec!["data: <x>, not y".into()], variants: vec![other] });
-        let page = html(&report);
+        let page = page(&report);
         assert!(page.contains("<li>data: &lt;x&gt;, not y</li>") && page.contains("2.000 bits per byte"), "{page}");
         assert_eq!(page.matches("<table class=\"ranking\">").count(), 2);
         assert_eq!(page.matches("<tr class=\"first").count(), 2, "each group has its first");
@@ -231,7 +240,7 @@ mod tests {
 
     #[test]
     fn a_chart_without_numbers_says_so() {
-        let page = html(&report(2));
+        let page = page(&report(2));
         assert!(page.contains("p-curves-train-bytes\"><p>There are no numbers"), "nothing was logged in training");
         assert!(page.contains("+1.000</small>") && page.contains("class=\"dim c2\""));
     }

@@ -44,7 +44,7 @@ fn switch(group: &str, choices: &[(&str, &str)]) -> Markup {
 }
 
 /// A button for each variant, which makes it stand out in all charts.
-fn legend(report: &Report) -> Markup {
+pub(super) fn legend(report: &Report) -> Markup {
     let drawn = report.variants.iter().enumerate().filter(|(_, v)| v.runs.iter().any(|run| !run.points.is_empty()));
     html! {
         div.legend role="group" aria-label="Variants" {
