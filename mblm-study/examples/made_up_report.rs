@@ -10,7 +10,9 @@ use std::path::Path;
 
 use mblm_base::random::mix;
 use mblm_study::passage::Passage;
-use mblm_study::report::{Generation, Measured, Point, Report, Run, RunResult, Status, Variant};
+use mblm_study::report::{
+    Generation, Measured, Point, Report, Run, RunResult, Status, Try, Tuned, TunedVariant, Variant,
+};
 use mblm_train::cost::ModelCost;
 use mblm_train::journal::metrics::Kind;
 
@@ -39,7 +41,8 @@ fn main() -> Result<(), Box<dyn Error>> {
         facts: vec![format!("{variants} variants"), format!("{seeds} seeds"), "2 MB of training each".into()],
         base: name(variants / 2),
         variants: (0..variants).map(|i| variant(i, seeds)).collect::<Result<_, _>>()?,
-        apart: vec![],
+        tuning: vec![tuned(variants)],
+        ..Report::default()
     };
     report.write(Path::new(folder))?;
     Ok(())
@@ -77,6 +80,17 @@ fn variant(i: u64, seeds: u64) -> Result<Variant, Box<dyn Error>> {
         differences: vec![format!("params.block[0].block_type: {}, now {}", BLOCKS[0], blocks[0])],
         solved: None,
     })
+}
+
+fn tuned(variants: u64) -> Tuned {
+    let tries = |i: u64| {
+        let best = 1.5 * chance(&[i, 6]) - 0.5;
+        let loss = |step: i32| 2.2 + 0.03 * i as f64 + 0.05 * (f64::from(step) - best).powi(2);
+        let bpb = |step: i32| (step < 3 && (step < 2 || i % 3 == 0)).then(|| loss(step));
+        (-2..=3).map(|step| Try { value: 0.002 * 2f64.powi(step), bpb: bpb(step).filter(|_| i != 8) }).collect()
+    };
+    let variants = (0..variants).map(|i| TunedVariant::new(name(i), tries(i))).collect();
+    Tuned { field: "train.learning_rate".into(), seeds: vec![1000], share: 0.5, is_ranked: true, variants }
 }
 
 fn run(i: u64, seed: u64, is_lost: bool) -> Run {

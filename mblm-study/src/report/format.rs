@@ -15,6 +15,12 @@ pub(super) fn si(number: f64) -> String {
     format!("{sign}{digits} {prefix}").trim_end().into()
 }
 
+/// A difference with its sign, `+0.031` or `−0.031`.
+pub(super) fn signed(number: f64, decimals: usize) -> String {
+    let sign = if number < 0.0 { '−' } else { '+' };
+    format!("{sign}{:.decimals$}", number.abs())
+}
+
 /// Three digits of a number with a unit, `41.2 kB/s`.
 pub(crate) fn with_unit(number: f64, unit: &str) -> String {
     let text = mblm_train::cost::metric(number);

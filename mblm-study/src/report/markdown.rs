@@ -5,7 +5,7 @@ use super::matrix::Matrix;
 use super::table::{bpb, columns, places};
 use super::variant::Variant;
 use super::verdict::verdict;
-use super::{Axis, Kind, Measure, PLACES, Report, curve_id, trade_off_id};
+use super::{Axis, Kind, Measure, PLACES, Report, curve_id, trade_off_id, tuning_id};
 
 /// `report.md`; `charts` are the names of those that were drawn.
 pub(super) fn text(report: &Report, charts: &[&str]) -> String {
@@ -35,6 +35,7 @@ pub(super) fn text(report: &Report, charts: &[&str]) -> String {
     image("ranking", "bits per byte of every variant");
     let matrix = Matrix::of(&report.variants).map(|matrix| matrix_table(&matrix)).unwrap_or_default();
     text += &matrix;
+    text += &tuning(report, charts);
     let mut section = |heading: &str, names: Vec<(String, String)>| {
         let drawn: Vec<_> = names.into_iter().filter(|(name, _)| charts.contains(&&name[..])).collect();
         if !drawn.is_empty() {
@@ -102,6 +103,25 @@ fn matrix_table(matrix: &Matrix) -> String {
     text + " |\n\n"
 }
 
+fn tuning(report: &Report, charts: &[&str]) -> String {
+    let mut text = String::new();
+    for (n, tuned) in report.tuning.iter().enumerate() {
+        let field = markdown(&tuned.field);
+        text += &format!("## Tuning of {field}\n\n{}\n\n", markdown(&tuned.about()));
+        if charts.contains(&&tuning_id(n)[..]) {
+            text += &format!("![bits per byte against {field}]({}.svg)\n\n", tuning_id(n));
+        }
+        text += &format!("| variant | best {field} | valid bpb | half of it | twice as much | tries |\n");
+        text += "|---|--:|--:|--:|--:|--:|\n";
+        for variant in &tuned.variants {
+            let [name, best, bpb, half, twice, tries] = variant.cells();
+            text += &format!("| {} | {best} | {bpb} | {half} | {twice} | {tries} |\n", markdown(&name));
+        }
+        text.push('\n');
+    }
+    text
+}
+
 fn about(variant: &Variant, base: &str) -> String {
     let mut text = format!("### {}\n\n", markdown(&variant.name));
     let (is_base, base) = (variant.name == base, markdown(base));
@@ -160,7 +180,7 @@ mod tests {
             facts: vec![],
             base: evil.into(),
             variants,
-            apart: vec![],
+            ..Report::default()
         };
         let text = text(&report, &[]);
         assert!(text.contains("\\|a\\|\\<script\\>\\[x\\](http\\://y) # b"), "{text}");

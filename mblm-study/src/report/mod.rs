@@ -14,6 +14,7 @@ mod passage;
 mod run;
 mod seen;
 mod table;
+mod tuning;
 mod variant;
 mod verdict;
 
@@ -35,6 +36,7 @@ use mblm_yaml::difference::differences;
 pub use run::{Generation, Measured, Point, Run, RunResult, Status};
 pub use seen::Seen;
 use serde_yaml::Value;
+pub use tuning::{Try, Tuned, TunedVariant};
 pub use variant::{Axis, CurvePoint, Spread, Variant};
 
 use crate::course::{PlannedRun, Unit, follow};
@@ -50,7 +52,7 @@ const NO_VARIANTS: [&str; 3] = ["train.seed", "io.name_model", "io.output_dir"];
 const MOST_NAMES: usize = 4;
 
 /// A comparison.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Report {
     /// Its title.
     pub title: String,
@@ -64,6 +66,8 @@ pub struct Report {
     pub variants: Vec<Variant>,
     /// Those that were measured on something else, and are not ranked with them.
     pub apart: Vec<Apart>,
+    /// What tuning found, a part per field.
+    pub tuning: Vec<Tuned>,
 }
 
 impl Report {
@@ -93,8 +97,10 @@ impl Report {
             variants = of_largest_budget(&plan, variants);
         }
         let facts = study_facts(&plan, &variants);
+        let ranked = Report::ranked(variants);
+        let tuning = tuning::of_study(&plan, &course, &ranked.variants);
         let PlanFile { name, description, .. } = plan;
-        Ok(Report { title: name, description, facts, base: "the study's base".into(), ..Report::ranked(variants) })
+        Ok(Report { title: name, description, facts, base: "the study's base".into(), tuning, ..ranked })
     }
 
     /// The report of any runs. Those that differ in their seeds alone are one variant; differences are counted from the
@@ -135,7 +141,7 @@ impl Report {
         let (mut variants, mut apart) = basis::grouped(variants);
         variant::rank(&mut variants);
         apart.iter_mut().for_each(|group| variant::rank(&mut group.variants));
-        Report { title: String::new(), description: None, facts: vec![], base: String::new(), variants, apart }
+        Report { variants, apart, ..Report::default() }
     }
 
     /// All groups of variants with the reasons why they are apart; those that the report is about come first.
@@ -185,6 +191,9 @@ impl Report {
         for measure in Measure::ALL {
             charts.push((trade_off_id(measure), charts::trade_off(variants, measure, format)));
         }
+        for (n, tuned) in self.tuning.iter().enumerate() {
+            charts.push((tuning_id(n), charts::sensitivity::sensitivity(tuned, &tuning_id(n), format)));
+        }
         charts.push((PLACES.to_string(), charts::lines::places(variants, format)));
         for stage in 0..self.num_stages() {
             charts.push((gradient_id(stage), charts::lines::gradients(variants, stage, format)));
@@ -197,6 +206,11 @@ impl Report {
         let runs = self.variants.iter().flat_map(|variant| &variant.runs);
         runs.flat_map(|run| &run.points).map(|point| point.stage_grads.len()).max().unwrap_or(0)
     }
+}
+
+/// The name of a chart of losses against a tuned field; fields are counted from 0 here, and from 1 in its name.
+fn tuning_id(field: usize) -> String {
+    format!("tuning-{}", field + 1)
 }
 
 /// The name of the chart of bits by place in the patch.

@@ -149,6 +149,7 @@ pub(super) fn json(report: &Report) -> Result<String> {
             "why": group.why,
             "variants": group.variants.iter().enumerate().map(|ranked| variant(n, ranked)).collect::<Vec<_>>(),
         })).collect::<Vec<_>>(),
+        "tuning": report.tuning,
     });
     serde_json::to_string_pretty(&json).map_err(std::io::Error::from).at(std::path::Path::new("results.json"))
 }
@@ -273,7 +274,7 @@ mod tests {
                 variant("good", vec![run(1, Status::Finished, &[0.1 + 0.2]), run(2, Status::Finished, &[0.5])]),
                 variant("lost", vec![failed]),
             ],
-            apart: vec![],
+            ..Report::default()
         }
     }
 

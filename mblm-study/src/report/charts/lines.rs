@@ -14,12 +14,12 @@ const MAX_HIT_POINTS: usize = 30;
 /// Dots of a chart, at most: beyond, curves go without.
 const MAX_DOTS: usize = 600;
 /// Curves with labels beside them, at most: beyond, the best alone have one.
-const MAX_LABELS: usize = 14;
+pub(super) const MAX_LABELS: usize = 14;
 /// Training losses are averaged over this share of a curve on either side.
 const SMOOTHING: f64 = 0.02;
 /// Curves are shown from here on; what lies before is high and says little.
 const SHOWN_FROM: f64 = 0.2;
-const LABEL_WIDTH: f64 = 212.0;
+pub(super) const LABEL_WIDTH: f64 = 212.0;
 
 impl Axis {
     pub(crate) const ALL: [Axis; 3] = [Axis::Bytes, Axis::Flops, Axis::Seconds];
@@ -176,7 +176,10 @@ impl LineChart<'_> {
         let inside: String = series.iter().map(drawn).collect();
         svg.clipped(&format!("{}-{format:?}", self.id), &inside);
         if format == Format::Wide {
-            label_ends(&mut svg, series, (&x, &y));
+            let end = |one: &&Series| one.points.last().map(|point| (x.place(point.x), y.place(point.mean)));
+            let labelled = series.iter().filter(|one| is_labelled(series, one));
+            let ends = labelled.filter_map(|one| Some(End { rank: one.rank, name: &one.variant.name, at: end(&one)? }));
+            label_ends(&mut svg, &ends.collect::<Vec<_>>(), "");
         }
         svg
     }
@@ -235,23 +238,25 @@ fn is_labelled(all: &[Series], one: &Series) -> bool {
     all.len() <= MAX_LABELS || one.rank < COLOURS
 }
 
-/// Names beside the ends of the curves.
-fn label_ends(svg: &mut Svg, series: &[Series], (x, y): (&Scale, &Scale)) {
-    let labelled: Vec<&Series> = series.iter().filter(|one| is_labelled(series, one)).collect();
-    let ends: Vec<(f64, f64)> = labelled
-        .iter()
-        .filter_map(|series| series.points.last())
-        .map(|point| (svg.x(x.place(point.x)), svg.y(y.place(point.mean).clamp(0.0, 1.0))))
-        .collect();
-    let wanted: Vec<f64> = ends.iter().map(|end| end.1).collect();
-    let places = spread_labels(&wanted, svg.y(1.0), svg.y(0.0));
-    let at = svg.x(1.0) + 16.0;
-    for ((series, end), place) in labelled.iter().zip(ends).zip(places) {
-        svg.add(&format!("<g class=\"s {}\" data-v=\"{}\">", colour(series.rank), series.rank));
-        svg.add(&format!("<path class=\"lead\" d=\"M{:.1} {:.1}L{:.1} {place:.1}\"/>", end.0 + 5.0, end.1, at - 3.0));
-        let is_above = series.points.last().is_some_and(|point| y.place(point.mean) > 1.0);
-        let name = fitting(&series.variant.name, LABEL_WIDTH - 30.0);
-        svg.text(at, place + 4.0, "start", "label", &if is_above { format!("{name} ↑") } else { name });
+/// The end of a curve, beside which a name is written.
+pub(super) struct End<'a> {
+    pub(super) rank: usize,
+    pub(super) name: &'a str,
+    /// Its place, as a share of the axis along and of that up; above 1 it is outside of the frame.
+    pub(super) at: (f64, f64),
+}
+
+/// Names beside the ends of curves. `mark` is put before the rank where curves are not those of the ranked variants.
+pub(super) fn label_ends(svg: &mut Svg, ends: &[End], mark: &str) {
+    let places: Vec<(f64, f64)> = ends.iter().map(|end| (svg.x(end.at.0), svg.y(end.at.1.clamp(0.0, 1.0)))).collect();
+    let wanted: Vec<f64> = places.iter().map(|place| place.1).collect();
+    let spread = spread_labels(&wanted, svg.y(1.0), svg.y(0.0));
+    let label = svg.x(1.0) + 16.0;
+    for ((End { rank, name, at }, (x, y)), place) in ends.iter().zip(places).zip(spread) {
+        svg.add(&format!("<g class=\"s {}\" data-v=\"{mark}{rank}\">", colour(*rank)));
+        svg.add(&format!("<path class=\"lead\" d=\"M{:.1} {y:.1}L{:.1} {place:.1}\"/>", x + 5.0, label - 3.0));
+        let name = fitting(name, LABEL_WIDTH - 30.0);
+        svg.text(label, place + 4.0, "start", "label", &if at.1 > 1.0 { format!("{name} ↑") } else { name });
         svg.add("</g>");
     }
 }

@@ -2,6 +2,7 @@
 
 pub(crate) mod lines;
 pub(crate) mod scale;
+pub(crate) mod sensitivity;
 pub(crate) mod svg;
 
 use scale::{Scale, Unit, ceiling};

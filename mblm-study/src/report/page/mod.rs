@@ -9,6 +9,7 @@ mod numbers;
 mod panels;
 mod passage;
 mod tables;
+mod tuning;
 
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 
@@ -41,6 +42,7 @@ pub(super) fn html(report: &Report, csv: &str) -> String {
                     (failures(report))
                     (tables::ranking(report, &charts))
                     (tables::matrix(report))
+                    (tuning::sections(report, &charts))
                     (panels::learning_curves(report, &charts))
                     (panels::trade_offs(&charts))
                     (passage::section(report, &charts))
@@ -128,9 +130,9 @@ mod tests {
     use crate::report::matrix::tests::cost;
     use crate::report::table;
     use crate::report::variant::tests::{run, variant};
-    use crate::report::{Apart, Generation, Kind, Measured, Point, RunResult, Status};
+    use crate::report::{Apart, Generation, Kind, Measured, Point, RunResult, Status, Try, Tuned, TunedVariant};
 
-    fn page(report: &Report) -> String {
+    fn page_of(report: &Report) -> String {
         html(report, &table::csv(report).unwrap())
     }
 
@@ -150,14 +152,14 @@ mod tests {
             facts: vec!["1 < 2".into()],
             base: "base".into(),
             variants,
-            apart: vec![],
+            ..Report::default()
         }
     }
 
     #[test]
     fn nothing_from_outside_and_nothing_unescaped() {
         for n in [1, 2, 30] {
-            let page = page(&report(n));
+            let page = page_of(&report(n));
             for outside in ["http", "src=", "@import", "url(\""] {
                 assert!(!page.contains(outside), "{outside}");
             }
@@ -196,13 +198,16 @@ mod tests {
         }
         report.variants[3].runs[0].status = Status::Failed(hostile());
         report.apart.push(Apart { why: vec![hostile()], variants: report.variants.clone() });
+        let tries = [Some(2.0), None].map(|bpb| Try { value: 1.0 + bpb.unwrap_or(0.0), bpb }).to_vec();
+        let variants = vec![TunedVariant::new(hostile(), tries)];
+        report.tuning.push(Tuned { field: hostile(), variants, ..Tuned::default() });
         let charts = report.charts(Format::Wide).into_iter().map(|(_, svg)| svg.file());
-        for text in charts.chain([page(&report)]) {
+        for text in charts.chain([page_of(&report)]) {
             assert!(text.contains("&quot; onload=&quot;x&quot;&gt;&lt;img src=x&gt;\u{FFFD}[31m"));
             assert!(!text.contains("<img") && !text.contains("\" onload"));
             assert!(!text.contains(|c: char| c.is_control() && c != '\n'));
         }
-        assert!(page(&report).contains("Global or local?"), "the matrix is among them");
+        assert!(page_of(&report).contains("Global or local?"), "the matrix is among them");
     }
 
     #[test]
@@ -216,14 +221,14 @@ mod tests {
         };
         let mut report = report(1);
         report.variants = vec![of("a", 1000.0, 2.0), of("b", 1010.0, 2.0), of("c", 500.0, 3.0)];
-        let page = page(&report);
+        let page = page_of(&report);
         assert!(
             page.contains("<dt>fastest in training: a tie</dt>") && page.contains("<dt>best: a tie</dt>"),
             "{page}"
         );
         assert!(page.contains("<dd class=\"who\">a, b</dd>"));
         report.variants[0] = of("a", 2000.0, 1.0);
-        let page = page(&report);
+        let page = page_of(&report);
         assert!(page.contains("<dt>fastest in training</dt>") && page.contains("<dt>best</dt>"), "{page}");
     }
 
@@ -232,7 +237,7 @@ mod tests {
         let mut report = report(2);
         let other = variant("other", vec![run(1, Status::Finished, &[1.0])]);
         report.apart.push(Apart { why: vec!["data: <x>, not y".into()], variants: vec![other] });
-        let page = page(&report);
+        let page = page_of(&report);
         assert!(page.contains("<li>data: &lt;x&gt;, not y</li>") && page.contains("2.000 bits per byte"), "{page}");
         assert_eq!(page.matches("<table class=\"ranking\">").count(), 2);
         assert_eq!(page.matches("<tr class=\"first").count(), 2, "each group has its first");
@@ -240,7 +245,7 @@ mod tests {
 
     #[test]
     fn a_chart_without_numbers_says_so() {
-        let page = page(&report(2));
+        let page = page_of(&report(2));
         assert!(page.contains("p-curves-train-bytes\"><p>There are no numbers"), "nothing was logged in training");
         assert!(page.contains("+1.000</small>") && page.contains("class=\"dim c2\""));
     }
