@@ -120,7 +120,7 @@ fn hours(plan: &Plan) -> Result<()> {
     let rates = plan.variants.iter().map(|variant| rate(&variant.config)).collect::<Result<Vec<_>>>()?;
     let (least, most) = plan.seconds(&rates);
     let upto = if most > least { format!(" to {}", duration(most)) } else { String::new() };
-    Ok(writeln!(Output::new(), "\ntime on this machine, from a few steps of each: about {}{upto}", duration(least))?)
+    Ok(writeln!(Output::new(), "time on this machine, from a few steps of each: about {}{upto}", duration(least))?)
 }
 
 /// Training bytes per second.

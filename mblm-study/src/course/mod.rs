@@ -11,6 +11,7 @@ use crate::plan::PlanFile;
 use crate::spec::seeds::Seeds;
 use crate::spec::slug;
 use crate::spec::tune::{Field, Tune, Values};
+use crate::statistics::groups::groups;
 
 /// What a run has come to.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -256,7 +257,7 @@ fn score(plan: &PlanFile, course: &mut Course, outcome: &dyn Fn(&str) -> Outcome
 }
 
 /// The best variant and those that cannot be told from it.
-fn undecided(_plan: &PlanFile, runs: &[PlannedRun], outcome: &dyn Fn(&str) -> Outcome) -> Vec<usize> {
+fn undecided(plan: &PlanFile, runs: &[PlannedRun], outcome: &dyn Fn(&str) -> Outcome) -> Vec<usize> {
     let mut losses: BTreeMap<usize, BTreeMap<u64, f64>> = BTreeMap::new();
     for run in runs {
         if let Outcome::Loss(loss) = outcome(&run.name) {
@@ -266,7 +267,10 @@ fn undecided(_plan: &PlanFile, runs: &[PlannedRun], outcome: &dyn Fn(&str) -> Ou
     let mean = |of: &BTreeMap<u64, f64>| of.values().sum::<f64>() / of.len() as f64;
     let mut ranked: Vec<(usize, BTreeMap<u64, f64>)> = losses.into_iter().collect();
     ranked.sort_by(|a, b| mean(&a.1).total_cmp(&mean(&b.1)));
-    ranked.into_iter().map(|(variant, _)| variant).collect()
+    let seeds: Vec<BTreeMap<u64, f64>> = ranked.iter().map(|(_, losses)| losses.clone()).collect();
+    let standings = groups(&seeds, plan.seeds.looks());
+    let first = ranked.iter().zip(standings).filter(|(_, standing)| standing.group == Some(1));
+    first.map(|((variant, _), _)| *variant).collect()
 }
 
 /// The mean of losses; a failure if any run failed.
@@ -407,12 +411,16 @@ mod tests {
 
     #[test]
     fn seeds_are_added_to_those_that_cannot_be_told_apart() {
-        let plan = plan_file(&["a", "b", "c"], Seeds::Until { start: 3, most: 6 });
+        let mut plan = plan_file(&["a", "b", "c"], Seeds::Until { start: 3, most: 6 });
         // The difference of `a` and `b` is noise, that of `c` is not.
         let noise = |run: &PlannedRun| (run.seed as f64 * 7.0 + run.variant as f64 * 3.0).sin() * 0.01;
         let loss = |run: &PlannedRun| Some([2.0, 2.0, 9.0][run.variant] + noise(run));
         let (course, rounds) = train(&plan, loss);
         let seeds = |variant: usize| course.scoring.iter().filter(|run| run.variant == variant).count();
-        assert_eq!((seeds(0), seeds(1), rounds.len()), (6, 6, 4));
+        assert_eq!((seeds(0), seeds(1), seeds(2), rounds.len()), (6, 6, 3, 4));
+        // What is told apart at once needs no more.
+        plan.seeds = Seeds::Until { start: 4, most: 10 };
+        let (course, _) = train(&plan, |run| Some(run.variant as f64 + noise(run)));
+        assert_eq!(course.scoring.len(), 3 * 4);
     }
 }
