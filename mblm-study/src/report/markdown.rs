@@ -2,6 +2,7 @@
 
 use super::format::{count, fenced, markdown, si, with_unit};
 use super::matrix::Matrix;
+use super::standing::Standings;
 use super::table::{bpb, columns, places};
 use super::variant::Variant;
 use super::verdict::verdict;
@@ -14,7 +15,7 @@ pub(super) fn text(report: &Report, charts: &[&str]) -> String {
         text += &format!("{}\n\n", markdown(description));
     }
     text += &format!("{}.\n\n", markdown(&report.facts.join(", ")));
-    if let Some((answer, surety)) = verdict(&report.variants) {
+    if let Some((answer, surety)) = verdict(&report.variants, report.looks) {
         text += &format!("**{}** {}\n\n", markdown(&answer), markdown(&surety));
     }
     for (why, variants) in report.groups() {
@@ -60,16 +61,18 @@ pub(super) fn text(report: &Report, charts: &[&str]) -> String {
 }
 
 fn ranking(report: &Report, variants: &[Variant]) -> String {
-    let columns = columns(report);
-    let mut text = "| | variant | blocks | valid bpb |".to_string();
+    let (columns, standings) = (columns(report), Standings::of(variants, report.looks));
+    let mut text = "| | group | variant | blocks | valid bpb | above the best (95% interval) |".to_string();
     columns.iter().for_each(|column| text += &format!(" {} |", column.name));
-    text += "\n|---|---|---|--:|";
+    text += "\n|---|---|---|---|--:|--:|";
     columns.iter().for_each(|_| text += "--:|");
     text.push('\n');
-    for (variant, place) in variants.iter().zip(places(variants)) {
-        let place = place.map_or(String::new(), |place| place.to_string());
-        let blocks = variant.blocks().unwrap_or_default();
-        text += &format!("| {place} | {} | {} | {} |", markdown(&variant.name), markdown(&blocks), bpb(variant));
+    let number = |number: Option<usize>| number.map_or(String::new(), |number| number.to_string());
+    for (i, (variant, place)) in variants.iter().zip(places(variants)).enumerate() {
+        let (name, blocks) = (markdown(&variant.name), markdown(&variant.blocks().unwrap_or_default()));
+        let (place, group) = (number(place), number(standings.group(i)));
+        let difference = standings.difference(i).unwrap_or_default();
+        text += &format!("| {place} | {group} | {name} | {blocks} | {} | {difference} |", bpb(variant));
         columns.iter().for_each(|column| text += &format!(" {} |", (column.cell)(variant).unwrap_or_default()));
         text.push('\n');
     }

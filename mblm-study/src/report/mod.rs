@@ -13,6 +13,7 @@ mod page;
 mod passage;
 mod run;
 mod seen;
+mod standing;
 mod table;
 mod tuning;
 mod variant;
@@ -68,6 +69,8 @@ pub struct Report {
     pub apart: Vec<Apart>,
     /// What tuning found, a part per field.
     pub tuning: Vec<Tuned>,
+    /// How often the study may look at the data while it adds seeds; 0 and 1 are the same.
+    pub looks: usize,
 }
 
 impl Report {
@@ -99,8 +102,12 @@ impl Report {
         let facts = study_facts(&plan, &variants);
         let ranked = Report::ranked(variants);
         let tuning = tuning::of_study(&plan, &course, &ranked.variants);
+        let looks = match plan.seeds {
+            Seeds::Listed(_) => 1,
+            Seeds::Until { start, most } => (most - start + 1) as usize,
+        };
         let PlanFile { name, description, .. } = plan;
-        Ok(Report { title: name, description, facts, base: "the study's base".into(), tuning, ..ranked })
+        Ok(Report { title: name, description, facts, base: "the study's base".into(), tuning, looks, ..ranked })
     }
 
     /// The report of any runs. Those that differ in their seeds alone are one variant; differences are counted from the
@@ -182,7 +189,7 @@ impl Report {
     /// All charts there is something for, by name.
     fn charts(&self, format: Format) -> Vec<(String, Svg)> {
         let variants = &self.variants;
-        let mut charts = vec![("ranking".to_string(), charts::ranking(variants, format))];
+        let mut charts = vec![("ranking".to_string(), charts::ranking(variants, self.looks, format))];
         for kind in [Kind::Valid, Kind::Train] {
             for axis in Axis::ALL {
                 charts.push((curve_id(kind, axis), charts::lines::curves(variants, kind, axis, format)));

@@ -8,6 +8,7 @@ use serde::Serialize;
 use super::Report;
 use super::format::{duration, inert, si, with_unit};
 use super::run::{Run, Status};
+use super::standing::Standings;
 use super::variant::{Spread, Variant};
 
 /// A line of `results.csv`.
@@ -110,7 +111,7 @@ pub(super) fn json(report: &Report) -> Result<String> {
     let spread = |spread: Option<Spread>| {
         spread.map(|s| serde_json::json!({"mean": s.mean, "deviation": s.deviation, "min": s.min, "max": s.max, "seeds": s.count}))
     };
-    let variant = |group: usize, (rank, variant): (usize, &Variant)| {
+    let variant = |group: usize, standings: &Standings, (rank, variant): (usize, &Variant)| {
         let run = |run: &Run| {
             let validations: Vec<_> = run
                 .of_kind(Kind::Valid)
@@ -127,6 +128,7 @@ pub(super) fn json(report: &Report) -> Result<String> {
             "rank": rank + 1,
             "name": variant.name,
             "blocks": variant.blocks(),
+            "standing": standings.json(rank),
             "valid_bpb": spread(variant.valid_bpb()),
             "test_bpb": spread(variant.test_bpb()),
             "train_bytes_per_second": variant.train_rate(),
@@ -140,14 +142,19 @@ pub(super) fn json(report: &Report) -> Result<String> {
             "runs": variant.runs.iter().map(run).collect::<Vec<_>>(),
         })
     };
+    let group = |n: usize, variants: &[Variant]| {
+        let standings = Standings::of(variants, report.looks);
+        variants.iter().enumerate().map(|ranked| variant(n, &standings, ranked)).collect::<Vec<_>>()
+    };
     let json = serde_json::json!({
         "title": report.title,
         "description": report.description,
         "facts": report.facts,
-        "variants": report.variants.iter().enumerate().map(|ranked| variant(1, ranked)).collect::<Vec<_>>(),
-        "apart": report.apart.iter().zip(2..).map(|(group, n)| serde_json::json!({
-            "why": group.why,
-            "variants": group.variants.iter().enumerate().map(|ranked| variant(n, ranked)).collect::<Vec<_>>(),
+        "variants": group(1, &report.variants),
+        "looks": report.looks.max(1),
+        "apart": report.apart.iter().zip(2..).map(|(apart, n)| serde_json::json!({
+            "why": apart.why,
+            "variants": group(n, &apart.variants),
         })).collect::<Vec<_>>(),
         "tuning": report.tuning,
     });
@@ -223,24 +230,29 @@ pub(super) fn text(report: &Report) -> String {
             text +=
                 &format!("\nnot ranked with these, since they were measured on something else ({}):\n", why.join("; "));
         }
-        text += &group_text(&columns(report), variants);
+        text += &group_text(&columns(report), variants, &Standings::of(variants, report.looks));
     }
     for (run, why) in report.all_variants().flat_map(Variant::failures) {
         text += &format!("\n{} failed: {why}", run.name);
     }
-    if let Some((answer, surety)) = super::verdict::verdict(&report.variants) {
+    if let Some((answer, surety)) = super::verdict::verdict(&report.variants, report.looks) {
         text += &format!("\n{answer}\n{surety}");
     }
     text.trim_end().to_string() + "\n"
 }
 
-fn group_text(columns: &[&Column], variants: &[Variant]) -> String {
+/// Groups and differences are shown if anything was tested.
+fn group_text(columns: &[&Column], variants: &[Variant], standings: &Standings) -> String {
+    let is_tested = standings.is_tested();
     let mut header = vec!["".to_string(), "variant".into(), "valid bpb".into()];
+    header.extend(["group", "above the best (95%)"].into_iter().filter(|_| is_tested).map(String::from));
     header.extend(columns.iter().map(|column| column.name.to_string()));
     let mut rows = vec![header];
-    for (variant, place) in variants.iter().zip(places(variants)) {
-        let place = place.map_or("-".into(), |place| place.to_string());
-        let mut row = vec![place, variant.name.clone(), bpb(variant)];
+    let number = |number: Option<usize>| number.map_or("-".into(), |number| number.to_string());
+    for (i, (variant, place)) in variants.iter().zip(places(variants)).enumerate() {
+        let mut row = vec![number(place), variant.name.clone(), bpb(variant)];
+        let standing = [number(standings.group(i)), standings.difference(i).unwrap_or("-".into())];
+        row.extend(standing.into_iter().filter(|_| is_tested));
         row.extend(columns.iter().map(|column| (column.cell)(variant).unwrap_or("-".into())));
         rows.push(row);
     }
@@ -327,6 +339,19 @@ mod tests {
         let of = |bpb: f64| variant("v", vec![run(1, Status::Finished, &[bpb])]);
         let variants = [of(1.0), of(1.0), of(2.0), variant("lost", vec![])];
         assert_eq!(places(&variants), [Some(1), Some(1), Some(3), None]);
+    }
+
+    #[test]
+    fn groups_are_shown_where_something_was_tested() {
+        let of = |name: &str, bpbs: [f64; 3]| {
+            variant(name, bpbs.iter().zip(1..).map(|(bpb, seed)| run(seed, Status::Finished, &[*bpb])).collect())
+        };
+        let variants = vec![of("a", [2.0, 2.1, 2.2]), of("b", [2.01, 2.08, 2.25]), of("c", [2.5, 2.61, 2.69])];
+        let text = text(&Report { variants, ..Report::default() });
+        let groups: Vec<_> = text.lines().take(4).map(|line| line.split_whitespace().collect::<Vec<_>>()).collect();
+        assert_eq!(groups[0][..5], ["variant", "valid", "bpb", "group", "above"]);
+        assert_eq!([groups[1][5], groups[2][5], groups[3][5]], ["1", "1", "2"], "{text}");
+        assert!(groups[3][6].starts_with("+0.5"), "{text}");
     }
 
     #[test]

@@ -8,8 +8,9 @@ pub(crate) mod svg;
 use scale::{Scale, Unit, ceiling};
 use svg::{Format, Margins, Places, Svg, colour, escape, fitting};
 
-use crate::report::format::si;
+use crate::report::format::{count, si};
 use crate::report::front::front;
+use crate::report::standing::Standings;
 use crate::report::variant::Variant;
 
 /// What a variant costs, against its bits per byte.
@@ -63,12 +64,16 @@ impl Measure {
     }
 }
 
-/// Bits per byte of all variants that have some: the mean of each, and its seeds. None if fewer than two have.
-pub(crate) fn ranking(variants: &[Variant], format: Format) -> Option<Svg> {
+/// Bits per byte of all variants that have some: the mean of each, its seeds, and the interval of its difference to the
+/// best. None if fewer than two have.
+pub(crate) fn ranking(variants: &[Variant], looks: usize, format: Format) -> Option<Svg> {
     let rows: Vec<_> = variants.iter().enumerate().filter_map(|(i, v)| Some((i, v, v.valid_bpb()?))).collect();
     let most = ceiling(rows.iter().map(|(_, _, bpb)| bpb.max));
-    let ends = rows.iter().flat_map(|(_, _, bpb)| [bpb.min, bpb.max]).filter(|end| *end <= most);
-    let scale = Scale::around(ends, 0.08, false, Unit::Plain);
+    let ends: Vec<f64> = rows.iter().flat_map(|(_, _, bpb)| [bpb.min, bpb.max]).filter(|end| *end <= most).collect();
+    let standings = Standings::of(variants, looks);
+    let best = rows.first().map_or(0.0, |(_, _, bpb)| bpb.mean);
+    let interval = |i: usize| standings.to_first(i).map(|paired| [best + paired.low, best + paired.high]);
+    let scale = scale_of_ranking(ends, rows.iter().filter_map(|(i, _, _)| interval(*i)).flatten());
     let (step, left, over) = match format {
         Format::Wide => (27.0, 250.0, 0.0),
         Format::Narrow => (42.0, 14.0, 16.0),
@@ -83,16 +88,29 @@ pub(crate) fn ranking(variants: &[Variant], format: Format) -> Option<Svg> {
         svg.add(&format!("<path class=\"grid\" d=\"M{x:.1} {:.1}V{bottom:.1}\"/>", margins.top));
         svg.text(x, bottom + 17.0, "middle", "tick", &text);
     }
+    if standings.is_tested() {
+        let x = svg.x(scale.place(best));
+        svg.add(&format!("<path class=\"front\" d=\"M{x:.1} {:.1}V{bottom:.1}\"/>", margins.top));
+    }
     let (right, below) = (svg.x(1.0), bottom + 36.0);
     svg.text(right, below, "end", "name", "bits per byte in validation, lower is better");
     for (row, (i, variant, bpb)) in rows.iter().enumerate() {
         let y = margins.top + step * (row as f64 + 0.5) + over / 2.0;
-        let place = |value: f64| svg.x(scale.place(value).min(1.0));
-        let (low, high, mean) = (place(bpb.min), place(bpb.max), place(bpb.mean));
-        let title = format!("{}: {} bits per byte, {} seed(s)", variant.name, bpb.text(3), bpb.count);
+        let place = |value: f64| svg.x(scale.place(value).clamp(0.0, 1.0));
+        let mean = place(bpb.mean);
+        let mut title = format!("{}: {} bits per byte, {}", variant.name, bpb.text(3), count(bpb.count, "seed"));
+        if let Some(difference) = standings.difference(*i) {
+            title += &format!("; above the best: {difference}");
+        }
         let mut group = format!("<g class=\"s {}\" data-v=\"{i}\"><title>{}</title>", colour(*i), escape(&title));
+        if let Some([low, high]) = interval(*i) {
+            group += &format!("<path class=\"range\" d=\"M{:.1} {y:.1}H{:.1}\"/>", place(low), place(high));
+            // What goes on beyond the frame has no end there.
+            for end in [low, high].into_iter().filter(|end| (0.0..=1.0).contains(&scale.place(*end))) {
+                group += &format!("<path class=\"range\" d=\"M{:.1} {:.1}v12\"/>", place(end), y - 6.0);
+            }
+        }
         if bpb.count > 1 {
-            group += &format!("<path class=\"range\" d=\"M{low:.1} {y:.1}H{high:.1}\"/>");
             let bpbs = variant.counted().into_iter().filter_map(|run| run.valid_bpb());
             for run in bpbs.filter(|bpb| *bpb <= most) {
                 group += &format!("<circle class=\"seed\" cx=\"{:.1}\" cy=\"{y:.1}\" r=\"3.5\"/>", place(run));
@@ -113,6 +131,15 @@ pub(crate) fn ranking(variants: &[Variant], format: Format) -> Option<Svg> {
         svg.add("</g>");
     }
     (rows.len() > 1).then_some(svg)
+}
+
+/// A scale for `ends`, which are shown, and for intervals as far as they do not press these together: with few seeds, they
+/// are many times as wide.
+fn scale_of_ranking(ends: Vec<f64>, intervals: impl Iterator<Item = f64>) -> Scale {
+    let (low, high) = ends.iter().fold((f64::MAX, f64::MIN), |(low, high), end| (low.min(*end), high.max(*end)));
+    let room = (high - low) / 2.0;
+    let intervals: Vec<f64> = intervals.map(|end| end.clamp(low - room, high + room)).collect();
+    Scale::around(ends.into_iter().chain(intervals), 0.08, false, Unit::Plain)
 }
 
 /// Bits per byte against what that costs, with the Pareto front. None if fewer than two variants have both.
@@ -203,8 +230,23 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn bars_are_intervals_and_wide_ones_leave_the_frame() {
+        let of = |bpbs: &[f64]| {
+            let runs = bpbs.iter().zip(1..).map(|(bpb, seed)| run(seed, Status::Finished, &[*bpb]));
+            variant("v", runs.collect())
+        };
+        let bars = |others: &[f64]| {
+            let variants = [of(&[2.0, 2.1, 2.2]), of(others)];
+            ranking(&variants, 1, Format::Wide).unwrap().inline("").matches("class=\"range\"").count()
+        };
+        assert_eq!(bars(&[2.5, 2.61, 2.69]), 3, "a bar with both ends, and none of the best");
+        assert_eq!(bars(&[2.1, 2.9]), 1, "with two seeds its ends are far outside");
+        assert_eq!(bars(&[2.5]), 0, "nothing is tested");
+    }
+
+    #[test]
     fn dots_lie_where_their_numbers_are() {
-        let text = ranking(&variants(3), Format::Wide).unwrap().file();
+        let text = ranking(&variants(3), 1, Format::Wide).unwrap().file();
         let centres: Vec<f64> = text
             .split("class=\"dot\" cx=\"")
             .skip(1)
@@ -213,7 +255,7 @@ pub(crate) mod tests {
         assert_eq!(centres.len(), 3);
         assert!((centres[1] - centres[0] - (centres[2] - centres[1])).abs() < 0.2, "{centres:?}");
         assert!(text.contains("prefers-color-scheme: dark"), "a file has its style");
-        assert!(ranking(&[], Format::Wide).is_none());
+        assert!(ranking(&[], 1, Format::Wide).is_none());
         assert!(trade_off(&variants(3), Measure::TrainRate, Format::Wide).is_none());
     }
 }

@@ -88,7 +88,7 @@ fn head(report: &Report) -> Markup {
         ul.facts {
             @for fact in &report.facts { li { (fact) } }
         }
-        @if let Some((answer, surety)) = verdict(&report.variants) {
+        @if let Some((answer, surety)) = verdict(&report.variants, report.looks) {
             div.verdict { p { (answer) } p.soft { (surety) } }
         }
         (best::tiles(report))

@@ -6,22 +6,36 @@ use super::Charts;
 use crate::report::charts::svg::colour;
 use crate::report::format::si;
 use crate::report::matrix::Matrix;
+use crate::report::standing::Standings;
 use crate::report::table::{Column, bpb, columns, places};
 use crate::report::variant::Variant;
+use crate::report::verdict::how;
 use crate::report::{Apart, Report};
 
 pub(super) fn ranking(report: &Report, charts: &Charts) -> Markup {
     let has_seeds = report.all_variants().any(|variant| variant.valid_bpb().is_some_and(|bpb| bpb.count > 1));
+    let standings = Standings::of(&report.variants, report.looks);
     html! {
         h2 { "Ranking" }
         p.soft {
             "Bits per byte on the validation data, lower is better"
             @if has_seeds { "; mean ± standard deviation over seeds" }
             "."
+            @if standings.is_tested() {
+                " Below it, the mean difference to the best over shared seeds, with its 95% interval. Variants of group 1 are \
+                 not distinguishable from the best (" (how(&standings)) "); those of group 2 not from the best of the rest, \
+                 and so on."
+            }
         }
-        (table(0, &report.variants, &columns(report)))
+        (table(0, &report.variants, &columns(report), &standings))
         @if let Some(chart) = charts.get("ranking") {
             figure.panel style="display:block" { (chart) }
+            @if standings.is_tested() {
+                p.soft {
+                    "Dots are means, rings single seeds. Bars are 95% t intervals of the difference to the best, drawn from \
+                     the dashed line, its mean; they are not adjusted for the number of comparisons."
+                }
+            }
         }
     }
 }
@@ -40,21 +54,21 @@ pub(super) fn apart(report: &Report) -> Markup {
                 h2 { "Not ranked with these" }
                 p.soft { "What follows was measured on something else:" }
                 ul { @for why in why { li { (why) } } }
-                (table(first, variants, &columns))
+                (table(first, variants, &columns, &Standings::of(variants, report.looks)))
             }
         }
     }
 }
 
 /// The ranking of a group, whose first variant has the number `first` on the page.
-fn table(first: usize, variants: &[Variant], columns: &[&Column]) -> Markup {
-    let best = variants.first().and_then(|variant| variant.valid_bpb()).map(|bpb| bpb.mean);
+fn table(first: usize, variants: &[Variant], columns: &[&Column], standings: &Standings) -> Markup {
     html! {
         div.scroll {
             table.ranking {
                 thead {
                     tr {
                         th {}
+                        @if standings.is_tested() { th { button { "group" } } }
                         th.name { button { "variant" } }
                         th aria-sort="ascending" { button { "valid bpb" } }
                         @for column in columns {
@@ -63,8 +77,8 @@ fn table(first: usize, variants: &[Variant], columns: &[&Column]) -> Markup {
                     }
                 }
                 tbody {
-                    @for (i, (variant, place)) in (first..).zip(variants.iter().zip(places(variants))) {
-                        (row(i, place, variant, best, columns))
+                    @for (rank, (variant, place)) in variants.iter().zip(places(variants)).enumerate() {
+                        (row((first, rank), place, variant, standings, columns))
                     }
                 }
             }
@@ -72,9 +86,16 @@ fn table(first: usize, variants: &[Variant], columns: &[&Column]) -> Markup {
     }
 }
 
-fn row(i: usize, place: Option<usize>, variant: &Variant, best: Option<f64>, columns: &[&Column]) -> Markup {
+fn row(
+    (first, rank): (usize, usize),
+    place: Option<usize>,
+    variant: &Variant,
+    standings: &Standings,
+    columns: &[&Column],
+) -> Markup {
+    let i = first + rank;
     let mean = variant.valid_bpb().map(|bpb| bpb.mean);
-    let behind = mean.zip(best).map(|(mean, best)| mean - best).filter(|behind| *behind > 0.0);
+    let group = standings.group(rank);
     let class = match place {
         None => "dim",
         Some(1) => "first",
@@ -83,6 +104,11 @@ fn row(i: usize, place: Option<usize>, variant: &Variant, best: Option<f64>, col
     html! {
         tr class={ (class) " " (colour(i)) } data-v=(i) {
             td.place { @if let Some(place) = place { (place) } }
+            @if standings.is_tested() {
+                td.group data-label="group" data-sort=[group] {
+                    @match group { Some(group) => (group), None => "–" }
+                }
+            }
             td.name data-sort=(variant.name) {
                 span.swatch {}
                 (variant.name)
@@ -92,7 +118,7 @@ fn row(i: usize, place: Option<usize>, variant: &Variant, best: Option<f64>, col
             }
             td.bpb data-label="valid bpb" data-sort=[mean] {
                 (bpb(variant))
-                @if let Some(behind) = behind { small { "+" (format!("{behind:.3}")) } }
+                @if let Some(difference) = standings.difference(rank) { small { (difference) } }
             }
             @for column in columns {
                 @let cell = (column.cell)(variant);
