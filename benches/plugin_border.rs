@@ -15,7 +15,7 @@ use mblm::config::MblmConfig;
 use mblm::model::Mblm;
 use mblm::plugin::host::{Library, PluginSource};
 use mblm::registry::BlockRegistry;
-use mblm::train::trainer::optimizer::{Adam, AdamConfig, clip_grad_norm};
+use mblm::train::trainer::optimizer::{AdamConfig, Optimizer, clip_grad_norm};
 use mblm::yaml::Document;
 use mblm_blocks as _;
 use mblm_lstm as _;
@@ -74,7 +74,7 @@ fn main() -> Result<()> {
 struct Side {
     name: String,
     model: Mblm,
-    adam: Adam,
+    optimizer: Optimizer,
     ids: Tensor,
     times: Vec<f64>,
 }
@@ -95,8 +95,8 @@ impl Side {
         let len = config.context_len();
         let bytes: Vec<u32> = noise(BATCH * len, 1).iter().map(|v| ((v + 1.0) * 127.9) as u32).collect();
         let ids = Tensor::from_vec(bytes, (BATCH, len), &Device::Cpu)?;
-        let adam = Adam::new(model.params(), AdamConfig::default());
-        Ok(Self { name: name.into(), model, adam, ids, times: Vec::new() })
+        let optimizer = Optimizer::new(model.params(), AdamConfig::default());
+        Ok(Self { name: name.into(), model, optimizer, ids, times: Vec::new() })
     }
 
     /// Milliseconds of one training step.
@@ -106,7 +106,7 @@ impl Side {
         self.model.params().zero_grad();
         self.model.params().backward(&loss)?;
         clip_grad_norm(self.model.params(), 1.0).unwrap();
-        self.adam.step(self.model.params(), 1e-3)?;
+        self.optimizer.step(self.model.params(), 1e-3)?;
         Ok(start.elapsed().as_secs_f64() * 1e3)
     }
 }

@@ -11,7 +11,7 @@ use mblm::blocks::transformer::{Transformer, TransformerConfig};
 use mblm::config::MblmConfig;
 use mblm::model::Mblm;
 use mblm::train::evaluate::bpb;
-use mblm::train::trainer::optimizer::{Adam, AdamConfig, clip_grad_norm};
+use mblm::train::trainer::optimizer::{AdamConfig, Optimizer, clip_grad_norm};
 use mblm::{Mode, PosEmb};
 
 fn main() -> Result<()> {
@@ -48,7 +48,7 @@ fn main() -> Result<()> {
     let ids = Tensor::from_vec(ids, (4, 125), &Device::Cpu)?;
     println!("logits {:?}, one row for every byte", model.logits(&ids, Mode::Eval)?.dims());
 
-    let mut adam = Adam::new(model.params(), AdamConfig::default());
+    let mut optimizer = Optimizer::new(model.params(), AdamConfig::default());
     for step in 0..60 {
         let loss = model.loss(&ids, None, Mode::train(step))?;
         if step % 20 == 0 {
@@ -57,7 +57,7 @@ fn main() -> Result<()> {
         model.params().zero_grad();
         model.params().backward(&loss)?;
         clip_grad_norm(model.params(), 1.0)?;
-        adam.step(model.params(), 3e-3)?;
+        optimizer.step(model.params(), 3e-3)?;
     }
     println!("at the end: {:.3} bpb", bpb(f64::from(model.loss(&ids, None, Mode::Eval)?.to_scalar::<f32>()?)));
     Ok(())

@@ -14,7 +14,7 @@ use mblm::model::Mblm;
 use mblm::nn::{self, Module, RNN, VarBuilder};
 use mblm::registry::BlockRegistry;
 use mblm::train::evaluate::bpb;
-use mblm::train::trainer::optimizer::{Adam, AdamConfig, clip_grad_norm};
+use mblm::train::trainer::optimizer::{AdamConfig, Optimizer, clip_grad_norm};
 use mblm::yaml::Document;
 use mblm::{CandleModule, Mode, ParamScope, PosEmb, Result, StageBlock, StageModel, register_block};
 use schemars::JsonSchema;
@@ -102,7 +102,7 @@ fn main() -> anyhow::Result<()> {
         let ids: Vec<u32> = (0..8).flat_map(|b| text[start(b)..start(b) + 128].to_vec()).collect();
         Tensor::from_vec(ids, (8, 128), &Device::Cpu)
     };
-    let mut adam = Adam::new(model.params(), AdamConfig::default());
+    let mut optimizer = Optimizer::new(model.params(), AdamConfig::default());
     for step in 0..200 {
         let loss = model.loss(&batch(step)?, None, Mode::train(step as u64))?;
         if step % 40 == 0 || step == 199 {
@@ -111,7 +111,7 @@ fn main() -> anyhow::Result<()> {
         model.params().zero_grad();
         model.params().backward(&loss)?;
         clip_grad_norm(model.params(), 1.0)?;
-        adam.step(model.params(), 3e-3).map_err(|error| mblm::Error::Block(error.to_string()))?;
+        optimizer.step(model.params(), 3e-3).map_err(|error| mblm::Error::Block(error.to_string()))?;
     }
     let prompt = b"use mblm::".map(u32::from).to_vec();
     let (mut out, until) = (b"use mblm::".to_vec(), Until { max_tokens: Some(60), stop_token: None });

@@ -10,7 +10,7 @@ use mblm::config::MblmConfig;
 use mblm::generate::{Sampler, Sampling, Until, generate};
 use mblm::model::Mblm;
 use mblm::registry::BlockRegistry;
-use mblm::train::trainer::optimizer::{Adam, AdamConfig, clip_grad_norm};
+use mblm::train::trainer::optimizer::{AdamConfig, Optimizer, clip_grad_norm};
 use mblm::yaml::Document;
 
 const CONFIG: &str = "
@@ -67,13 +67,13 @@ fn train(model: &Mblm, pairs: &[(String, String)], steps: u64) -> Result<f32> {
     }
     let shape = (pairs.len(), LEN);
     let (ids, mask) = (Tensor::from_vec(ids, shape, &Device::Cpu)?, Tensor::from_vec(mask, shape, &Device::Cpu)?);
-    let mut adam = Adam::new(model.params(), AdamConfig::default());
+    let mut optimizer = Optimizer::new(model.params(), AdamConfig::default());
     for step in 0..steps {
         let loss = model.loss(&ids, Some(&mask), Mode::train(step))?;
         model.params().zero_grad();
         model.params().backward(&loss)?;
         clip_grad_norm(model.params(), 1.0)?;
-        adam.step(model.params(), 3e-3)?;
+        optimizer.step(model.params(), 3e-3)?;
     }
     Ok(model.loss(&ids, Some(&mask), Mode::Eval)?.to_scalar()?)
 }

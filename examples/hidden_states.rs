@@ -13,7 +13,7 @@ use mblm::blocks as _;
 use mblm::config::MblmConfig;
 use mblm::model::Mblm;
 use mblm::registry::BlockRegistry;
-use mblm::train::trainer::optimizer::{Adam, AdamConfig, clip_grad_norm};
+use mblm::train::trainer::optimizer::{AdamConfig, Optimizer, clip_grad_norm};
 use mblm::yaml::Document;
 
 const CONFIG: &str = "
@@ -68,13 +68,13 @@ fn ids(text: &str) -> Result<Tensor> {
 }
 
 fn train(model: &Mblm, ids: &Tensor) -> Result<()> {
-    let mut adam = Adam::new(model.params(), AdamConfig::default());
+    let mut optimizer = Optimizer::new(model.params(), AdamConfig::default());
     for step in 0..80 {
         let loss = model.loss(ids, None, Mode::train(step))?;
         model.params().zero_grad();
         model.params().backward(&loss)?;
         clip_grad_norm(model.params(), 1.0)?;
-        adam.step(model.params(), 3e-3)?;
+        optimizer.step(model.params(), 3e-3)?;
     }
     Ok(())
 }

@@ -10,7 +10,7 @@ use mblm::blocks as _;
 use mblm::config::MblmEncoderConfig;
 use mblm::model::MblmEncoder;
 use mblm::registry::BlockRegistry;
-use mblm::train::trainer::optimizer::{Adam, AdamConfig, clip_grad_norm};
+use mblm::train::trainer::optimizer::{AdamConfig, Optimizer, clip_grad_norm};
 use mblm::yaml::Document;
 
 const MASK: u32 = 257;
@@ -29,7 +29,7 @@ mblm_config:
 fn main() -> Result<()> {
     let document = Document::parse(CONFIG, "masked_encoder.rs")?;
     let model = MblmEncoder::new(&MblmEncoderConfig::from_document(&document, "", &BlockRegistry::builtin()?)?, 0)?;
-    let mut adam = Adam::new(model.params(), AdamConfig::default());
+    let mut optimizer = Optimizer::new(model.params(), AdamConfig::default());
     for step in 0..400u64 {
         let labels: Vec<u32> = (0..16).flat_map(|row| sentence(mix(16 * step + row))).collect();
         // A fifth of the bytes is masked; all are attended to, and the loss is that of the masked ones.
@@ -45,7 +45,7 @@ fn main() -> Result<()> {
         model.params().zero_grad();
         model.params().backward(&loss)?;
         clip_grad_norm(model.params(), 1.0)?;
-        adam.step(model.params(), 3e-3)?;
+        optimizer.step(model.params(), 3e-3)?;
     }
     for text in ["the r_d fox ran over the hill.  ", "the _rown dog ran ov_r the h_ll."] {
         let ids: Vec<u32> = text.bytes().map(|byte| if byte == b'_' { MASK } else { u32::from(byte) }).collect();

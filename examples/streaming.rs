@@ -11,7 +11,7 @@ use mblm::config::MblmConfig;
 use mblm::generate::{Decoder, Format, Sampler, Sampling, TokenStream, Until, generate};
 use mblm::model::Mblm;
 use mblm::registry::BlockRegistry;
-use mblm::train::trainer::optimizer::{Adam, AdamConfig, clip_grad_norm};
+use mblm::train::trainer::optimizer::{AdamConfig, Optimizer, clip_grad_norm};
 use mblm::yaml::Document;
 
 const CONFIG: &str = "
@@ -61,14 +61,14 @@ fn main() -> Result<()> {
 /// Learns the text by heart, from any place in it on.
 fn train(model: &Mblm) -> Result<()> {
     let bytes: Vec<u32> = TEXT.bytes().cycle().take(400).map(u32::from).collect();
-    let mut adam = Adam::new(model.params(), AdamConfig::default());
+    let mut optimizer = Optimizer::new(model.params(), AdamConfig::default());
     for step in 0..250u64 {
         let rows = (0..4).flat_map(|row| bytes[(step as usize * 7 + row * 21) % 300..][..96].to_vec()).collect();
         let loss = model.loss(&Tensor::from_vec(rows, (4, 96), &Device::Cpu)?, None, Mode::train(step))?;
         model.params().zero_grad();
         model.params().backward(&loss)?;
         clip_grad_norm(model.params(), 1.0)?;
-        adam.step(model.params(), 5e-3)?;
+        optimizer.step(model.params(), 5e-3)?;
     }
     Ok(())
 }

@@ -7,7 +7,7 @@ use mblm::model::Sequences;
 use mblm::train::config::ModelConfig;
 use mblm::train::cost::Step;
 use mblm::train::model::{Model, TrainModel};
-use mblm::train::trainer::optimizer::{Adam, AdamConfig, clip_grad_norm};
+use mblm::train::trainer::optimizer::{AdamConfig, Optimizer, clip_grad_norm};
 use mblm::{Mode, device};
 
 /// The share of bytes that an encoder restores, as in BERT.
@@ -28,7 +28,7 @@ pub fn step_memory(config: &ModelConfig, step: Step, device: Device) -> Result<O
 
 /// One step as the package takes it: forward, backward, clip to norm 1, Adam.
 pub fn training_step<'a>(model: &'a Model, sequences: Sequences<'a>) -> impl FnMut() -> Result<()> + use<'a> {
-    let mut adam = Adam::new(model.params(), AdamConfig::default());
+    let mut optimizer = Optimizer::new(model.params(), AdamConfig::default());
     let mut step = 0;
     move || {
         step += 1;
@@ -36,7 +36,7 @@ pub fn training_step<'a>(model: &'a Model, sequences: Sequences<'a>) -> impl FnM
         model.params().zero_grad();
         model.params().backward(&loss)?;
         clip_grad_norm(model.params(), 1.0)?;
-        Ok(adam.step(model.params(), 1e-3)?)
+        Ok(optimizer.step(model.params(), 1e-3)?)
     }
 }
 

@@ -6,7 +6,7 @@ use std::hint::black_box;
 use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
-use criterion::{Criterion, criterion_group, criterion_main};
+use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use mblm_base::random::noise;
 use mblm_compute::gemm::{Mat, MatMut, Precision, Update, autocast, matmul};
 use mblm_compute::layer::Dims;
@@ -21,10 +21,11 @@ use mblm_compute::ops::rms_norm::{Eps, RmsNorm, rms_norm_composed, token_shift_c
 use mblm_compute::ops::rotary::Rotary;
 use mblm_compute::ops::selective_scan::{self, SelectiveScan, selective_scan_composed};
 use mblm_compute::ops::ssd::{self, Ssd, ssd_composed};
-use mblm_compute::ops::{gelu, linear};
+use mblm_compute::ops::{gelu, linear, newton_schulz};
 use mblm_compute::parallel::Threads;
 use mblm_compute::param::{Init, ParamStore};
 use mblm_compute::rows::Rows;
+use rayon::prelude::*;
 
 fn tensor(data: &[f32], shape: &[usize]) -> Tensor {
     Tensor::from_slice(data, shape, &Device::Cpu).expect("as many numbers as the shape has")
@@ -189,5 +190,40 @@ fn products(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, attention, norms_and_activations, scans, loss, products);
+/// The rounds of Muon for the matrices of `benches/configs/tt.yaml`, all at once as the optimizer has them, beside the products
+/// of training with the same matrices. Elements per second are FLOP/s.
+fn muon(c: &mut Criterion) {
+    let mut group = c.benchmark_group("muon");
+    group.sample_size(10);
+    for (dim, layers) in [(512, 6), (256, 3)] {
+        let shapes = [(dim, dim), (2 * dim, dim), (dim, dim), (4 * dim, dim), (dim, 4 * dim)].repeat(layers);
+        let mut matrices: Vec<_> = shapes.iter().map(|&(rows, cols)| (noise(rows * cols, 1), rows, cols)).collect();
+        let flops: f64 = shapes.iter().map(|&(rows, cols)| newton_schulz::flops(rows, cols)).sum();
+        group.throughput(Throughput::Elements(flops as u64));
+        group.bench_function(format!("newton-schulz, width {dim}"), |b| {
+            b.iter(|| {
+                let matrices = matrices.par_iter_mut();
+                matrices.for_each(|(matrix, rows, cols)| newton_schulz::newton_schulz(matrix, *rows, *cols));
+            });
+        });
+        let tokens = 1028;
+        let (x, mut y) = (noise(tokens * 4 * dim, 2), vec![0.0; tokens * 4 * dim]);
+        let mut dweight = vec![0.0; 4 * dim * dim];
+        let flops: f64 = shapes.iter().map(|&(rows, cols)| 6.0 * (tokens * rows * cols) as f64).sum();
+        group.throughput(Throughput::Elements(flops as u64));
+        group.bench_function(format!("products of training, width {dim}"), |b| {
+            b.iter(|| {
+                for (weight, rows, cols) in &matrices {
+                    let (x, dy) = (&x[..tokens * cols], &x[..tokens * rows]);
+                    linear::forward(x, weight, *cols, Update::Set, &mut y[..tokens * rows]);
+                    linear::backward_input(dy, weight, *cols, Update::Set, &mut y[..tokens * cols]);
+                    linear::backward_weight(dy, x, *cols, &mut dweight[..rows * cols]);
+                }
+            });
+        });
+    }
+    group.finish();
+}
+
+criterion_group!(benches, attention, norms_and_activations, scans, loss, products, muon);
 criterion_main!(benches);

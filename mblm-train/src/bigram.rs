@@ -7,9 +7,12 @@ use mblm_core::config::MblmConfig;
 use mblm_core::mode::stream;
 use mblm_core::model::Sequences;
 use mblm_core::ops::dropout::dropout_composed;
+use mblm_core::param::Part;
 use mblm_core::{Init, Mode, ParamStore};
 
-use crate::config::{IoSection, LossAverage, ModelConfig, Params, RunConfig, TargetStrategy, TrainSection};
+use crate::config::{
+    IoSection, LossAverage, ModelConfig, OptimizerKind, Params, RunConfig, TargetStrategy, TrainSection,
+};
 use crate::model::{Loss, TrainModel};
 
 pub const VOCABULARY: usize = 8;
@@ -37,8 +40,22 @@ pub struct Bigram {
 impl Bigram {
     pub fn new() -> Self {
         let mut params = ParamStore::new(3);
-        let created = params.root().weight("table.weight", &[VOCABULARY, VOCABULARY], Init::Normal);
-        created.unwrap();
+        params.root().weight("table.weight", &[VOCABULARY, VOCABULARY], Init::Normal).unwrap();
+        Bigram::over(params)
+    }
+
+    /// One for `config`: a matrix that Muon is to update belongs to a stage.
+    pub fn of(config: &RunConfig) -> Self {
+        if config.train.optimizer == OptimizerKind::Adamw {
+            return Bigram::new();
+        }
+        let mut params = ParamStore::new(3);
+        let mut root = params.root();
+        root.of(Part::Stage(0)).weight("table.weight", &[VOCABULARY, VOCABULARY], Init::Normal).unwrap();
+        Bigram::over(params)
+    }
+
+    fn over(mut params: ParamStore) -> Self {
         params.root().param("bias", &[VOCABULARY], Init::Const(0.0)).unwrap();
         Bigram {
             params,
@@ -138,6 +155,10 @@ pub fn config() -> RunConfig {
             max_eval_steps: None,
             learning_rate: 0.1,
             gradient_clipping: Some(0.5),
+            lr_scale: None,
+            optimizer: Default::default(),
+            schedule: Default::default(),
+            decay_steps_perc: 0.2,
             gradient_accumulate_every: 3,
             loss_average: LossAverage::Window,
             rewarm_steps_perc: None,

@@ -3,14 +3,18 @@
 use std::fmt;
 
 use mblm_core::config::MblmConfig;
+use mblm_core::ops::newton_schulz::flops;
 use mblm_core::param::Part;
 use mblm_core::registry::block_type;
 use mblm_core::{ParamStore, StageModel};
 use serde::{Deserialize, Serialize};
 
+use crate::config::OptimizerKind;
+use crate::trainer::optimizer::is_for_muon;
+
 /// Everything is held in 32 bit floats.
 const FLOAT_BYTES: f64 = 4.0;
-/// Gradients and AdamW's two moments lie beside the weights.
+/// Gradients and AdamW's two moments lie beside the weights; of Muon's matrices, one moment.
 const TRAINED_COPIES: f64 = 4.0;
 /// What the program holds besides: its code, the threads' stacks, the chunks that long loops work in.
 const PROCESS_BYTES: f64 = 128.0 * 1048576.0;
@@ -69,6 +73,15 @@ pub struct ModelCost {
     head: PartCost,
     /// The whole model.
     pub total: PartCost,
+    /// What updates it.
+    #[serde(skip)]
+    optimizer: OptimizerKind,
+    /// The moments that Muon would do without.
+    #[serde(skip)]
+    spared: usize,
+    /// What Muon's rounds would cost.
+    #[serde(skip)]
+    muon_flops: f64,
     /// The most memory that a training step holds at once, in bytes.
     peak_bytes: Option<f64>,
     /// What it holds in any case.
@@ -98,6 +111,7 @@ impl ModelCost {
             activation_bytes: parts.iter().map(|part| part.activation_bytes).sum(),
         };
         let (context_len, num_tokens) = (config.context_len(), config.num_tokens);
+        let matrices = || params.iter().filter(|param| is_for_muon(param));
         let weights = total.parameters as f64 * FLOAT_BYTES * TRAINED_COPIES;
         let working = (0..stages.len()).map(|n| counts.working_bytes(n, models.get(n).copied())).fold(0.0, f64::max);
         let peak_bytes = total.activation_bytes.map(|kept| PROCESS_BYTES + weights + kept + working);
@@ -111,9 +125,22 @@ impl ModelCost {
             projections,
             head,
             total,
+            optimizer: OptimizerKind::Adamw,
+            spared: matrices().map(|param| param.len()).sum(),
+            muon_flops: sum(matrices().map(|param| flops(param.shape()[0], param.shape()[1]))),
             peak_bytes,
             least_bytes,
         }
+    }
+
+    /// The same model, if AdamW or another optimizer updates it.
+    pub fn trained_by(self, optimizer: OptimizerKind) -> Self {
+        if optimizer == OptimizerKind::Adamw {
+            return self;
+        }
+        let spared = self.spared as f64 * FLOAT_BYTES;
+        let (least_bytes, peak_bytes) = (self.least_bytes - spared, self.peak_bytes.map(|peak| peak - spared));
+        ModelCost { optimizer, least_bytes, peak_bytes, ..self }
     }
 
     /// The training step that is counted.
@@ -291,12 +318,15 @@ impl fmt::Display for ModelCost {
         let step_flops = self.total.flops_per_byte.map(|flops| flops * step_bytes * STEP_PER_FORWARD);
         writeln!(f)?;
         writeln!(f, "context    {} bytes ({}), vocabulary {}", self.context_len, lens.join(" · "), self.num_tokens)?;
-        writeln!(
-            f,
-            "weights    {}; with gradients and AdamW's moments {}",
-            bytes(weights),
-            bytes(weights * TRAINED_COPIES)
-        )?;
+        let (name, spared) = match self.optimizer {
+            OptimizerKind::Adamw => ("AdamW's", 0.0),
+            OptimizerKind::Muon => ("Muon's and AdamW's", self.spared as f64 * FLOAT_BYTES),
+        };
+        let trained = bytes(weights * TRAINED_COPIES - spared);
+        writeln!(f, "weights    {}; with gradients and {name} moments {trained}", bytes(weights))?;
+        if self.optimizer == OptimizerKind::Muon {
+            writeln!(f, "muon       about {}FLOP more per gradient step", metric(self.muon_flops))?;
+        }
         let flops = step_flops.map_or("an unknown number of FLOP".into(), |n| format!("about {}FLOP", metric(n)));
         let activations = self.total.activation_bytes.map_or("unknown".into(), bytes);
         writeln!(f, "one step   {} × {} bytes: {flops}, activations {activations}", self.step.batch, self.step.bytes)?;
@@ -458,9 +488,8 @@ mod tests {
         assert!((report.total.flops_per_byte.unwrap() - flops).abs() < 1e-9);
     }
 
-    #[test]
-    fn one_stage_has_no_projections() {
-        let config = MblmConfig {
+    fn config_of_one_stage() -> MblmConfig {
+        MblmConfig {
             num_tokens: 10,
             pad_token_id: 0,
             hidden_dims: vec![8],
@@ -468,10 +497,33 @@ mod tests {
             seq_lens: vec![4],
             train_checkpoint_chunks: None,
             blocks: vec![Arc::new(Toy {})],
-        };
+        }
+    }
+
+    #[test]
+    fn one_stage_has_no_projections() {
+        let config = config_of_one_stage();
         let table = ModelCost::new(&config, &ParamStore::new(0), &[], Step { batch: 1, bytes: 4 }).to_string();
         let row = table.lines().find(|line| line.starts_with("projections")).unwrap();
         assert_eq!(row.split_whitespace().collect::<Vec<_>>(), ["projections", "0", "0", "0", "B"]);
+    }
+
+    #[test]
+    fn muon_spares_the_second_moment_of_matrices_and_costs_its_rounds() {
+        let mut config = config_of_one_stage();
+        config.hidden_dims = vec![32];
+        let mut params = ParamStore::new(0);
+        params.root().of(Part::Stage(0)).weight("w", &[64, 32], Init::Const(0.0)).unwrap();
+        params.root().of(Part::Head).weight("out", &[10, 32], Init::Const(0.0)).unwrap();
+        let adamw = ModelCost::new(&config, &params, &[], Step { batch: 1, bytes: 4 });
+        let muon = adamw.clone().trained_by(OptimizerKind::Muon);
+        assert_eq!(adamw.least_bytes() - muon.least_bytes(), 64.0 * 32.0 * 4.0);
+        // Five rounds of two products with 64 columns and one with 32.
+        let table = muon.to_string();
+        assert!(
+            table.contains("Muon's and AdamW's moments 29.0 KiB") && table.contains("about 1.64 MFLOP more"),
+            "{table}"
+        );
     }
 
     #[test]

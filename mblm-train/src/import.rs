@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 use crate::journal::folder::RunFolder;
 use crate::model::{Model, TrainModel};
 use crate::trainer::Trainer;
-use crate::trainer::optimizer::{Adam, AdamConfig};
+use crate::trainer::optimizer::Optimizer;
 
 /// A buffer of the file may differ by this much, in relation, from the one that the configuration gives: files may be
 /// of bfloat16, which is good for 1/256.
@@ -42,9 +42,8 @@ pub fn import(config: &RunConfig, config_yaml: &str, saved: Saved, options: &Imp
     let store = model.params();
     load(&model, saved, options.migrate_embeddings)?;
     let state = start(config, loss);
-    let adam_config = AdamConfig { weight_decay: config.train.weight_decay, ..AdamConfig::default() };
-    let adam = Adam::new(store, adam_config);
-    let first = Snapshot { store, adam: &adam, state: &state, config_yaml };
+    let optimizer = Optimizer::new(store, config.train.optimizer());
+    let first = Snapshot { store, optimizer: &optimizer, state: &state, config_yaml };
     let run = match options.place {
         Some(place) => RunFolder::create_at(place, first)?,
         None => RunFolder::create(&config.io.output_dir, &config.io.name_model, first)?,

@@ -414,7 +414,7 @@ fn introduce(progress: &mut Progress, trainer: &Trainer, model: &dyn TrainModel,
             plan.accumulate
         )),
     }
-    progress.line(&format!("learning rate schedule: {}", plan.schedule.describe(0)));
+    progress.line(&format!("learning rate schedule: {}", plan.describe_rates(&config.train, 0)));
     let device = trainer.state().device.as_deref().unwrap_or("cpu");
     let (threads, instructions) = (rayon::current_num_threads(), simd::instruction_set());
     let each = if trainer.state().processes > 1 { " each" } else { "" };

@@ -59,6 +59,7 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
         plan.batches,
         plan.steps
     ));
+    terminal::line(format_args!("learning rate schedule: {}", plan.describe_rates(&config.train, 0)));
     terminal::line(format_args!("{}: no problems found", args.config.display()));
     Ok(())
 }

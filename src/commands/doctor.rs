@@ -75,7 +75,7 @@ impl Args {
 pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
     let mut document = Document::read(&args.config)?;
     args.set.iter().try_for_each(|assignment| document.set(assignment))?;
-    let Described { config, step, device } = inspect::read(&document, &plugins.registry(Some(&args.config))?)?;
+    let Described { config, step, device, .. } = inspect::read(&document, &plugins.registry(Some(&args.config))?)?;
     let hierarchy = config.hierarchy();
     // With one patch alone nothing would pass from the first stage's embedding to the loss.
     let two_patches = 2 * hierarchy.seq_lens[1..].iter().product::<usize>();

@@ -9,7 +9,7 @@ use mblm_core::config::{MblmConfig, MblmEncoderConfig};
 use mblm_core::device::{self, DeviceName};
 use mblm_core::model::{Mblm, MblmEncoder};
 use mblm_core::registry::BlockRegistry;
-use mblm_train::config::{ModelConfig, RunConfig};
+use mblm_train::config::{ModelConfig, OptimizerKind, RunConfig};
 use mblm_train::cost::{ModelCost, Step, bytes as shown_bytes};
 use mblm_yaml::Document;
 use serde_json::json;
@@ -41,7 +41,7 @@ pub fn run(args: &Args, plugins: &Plugins) -> anyhow::Result<()> {
     let mut document = Document::read(&args.config)?;
     args.set.iter().try_for_each(|assignment| document.set(assignment))?;
     let registry = plugins.registry(Some(&args.config))?;
-    let Described { config, mut step, .. } = read(&document, &registry)?;
+    let Described { config, mut step, optimizer, .. } = read(&document, &registry)?;
     if let Some(batch) = args.batch {
         step.batch = batch as usize;
     }
@@ -55,6 +55,7 @@ pub fn run(args: &Args, plugins: &Plugins) -> anyhow::Result<()> {
             ModelCost::new(&config.mblm_config, model.params(), &model.stage_models().collect::<Vec<_>>(), step)
         }
     };
+    let report = report.trained_by(optimizer);
     let on_device = args.device.map(|name| on_device(name, &config, step)).transpose()?;
     let text = match (args.json, on_device) {
         (false, on_device) => report.to_string() + &on_device.map_or(String::new(), |OnDevice { line, .. }| line),
@@ -99,6 +100,8 @@ pub struct Described {
     pub step: Step,
     /// Where it trains.
     pub device: DeviceName,
+    /// What updates it.
+    pub optimizer: OptimizerKind,
 }
 
 /// Reads a training YAML or a model's.
@@ -106,12 +109,17 @@ pub fn read(document: &Document, registry: &BlockRegistry) -> anyhow::Result<Des
     if ["params", "train", "io", "budget"].iter().any(|section| document.get(section).is_some()) {
         let run = RunConfig::from_document(document, registry)?;
         let step = Step { batch: run.train.batch_size, bytes: run.params.input_seq_len };
-        return Ok(Described { config: run.params.model, step, device: run.train.device });
+        return Ok(Described {
+            config: run.params.model,
+            step,
+            device: run.train.device,
+            optimizer: run.train.optimizer,
+        });
     }
     let config = match document.get("mblm_config") {
         Some(_) => ModelConfig::Encoder(MblmEncoderConfig::from_document(document, "", registry)?),
         None => ModelConfig::Generative(MblmConfig::from_document(document, "", registry)?),
     };
     let bytes = config.hierarchy().context_len();
-    Ok(Described { config, step: Step { batch: 1, bytes }, device: DeviceName::Cpu })
+    Ok(Described { config, step: Step { batch: 1, bytes }, device: DeviceName::Cpu, optimizer: OptimizerKind::Adamw })
 }

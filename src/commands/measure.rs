@@ -42,7 +42,7 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
     let config = &trained.config;
     let step = Step { batch: config.train.batch_size, bytes: config.params.input_seq_len };
     let (hierarchy, stages) = (config.params.model.hierarchy(), trained.model.stage_models());
-    let cost = ModelCost::new(hierarchy, trained.model.params(), &stages, step);
+    let cost = ModelCost::new(hierarchy, trained.model.params(), &stages, step).trained_by(config.train.optimizer);
     let mut measured = Measured { cost: Some(cost), ..Measured::default() };
     if let Model::Generative(model) = &trained.model {
         let data = session::open_data_of(&args.run, config)?.0;

@@ -218,7 +218,8 @@ fn build(config: &RunConfig, device: DeviceName) -> training::Result<Model> {
 pub fn outline(config: &RunConfig, here: bool) -> training::Result<Model> {
     let model = Model::outline(config, config.train.seed)?;
     let step = Step { batch: config.train.batch_size, bytes: config.params.input_seq_len };
-    let report = ModelCost::new(config.params.model.hierarchy(), model.params(), &model.stage_models(), step);
+    let report = ModelCost::new(config.params.model.hierarchy(), model.params(), &model.stage_models(), step)
+        .trained_by(config.train.optimizer);
     match mblm::base::memory::available().filter(|limit| report.least_bytes() > limit.bytes as f64) {
         Some(limit) if here => return Err(training::Error::Config(too_large(&report, &limit))),
         Some(_) => {}

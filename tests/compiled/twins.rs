@@ -11,7 +11,7 @@ use mblm::generate::Decoder;
 use mblm::model::Mblm;
 use mblm::plugin::host::{Library, PluginSource};
 use mblm::registry::BlockRegistry;
-use mblm::train::trainer::optimizer::{Adam, AdamConfig, clip_grad_norm};
+use mblm::train::trainer::optimizer::{AdamConfig, Optimizer, clip_grad_norm};
 use mblm::yaml::Document;
 
 fn model(config: &str, registry: &BlockRegistry) -> Mblm {
@@ -43,7 +43,7 @@ pub fn bit_for_bit(config: &str, library: &Path) {
         }
     };
     same_values("initial values");
-    let mut optimizers = [&one, &two].map(|model| Adam::new(model.params(), AdamConfig::default()));
+    let mut optimizers = [&one, &two].map(|model| Optimizer::new(model.params(), AdamConfig::default()));
     for step in 0..6 {
         let [(a, norms), (b, same)] =
             [&one, &two].map(|model| model.measure_activations(|| model.loss(&ids(step), None, Mode::train(step))));
@@ -51,14 +51,14 @@ pub fn bit_for_bit(config: &str, library: &Path) {
         let losses = [a.unwrap(), b.unwrap()];
         let [a, b] = [&losses[0], &losses[1]].map(|loss| loss.to_scalar::<f32>().unwrap());
         assert_eq!(a.to_bits(), b.to_bits(), "the loss of step {step}: {a} and {b}");
-        for ((model, loss), adam) in [&one, &two].into_iter().zip(&losses).zip(&mut optimizers) {
+        for ((model, loss), optimizer) in [&one, &two].into_iter().zip(&losses).zip(&mut optimizers) {
             // Two backward passes a step: gradients accumulate across the border.
             model.params().zero_grad();
             model.params().backward(loss).unwrap();
             let again = model.loss(&ids(50 + step), None, Mode::train(step)).unwrap();
             model.params().backward(&again).unwrap();
             clip_grad_norm(model.params(), 1.0).unwrap();
-            adam.step(model.params(), 1e-2).unwrap();
+            optimizer.step(model.params(), 1e-2).unwrap();
         }
         for (a, b) in one.params().iter().zip(two.params().iter()) {
             assert!(**a.grad() == **b.grad(), "step {step}: the gradient of {}", a.name());

@@ -14,7 +14,7 @@ use mblm::device::{self, DeviceName, Place};
 use mblm::generate::{Sampler, Sampling, Until, generate};
 use mblm::model::{Mblm, MblmEncoder};
 use mblm::registry::BlockRegistry;
-use mblm::train::trainer::optimizer::{Adam, AdamConfig, clip_grad_norm};
+use mblm::train::trainer::optimizer::{AdamConfig, Optimizer, clip_grad_norm};
 use mblm::yaml::Document;
 use mblm::{Mode, ParamStore};
 
@@ -155,7 +155,7 @@ impl Case<'_> {
 
     /// 20 steps of Adam(1e-3, betas 0.9/0.95), clipped to norm 1.
     fn training(&self, model: &Mblm) {
-        let mut adam = Adam::new(model.params(), AdamConfig::default());
+        let mut optimizer = Optimizer::new(model.params(), AdamConfig::default());
         let batches = self.get("train.batches");
         let (mut losses, mut norms) = (vec![], vec![]);
         for step in 0..batches.dim(0).unwrap() {
@@ -164,7 +164,7 @@ impl Case<'_> {
             model.params().zero_grad();
             model.params().backward(&loss).unwrap();
             norms.push(clip_grad_norm(model.params(), 1.0).unwrap().norm as f32);
-            adam.step(model.params(), 1e-3).unwrap();
+            optimizer.step(model.params(), 1e-3).unwrap();
         }
         self.close("training losses", &losses, &floats(self.get("train.losses")), self.way.training, false);
         self.close("gradient norms", &norms, &floats(self.get("train.grad_norms")), self.way.training, false);

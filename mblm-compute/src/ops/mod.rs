@@ -11,6 +11,7 @@ pub mod gated_rms_norm;
 pub mod gelu;
 pub mod layer_norm;
 pub mod linear;
+pub mod newton_schulz;
 pub mod norm_layer;
 pub mod on_device;
 pub(crate) mod product;

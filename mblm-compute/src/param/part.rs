@@ -16,3 +16,13 @@ pub enum Part {
     /// The output layer.
     Head,
 }
+
+impl Part {
+    /// The stage that it belongs to, of `stages`. The output layer belongs to the local one.
+    pub fn stage(self, stages: usize) -> usize {
+        match self {
+            Part::Embedding(n) | Part::Positions(n) | Part::Start(n) | Part::Stage(n) | Part::Projection(n) => n,
+            Part::Head => stages.saturating_sub(1),
+        }
+    }
+}

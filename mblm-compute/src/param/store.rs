@@ -190,7 +190,8 @@ impl ParamScope<'_> {
         ParamScope { prefix, ..self.reborrow() }
     }
 
-    /// The same scope, but parameters created in it do not decay. Use it for embeddings, for example.
+    /// The same scope, but parameters created in it do not decay, and none counts as the matrix of a linear layer. Use it for
+    /// embeddings, for example.
     pub fn no_decay(&mut self) -> ParamScope<'_> {
         ParamScope { may_decay: false, ..self.reborrow() }
     }
@@ -232,7 +233,8 @@ impl ParamScope<'_> {
         self.create(name, shape, start.into(), None, false)
     }
 
-    /// Creates a parameter with weight decay: the matrix of a linear layer or a convolution.
+    /// Creates a parameter with weight decay: the matrix of a linear layer or a convolution. With `train.optimizer: muon`, the
+    /// one of a linear layer, which has two dimensions, is updated by Muon.
     pub fn weight(&mut self, name: &str, shape: &[usize], start: impl Into<Start>) -> Result<Arc<Param>> {
         self.create(name, shape, start.into(), None, true)
     }
@@ -311,6 +313,17 @@ mod tests {
         assert!(!scope.param("weight_1", &[4, 4], Init::Normal).unwrap().weight_decay());
         assert!(!scope.sub("embedding").embedding(3, 2, Some(1)).unwrap().weight_decay());
         assert!(!scope.no_decay().sub("a").weight("weight", &[4, 4], Init::Normal).unwrap().weight_decay());
+    }
+
+    #[test]
+    fn a_matrix_is_a_weight_of_two_dimensions() {
+        let mut store = ParamStore::new(0);
+        let mut root = store.root();
+        assert!(root.weight("in_proj", &[6, 4], Init::Normal).unwrap().is_matrix());
+        assert!(!root.weight("conv", &[6, 1, 4], Init::Normal).unwrap().is_matrix());
+        assert!(!root.param("A_log", &[6, 4], Init::Normal).unwrap().is_matrix());
+        assert!(!root.sub("table").embedding(3, 2, None).unwrap().is_matrix());
+        assert!(!root.no_decay().weight("candle_table", &[3, 2], Init::Normal).unwrap().is_matrix());
     }
 
     #[test]

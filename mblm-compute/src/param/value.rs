@@ -110,6 +110,12 @@ impl Param {
         self.made.weight_decay
     }
 
+    /// Whether it is the matrix of a linear map: created with [`weight`](super::ParamScope::weight), in a scope that may
+    /// decay, with two dimensions. False for embeddings and for tensors such as `A_log`, whatever their shape.
+    pub fn is_matrix(&self) -> bool {
+        self.made.weight_decay && self.shape.len() == 2
+    }
+
     /// Where the values lie.
     pub fn place(&self) -> &Place {
         &self.place

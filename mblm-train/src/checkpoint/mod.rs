@@ -3,7 +3,7 @@
 //! | file | holds |
 //! |---|---|
 //! | `weights.safetensors` | the parameters |
-//! | `optimizer.safetensors` | `m.X` and `v.X` for each parameter X; `grad.X` too while gradients accumulate |
+//! | `optimizer.safetensors` | `m.X` for each parameter X, and `v.X` unless Muon updates it; `grad.X` too while gradients accumulate |
 //! | `state.json` | [`TrainState`] |
 //! | `config.yaml` | the run's configuration |
 //! | `manifest.json` | size and SHA-256 of each file |
@@ -37,7 +37,7 @@ use self::sum::FileSum;
 pub use self::survey::{Entry, check, shelf_of};
 use self::tensors::Named;
 use crate::error::{AtPath, Error, Result};
-use crate::trainer::optimizer::{Adam, Moments};
+use crate::trainer::optimizer::{Moments, Optimizer};
 
 const WEIGHTS: &str = "weights.safetensors";
 const OPTIMIZER: &str = "optimizer.safetensors";
@@ -55,7 +55,7 @@ pub struct Snapshot<'a> {
     /// The parameters and their gradients.
     pub store: &'a ParamStore,
     /// The optimizer.
-    pub adam: &'a Adam,
+    pub optimizer: &'a Optimizer,
     /// Where the run stands.
     pub state: &'a TrainState,
     /// The run's configuration.
@@ -97,7 +97,7 @@ impl Snapshot<'_> {
 
     fn write_optimizer(&self, file: &mut dyn Write) -> std::io::Result<()> {
         let grads: Vec<_> = self.store.iter().map(|param| param.grad()).collect();
-        let moments = self.adam.moments(self.store).map_err(std::io::Error::other)?;
+        let moments = self.optimizer.moments(self.store).map_err(std::io::Error::other)?;
         let mut tensors = Vec::new();
         for ((param, moments), grad) in self.store.iter().zip(&moments).zip(&grads) {
             let Moments { m, v } = &**moments;
@@ -105,7 +105,9 @@ impl Snapshot<'_> {
                 tensors.push((format!("{kind}.{}", param.name()), Named { shape: param.shape(), values }));
             };
             add("m", &m[..]);
-            add("v", &v[..]);
+            if let Some(v) = v {
+                add("v", &v[..]);
+            }
             if self.state.window.weight > 0.0 && !grad.is_empty() {
                 add("grad", &grad[..]);
             }
@@ -237,7 +239,7 @@ impl Checkpoint {
     }
 
     /// Puts weights, moments and waiting gradients back, and tells where the run stood.
-    pub fn restore(&self, store: &ParamStore, adam: &mut Adam) -> Result<TrainState> {
+    pub fn restore(&self, store: &ParamStore, optimizer: &mut Optimizer) -> Result<TrainState> {
         let state = self.state()?;
         let path = self.path.join(OPTIMIZER);
         let mut saved = self.optimizer(&state)?;
@@ -250,20 +252,20 @@ impl Checkpoint {
         };
         let mut moments = Vec::new();
         let mut grads = Vec::new();
-        for param in store.iter() {
+        for (param, has_second) in store.iter().zip(optimizer.has_second()) {
             let (name, len) = (param.name(), param.len());
             let (m, v) = (take("m", name, len)?, take("v", name, len)?);
-            let (Some(m), Some(v)) = (m, v) else {
+            let Some(m) = m.filter(|_| v.is_some() == has_second) else {
                 return Err(Error::checkpoint(
                     &path,
-                    format!("no moments of {name}: this is a checkpoint of another model"),
+                    format!("no moments of {name} as this optimizer has them: this is a checkpoint of another model"),
                 ));
             };
             moments.push(Moments { m, v });
             grads.push(take("grad", name, len)?);
         }
         store.load(&self.weights()?)?;
-        adam.restore(store, moments, state.optimizer_step)?;
+        optimizer.restore(store, moments, state.optimizer_step)?;
         store.zero_grad();
         for (param, grad) in store.iter().zip(grads) {
             if let Some(grad) = grad {
@@ -306,7 +308,7 @@ pub(crate) mod tests {
 
     use super::*;
     use crate::trainer::optimizer::AdamConfig;
-    use crate::trainer::schedule::Schedule;
+    use crate::trainer::schedule::{Schedule, Shape};
 
     pub(crate) fn config_yaml() -> String {
         crate::bigram::config().to_yaml().unwrap()
@@ -325,7 +327,7 @@ pub(crate) mod tests {
             elements_seen: 4 * batches,
             sequences_seen: 4 * batches,
             bytes_seen: 64 * batches,
-            schedule: Some(Schedule::new(0.1, 10, 0.1)),
+            schedule: Some(Schedule::new(0.1, 10, 0.1, Shape::Cosine)),
             seed: 11,
             threads: Some(2),
             processes: 1,
@@ -364,17 +366,17 @@ pub(crate) mod tests {
         store
     }
 
-    fn snapshot(store: &ParamStore, adam: &Adam, state: &TrainState, path: &Path) {
-        Snapshot { store, adam, state, config_yaml: &config_yaml() }.write(path).unwrap();
+    fn snapshot(store: &ParamStore, optimizer: &Optimizer, state: &TrainState, path: &Path) {
+        Snapshot { store, optimizer, state, config_yaml: &config_yaml() }.write(path).unwrap();
     }
 
     fn written() -> (tempfile::TempDir, PathBuf) {
         let folder = tempfile::tempdir().unwrap();
         let store = store(1.5);
-        let mut adam = Adam::new(&store, AdamConfig::default());
-        adam.step(&store, 0.1).unwrap();
+        let mut optimizer = Optimizer::new(&store, AdamConfig::default());
+        optimizer.step(&store, 0.1).unwrap();
         let path = folder.path().join("c");
-        snapshot(&store, &adam, &state(7, None), &path);
+        snapshot(&store, &optimizer, &state(7, None), &path);
         (folder, path)
     }
 
@@ -385,13 +387,13 @@ pub(crate) mod tests {
         checkpoint.verify().unwrap();
         let other = store(9.0);
         other.get("b").unwrap().grad_mut()[0] = 1.0;
-        let mut adam = Adam::new(&other, AdamConfig::default());
-        assert_eq!(checkpoint.restore(&other, &mut adam).unwrap(), state(7, None));
+        let mut optimizer = Optimizer::new(&other, AdamConfig::default());
+        assert_eq!(checkpoint.restore(&other, &mut optimizer).unwrap(), state(7, None));
         let trained = store(1.5);
-        let mut want = Adam::new(&trained, AdamConfig::default());
+        let mut want = Optimizer::new(&trained, AdamConfig::default());
         want.step(&trained, 0.1).unwrap();
-        assert_eq!(adam.moments(&other).unwrap(), want.moments(&trained).unwrap());
-        assert_eq!(adam.step_count(), 5);
+        assert_eq!(optimizer.moments(&other).unwrap(), want.moments(&trained).unwrap());
+        assert_eq!(optimizer.step_count(), 5);
         assert_eq!(*other.get("a").unwrap().values(), *trained.get("a").unwrap().values());
         assert_eq!(**other.get("a").unwrap().grad(), [0.0, 0.5, 0.0, 0.0]);
         assert_eq!(**other.get("b").unwrap().grad(), [0.0; 3], "a gradient of before must not survive");
@@ -425,7 +427,7 @@ pub(crate) mod tests {
         let checkpoint = Checkpoint::open(path)?;
         checkpoint.verify()?;
         let other = store(9.0);
-        checkpoint.restore(&other, &mut Adam::new(&other, AdamConfig::default()))?;
+        checkpoint.restore(&other, &mut Optimizer::new(&other, AdamConfig::default()))?;
         checkpoint.config_yaml().map(drop)
     }
 
@@ -483,17 +485,18 @@ pub(crate) mod tests {
         for (value, file) in [(f32::NAN, WEIGHTS), (f32::INFINITY, WEIGHTS), (f32::NEG_INFINITY, OPTIMIZER)] {
             let folder = tempfile::tempdir().unwrap();
             let (store, path) = (store(1.5), folder.path().join("c"));
-            let adam = Adam::new(&store, AdamConfig::default());
+            let optimizer = Optimizer::new(&store, AdamConfig::default());
             let param = store.get("a").unwrap();
             match file {
                 WEIGHTS => param.update(|values| values[2] = value).unwrap(),
                 _ => param.grad_mut()[2] = value,
             }
-            snapshot(&store, &adam, &state(7, None), &path);
+            snapshot(&store, &optimizer, &state(7, None), &path);
             let checkpoint = Checkpoint::open(&path).unwrap();
             checkpoint.verify().unwrap();
-            let (other, mut adam) = (self::store(9.0), adam);
-            for error in [checkpoint.check_contents().unwrap_err(), checkpoint.restore(&other, &mut adam).unwrap_err()]
+            let (other, mut optimizer) = (self::store(9.0), optimizer);
+            for error in
+                [checkpoint.check_contents().unwrap_err(), checkpoint.restore(&other, &mut optimizer).unwrap_err()]
             {
                 let error = error.to_string();
                 let tensor = if file == WEIGHTS { "a" } else { "grad.a" };
@@ -531,9 +534,9 @@ pub(crate) mod tests {
         let (_folder, path) = written();
         let mut other = ParamStore::new(0);
         let param = other.root().param("z", &[2], Init::Const(4.0)).unwrap();
-        let mut adam = Adam::new(&other, AdamConfig::default());
-        let error = Checkpoint::open(&path).unwrap().restore(&other, &mut adam).unwrap_err().to_string();
-        assert!(error.contains("no moments of z"), "{error}");
+        let mut optimizer = Optimizer::new(&other, AdamConfig::default());
+        let error = Checkpoint::open(&path).unwrap().restore(&other, &mut optimizer).unwrap_err().to_string();
+        assert!(error.contains("no moments of z as this optimizer"), "{error}");
         assert_eq!(*param.values(), [4.0, 4.0]);
     }
 }

@@ -202,7 +202,7 @@ mod tests {
     use super::super::tests::{config_yaml, state, store};
     use super::super::{CONFIG, WEIGHTS};
     use super::*;
-    use crate::trainer::optimizer::{Adam, AdamConfig};
+    use crate::trainer::optimizer::{AdamConfig, Optimizer};
 
     fn shelf() -> (tempfile::TempDir, Shelf) {
         let run = tempfile::tempdir().unwrap();
@@ -213,9 +213,12 @@ mod tests {
 
     fn save(shelf: &Shelf, batches: u64, valid_loss: Option<f64>, keep_best: usize) -> Result<PathBuf> {
         let store = store(batches as f32);
-        let adam = Adam::new(&store, AdamConfig::default());
+        let optimizer = Optimizer::new(&store, AdamConfig::default());
         let state = state(batches, valid_loss);
-        shelf.save(Snapshot { store: &store, adam: &adam, state: &state, config_yaml: &config_yaml() }, keep_best)
+        shelf.save(
+            Snapshot { store: &store, optimizer: &optimizer, state: &state, config_yaml: &config_yaml() },
+            keep_best,
+        )
     }
 
     fn batches(shelf: &Shelf) -> Vec<u64> {

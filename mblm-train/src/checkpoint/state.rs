@@ -458,7 +458,7 @@ mod tests {
             (|f| f["schedule"]["top"] = 2.into(), "schedule.top is 2, not a share"),
             (|f| f["schedule"]["start"] = (-1).into(), "schedule.start is -1, not a share"),
             (|f| f["schedule"]["first_step"] = 4.into(), "schedule.first_step is 4, after step 3"),
-            (|f| f["schedule"]["cosine_steps"] = 0.into(), "cosine_steps are 0, 1 and 0, 1 in all, but the run has 8"),
+            (|f| f["schedule"]["decay_steps"] = 0.into(), "decay_steps are 0, 1, 0 and 0, 1 in all, but the run has 8"),
             (|f| f["schedule"]["warmup_steps"] = u64::MAX.into(), "too many in all"),
         ];
         for (change, want) in cases {

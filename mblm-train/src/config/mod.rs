@@ -14,7 +14,7 @@ pub use params::{ModelConfig, Params};
 pub use resume::ResumeSection;
 use serde::Serialize;
 use serde_yaml::Value;
-pub use train::{LossAverage, TargetStrategy, TrainSection};
+pub use train::{LossAverage, OptimizerKind, ScheduleKind, TargetStrategy, TrainSection};
 
 /// A whole training YAML: `params`, `train`, `io`, `resume`. Serialised, it reads back as the same, without `resume`.
 #[derive(Clone, Debug, Serialize)]
@@ -54,6 +54,7 @@ impl RunConfig {
         };
         config.train.check(document)?;
         config.check_masking(document)?;
+        config.check_lr_scale(document)?;
         config.check_batch(document)?;
         config.io.check(document)?;
         Ok(config)
@@ -73,6 +74,15 @@ impl RunConfig {
                 Err(document.error("train", "missing field `masking_proba`, the share of bytes to mask, such as 0.15"))
             }
         }
+    }
+
+    fn check_lr_scale(&self, document: &Document) -> Result<(), ConfigError> {
+        const PATH: &str = "train.lr_scale";
+        let Some(scale) = &self.train.lr_scale else { return Ok(()) };
+        let stages = self.params.model.hierarchy().num_stages();
+        check(document, PATH, scale.len() == stages, &format!("{stages} numbers, one per stage"), scale.len())?;
+        let wrong = scale.iter().position(|scale| !(*scale > 0.0 && scale.is_finite()));
+        wrong.map_or(Ok(()), |n| check(document, &format!("{PATH}[{n}]"), false, "a positive number", scale[n]))
     }
 
     /// A batch has fewer positions, padding and start tokens included, than 32 bits count.

@@ -125,6 +125,21 @@ fn longer_inputs_need_positions_that_are_not_fixed() {
 #[test]
 fn mistakes_are_named_with_their_line() {
     let cases = [
+        (
+            "batch_size: 2",
+            "batch_size: 2\n  lr_scale: [1]",
+            "train.lr_scale: expected 2 numbers, one per stage, found 1 (line 25)",
+        ),
+        (
+            "batch_size: 2",
+            "batch_size: 2\n  lr_scale: [1, -0.5]",
+            "train.lr_scale[1]: expected a positive number, found -0.5 (line 25)",
+        ),
+        (
+            "batch_size: 2",
+            "batch_size: 2\n  decay_steps_perc: 20",
+            "train.decay_steps_perc: expected a share from 0 to 1, found 20 (line 25)",
+        ),
         ("io:\n", "in:\n", "in: unknown field; did you mean `io`? (line 1)"),
         ("input_seq_len", "input_len", "params.input_len: unknown field; did you mean `input_seq_len`? (line 13)"),
         ("  input_seq_len: 1_024\n", "", "params: missing field `input_seq_len` (line 10)"),

@@ -1,5 +1,7 @@
 //! Section `train`: how to train.
 
+use std::fmt;
+
 use mblm_core::device::{DeviceName, Place};
 use mblm_core::gemm::Precision;
 use mblm_yaml::{ConfigError, Document};
@@ -7,6 +9,8 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::check;
+use crate::trainer::optimizer::{AdamConfig, MuonConfig, OptimizerConfig};
+use crate::trainer::schedule::Shape;
 
 /// How elements count towards `target_elements`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -27,6 +31,42 @@ pub enum LossAverage {
     Window,
     /// The batches' own means, as in the package.
     Batch,
+}
+
+/// How the learning rate goes on after its linear warm-up.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum ScheduleKind {
+    /// Falls to zero along a cosine, as in the package.
+    #[default]
+    Cosine,
+    /// Falls to zero in a straight line.
+    Linear,
+    /// Stays at the peak.
+    Constant,
+    /// Stays at the peak, and falls to zero in a straight line in the last steps: warm-up, stable, decay
+    /// (Hu et al. 2024; Hägele et al. 2024).
+    Wsd,
+}
+
+/// What updates the parameters.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum OptimizerKind {
+    /// AdamW, without weight decay the package's Adam.
+    #[default]
+    Adamw,
+    /// Muon for the weight matrices of the stages, AdamW for everything else (Jordan et al. 2024).
+    Muon,
+}
+
+impl fmt::Display for OptimizerKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            OptimizerKind::Adamw => "adamw",
+            OptimizerKind::Muon => "muon",
+        })
+    }
 }
 
 /// Section `train`.
@@ -53,9 +93,22 @@ pub struct TrainSection {
     pub max_eval_steps: Option<usize>,
     /// The peak learning rate.
     pub learning_rate: f64,
+    /// What the learning rate is multiplied by for each stage, a list from global to local (addition). Embeddings, positions
+    /// and the projection to the stage below belong to their stage, and the output layer to the local one.
+    #[serde(default)]
+    pub lr_scale: Option<Vec<f64>>,
+    /// What updates the parameters (addition).
+    #[serde(default)]
+    pub optimizer: OptimizerKind,
     /// Clip gradients to this global norm.
     #[serde(default)]
     pub gradient_clipping: Option<f64>,
+    /// How the learning rate goes on after warm-up (addition).
+    #[serde(default)]
+    pub schedule: ScheduleKind,
+    /// With `schedule: wsd`, the fraction of gradient steps in which the learning rate falls to zero (addition).
+    #[serde(default = "default_decay")]
+    pub decay_steps_perc: f64,
     /// Batches per gradient step; of each process.
     pub gradient_accumulate_every: usize,
     /// How to average the loss of a gradient step over several batches (addition): over all elements that count, or
@@ -63,8 +116,8 @@ pub struct TrainSection {
     /// different numbers of elements.
     #[serde(default)]
     pub loss_average: LossAverage,
-    /// For a resumed run whose number of gradient steps changes: the fraction of the remaining steps in which the
-    /// learning rate rises again to `learning_rate`. Without it, the rate anneals from its current value. It applies to
+    /// For a resumed run whose number of gradient steps or schedule changes: the fraction of the remaining steps in which
+    /// the learning rate rises again to `learning_rate`. Without it, the rate goes on from its current value. It applies to
     /// one such change; after that, the run no longer has it (addition).
     #[serde(default)]
     pub rewarm_steps_perc: Option<f64>,
@@ -105,6 +158,11 @@ fn default_warmup() -> f64 {
     0.1
 }
 
+/// As Hägele et al. 2024 recommend.
+fn default_decay() -> f64 {
+    0.2
+}
+
 fn default_betas() -> (f64, f64) {
     (0.9, 0.95)
 }
@@ -116,6 +174,27 @@ impl TrainSection {
     /// This program or this machine does not have the device.
     pub fn place(&self) -> mblm_core::Result<Place> {
         Ok(self.device.open()?.into())
+    }
+
+    /// The optimizer that it describes.
+    pub fn optimizer(&self) -> OptimizerConfig {
+        let (beta1, beta2) = self.betas;
+        OptimizerConfig {
+            adam: AdamConfig { beta1, beta2, weight_decay: self.weight_decay, ..AdamConfig::default() },
+            muon: (self.optimizer == OptimizerKind::Muon).then(MuonConfig::default),
+            lr_scale: self.lr_scale.clone().unwrap_or_default(),
+            precision: self.precision,
+        }
+    }
+
+    /// How the learning rate goes on after warm-up.
+    pub(crate) fn shape(&self) -> Shape {
+        match self.schedule {
+            ScheduleKind::Cosine => Shape::Cosine,
+            ScheduleKind::Linear => Shape::Linear,
+            ScheduleKind::Constant => Shape::Constant,
+            ScheduleKind::Wsd => Shape::Wsd { decay_steps_perc: self.decay_steps_perc },
+        }
     }
 
     /// What a batch of sequences of `seq_len` bytes adds to the elements seen.
@@ -161,6 +240,8 @@ impl TrainSection {
         check(document, "train.betas", are_rates, "two rates from 0 to below 1", format!("[{first}, {second}]"))?;
         let warmup = self.warmup_steps_perc;
         check(document, "train.warmup_steps_perc", (0.0..=1.0).contains(&warmup), "a share from 0 to 1", warmup)?;
+        let decay = self.decay_steps_perc;
+        check(document, "train.decay_steps_perc", (0.0..=1.0).contains(&decay), "a share from 0 to 1", decay)?;
         let rewarm = self.rewarm_steps_perc.unwrap_or(0.0);
         let is_share = (0.0..=1.0).contains(&rewarm);
         check(document, "train.rewarm_steps_perc", is_share, "a share from 0 to 1, or null", rewarm)?;

@@ -413,12 +413,12 @@ mod tests {
 
     use super::*;
     use crate::checkpoint::tests::{state, store};
-    use crate::trainer::optimizer::{Adam, AdamConfig};
+    use crate::trainer::optimizer::{AdamConfig, Optimizer};
 
     fn create(output_dir: &Path) -> Result<RunFolder> {
         let store = store(1.0);
-        let adam = Adam::new(&store, AdamConfig::default());
-        let first = Snapshot { store: &store, adam: &adam, state: &state(0, None), config_yaml: "a: 1\n" };
+        let optimizer = Optimizer::new(&store, AdamConfig::default());
+        let first = Snapshot { store: &store, optimizer: &optimizer, state: &state(0, None), config_yaml: "a: 1\n" };
         RunFolder::create(output_dir, "m", first)
     }
 
@@ -505,8 +505,11 @@ mod tests {
         });
         let make = |place: &Path| {
             let (store, state) = (store(1.0), state(0, None));
-            let adam = Adam::new(&store, AdamConfig::default());
-            RunFolder::create_at(place, Snapshot { store: &store, adam: &adam, state: &state, config_yaml: "a: 1\n" })
+            let optimizer = Optimizer::new(&store, AdamConfig::default());
+            RunFolder::create_at(
+                place,
+                Snapshot { store: &store, optimizer: &optimizer, state: &state, config_yaml: "a: 1\n" },
+            )
         };
         let run = make(&at("R")).unwrap();
         assert_eq!(RunFolder::config_yaml(run.path()).unwrap(), "a: 1\n");

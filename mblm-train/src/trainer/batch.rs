@@ -51,7 +51,7 @@ impl Trainer<'_> {
         let lr = self.plan.schedule.lr(self.state.step);
         let entries = self.train_entries(at, &losses, lr);
         let mut scalars = match value.filter(|_| is_point) {
-            Some(value) => [loss_scalars(value), vec![("lr".into(), lr)]].concat(),
+            Some(value) => [loss_scalars(value), self.rates(lr)].concat(),
             None => Scalars::new(),
         };
         scalars.extend(activation_norms(&mine.activations));
@@ -102,6 +102,13 @@ impl Trainer<'_> {
         self.add_gradient(&loss)?;
         let backward = started.elapsed() - read - forward;
         Ok(Trained { loss: found, activations, read, forward, backward })
+    }
+
+    /// The learning rate, and that of each stage where they differ.
+    fn rates(&self, lr: f64) -> Scalars {
+        let scale = self.config.train.lr_scale.iter().flatten().enumerate();
+        let of_stages = scale.map(|(n, scale)| (format!("stage{}/lr", n + 1), lr * scale));
+        [("lr".into(), lr)].into_iter().chain(of_stages).collect()
     }
 
     /// Rows of `loss.csv` for the batch at `at`, one of each process that is to have some.

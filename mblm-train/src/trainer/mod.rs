@@ -23,7 +23,7 @@ use crate::journal::timestamp::Timestamp;
 use crate::model::TrainModel;
 use crate::processes::Processes;
 use crate::progress::{Course, Progress};
-use crate::trainer::optimizer::{Adam, AdamConfig};
+use crate::trainer::optimizer::Optimizer;
 use crate::trainer::plan::RunPlan;
 
 mod alike;
@@ -105,7 +105,7 @@ pub struct Trainer<'a> {
     valid: Batches,
     test: Option<Batches>,
     plan: RunPlan,
-    adam: Adam,
+    optimizer: Optimizer,
     data: Fingerprint,
     state: TrainState,
 }
@@ -167,8 +167,6 @@ impl<'a> Trainer<'a> {
         }
         let test = splits.test.map(|dataset| batches(dataset, false, 0, false));
         let train = Arc::new(train);
-        let (beta1, beta2) = section.betas;
-        let adam_config = AdamConfig { beta1, beta2, weight_decay: section.weight_decay, ..AdamConfig::default() };
         let state = TrainState {
             data: splits.fingerprint.as_str().into(),
             schedule: Some(plan.schedule),
@@ -179,12 +177,12 @@ impl<'a> Trainer<'a> {
             version: Some(env!("CARGO_PKG_VERSION").into()),
             ..TrainState::new(section.seed, config.plugins())
         };
-        let adam = Adam::new(model.params(), adam_config);
+        let optimizer = Optimizer::new(model.params(), section.optimizer());
         let ahead = Prefetch::new(train.clone());
         let data = splits.fingerprint;
         let config_yaml = config.to_yaml()?;
         let mut trainer =
-            Trainer { model, processes, config, config_yaml, train, ahead, valid, test, plan, adam, data, state };
+            Trainer { model, processes, config, config_yaml, train, ahead, valid, test, plan, optimizer, data, state };
         trainer.go_to(Cursor::default());
         Ok(trainer)
     }
@@ -215,8 +213,9 @@ impl<'a> Trainer<'a> {
 
     /// Takes over the weights and moments of another run, but not its place in the data and its schedule.
     pub fn take_over(&mut self, checkpoint: &Checkpoint) -> Result<()> {
-        checkpoint.restore(self.model.params(), &mut self.adam)?;
-        self.state.optimizer_step = self.adam.step_count();
+        restore::check_optimizer(checkpoint, &checkpoint.sizes()?, &self.config.train)?;
+        checkpoint.restore(self.model.params(), &mut self.optimizer)?;
+        self.state.optimizer_step = self.optimizer.step_count();
         self.model.params().zero_grad();
         Ok(())
     }

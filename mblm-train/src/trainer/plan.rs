@@ -4,7 +4,7 @@
 use std::ops::Range;
 
 use crate::checkpoint::TrainState;
-use crate::config::RunConfig;
+use crate::config::{RunConfig, TrainSection};
 use crate::error::{Error, Result};
 use crate::trainer::points::Points;
 use crate::trainer::schedule::Schedule;
@@ -93,10 +93,20 @@ impl RunPlan {
             elements_per_batch: train.elements_per_batch(config.params.input_seq_len),
             accumulate: train.gradient_accumulate_every as u64,
             steps,
-            schedule: Schedule::new(train.learning_rate, steps, train.warmup_steps_perc),
+            schedule: Schedule::new(train.learning_rate, steps, train.warmup_steps_perc, train.shape()),
             train_points: spread(io.log_train_loss_amount),
             valid_points: train.validate_every.map_or(spread(io.validate_amount), |every| Points::Every(every.max(1))),
         }
+    }
+
+    /// The learning rates from step `step` on, in words, with what `train` multiplies them by for each stage.
+    pub fn describe_rates(&self, train: &TrainSection, step: u64) -> String {
+        let mut said = self.schedule.describe(step);
+        if let Some(scale) = &train.lr_scale {
+            let stages = scale.iter().enumerate().map(|(n, scale)| format!("stage {} x {scale}", n + 1));
+            said += &format!("; {}", stages.collect::<Vec<_>>().join(", "));
+        }
+        said
     }
 
     /// Whether the run validates and saves after one of `batches`.
@@ -110,7 +120,7 @@ impl RunPlan {
 mod tests {
     use super::*;
     use crate::bigram::config;
-    use crate::config::{TargetStrategy, TrainSection};
+    use crate::config::TargetStrategy;
 
     #[test]
     fn elements_are_rounded_up_to_batches() {

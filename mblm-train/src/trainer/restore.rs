@@ -40,6 +40,7 @@ impl Trainer<'_> {
                 checkpoint.path().display()
             )));
         }
+        check_optimizer(checkpoint, &before, &self.config.train)?;
         let mut remarks = Remarks::default();
         let next = self.place(checkpoint, &saved, &before, &mut remarks)?;
         let plan = RunPlan::resumed(self.config, &saved, self.processes.size())?;
@@ -62,7 +63,7 @@ impl Trainer<'_> {
             schedule: Some(schedule),
             elements_seen: saved.elements_seen_by(strategy),
             window: self.window(saved.window, &before.train),
-            ..checkpoint.restore(self.model.params(), &mut self.adam)?
+            ..checkpoint.restore(self.model.params(), &mut self.optimizer)?
         };
         self.plan = plan;
         self.plan.schedule = schedule;
@@ -139,8 +140,8 @@ impl Trainer<'_> {
         }
     }
 
-    /// The learning rates of the rest of the run. Where a changed configuration gives it another number of steps, they
-    /// begin with the rate that was reached. A warm-up that this change of the configuration asks for is not asked for again
+    /// The learning rates of the rest of the run. Where a changed configuration gives it another number of steps or another
+    /// schedule, they begin with the rate that was reached. A warm-up that this change of the configuration asks for is not asked for again
     /// by the next one: what the run keeps of the configuration is without it.
     fn schedule(
         &mut self,
@@ -153,7 +154,7 @@ impl Trainer<'_> {
         let old = saved.schedule.unwrap_or_else(|| {
             let batches = before.train.target_elements.div_ceil(before.train.elements_per_batch(before.seq_len()));
             let steps = batches.div_ceil(before.train.gradient_accumulate_every.max(1) as u64);
-            Schedule::new(before.train.learning_rate, steps, before.train.warmup_steps_perc)
+            Schedule::new(before.train.learning_rate, steps, before.train.warmup_steps_perc, before.train.shape())
         });
         let course = |train: &TrainSection, seq_len, processes| {
             let target = (train.target_elements, train.target_elements_strategy);
@@ -162,13 +163,14 @@ impl Trainer<'_> {
         let rewarm = train.rewarm_steps_perc;
         let is_same = course(&before.train, before.seq_len(), saved.processes)
             == course(train, self.train.seq_len, self.processes.size())
+            && before.train.shape() == train.shape()
             && (rewarm.is_none() || rewarm == before.train.rewarm_steps_perc);
         let (step, left) = (saved.step, plan.steps - saved.step);
         let new = match old.with_peak(train.learning_rate) {
             // A run without a step has no rate yet to go on from.
             _ if step == 0 => plan.schedule,
             same if is_same => same,
-            same => same.extended(step, left, rewarm.unwrap_or(0.0)),
+            same => same.extended(step, left, rewarm.unwrap_or(0.0), train.shape()),
         };
         if step > 0 && train.warmup_steps_perc != before.train.warmup_steps_perc {
             remarks.warnings.push(
@@ -182,7 +184,7 @@ impl Trainer<'_> {
             remarks.notes.push(format!("learning rate schedule now: {}", new.describe(step)));
             if left > 0 && new.highest(step) < LOW * new.peak {
                 remarks.warnings.push(format!(
-                    "the learning rate stays below {LOW} of train.learning_rate, to which it had annealed; to \
+                    "the learning rate stays below {LOW} of train.learning_rate, to which it had fallen; to \
                      train further, have it warm up again: --set train.rewarm_steps_perc=0.1"
                 ));
             }
@@ -203,6 +205,20 @@ impl Trainer<'_> {
             LossAverage::Window => (saved.batches * (self.train.batch_size * self.train.seq_len) as u64) as f64,
         };
         Window { weight, unit: weight * saved.unit / saved.weight, ..saved }
+    }
+}
+
+/// Refuses to give the moments of one optimizer to another.
+pub(super) fn check_optimizer(checkpoint: &Checkpoint, before: &Sizes, now: &TrainSection) -> Result<()> {
+    match before.train.optimizer == now.optimizer {
+        true => Ok(()),
+        false => Err(Error::Config(format!(
+            "train.optimizer: found {}, expected {}, with which {} was trained: one has no use for the moments of the other; \
+             to begin a new run with the weights alone, export them as a .pth file and name it in resume.checkpoint_file",
+            now.optimizer,
+            before.train.optimizer,
+            checkpoint.path().display()
+        ))),
     }
 }
 

@@ -74,7 +74,7 @@ impl Trainer<'_> {
 
     /// What a checkpoint of this moment holds.
     pub fn snapshot(&self) -> Snapshot<'_> {
-        let (store, adam, state) = (self.model.params(), &self.adam, &self.state);
-        Snapshot { store, adam, state, config_yaml: &self.config_yaml }
+        let (store, optimizer, state) = (self.model.params(), &self.optimizer, &self.state);
+        Snapshot { store, optimizer, state, config_yaml: &self.config_yaml }
     }
 }

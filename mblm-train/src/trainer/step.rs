@@ -62,10 +62,10 @@ impl Trainer<'_> {
         if !norm.norm.is_finite() {
             return Err(self.non_finite_gradient());
         }
-        self.adam.step(store, self.plan.schedule.lr(self.state.step))?;
+        self.optimizer.step(store, self.plan.schedule.lr(self.state.step))?;
         store.zero_grad();
         self.state.step += 1;
-        self.state.optimizer_step = self.adam.step_count();
+        self.state.optimizer_step = self.optimizer.step_count();
         self.state.avg_grad = (norm.mean, norm.mean * norm.factor);
         Ok(norm)
     }

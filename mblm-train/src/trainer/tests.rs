@@ -12,7 +12,7 @@ use mblm_core::Mode;
 use super::*;
 use crate::bigram::{Bigram, VOCABULARY, config, model};
 use crate::checkpoint::{Which, find};
-use crate::config::{LossAverage, ModelConfig, ResumeSection, TargetStrategy};
+use crate::config::{LossAverage, ModelConfig, OptimizerKind, ResumeSection, ScheduleKind, TargetStrategy};
 use crate::journal::folder::{RunFolder, read_losses};
 use crate::model::sequences;
 use crate::processes::Solo;
@@ -110,7 +110,7 @@ fn a_run_learns_and_leaves_what_it_promises() {
 /// `straight`, bit for bit.
 fn interrupt_and_resume(config: &RunConfig, at: u64, in_evaluation: bool, straight: &(Vec<u32>, Vec<LossEntry>)) {
     let stop = Arc::new(never());
-    let mut model = Bigram::new();
+    let mut model = Bigram::of(config);
     let raised = stop.clone();
     let reached = Arc::new(never());
     let reached_too = reached.clone();
@@ -128,7 +128,7 @@ fn interrupt_and_resume(config: &RunConfig, at: u64, in_evaluation: bool, straig
     }));
     let (run, outcome) = train(&model, config, &stop).unwrap();
     assert_eq!((outcome.end, outcome.state.batches), (End::Stopped, at + 1));
-    let resumed = Bigram::new();
+    let resumed = Bigram::of(config);
     let outcome = resume(&resumed, &run, config, &never()).unwrap();
     assert_eq!(outcome.end, End::Finished);
     assert_eq!(resumed.weights(), straight.0, "weights, interrupted at {at}");
@@ -148,6 +148,41 @@ fn a_resumed_run_is_bit_identical_wherever_it_was_interrupted() {
     for at in [6, 19] {
         interrupt_and_resume(&config, at, true, &straight);
     }
+}
+
+#[test]
+fn a_resumed_run_of_muon_is_bit_identical_too() {
+    let (_folder, mut config) = workplace();
+    config.train.optimizer = OptimizerKind::Muon;
+    let model = Bigram::of(&config);
+    let (run, _) = train(&model, &config, &never()).unwrap();
+    let straight = (model.weights(), losses(&run));
+    let valid: Vec<f64> = straight.1.iter().filter(|row| row.kind == "valid").map(|row| row.loss).collect();
+    assert!(valid.is_sorted_by(|a, b| a > b), "it learns: {valid:?}");
+    for at in [0, 4, 8] {
+        interrupt_and_resume(&config, at, false, &straight);
+    }
+    // The momentum is of no use to AdamW, neither in this run nor in one that begins with it.
+    let mut other = config.clone();
+    other.train.optimizer = OptimizerKind::Adamw;
+    let error = resume(&Bigram::new(), &run, &other, &never()).unwrap_err();
+    let want = "train.optimizer: found adamw, expected muon, with which ";
+    assert!(error.is_configuration() && error.to_string().starts_with(want), "{error}");
+    let checkpoint = find(&run, Which::Newest).unwrap();
+    let bigram = Bigram::new();
+    let mut trainer = Trainer::new(&bigram, open_data(&other).unwrap(), &other, &Solo).unwrap();
+    assert!(trainer.take_over(&checkpoint).unwrap_err().to_string().starts_with(want));
+}
+
+#[test]
+fn the_rate_of_each_stage_is_shown() {
+    let (_folder, mut config) = workplace();
+    config.train.lr_scale = Some(vec![1.0, 0.5]);
+    let (run, _) = train(&Bigram::new(), &config, &never()).unwrap();
+    let (_, _, scalars) = &metrics(&run)[0];
+    let rate = |name: &str| scalars.iter().find(|(tag, _)| tag == name).unwrap().1;
+    assert_eq!((rate("stage1/lr"), rate("stage2/lr")), (rate("lr"), rate("lr") * 0.5));
+    assert!(fs::read_to_string(run.join("train.log")).unwrap().contains("at step 7; stage 1 x 1, stage 2 x 0.5"));
 }
 
 #[test]
@@ -486,6 +521,28 @@ fn a_longer_target_goes_on_at_the_rate_that_was_reached() {
     resume_changed(&run, &config);
     let found = rates(&run);
     assert!(found.len() == 160 && found[80..].iter().all(|rate| *rate <= found[79]), "{found:?}");
+}
+
+#[test]
+fn a_run_that_is_extended_before_its_decay_goes_on_at_its_stable_rate() {
+    let (_folder, mut config) = workplace();
+    (config.train.gradient_accumulate_every, config.io.log_train_loss_amount) = (1, 1000);
+    config.train.schedule = ScheduleKind::Wsd;
+    let stop = Arc::new(never());
+    let mut model = Bigram::new();
+    let raised = stop.clone();
+    model.hook = Some(Box::new(move |pass| raised.store(pass == 9, Ordering::Relaxed)));
+    let (run, _) = train(&model, &config, &stop).unwrap();
+    config.train.target_elements *= 2;
+    let (_, log) = resume_changed(&run, &config);
+    let rates: Vec<f64> = losses(&run).into_iter().filter(|row| row.kind == "train").map(|row| row.lr).collect();
+    assert!(rates.len() == 40 && rates[2..=32].iter().all(|rate| *rate == 0.1), "{rates:?}");
+    assert!((rates[36] - 0.05).abs() < 1e-12, "{rates:?}");
+    assert!(log.contains("schedule now: 1.000e-1 at step 10, stays there until step 32, then falls"), "{log}");
+    // A finished run has no stable rate left.
+    config.train.target_elements *= 2;
+    let (_, log) = resume_changed(&run, &config);
+    assert!(log.contains("at step 40, stays there until step 64, then falls linearly to 0 at step 80"), "{log}");
 }
 
 #[test]

@@ -1,16 +1,19 @@
-//! Adam and sums of gradients over tensors, where parameters lie on a device or are `f64`.
+//! AdamW, Muon and sums of gradients over tensors, where parameters lie on a device or are `f64`.
 
 use candle_core::{DType, Tensor};
-use mblm_core::Param;
 use mblm_core::ops::adam::Step;
-use mblm_core::transfer;
+use mblm_core::ops::newton_schulz::newton_schulz_composed;
+use mblm_core::{Mode, Param, transfer};
 
-use super::Moments;
+use super::{Moments, muon};
 use crate::error::{Error, Result};
 
 /// The moments of a parameter as tensors of its place; none before its first gradient.
 #[derive(Clone, Debug, Default)]
-pub(super) struct TensorMoments(Option<[Tensor; 2]>);
+pub(super) struct TensorMoments {
+    m: Option<Tensor>,
+    v: Option<Tensor>,
+}
 
 impl TensorMoments {
     /// Moments that were saved.
@@ -19,33 +22,41 @@ impl TensorMoments {
             let place = param.place();
             Ok::<_, Error>(transfer::to_tensor(values, param.shape(), &place.device)?.to_dtype(place.dtype)?)
         };
-        Ok(TensorMoments(Some([place(&moments.m)?, place(&moments.v)?])))
+        Ok(TensorMoments { m: Some(place(&moments.m)?), v: moments.v.as_deref().map(place).transpose()? })
     }
 
-    /// A copy of the values.
-    pub(super) fn read(&self, param: &Param) -> Result<Moments> {
-        let Some(moments) = &self.0 else {
-            return Ok(Moments { m: vec![0.0; param.len()], v: vec![0.0; param.len()] });
+    /// A copy of the values; Muon has no second moment.
+    pub(super) fn read(&self, param: &Param, is_muon: bool) -> Result<Moments> {
+        let values = |moment: &Option<Tensor>| match moment {
+            Some(moment) => Ok(transfer::to_vec(moment)?),
+            None => Ok::<_, Error>(vec![0.0; param.len()]),
         };
-        Ok(Moments { m: transfer::to_vec(&moments[0])?, v: transfer::to_vec(&moments[1])? })
+        let v = if is_muon { None } else { Some(values(&self.v)?) };
+        Ok(Moments { m: values(&self.m)?, v })
     }
 
-    /// Changes the parameter and its moments by its gradient. Without a gradient nothing changes before the first one,
-    /// and after it the gradient counts as 0.
-    pub(super) fn update(&mut self, param: &Param, s: &Step) -> Result<()> {
-        let p = param.tensor(mblm_core::Mode::Eval);
+    /// The parameter and its gradient. Without a gradient nothing changes before the first one, and after it the gradient
+    /// counts as 0.
+    fn operands(&self, param: &Param) -> Result<Option<(Tensor, Tensor)>> {
+        let p = param.tensor(Mode::Eval);
         let grad = param.grad().tensor().cloned();
-        let (g, [m, v]) = match (grad, self.0.take()) {
-            (None, None) => return Ok(()),
-            (Some(g), None) => (g, [p.zeros_like()?, p.zeros_like()?]),
-            (Some(g), Some(moments)) => (g, moments),
-            (None, Some(moments)) => (p.zeros_like()?, moments),
-        };
+        Ok(match (grad, &self.m) {
+            (None, None) => None,
+            (Some(g), _) => Some((p, g)),
+            (None, Some(_)) => Some((p.clone(), p.zeros_like()?)),
+        })
+    }
+
+    /// Changes the parameter and its moments by its gradient, as AdamW does.
+    pub(super) fn adam(&mut self, param: &Param, s: &Step) -> Result<()> {
+        let Some((p, g)) = self.operands(param)? else { return Ok(()) };
+        let zeros = |moment: Option<Tensor>| moment.map_or_else(|| p.zeros_like(), Ok);
+        let (m, v) = (zeros(self.m.take())?, zeros(self.v.take())?);
         #[cfg(feature = "cuda")]
         if mblm_core::cuda::available(&p) {
             mblm_core::cuda::adam(&p, &g, &m, &v, s)?;
             param.changed();
-            self.0 = Some([m, v]);
+            (self.m, self.v) = (Some(m), Some(v));
             return Ok(());
         }
         let m = (&m + ((&g - &m)? * f64::from(s.one_minus_beta1))?)?;
@@ -53,7 +64,19 @@ impl TensorMoments {
         let root = v.sqrt()?.affine(1.0 / f64::from(s.root_bias2), f64::from(s.eps))?;
         let change = (&m / root)?;
         param.set(&((p * f64::from(s.decay))? - (change * f64::from(s.step_size))?)?)?;
-        self.0 = Some([m, v]);
+        (self.m, self.v) = (Some(m), Some(v));
+        Ok(())
+    }
+
+    /// Changes a matrix and its momentum by its gradient, as Muon does.
+    pub(super) fn muon(&mut self, param: &Param, s: &muon::Step) -> Result<()> {
+        let Some((p, g)) = self.operands(param)? else { return Ok(()) };
+        let m = self.m.take().map_or_else(|| p.zeros_like(), Ok)?;
+        let toward_gradient = |m: &Tensor| m + ((&g - m)? * f64::from(s.one_minus_momentum))?;
+        let m = toward_gradient(&m)?;
+        let update = newton_schulz_composed(&toward_gradient(&m)?)?;
+        param.set(&((p * f64::from(s.decay))? - (update * f64::from(s.step_size))?)?)?;
+        self.m = Some(m);
         Ok(())
     }
 }

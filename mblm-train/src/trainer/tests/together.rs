@@ -14,7 +14,7 @@ fn train_together(
     prepare: impl Fn(usize, &mut Bigram, &Arc<AtomicBool>) + Sync,
 ) -> Vec<Ran> {
     together(size, |processes| {
-        let (mut model, stop) = (Bigram::new(), Arc::new(never()));
+        let (mut model, stop) = (Bigram::of(config), Arc::new(never()));
         prepare(processes.rank(), &mut model, &stop);
         let session = Session { processes, retries, ..session(&model, config, &stop) };
         let (run, outcome) = session.train()?;
@@ -50,11 +50,11 @@ fn bytes(len: usize) -> Vec<u8> {
 }
 
 /// 20 steps on `size` processes, and on one that accumulates the same batches: the losses of every batch, and the weights.
-fn equals_one(size: usize, loss_average: LossAverage) {
+fn equals_one(size: usize, loss_average: LossAverage, optimizer: OptimizerKind) {
     let (folder, mut config) = workplace();
     let (accumulate, steps) = (2, 20);
     config.train.shuffle_train = false;
-    config.train.loss_average = loss_average;
+    (config.train.loss_average, config.train.optimizer) = (loss_average, optimizer);
     config.train.gradient_accumulate_every = accumulate;
     config.train.target_elements_strategy = TargetStrategy::Sequence;
     let block = config.train.batch_size * config.params.input_seq_len;
@@ -95,9 +95,10 @@ fn equals_one(size: usize, loss_average: LossAverage) {
 
 #[test]
 fn several_processes_are_one_that_accumulates_their_batches() {
-    equals_one(2, LossAverage::Window);
-    equals_one(3, LossAverage::Window);
-    equals_one(3, LossAverage::Batch);
+    equals_one(2, LossAverage::Window, OptimizerKind::Adamw);
+    equals_one(3, LossAverage::Window, OptimizerKind::Adamw);
+    equals_one(3, LossAverage::Batch, OptimizerKind::Adamw);
+    equals_one(3, LossAverage::Window, OptimizerKind::Muon);
 }
 
 #[test]
