@@ -97,13 +97,15 @@ pub struct TrainSection {
     /// and the projection to the stage below belong to their stage, and the output layer to the local one.
     #[serde(default)]
     pub lr_scale: Option<Vec<f64>>,
-    /// What updates the parameters (addition).
+    /// What updates the parameters (addition): `adamw`, or `muon` for the weight matrices of the stages and AdamW for all
+    /// others.
     #[serde(default)]
     pub optimizer: OptimizerKind,
     /// Clip gradients to this global norm.
     #[serde(default)]
     pub gradient_clipping: Option<f64>,
-    /// How the learning rate goes on after warm-up (addition).
+    /// How the learning rate goes on after warm-up (addition): `cosine` and `linear` fall to zero, `constant` stays at the
+    /// peak, and `wsd` stays there and falls to zero in the last steps.
     #[serde(default)]
     pub schedule: ScheduleKind,
     /// With `schedule: wsd`, the fraction of gradient steps in which the learning rate falls to zero (addition).
