@@ -11,11 +11,13 @@ use std::path::Path;
 use mblm_base::random::mix;
 use mblm_study::passage::Passage;
 use mblm_study::report::{
-    Generation, Measured, Point, Report, Run, RunResult, Status, Try, Tuned, TunedVariant, Variant,
+    Generation, Measured, Point, Report, Run, RunResult, Scaling, ScalingData, ScalingVariant, Status, Try, Tuned,
+    TunedVariant, Variant,
 };
 use mblm_train::cost::ModelCost;
 use mblm_train::journal::metrics::Kind;
 
+const SIZES: [f64; 4] = [3e5, 1e6, 3e6, 1e7];
 const BLOCKS: [&str; 3] = ["mamba2", "transformer", "lstm"];
 const HOSTILE: [&str; 6] = [
     "<script>alert(1)</script>",
@@ -42,6 +44,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         base: name(variants / 2),
         variants: (0..variants).map(|i| variant(i, seeds)).collect::<Result<_, _>>()?,
         tuning: vec![tuned(variants)],
+        scaling: Scaling::of(scaling(variants.min(9), seeds)),
         ..Report::default()
     };
     report.write(Path::new(folder))?;
@@ -93,6 +96,25 @@ fn tuned(variants: u64) -> Tuned {
     Tuned { field: "train.learning_rate".into(), seeds: vec![1000], share: 0.5, is_ranked: true, variants }
 }
 
+/// Laws that cross; the largest budget of the third variant has its best size at the edge.
+fn scaling(variants: u64, seeds: u64) -> ScalingData {
+    let point = |i: u64, parameters: f64, flops: f64| {
+        let best = (flops / 1e14).sqrt() * if i == 2 { 4e6 } else { 1.2e6 };
+        let law = (20.0 - i as f64) * flops.powf(-0.06 + 0.0018 * i as f64);
+        let noise = |seed: u64| 0.03 * chance(&[seed, 8]) + 0.01 * chance(&[seed, i, flops as u64, parameters as u64]);
+        let loss = law + 0.03 * (parameters / best).ln().powi(2);
+        mblm_study::statistics::scaling::Point {
+            parameters,
+            flops,
+            losses: (1..=seeds).map(|seed| (seed, loss + noise(seed))).collect(),
+        }
+    };
+    let points = |i: u64| [1e14, 3e14, 1e15].into_iter().flat_map(move |flops| SIZES.map(|size| point(i, size, flops)));
+    ScalingData {
+        variants: (0..variants).map(|i| ScalingVariant { name: name(i), points: points(i).collect() }).collect(),
+    }
+}
+
 fn run(i: u64, seed: u64, is_lost: bool) -> Run {
     let status = if is_lost { Status::Failed("training stopped: the loss is NaN".into()) } else { Status::Finished };
     let mut run = Run::absent(&format!("variant-{i}-seed{seed}"), seed, status);
@@ -130,6 +152,7 @@ fn run(i: u64, seed: u64, is_lost: bool) -> Run {
         ..Measured::default()
     };
     let peak_bytes = Some((2e8 * (1.0 + chance(&[i, 5]))) as u64);
-    run.result = Some(RunResult { threads: 2, jobs: 1, hosts: vec!["here".into()], peak_bytes, measured });
+    run.result =
+        Some(RunResult { threads: 2, jobs: 1, hosts: vec!["here".into()], peak_bytes, train_rate: None, measured });
     run
 }

@@ -30,6 +30,15 @@ pub(crate) fn with_unit(number: f64, unit: &str) -> String {
     }
 }
 
+/// Floating point operations, `300 TFLOP`.
+pub(super) fn flop(number: f64) -> String {
+    let text = si(number);
+    match text.split_once(' ') {
+        Some((digits, prefix)) => format!("{digits} {prefix}FLOP"),
+        None => format!("{text} FLOP"),
+    }
+}
+
 /// `1 h 5 min`, `2 min 3 s`, `4.2 s`.
 pub fn duration(seconds: f64) -> String {
     let whole = seconds.round() as u64;

@@ -2,6 +2,7 @@
 
 use super::format::{count, fenced, markdown, si, with_unit};
 use super::matrix::Matrix;
+use super::scaling;
 use super::standing::Standings;
 use super::table::{bpb, columns, places};
 use super::variant::Variant;
@@ -37,6 +38,7 @@ pub(super) fn text(report: &Report, charts: &[&str]) -> String {
     let matrix = Matrix::of(&report.variants).map(|matrix| matrix_table(&matrix)).unwrap_or_default();
     text += &matrix;
     text += &tuning(report, charts);
+    text += &size_and_budget(report, charts);
     let mut section = |heading: &str, names: Vec<(String, String)>| {
         let drawn: Vec<_> = names.into_iter().filter(|(name, _)| charts.contains(&&name[..])).collect();
         if !drawn.is_empty() {
@@ -123,6 +125,22 @@ fn tuning(report: &Report, charts: &[&str]) -> String {
         text.push('\n');
     }
     text
+}
+
+fn size_and_budget(report: &Report, charts: &[&str]) -> String {
+    let Some(scaling) = &report.scaling else { return String::new() };
+    let mut text = format!("## Size and budget\n\n{}\n\n", markdown(&scaling.about()));
+    scaling.findings().iter().for_each(|finding| text += &format!("* {}\n", markdown(finding)));
+    text += &format!("\n{}\n\n", markdown(&scaling.about_intervals()));
+    for name in charts.iter().filter(|name| name.starts_with("scaling-")) {
+        text += &format!("![{}]({name}.svg)\n\n", name.replace('-', " "));
+    }
+    text += &format!("| {} |\n|---|--:|--:|--:|--:|\n", scaling::COLUMNS.join(" | "));
+    for [name, cells @ ..] in scaling.rows() {
+        let cells = cells.map(|cell| cell.replace('[', "\\[").replace(']', "\\]"));
+        text += &format!("| {} | {} |\n", markdown(&name), cells.join(" | "));
+    }
+    text + "\n"
 }
 
 fn about(variant: &Variant, base: &str) -> String {

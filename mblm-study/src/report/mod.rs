@@ -12,6 +12,7 @@ mod matrix;
 mod page;
 mod passage;
 mod run;
+mod scaling;
 mod seen;
 mod standing;
 mod table;
@@ -35,6 +36,7 @@ use mblm_train::error::{AtPath, Result};
 use mblm_train::journal::metrics::Kind;
 use mblm_yaml::difference::differences;
 pub use run::{Generation, Measured, Point, Run, RunResult, Status};
+pub use scaling::{Scaling, ScalingData, ScalingVariant};
 pub use seen::Seen;
 use serde_yaml::Value;
 pub use tuning::{Try, Tuned, TunedVariant};
@@ -71,6 +73,8 @@ pub struct Report {
     pub tuning: Vec<Tuned>,
     /// How often the study may look at the data while it adds seeds; 0 and 1 are the same.
     pub looks: usize,
+    /// How losses move with size and budget, if that was studied.
+    pub scaling: Option<Scaling>,
 }
 
 impl Report {
@@ -96,7 +100,9 @@ impl Report {
                 solved: about.solved.clone(),
             });
         }
+        let mut scaling = None;
         if plan.scale.is_some() {
+            scaling = Scaling::of(ScalingData::of_study(&plan, &variants));
             variants = of_largest_budget(&plan, variants);
         }
         let facts = study_facts(&plan, &variants);
@@ -107,7 +113,16 @@ impl Report {
             Seeds::Until { start, most } => (most - start + 1) as usize,
         };
         let PlanFile { name, description, .. } = plan;
-        Ok(Report { title: name, description, facts, base: "the study's base".into(), tuning, looks, ..ranked })
+        Ok(Report {
+            title: name,
+            description,
+            facts,
+            base: "the study's base".into(),
+            tuning,
+            looks,
+            scaling,
+            ..ranked
+        })
     }
 
     /// The report of any runs. Those that differ in their seeds alone are one variant; differences are counted from the
@@ -201,6 +216,7 @@ impl Report {
         for (n, tuned) in self.tuning.iter().enumerate() {
             charts.push((tuning_id(n), charts::sensitivity::sensitivity(tuned, &tuning_id(n), format)));
         }
+        charts.extend(self.scaling.iter().flat_map(|scaling| scaling_charts(scaling, format)));
         charts.push((PLACES.to_string(), charts::lines::places(variants, format)));
         for stage in 0..self.num_stages() {
             charts.push((gradient_id(stage), charts::lines::gradients(variants, stage, format)));
@@ -218,6 +234,24 @@ impl Report {
 /// The name of a chart of losses against a tuned field; fields are counted from 0 here, and from 1 in its name.
 fn tuning_id(field: usize) -> String {
     format!("tuning-{}", field + 1)
+}
+
+/// The name of a variant's chart of losses against size; variants are counted from 0 here, and from 1 in its name.
+fn sizes_id(variant: usize) -> String {
+    format!("scaling-sizes-{}", variant + 1)
+}
+
+/// The names of the charts against the budget.
+const SCALING_LOSSES: &str = "scaling-losses";
+const SCALING_DIFFERENCES: &str = "scaling-differences";
+
+fn scaling_charts(scaling: &Scaling, format: Format) -> Vec<(String, Option<Svg>)> {
+    let sizes = |v: usize| (sizes_id(v), Some(charts::sizes::sizes(scaling, v, &sizes_id(v), format)));
+    let losses = charts::budgets::losses(scaling, SCALING_LOSSES, format);
+    let differences = charts::budgets::differences(scaling, SCALING_DIFFERENCES, format);
+    let mut charts: Vec<(String, Option<Svg>)> = (0..scaling.variants.len()).map(sizes).collect();
+    charts.extend([(SCALING_LOSSES.into(), Some(losses)), (SCALING_DIFFERENCES.into(), differences)]);
+    charts
 }
 
 /// The name of the chart of bits by place in the patch.

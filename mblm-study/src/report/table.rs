@@ -157,6 +157,7 @@ pub(super) fn json(report: &Report) -> Result<String> {
             "variants": group(n, &apart.variants),
         })).collect::<Vec<_>>(),
         "tuning": report.tuning,
+        "scaling": report.scaling.as_ref().map(|scaling| scaling.json()),
     });
     serde_json::to_string_pretty(&json).map_err(std::io::Error::from).at(std::path::Path::new("results.json"))
 }

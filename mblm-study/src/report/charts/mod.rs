@@ -1,8 +1,10 @@
 //! Charts that compare variants at their ends: the ranking, and quality against cost.
 
+pub(crate) mod budgets;
 pub(crate) mod lines;
 pub(crate) mod scale;
 pub(crate) mod sensitivity;
+pub(crate) mod sizes;
 pub(crate) mod svg;
 
 use scale::{Scale, Unit, ceiling};

@@ -8,6 +8,7 @@ mod details;
 mod numbers;
 mod panels;
 mod passage;
+mod scaling;
 mod tables;
 mod tuning;
 
@@ -43,6 +44,7 @@ pub(super) fn html(report: &Report, csv: &str) -> String {
                     (tables::ranking(report, &charts))
                     (tables::matrix(report))
                     (tuning::sections(report, &charts))
+                    (scaling::section(report, &charts))
                     (panels::learning_curves(report, &charts))
                     (panels::trade_offs(&charts))
                     (passage::section(report, &charts))
@@ -130,7 +132,11 @@ mod tests {
     use crate::report::matrix::tests::cost;
     use crate::report::table;
     use crate::report::variant::tests::{run, variant};
-    use crate::report::{Apart, Generation, Kind, Measured, Point, RunResult, Status, Try, Tuned, TunedVariant};
+    use crate::report::{
+        Apart, Generation, Kind, Measured, Point, RunResult, Scaling, ScalingData, ScalingVariant, Status, Try, Tuned,
+        TunedVariant,
+    };
+    use crate::statistics::scaling::tests::points;
 
     fn page_of(report: &Report) -> String {
         html(report, &table::csv(report).unwrap())
@@ -201,6 +207,9 @@ mod tests {
         let tries = [Some(2.0), None].map(|bpb| Try { value: 1.0 + bpb.unwrap_or(0.0), bpb }).to_vec();
         let variants = vec![TunedVariant::new(hostile(), tries)];
         report.tuning.push(Tuned { field: hostile(), variants, ..Tuned::default() });
+        let points = points(20.0, 0.06, &[0.0, 0.01, 0.02]);
+        let variants = [0, 1].map(|_| ScalingVariant { name: hostile(), points: points.clone() }).to_vec();
+        report.scaling = Scaling::of(ScalingData { variants });
         let charts = report.charts(Format::Wide).into_iter().map(|(_, svg)| svg.file());
         for text in charts.chain([page_of(&report)]) {
             assert!(text.contains("&quot; onload=&quot;x&quot;&gt;&lt;img src=x&gt;\u{FFFD}[31m"));
