@@ -196,7 +196,7 @@ fn muon(c: &mut Criterion) {
     let mut group = c.benchmark_group("muon");
     group.sample_size(10);
     for (dim, layers) in [(512, 6), (256, 3)] {
-        let shapes = [(dim, dim), (2 * dim, dim), (dim, dim), (4 * dim, dim), (dim, 4 * dim)].repeat(layers);
+        let shapes = [(dim, dim), (2 * dim, dim), (dim, dim), (2 * dim, dim), (dim, 2 * dim)].repeat(layers);
         let mut matrices: Vec<_> = shapes.iter().map(|&(rows, cols)| (noise(rows * cols, 1), rows, cols)).collect();
         let flops: f64 = shapes.iter().map(|&(rows, cols)| newton_schulz::flops(rows, cols)).sum();
         group.throughput(Throughput::Elements(flops as u64));
@@ -207,8 +207,8 @@ fn muon(c: &mut Criterion) {
             });
         });
         let tokens = 1028;
-        let (x, mut y) = (noise(tokens * 4 * dim, 2), vec![0.0; tokens * 4 * dim]);
-        let mut dweight = vec![0.0; 4 * dim * dim];
+        let (x, mut y) = (noise(tokens * 2 * dim, 2), vec![0.0; tokens * 2 * dim]);
+        let mut dweight = vec![0.0; 2 * dim * dim];
         let flops: f64 = shapes.iter().map(|&(rows, cols)| 6.0 * (tokens * rows * cols) as f64).sum();
         group.throughput(Throughput::Elements(flops as u64));
         group.bench_function(format!("products of training, width {dim}"), |b| {
