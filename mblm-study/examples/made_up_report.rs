@@ -19,6 +19,8 @@ use mblm_train::journal::metrics::Kind;
 
 const SIZES: [f64; 4] = [3e5, 1e6, 3e6, 1e7];
 const BLOCKS: [&str; 3] = ["mamba2", "transformer", "lstm"];
+/// The variant whose runs fail.
+const LOST: u64 = 8;
 const HOSTILE: [&str; 6] = [
     "<script>alert(1)</script>",
     "</script><img src=x onerror=alert(2)>",
@@ -42,13 +44,18 @@ fn main() -> Result<(), Box<dyn Error>> {
         description: Some("Which block is best? All numbers of this page are made up.".into()),
         facts: vec![format!("{variants} variants"), format!("{seeds} seeds"), "2 MB of training each".into()],
         base: name(variants / 2),
-        variants: (0..variants).map(|i| variant(i, seeds)).collect::<Result<_, _>>()?,
+        variants: order(variants).map(|i| variant(i, seeds)).collect::<Result<_, _>>()?,
         tuning: vec![tuned(variants)],
         scaling: Scaling::of(scaling(variants.min(9), seeds)),
         ..Report::default()
     };
     report.write(Path::new(folder))?;
     Ok(())
+}
+
+/// The variants, best first: the one that failed comes last.
+fn order(variants: u64) -> impl Iterator<Item = u64> {
+    (0..variants).filter(|i| *i != LOST).chain((LOST < variants).then_some(LOST))
 }
 
 /// From 0 to 1, decided by the numbers given.
@@ -66,7 +73,7 @@ fn name(i: u64) -> String {
 
 fn variant(i: u64, seeds: u64) -> Result<Variant, Box<dyn Error>> {
     let blocks = [BLOCKS[i as usize % 3], BLOCKS[i as usize / 3 % 3]];
-    let (is_lost, flops) = (i == 8, 80e3 * (1.0 + chance(&[i, 1])));
+    let (is_lost, flops) = (i == LOST, 80e3 * (1.0 + chance(&[i, 1])));
     let part = |share: f64| serde_json::json!({"parameters": (3e5 * share) as u64, "flops_per_byte": flops * share, "activation_bytes": 1e5});
     let stage = |block: &str| {
         serde_json::json!({"block_type": block, "seq_len": 64, "hidden_dim": 128, "num_layers": 2,
@@ -89,10 +96,10 @@ fn tuned(variants: u64) -> Tuned {
     let tries = |i: u64| {
         let best = 1.5 * chance(&[i, 6]) - 0.5;
         let loss = |step: i32| 2.2 + 0.03 * i as f64 + 0.05 * (f64::from(step) - best).powi(2);
-        let bpb = |step: i32| (step < 3 && (step < 2 || i % 3 == 0)).then(|| loss(step));
-        (-2..=3).map(|step| Try { value: 0.002 * 2f64.powi(step), bpb: bpb(step).filter(|_| i != 8) }).collect()
+        let bpb = |step: i32| (step < 3 && (step < 2 || i.is_multiple_of(3))).then(|| loss(step));
+        (-2..=3).map(|step| Try { value: 0.002 * 2f64.powi(step), bpb: bpb(step).filter(|_| i != LOST) }).collect()
     };
-    let variants = (0..variants).map(|i| TunedVariant::new(name(i), tries(i))).collect();
+    let variants = order(variants).map(|i| TunedVariant::new(name(i), tries(i))).collect();
     Tuned { field: "train.learning_rate".into(), seeds: vec![1000], share: 0.5, is_ranked: true, variants }
 }
 

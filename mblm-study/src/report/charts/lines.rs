@@ -10,7 +10,7 @@ use crate::report::variant::{Axis, CurvePoint, Variant};
 /// Points of a curve, at most; on a phone; and where a curve only feels the pointer.
 const MAX_POINTS: usize = 120;
 const MAX_NARROW_POINTS: usize = 60;
-const MAX_HIT_POINTS: usize = 30;
+const MAX_HIT_POINTS: usize = 16;
 /// Dots of a chart, at most: beyond, curves go without.
 const MAX_DOTS: usize = 600;
 /// Curves with labels beside them, at most: beyond, the best alone have one.
@@ -169,7 +169,8 @@ impl LineChart<'_> {
         let last = series.iter().filter_map(|s| s.points.last()).map(|point| point.x).fold(0.0, f64::max);
         let x = Scale::linear(self.x_from, last, self.x_unit);
         let y = self.heights(series, last);
-        svg.axes((&x, self.x_name), (&y, self.y_name), format.ticks());
+        let ticks = if self.x_unit == Unit::Whole { Format::Wide.ticks() } else { format.ticks() };
+        svg.axes((&x, self.x_name), (&y, self.y_name), ticks);
         let dots: usize = series.iter().map(|series| series.points.len()).sum();
         let has_dots = format == Format::Wide && !self.is_log && dots <= MAX_DOTS;
         let drawn = |one| self.series(&svg, one, (&x, &y), format, has_dots && is_labelled(series, one));
@@ -200,6 +201,8 @@ impl LineChart<'_> {
     fn series(&self, svg: &Svg, series: &Series, (x, y): (&Scale, &Scale), format: Format, has_dots: bool) -> String {
         let at = |px: f64, py: f64| (svg.x(x.place(px)), svg.y(y.place(py)));
         let most = if format == Format::Wide { MAX_POINTS } else { MAX_NARROW_POINTS };
+        // Those without a colour are many and thin.
+        let most = if series.rank < COLOURS { most } else { most / 3 };
         let points = &thinned(&series.points, most);
         let line = path(points.iter().map(|p| at(p.x, p.mean)));
         let name = &series.variant.name;
@@ -210,7 +213,8 @@ impl LineChart<'_> {
             series.rank,
             escape(&format!("{name}: {ended}"))
         );
-        if series.variant.counted().len() > 1 {
+        // Without a colour of its own, a band would be lost among the others.
+        if series.variant.counted().len() > 1 && series.rank < COLOURS {
             let around = points.iter().map(|p| at(p.x, p.max)).chain(points.iter().rev().map(|p| at(p.x, p.min)));
             group += &format!("<path class=\"band\" d=\"{}Z\"/>", path(around));
         }
@@ -255,7 +259,7 @@ pub(super) fn label_ends(svg: &mut Svg, ends: &[End], mark: &str) {
     for ((End { rank, name, at }, (x, y)), place) in ends.iter().zip(places).zip(spread) {
         svg.add(&format!("<g class=\"s {}\" data-v=\"{mark}{rank}\">", colour(*rank)));
         svg.add(&format!("<path class=\"lead\" d=\"M{:.1} {y:.1}L{:.1} {place:.1}\"/>", x + 5.0, label - 3.0));
-        let name = fitting(name, LABEL_WIDTH - 30.0);
+        let name = fitting(name, LABEL_WIDTH - 44.0);
         svg.text(label, place + 4.0, "start", "label", &if at.1 > 1.0 { format!("{name} ↑") } else { name });
         svg.add("</g>");
     }

@@ -125,8 +125,8 @@ pub(crate) fn ranking(variants: &[Variant], looks: usize, format: Format) -> Opt
         };
         svg.add(&group);
         match format {
-            Format::Wide => svg.text(left - 12.0, y + 4.0, "end", "label", &fitting(&variant.name, left - 12.0)),
-            Format::Narrow => svg.text(left, y - 12.0, "start", "label", &fitting(&variant.name, 330.0)),
+            Format::Wide => svg.text(left - 12.0, y + 4.0, "end", "label", &fitting(&variant.name, left - 50.0)),
+            Format::Narrow => svg.text(left, y - 12.0, "start", "label", &fitting(&variant.name, 300.0)),
         }
         let mark = if variant.is_finished() { "" } else { " …" };
         svg.text(right + 10.0, y + 4.0, "start", "tick", &format!("{:.3}{mark}", bpb.mean));

@@ -21,7 +21,7 @@
       cell.title = `${names[i]}: ${(x / 100).toFixed(2)} and ${(y / 100).toFixed(2)} bits`;
     });
     document.getElementById("sums").replaceChildren(
-      isolated(a.name), ` spends ${mean(a.bits)} bits per byte here, `, isolated(b.name), ` ${mean(b.bits)}.`,
+      isolated(a.name), ` spends ${mean(a.bits)} bits per byte here, and `, isolated(b.name), ` spends ${mean(b.bits)}.`,
     );
   };
 

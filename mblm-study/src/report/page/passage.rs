@@ -13,6 +13,7 @@ use crate::report::format::count;
 use crate::report::passage::{Common, signs};
 use crate::report::{PLACES, Report};
 
+const BY_PLACE: &str = "Bits by place in the patch";
 /// Differences in hundredths of a bit from which on the colour is a step stronger; the script has the same.
 const STEPS: [u16; 4] = [25, 50, 100, 200];
 
@@ -21,10 +22,12 @@ pub(super) fn section(report: &Report, charts: &Charts) -> Markup {
     html! {
         @if common.is_some() || places.is_some() {
             section {
-                h2 { "Where they differ" }
-                @if let Some(common) = &common { (passage(common)) }
+                @if let Some(common) = &common {
+                    h2 { "Where they differ" }
+                    (passage(common))
+                }
                 @if let Some(chart) = places {
-                    h3 { "Bits by place in the patch" }
+                    @if common.is_some() { h3 { (BY_PLACE) } } @else { h2 { (BY_PLACE) } }
                     p.soft {
                         "Mean bits of a byte by its place in the innermost patch. The first byte of a patch is predicted from \
                          the patches before it alone."
@@ -49,8 +52,8 @@ fn passage(common: &Common) -> Markup {
             (choice("second", common, 1))
         }
         p #sums {
-            bdi { (first) } " spends " (format!("{:.3}", common.mean(0))) " bits per byte here, "
-            bdi { (second) } " " (format!("{:.3}", common.mean(1))) "."
+            bdi { (first) } " spends " (format!("{:.3}", common.mean(0))) " bits per byte here, and "
+            bdi { (second) } " spends " (format!("{:.3}", common.mean(1))) "."
         }
         (key())
         pre.passage #passage tabindex="0" {
@@ -143,7 +146,7 @@ mod tests {
         let html = passage(&Common::of(&variants).unwrap()).into_string();
         assert!(html.contains("<i class=\"a4\" title=\"&lt;: 1.00 and 3.50 bits\">&lt;</i>"), "{html}");
         assert!(html.contains("<u>↵</u></i>\n<i") && html.contains("<u>FF</u>"), "{html}");
-        assert!(html.contains("</bdi> spends 1.000 bits per byte here, <bdi>b</bdi> 3.500."), "{html}");
+        assert!(html.contains("</bdi> spends 1.000 bits per byte here, and <bdi>b</bdi> spends 3.500."), "{html}");
         assert!(html.contains("type=\"application/json\">[[100,100,") && html.ends_with(",350]]</script>"), "{html}");
         assert_eq!(html.matches("</script>").count(), 1);
         assert_eq!(html.matches("<i class=\"a4\" title").count(), text.len());
