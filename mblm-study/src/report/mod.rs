@@ -1,12 +1,14 @@
 //! The comparison of runs: which variant is best, by how much, at what speed and memory.
 //!
 //! A [`Report`] is made from the files of run folders alone, of one study or of any runs, and written as one page
-//! (`report.html`), as text (`report.md`), as tables (`results.csv`, `results.json`) and as charts (`*.svg`).
+//! (`report.html`), as text (`report.md`), as tables (`results.csv`, `results.json`,
+//! `report.tex`) and as charts (`*.svg`).
 
 mod basis;
 mod charts;
 mod format;
 mod front;
+mod latex;
 mod markdown;
 mod matrix;
 mod page;
@@ -190,6 +192,7 @@ impl Report {
         }
         let names: Vec<&str> = charts.iter().map(|(name, _)| &name[..]).collect();
         write("report.md", &markdown::text(self, &names))?;
+        write("report.tex", &latex::table(self))?;
         let csv = table::csv(self)?;
         write("results.csv", &csv)?;
         write("results.json", &table::json(self)?)?;

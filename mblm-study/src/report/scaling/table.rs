@@ -31,7 +31,6 @@ impl Scaling {
 
     /// The part `scaling` of `results.json`.
     pub(in crate::report) fn json(&self) -> Value {
-        let ends = |interval: Option<(f64, f64)>| interval.map(|(low, high)| [low, high]);
         let budget = |v: usize, b: usize| {
             let best = self.best(v, b);
             let above = if v == 0 { None } else { self.above_first(v, b) };
@@ -39,11 +38,13 @@ impl Scaling {
                 "flops": self.budgets[b],
                 "best_parameters": best.map(|best| best.parameters),
                 "bpb": best.map(|best| best.loss),
-                "bpb_interval": ends(self.best_interval(v, b)),
+                "bpb_low": self.best_interval(v, b).map(|(low, _)| low),
+                "bpb_high": self.best_interval(v, b).map(|(_, high)| high),
                 "is_fitted": best.is_some_and(|best| best.parabola.is_ok()),
                 "why_not_fitted": best.and_then(|best| best.parabola.err()).map(|why| why.to_string()),
                 "above_first": above.map(|above| above.mean),
-                "above_first_interval": above.and_then(|above| ends(above.interval)),
+                "above_first_low": above.and_then(|above| above.interval).map(|(low, _)| low),
+                "above_first_high": above.and_then(|above| above.interval).map(|(_, high)| high),
             })
         };
         let variant = |v: usize| {
