@@ -8,11 +8,13 @@ use super::standing::Standings;
 use super::table::bpb;
 use super::variant::{Spread, Variant};
 
+type Cell<'a> = Box<dyn Fn(usize, &Variant) -> Option<String> + 'a>;
+
 /// A column: its name, its alignment, and the cell of a variant, in LaTeX.
 struct Column<'a> {
     name: &'a str,
     align: char,
-    cell: Box<dyn Fn(usize, &Variant) -> Option<String> + 'a>,
+    cell: Cell<'a>,
 }
 
 /// The ranking of the variants that the report is about: a `tabular` that needs the package `booktabs`.

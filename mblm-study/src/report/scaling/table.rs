@@ -2,6 +2,7 @@
 
 use serde_json::{Value, json};
 
+use super::words::plain;
 use super::{Above, Scaling};
 use crate::report::format::{flop, si};
 
@@ -67,7 +68,7 @@ impl Scaling {
         };
         json!({
             "about_intervals": self.about_intervals(),
-            "findings": self.findings(),
+            "findings": self.findings().iter().map(|finding| plain(finding)).collect::<Vec<_>>(),
             "variants": (0..self.variants.len()).map(variant).collect::<Vec<_>>(),
         })
     }
@@ -101,7 +102,7 @@ mod tests {
         let json = scaling.json();
         assert_eq!(json["variants"][1]["budgets"][0]["is_fitted"], true);
         assert_eq!(json["variants"][1]["crossing_is_measured"], true);
-        assert_eq!(json["variants"][0]["points"][0]["bpb_by_seed"]["1"].as_f64().is_some(), true);
+        assert!(json["variants"][0]["points"][0]["bpb_by_seed"]["1"].is_f64());
         assert!(crossing(&NOISE[..1]).rows()[3][4].ends_with("(not tested)"));
     }
 }

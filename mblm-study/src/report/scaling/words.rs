@@ -53,13 +53,18 @@ impl Scaling {
         findings
     }
 
+    /// A name within a sentence: letters that run from right to left turn nothing outside of it around.
+    fn name(&self, variant: usize) -> String {
+        format!("\u{2068}{}\u{2069}", self.variants[variant].name)
+    }
+
     fn most_seeds(&self) -> usize {
         let points = self.variants.iter().flat_map(|variant| &variant.points);
         points.map(|point| point.losses.len()).max().unwrap_or(0)
     }
 
     fn law(&self, variant: usize) -> String {
-        let name = &self.variants[variant].name;
+        let name = self.name(variant);
         match self.fits[variant].law {
             Ok(law) => format!(
                 "{name}: ten times the budget multiplies the loss at the best size by {:.3} (a power law with exponent \
@@ -86,7 +91,7 @@ impl Scaling {
                 None => reasons.push((why, vec![flop(*budget)])),
             }
         }
-        let name = &self.variants[variant].name;
+        let name = self.name(variant);
         let sentence = |(why, budgets): (Option<WhyNot>, Vec<String>)| match why {
             None => format!("{name}: there is no loss yet under {}.", listed(&budgets)),
             Some(why) => {
@@ -115,17 +120,17 @@ impl Scaling {
         };
         let parts = [part("better", &better), part("worse", &worse), part("not distinguishable from it", &open)];
         let parts: Vec<String> = parts.into_iter().flatten().collect();
-        Some(format!("{} against {}: {}.", self.variants[variant].name, self.variants[0].name, parts.join("; ")))
+        Some(format!("{} against {}: {}.", self.name(variant), self.name(0), parts.join("; ")))
     }
 
     fn crossing_in_words(&self, variant: usize) -> Option<String> {
-        let (name, first) = (&self.variants[variant].name, &self.variants[0].name);
+        let (name, first) = (self.name(variant), self.name(0));
         self.fits[variant].law.ok().and(self.fits[0].law.ok())?;
         let (low, high) = (*self.budgets.first()?, *self.budgets.last()?);
         Some(match self.crossing(variant) {
             Some(Crossing { budget, is_inside: true }) => {
                 let is_better_above = self.law_above_first(variant, high)? < 0.0;
-                let (above, below) = if is_better_above { (name, first) } else { (first, name) };
+                let (above, below) = if is_better_above { (&name, &first) } else { (&first, &name) };
                 format!(
                     "The power laws of {first} and {name} cross at {}: {below} is better below it, and {above} above.",
                     flop(budget)
@@ -151,6 +156,11 @@ impl Scaling {
     }
 }
 
+/// A sentence without the marks around names.
+pub(super) fn plain(text: &str) -> String {
+    text.replace(['\u{2068}', '\u{2069}'], "")
+}
+
 /// `a, b and c`
 fn listed(names: &[String]) -> String {
     match names {
@@ -162,7 +172,14 @@ fn listed(names: &[String]) -> String {
 #[cfg(test)]
 mod tests {
     use super::super::tests::{NOISE, crossing, scaling};
+    use super::*;
     use crate::statistics::scaling::tests::points;
+
+    fn found(scaling: &Scaling) -> Vec<String> {
+        let findings = scaling.findings();
+        assert!(findings[0].starts_with('\u{2068}'), "{findings:#?}");
+        findings.iter().map(|finding| plain(finding)).collect()
+    }
 
     #[test]
     fn budgets_are_told_apart() {
@@ -171,7 +188,7 @@ mod tests {
             scaling.about(),
             "2 variants in 4 sizes under 3 budgets, with 3 seeds. Losses are bits per byte in validation."
         );
-        let findings = scaling.findings();
+        let findings = found(&scaling);
         assert_eq!(findings.len(), 4, "{findings:#?}");
         assert!(
             findings[0].starts_with("<a>: ten times the budget multiplies the loss at the best size by 0.8"),
@@ -188,7 +205,7 @@ mod tests {
         few[3].losses.clear();
         let scaling = scaling(&[("a", few), ("b", points(20.0, 0.05, &[0.0]))]);
         assert!(scaling.about_intervals().ends_with("a bootstrap needs 3 seeds, and this study has 1 seed."));
-        let findings = scaling.findings();
+        let findings = found(&scaling);
         assert_eq!(
             findings[0],
             "a: no power law was fitted, since 2 of the 3 budgets that a power law needs have a best size."
@@ -206,7 +223,7 @@ mod tests {
         let of = |scale: f64, exponent: f64| {
             scaling(&[("a", points(20.0, 0.06, &NOISE)), ("b", points(scale, exponent, &NOISE))])
         };
-        assert!(of(16.5, 0.055).findings()[3].contains("extrapolation"), "{:#?}", of(16.5, 0.055).findings());
-        assert!(of(21.0, 0.06).findings()[3].ends_with("a hundredfold of what was measured."));
+        assert!(found(&of(16.5, 0.055))[3].contains("extrapolation"), "{:#?}", found(&of(16.5, 0.055)));
+        assert!(found(&of(21.0, 0.06))[3].ends_with("a hundredfold of what was measured."));
     }
 }
