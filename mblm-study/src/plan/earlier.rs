@@ -92,9 +92,12 @@ impl Plan<'_> {
         let name = folder.join("config.yaml").display().to_string();
         let document = Document::parse(&RunFolder::config_yaml(&folder)?, &name)
             .map_err(|error| Error::Config(error.to_string()))?;
-        let before =
+        let mut before =
             RunConfig::from_document(&document, self.registry).map_err(|error| Error::Config(error.to_string()))?;
-        let changes = before.differences(&self.config(run)?)?;
+        let now = self.config(run)?;
+        // A study's folder may be moved, or named in another way.
+        before.io.output_dir.clone_from(&now.io.output_dir);
+        let changes = before.differences(&now)?;
         Ok((!changes.is_empty())
             .then(|| format!("{} was trained with another configuration: {}", folder.display(), changes.join(", "))))
     }
