@@ -36,7 +36,7 @@ mod task;
 pub use course::PlannedRun;
 pub use launch::launcher::Launcher;
 pub use launch::{ERRAND, Errand, Outcome};
-pub use plan::{AboutVariant, Cell, Misfit, Plan, PlanFile, PlannedVariant};
+pub use plan::{AboutVariant, Cell, Plan, PlanFile, PlannedVariant};
 pub use runner::{Ended, Options, Runner};
 pub use spec::Spec;
 pub use spec::budget::{Amount, Budget, Parameters};

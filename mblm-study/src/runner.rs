@@ -1,6 +1,6 @@
 //! Trains the runs of a plan, each in a process of its own, some at a time; what has been done before is not done again.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -33,6 +33,8 @@ pub struct Options {
     pub program: PathBuf,
     /// Try runs again that failed.
     pub retry_failed: bool,
+    /// Move runs out of the way that do not fit the study any more.
+    pub force: bool,
     /// With a launcher: so many starts of a run in a row may bring it no further.
     pub tries: u32,
 }
@@ -44,6 +46,8 @@ pub struct Ended {
     pub finished: usize,
     /// Runs that failed, with the reason.
     pub failed: Vec<(String, String)>,
+    /// Variants that could not be tuned and are not scored, with the reason.
+    pub lost: Vec<(String, String)>,
     /// Whether runs are left to do.
     pub interrupted: bool,
 }
@@ -103,17 +107,31 @@ impl<'p, 'r> Runner<'p, 'r> {
         }
         let log = self.log.try_clone().at(&self.plan.folder().join(LOG))?;
         let display = Display::new(log);
-        let mut course = self.course();
-        self.expect(&course, &display);
-        for run in course.runs().filter(|run| self.outcome(run) != Outcome::Open) {
-            self.ended_before(run, &display)?;
-        }
-        while !course.next.is_empty() && !stop.load(Ordering::Relaxed) {
-            self.train_all(&course.next, &display, stop, after)?;
-            course = self.course();
+        let mut shown = BTreeSet::new();
+        loop {
+            let course = self.fitting_course(&display)?;
             self.expect(&course, &display);
+            for run in course.runs() {
+                if self.outcome(run) != Outcome::Open && shown.insert(run.name.clone()) {
+                    self.ended_before(run, &display)?;
+                }
+            }
+            if course.next.is_empty() || stop.load(Ordering::Relaxed) {
+                return self.ended(&course);
+            }
+            self.train_all(&course.next, &display, stop, after)?;
+            shown.extend(course.next.iter().map(|run| run.name.clone()));
         }
-        self.ended(&course)
+    }
+
+    /// Where the study stands, of runs that fit it. What a later round comes to may be of an earlier design too.
+    fn fitting_course(&self, display: &Display) -> Result<Course> {
+        let misfits = self.plan.misfits()?;
+        if !misfits.is_empty() && !self.options.force {
+            return Err(self.plan.refused(&[], &misfits));
+        }
+        self.plan.replace(misfits)?.iter().for_each(|line| display.line(line));
+        Ok(self.course())
     }
 
     /// Where the study stands.
@@ -178,7 +196,7 @@ impl<'p, 'r> Runner<'p, 'r> {
         let mut ended = Ended { interrupted: !course.next.is_empty(), ..Ended::default() };
         for (unit, field) in course.units.iter().filter_map(|unit| Some((unit, unit.lost_with()?))) {
             let name = &self.plan.variants[unit.variants[0]].about.name;
-            ended.failed.push((name.clone(), no_value(self.plan.spec.tune.as_ref(), field)));
+            ended.lost.push((name.clone(), no_value(self.plan.spec.tune.as_ref(), field)));
         }
         for run in &course.scoring {
             match RunResult::read(&self.plan.run_folder(run)) {
@@ -248,9 +266,6 @@ impl<'p, 'r> Runner<'p, 'r> {
             // A grid that widens may come to what a field cannot be.
             Err(error) => return Ok(Fate::Failed(error.to_string())),
         };
-        if let Some(why) = self.plan.misfit(run)? {
-            return Ok(Fate::Failed(format!("{why}; remove that folder, or start the study with --force")));
-        }
         let bytes = config.train.target_elements;
         let mut bar = display.begin(&run.name, self.work(run));
         if !is_trained(&folder, &config)

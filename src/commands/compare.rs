@@ -70,7 +70,7 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
     spec.output_dir = args.out.clone().unwrap_or(spec.output_dir);
     let registry = plugins.registry(Some(&args.study))?;
     let mut plan = Plan::new(spec, &registry)?;
-    let misfits = plan.check_earlier_runs(args.force)?;
+    plan.check_earlier_runs(args.force)?;
     let mut out = Output::new();
     let shown = writeln!(out, "{plan}");
     if let Some(warning) = plan.memory_warning() {
@@ -84,9 +84,8 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
     let folder = plan.folder().to_path_buf();
     let has_unmeasured = plan.variants.iter().any(|variant| variant.about.bytes.is_none());
     let program = std::env::current_exe()?;
-    let options = Options { program, retry_failed: args.retry_failed, tries: args.tries };
+    let options = Options { program, retry_failed: args.retry_failed, force: args.force, tries: args.tries };
     let mut runner = Runner::new(&mut plan, options)?;
-    runner.plan().replace(misfits)?.iter().for_each(terminal::line);
     if runner.calibrate(&signals::STOP)? && has_unmeasured {
         let _ = writeln!(out, "{}", runner.plan()); // an error comes again at the end
     }
@@ -104,7 +103,8 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
         bail!("runs were interrupted");
     }
     match ended.failed.len() {
-        0 => Ok(shown?),
+        0 if ended.lost.is_empty() => Ok(shown?),
+        0 => bail!("{} could not be tuned and has not been scored; see the report", listed(&ended.lost)),
         n => bail!(
             "{n} of {} runs failed; see the report for the reasons; --retry-failed runs them again",
             ended.failed.len() + ended.finished
@@ -120,7 +120,11 @@ fn hours(plan: &Plan) -> Result<()> {
     let rates = plan.variants.iter().map(|variant| rate(&variant.config)).collect::<Result<Vec<_>>>()?;
     let (least, most) = plan.seconds(&rates);
     let upto = if most > least { format!(" to {}", duration(most)) } else { String::new() };
-    Ok(writeln!(Output::new(), "time on this machine, from a few steps of each: about {}{upto}", duration(least))?)
+    Ok(writeln!(
+        Output::new(),
+        "training and validations of the whole study here, from a few steps of each: about {}{upto}",
+        duration(least)
+    )?)
 }
 
 /// Training bytes per second.
@@ -137,4 +141,9 @@ fn rate(config: &RunConfig) -> Result<f64> {
         steps += 1;
     }
     Ok((ids.len() * steps) as f64 / started.elapsed().as_secs_f64())
+}
+
+/// The names of variants, with quotes.
+fn listed(variants: &[(String, String)]) -> String {
+    variants.iter().map(|(name, _)| format!("{name:?}")).collect::<Vec<_>>().join(", ")
 }

@@ -48,7 +48,11 @@ fn every_variant_gets_the_same_number_of_tries_and_is_scored_at_its_best() {
     assert_eq!(code, 0, "{plan}{error}");
     let want = "2 variants x 2 seeds = 4 runs, 20.0 kB each, 1 at a time\n\
                 tuned before: train.learning_rate, 3 to 5 values for each variant, 50% of the budget each = 6 to 10 runs\n";
-    assert!(plan.contains(want) && plan.contains("time on this machine, from a few steps of each: about "), "{plan}");
+    assert!(
+        plan.contains(want)
+            && plan.contains("training and validations of the whole study here, from a few steps of each: about "),
+        "{plan}"
+    );
 
     let (code, out, error) = mblm(folder.path(), &["compare", "study.yaml", "--jobs", "2"]);
     assert_eq!(code, 0, "{out}{error}");
@@ -115,9 +119,9 @@ fn a_study_that_changed_is_refused_and_force_keeps_what_fits() {
     assert_eq!(code, 2, "{error}");
     for want in [
         "the study in out has changed since its runs:",
-        "seed 1, which runs were trained with, does not count any more",
+        "the seed 1 is gone: 2 runs do not count any more",
         "b-seed2 was trained with another configuration: train.learning_rate: 0.02, now 0.03",
-        "or let --force keep the runs that still fit and move the others to out/replaced",
+        "or let --force keep the runs that still fit and move those with other data or another configuration to out/replaced",
     ] {
         assert!(error.contains(want), "{error}\n{want}");
     }
@@ -137,6 +141,27 @@ fn a_study_that_changed_is_refused_and_force_keeps_what_fits() {
     // Seeds that are added are no change.
     fs::write(folder.path().join("study.yaml"), changed.replace("[2, 3]", "[2, 3, 4]")).unwrap();
     assert_eq!(mblm(folder.path(), &["compare", "study.yaml"]).0, 0);
+}
+
+/// What a later round comes to may be of an earlier design too.
+#[test]
+fn force_holds_the_runs_of_later_rounds_against_the_study_as_well() {
+    let study = "base: base.yaml\ntune: {train.learning_rate: {points: 3}, widen: 0}\nseeds: [1]\n\
+                 budget: {bytes: 6_000}\noutput_dir: out\n";
+    let folder = workplace(study);
+    assert_eq!(mblm(folder.path(), &["compare", "study.yaml"]).0, 0);
+    // The tries fit, what scored does not: they had a half of the budget that scored then, and all of this one.
+    let bytes =
+        |run: &str| metrics(&folder.path().join("out").join(run)).last().unwrap()["bytes_seen"].as_u64().unwrap();
+    let scored = names(&folder.path().join("out/runs")).into_iter().find(|name| name.ends_with("-seed1")).unwrap();
+    assert_eq!(bytes(&format!("runs/{scored}")), 6_144);
+    fs::write(folder.path().join("study.yaml"), study.replace("6_000", "12_000").replace("widen", "share: 0.5, widen"))
+        .unwrap();
+    let (code, out, error) = mblm(folder.path(), &["compare", "study.yaml", "--force"]);
+    assert_eq!(code, 0, "{out}{error}");
+    assert_eq!(error.matches("(done before)").count(), 3, "the tries:\n{error}");
+    assert!(error.contains(&format!("{scored} was trained with another configuration")), "{error}");
+    assert_eq!((bytes(&format!("runs/{scored}")), bytes(&format!("replaced/{scored}"))), (12_288, 6_144));
 }
 
 #[test]
@@ -164,7 +189,10 @@ fn a_variant_that_no_value_is_finite_for_fails_and_the_others_are_scored() {
     let study = study().replace("1e32", "1e37").replace("1e17", "2");
     let folder = workplace(&study);
     let (code, out, error) = mblm(folder.path(), &["compare", "study.yaml"]);
-    assert!(code == 1 && error.contains("1 of 3 runs failed"), "{error}");
+    assert!(
+        code == 1 && error.contains("\"Two transformers\" could not be tuned and has not been scored; see the report"),
+        "{error}"
+    );
     let want =
         "Two transformers failed: no value of train.learning_rate that was tried ended with a finite loss; tune it";
     assert!(out.contains(want) && out.contains("1  as it is"), "{out}");
@@ -214,7 +242,18 @@ fn what_cannot_be_tuned_or_scaled_is_said_before_anything_runs() {
             "tune: {train.learning_rate: {points: 3}, seeds: [1]}\nbudget: {bytes: 9000}",
             "tune.seeds[0]: the seed 1 scores too",
         ),
-        ("scale: {sizes: [100], budgets: [3G]}", "cannot be changed to give 100 parameters"),
+        (
+            "scale: {sizes: [100], budgets: [3G]}",
+            "scale.sizes: hidden_dims of [32, 32] cannot be changed to give 100 parameters",
+        ),
+        (
+            "scale: {sizes: [20.0k, 20.1k], budgets: [3G]}\nbudget: {tolerance: 0.3}",
+            "scale.sizes: 20k and 20.1k are the same model of ",
+        ),
+        (
+            "tune: {train.batch_size: [8, 4]}\nbudget: {bytes: 9000}",
+            "would change what is validated, since train.max_eval_steps",
+        ),
         (
             "scale: {sizes: [20k], budgets: [3G]}\nbudget: {bytes: 1}",
             "budget.bytes: sizes and budgets of a scaling study are in `scale`",

@@ -292,7 +292,13 @@ fn named(tune: &Tune, values: &[f64]) -> Vec<(String, f64)> {
 
 /// As names have them; a slug has single dashes alone.
 fn joined(values: &[f64]) -> String {
-    values.iter().map(f64::to_string).collect::<Vec<_>>().join("-")
+    values.iter().map(|&value| shown(value)).collect::<Vec<_>>().join("-")
+}
+
+/// A value as a name has it, never with many zeros.
+fn shown(value: f64) -> String {
+    let is_plain = value == 0.0 || (1e-6..1e7).contains(&value.abs());
+    if is_plain { value.to_string() } else { format!("{value:e}") }
 }
 
 #[cfg(test)]

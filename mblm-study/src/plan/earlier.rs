@@ -1,7 +1,7 @@
 //! Holds the runs in a study's folder against its plan: a study goes on only as what it began as.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use mblm_train::checkpoint::Shelf;
 use mblm_train::config::RunConfig;
@@ -11,15 +11,15 @@ use mblm_yaml::Document;
 
 use super::{Plan, PlanFile, PlannedRun, failure_file, outcome};
 use crate::course::follow;
+use crate::spec::slug;
 
 /// Where runs go that do not fit the plan any more.
 const REPLACED: &str = "replaced";
 
 /// A run that does not fit the plan.
 #[derive(Clone, Debug)]
-pub struct Misfit {
-    /// Its name.
-    pub name: String,
+pub(crate) struct Misfit {
+    name: String,
     why: String,
 }
 
@@ -28,44 +28,56 @@ impl Plan<'_> {
     ///
     /// # Errors
     /// The design of the study has changed, or a run was trained with another configuration or on other data.
-    pub fn check_earlier_runs(&self, force: bool) -> Result<Vec<Misfit>> {
-        let misfits = self.misfits()?;
-        let changes = match PlanFile::read(self.folder()) {
-            Ok(earlier) if self.has_runs() => changes(&earlier, &self.file()),
-            _ => vec![],
-        };
-        if force || (misfits.is_empty() && changes.is_empty()) {
-            return Ok(misfits);
+    pub fn check_earlier_runs(&self, force: bool) -> Result<()> {
+        let runs = self.run_names();
+        if runs.is_empty() || force {
+            return Ok(());
         }
+        let changes = match PlanFile::read(self.folder()) {
+            Ok(earlier) => changes(&earlier, &self.file(), &runs),
+            Err(error) => vec![format!("what it was cannot be read: {error}")],
+        };
+        let misfits = self.misfits()?;
+        match misfits.is_empty() && changes.is_empty() {
+            true => Ok(()),
+            false => Err(self.refused(&changes, &misfits)),
+        }
+    }
+
+    /// The error that names what has changed.
+    pub(crate) fn refused(&self, changes: &[String], misfits: &[Misfit]) -> Error {
         if changes.is_empty()
-            && let [one] = &misfits[..]
+            && let [one] = misfits
         {
-            return Err(Error::Config(format!("{}\n{}", one.why, self.advice())));
+            return Error::Config(format!("{}\n{}", one.why, self.advice()));
         }
         let lines: Vec<&str> = changes.iter().map(|line| &line[..]).chain(misfits.iter().map(|m| &m.why[..])).collect();
-        Err(Error::Config(format!(
+        Error::Config(format!(
             "the study in {} has changed since its runs:\n  {}\n{}",
             self.folder().display(),
             lines.join("\n  "),
             self.advice()
-        )))
+        ))
     }
 
     /// What to do about runs that do not fit.
     fn advice(&self) -> String {
         format!(
-            "restore what it was, or name another output_dir, or let --force keep the runs that still fit and move the \
-             others to {}",
+            "restore what it was, or name another output_dir, or let --force keep the runs that still fit and move those \
+             with other data or another configuration to {}",
             self.folder().join(REPLACED).display()
         )
     }
 
-    fn has_runs(&self) -> bool {
-        fs::read_dir(self.folder().join("runs")).is_ok_and(|mut entries| entries.next().is_some())
+    /// The names of the runs that are there.
+    fn run_names(&self) -> Vec<String> {
+        let entries = fs::read_dir(self.folder().join("runs")).into_iter().flatten().flatten();
+        let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
+        names.filter(|name| !name.starts_with('.')).collect()
     }
 
     /// The runs in the study's folder that do not fit, among those that its course comes to.
-    fn misfits(&self) -> Result<Vec<Misfit>> {
+    pub(crate) fn misfits(&self) -> Result<Vec<Misfit>> {
         let course = follow(&self.file(), &|name| outcome(self.folder(), name));
         let mut misfits: Vec<Misfit> = Vec::new();
         for run in course.runs() {
@@ -79,7 +91,7 @@ impl Plan<'_> {
     }
 
     /// Why a run that is there does not fit.
-    pub(crate) fn misfit(&self, run: &PlannedRun) -> Result<Option<String>> {
+    fn misfit(&self, run: &PlannedRun) -> Result<Option<String>> {
         let folder = self.run_folder(run);
         let variant = &self.variants[run.variant];
         let state = Shelf::of_run(&folder).and_then(|shelf| shelf.newest()).and_then(|newest| newest.state());
@@ -89,12 +101,12 @@ impl Plan<'_> {
         if !folder.exists() || variant.about.bytes.is_none() {
             return Ok(None);
         }
-        let name = folder.join("config.yaml").display().to_string();
-        let document = Document::parse(&RunFolder::config_yaml(&folder)?, &name)
-            .map_err(|error| Error::Config(error.to_string()))?;
-        let mut before =
-            RunConfig::from_document(&document, self.registry).map_err(|error| Error::Config(error.to_string()))?;
-        let now = self.config(run)?;
+        // A value that a field cannot have ends the run when it is begun.
+        let Ok(now) = self.config(run) else { return Ok(None) };
+        let mut before = match self.config_of(&folder) {
+            Ok(before) => before,
+            Err(error) => return Ok(Some(format!("{} cannot be read: {error}", folder.display()))),
+        };
         // A study's folder may be moved, or named in another way.
         before.io.output_dir.clone_from(&now.io.output_dir);
         let changes = before.differences(&now)?;
@@ -102,8 +114,14 @@ impl Plan<'_> {
             .then(|| format!("{} was trained with another configuration: {}", folder.display(), changes.join(", "))))
     }
 
+    /// The configuration that the run in `folder` was begun with.
+    fn config_of(&self, folder: &Path) -> Result<RunConfig> {
+        let name = folder.join("config.yaml").display().to_string();
+        Ok(RunConfig::from_document(&Document::parse(&RunFolder::config_yaml(folder)?, &name)?, self.registry)?)
+    }
+
     /// Moves the runs that do not fit out of the way, and says where each one is now. Others may be found behind them.
-    pub fn replace(&self, misfits: Vec<Misfit>) -> Result<Vec<String>> {
+    pub(crate) fn replace(&self, misfits: Vec<Misfit>) -> Result<Vec<String>> {
         let (mut misfits, mut said) = (misfits, Vec::new());
         while !misfits.is_empty() {
             for misfit in &misfits {
@@ -130,8 +148,9 @@ impl Plan<'_> {
     }
 }
 
-/// How the design of a study differs from an earlier one, as far as runs of the earlier one would not count any more.
-fn changes(before: &PlanFile, now: &PlanFile) -> Vec<String> {
+/// How the design of a study differs from an earlier one, as far as runs of the earlier one, which are called `runs`, would
+/// not count any more.
+fn changes(before: &PlanFile, now: &PlanFile, runs: &[String]) -> Vec<String> {
     let mut changes = Vec::new();
     let mut changed = |what: &str, before: String, now: String| {
         if before != now {
@@ -141,26 +160,31 @@ fn changes(before: &PlanFile, now: &PlanFile) -> Vec<String> {
     if now.scale.is_none() || before.scale.is_none() {
         changed("budget", before.amount.to_string(), now.amount.to_string());
     }
-    changed("tune", shown(&before.tune), shown(&now.tune));
-    let gone = |what: &str, names: Vec<String>| {
-        (!names.is_empty())
-            .then(|| format!("{what} {}, which runs were trained with, does not count any more", names.join(", ")))
-    };
-    let (seeds, variants) = (now.seeds.all(), &now.variants);
-    let lost_seeds = before.seeds.all().into_iter().filter(|seed| !seeds.contains(seed)).map(|seed| seed.to_string());
-    let lost_variants = before.variants.iter().filter(|old| !variants.iter().any(|new| new.name == old.name));
-    let lost_variants = lost_variants.map(|variant| variant.name.clone()).collect();
-    changes.extend(gone("seed", lost_seeds.collect()));
-    changes.extend(gone("variant", lost_variants));
+    let tune = |plan: &PlanFile| plan.tune.as_ref().map_or("nothing".into(), ToString::to_string);
+    changed("tune", tune(before), tune(now));
+    let seeds = now.seeds.all();
+    for seed in before.seeds.all().iter().filter(|seed| !seeds.contains(seed)) {
+        let of_seed = runs.iter().filter(|name| name.ends_with(&format!("-seed{seed}"))).count();
+        if of_seed > 0 {
+            changes.push(format!("the seed {seed} is gone: {} count any more", no_longer(of_seed)));
+        }
+    }
+    for old in before.variants.iter().filter(|old| !now.variants.iter().any(|new| new.name == old.name)) {
+        let slug = slug(&old.name);
+        let of_variant = |name: &&String| {
+            name.strip_prefix(&slug).is_some_and(|rest| rest.starts_with("--") || rest.starts_with("-seed"))
+        };
+        let of_variant = runs.iter().filter(of_variant).count();
+        if of_variant > 0 {
+            changes.push(format!("the variant {:?} is gone: {} count any more", old.name, no_longer(of_variant)));
+        }
+    }
     changes
 }
 
-/// A section as one line.
-fn shown<T: serde::Serialize>(section: &Option<T>) -> String {
-    match section {
-        None => "none".into(),
-        Some(section) => serde_yaml::to_value(section).map_or("?".into(), |value| mblm_yaml::difference::shown(&value)),
-    }
+/// `1 run does not`, `2 runs do not`
+fn no_longer(runs: usize) -> String {
+    if runs == 1 { "1 run does not".into() } else { format!("{runs} runs do not") }
 }
 
 #[cfg(test)]
@@ -168,16 +192,27 @@ mod tests {
     use super::super::tests::plan_file;
     use super::*;
     use crate::spec::seeds::Seeds;
+    use crate::spec::tune::{Field, Tune, Values};
 
     #[test]
     fn what_is_added_is_no_change_and_what_is_gone_is() {
         let before = plan_file(&["a", "b"], Seeds::Listed(vec![1, 2]));
-        assert_eq!(changes(&before, &plan_file(&["a", "b", "c"], Seeds::Until { start: 2, most: 9 })), [""; 0]);
+        let runs = ["a-seed1", "a-seed2", "b--0.1-seed2", "b--try-0.1-seed1000"].map(String::from);
+        let changes = |now: &PlanFile| changes(&before, now, &runs);
+        assert_eq!(changes(&plan_file(&["a", "b", "c"], Seeds::Until { start: 2, most: 9 })), [""; 0]);
         let now = plan_file(&["a"], Seeds::Listed(vec![2, 3]));
         let want = [
-            "seed 1, which runs were trained with, does not count any more",
-            "variant b, which runs were trained with, does not count any more",
+            "the seed 1 is gone: 1 run does not count any more",
+            "the variant \"b\" is gone: 2 runs do not count any more",
         ];
-        assert_eq!(changes(&before, &now), want);
+        assert_eq!(changes(&now), want);
+        let mut tuned = plan_file(&["a", "b"], Seeds::Listed(vec![1, 2]));
+        let field = |points| Field { path: "train.lr".into(), values: Values::Grid { factor: 2.0, points } };
+        let tune = |points| Tune { fields: vec![field(points)], seeds: vec![7], share: 0.5, widen: 4 };
+        tuned.tune = Some(tune(3));
+        let text = "train.lr {factor: 2, points: 3}; share 0.5, widen 4, seeds [7]";
+        assert_eq!(changes(&tuned), [format!("tune: nothing, now {text}")]);
+        let wider = PlanFile { tune: Some(tune(5)), ..tuned.clone() };
+        assert_eq!(super::changes(&tuned, &wider, &runs), [format!("tune: {text}, now {}", text.replace('3', "5"))]);
     }
 }

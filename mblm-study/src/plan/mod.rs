@@ -23,7 +23,6 @@ use mblm_yaml::Document;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-pub use self::earlier::Misfit;
 use self::solve::{num_parameters, solve};
 use crate::course::{Outcome, PlannedRun};
 use crate::report::{Run, RunResult};
@@ -153,6 +152,7 @@ impl<'a> Plan<'a> {
                 Err(error) => wrong.push(format!("variant {name:?}: {error}")),
             }
         }
+        wrong.extend(same_size(&variants));
         match wrong.len() {
             0 => Ok(Plan { spec, variants, registry }),
             1 => Err(Error::Config(wrong.remove(0))),
@@ -251,6 +251,24 @@ pub(crate) fn outcome(folder: &Path, name: &str) -> Outcome {
     }
 }
 
+/// The sizes of a scaling study that led to one model.
+fn same_size(variants: &[PlannedVariant]) -> Option<String> {
+    let of = |variant: &PlannedVariant| {
+        let cell = variant.about.cell.as_ref()?;
+        Some((cell.variant.clone(), variant.about.cost.total.parameters, cell.size))
+    };
+    let all: Vec<_> = variants.iter().filter_map(of).collect();
+    let twice = all.iter().find_map(|a| Some((a, all.iter().find(|b| (&a.0, a.1) == (&b.0, b.1) && a.2 != b.2)?)));
+    twice.map(|((variant, parameters, one), (.., other))| {
+        format!(
+            "scale.sizes: {} and {} are the same model of {parameters} parameters for the variant {variant:?}, since widths \
+             change in steps; choose sizes that are farther apart",
+            compact(*one as f64),
+            compact(*other as f64)
+        )
+    })
+}
+
 /// All that is planned for: the variants, each in every size for every budget if there are such.
 fn cells(spec: &Spec) -> Vec<(String, &Document, Option<Cell>)> {
     let Some(scale) = &spec.scale else {
@@ -294,7 +312,10 @@ impl PlanFile {
     pub fn read(folder: &Path) -> Result<Self> {
         let path = folder.join(FILE);
         let text = files::read(&path, files::SMALL).at(&path)?;
-        let plan: PlanFile = serde_json::from_slice(&text).map_err(std::io::Error::from).at(&path)?;
+        let plan: PlanFile = serde_json::from_slice(&text).map_err(|error| {
+            let cure = "start the study again, with --force, to write it anew";
+            Error::Config(format!("{} is damaged: {error}; {cure}", path.display()))
+        })?;
         match plan.variants.len().saturating_mul(plan.seeds.all().len()) {
             0..=MAX_RUNS => Ok(plan),
             runs => Err(Error::Config(format!("{}: {runs} runs; expected at most {MAX_RUNS}", path.display()))),

@@ -33,6 +33,17 @@ pub(super) fn num_parameters(config: &RunConfig) -> Result<u64> {
 /// # Errors
 /// It cannot be brought within `tolerance`; says what comes closest.
 pub(super) fn solve(config: &mut RunConfig, parameters: &Parameters, target: u64, tolerance: f64) -> Result<String> {
+    solve_for("budget.parameters", config, parameters, target, tolerance)
+}
+
+/// The same, for a size that the field `asked` names.
+fn solve_for(
+    asked: &str,
+    config: &mut RunConfig,
+    parameters: &Parameters,
+    target: u64,
+    tolerance: f64,
+) -> Result<String> {
     let field = parameters.solve.field;
     let mut search = Search::new(config, parameters, target)?;
     let before = list(&search.start);
@@ -42,7 +53,7 @@ pub(super) fn solve(config: &mut RunConfig, parameters: &Parameters, target: u64
     let reached = format!("{} parameters, {:+.1}% of {}", number(found), 100.0 * off, number(target));
     if off.abs() > tolerance {
         return Err(Error::Config(format!(
-            "budget.parameters: {} of {before} cannot be changed to give {} parameters: {} comes closest, with \
+            "{asked}: {} of {before} cannot be changed to give {} parameters: {} comes closest, with \
              {reached}, and budget.tolerance allows {:.1}%; solve for another field, allow more, or choose another size",
             field.name(),
             number(target),
@@ -69,7 +80,7 @@ pub(super) fn to_size(config: &mut RunConfig, size: u64, deepens: bool, toleranc
         said = format!("num_layers {before} → {}, ", list(layers));
     }
     let parameters = Parameters { number: Some(size), solve: Solve { field: SolveField::HiddenDims, stage: None } };
-    Ok(said + &solve(config, &parameters, size, tolerance)?)
+    Ok(said + &solve_for("scale.sizes", config, &parameters, size, tolerance)?)
 }
 
 fn list(values: &[usize]) -> String {

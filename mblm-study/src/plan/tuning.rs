@@ -32,6 +32,11 @@ pub(super) fn base_values(
             return Err(refuse(format!("expected a field that is a number in every variant, found {found}")));
         };
         match &field.values {
+            _ if path == "train.batch_size" && config.train.max_eval_steps.is_some() => {
+                return Err(refuse(
+                    "would change what is validated, since train.max_eval_steps counts batches; remove that".into(),
+                ));
+            }
             Values::Listed(values) if !values.contains(&own) => {
                 return Err(refuse(format!("the variant's own value, {own}, is not among the values; add it")));
             }

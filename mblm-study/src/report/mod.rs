@@ -320,8 +320,15 @@ fn study_facts(plan: &PlanFile, variants: &[Variant]) -> Vec<String> {
         Amount::Flops(flops) => format!("{} of training each", format::with_unit(flops, "FLOP")),
         Amount::Seconds(seconds) => seconds_used(seconds, variants),
     };
-    let mut facts = vec![count(variants.len(), "variant"), seeds(plan), equal];
-    if plan.equal_parameters {
+    let mut facts = vec![count(variants.len(), "variant"), seeds(plan)];
+    match &plan.scale {
+        Some(scale) => {
+            facts.extend([count(scale.sizes.len(), "size"), count(scale.budgets.len(), "budget")]);
+            facts.push(format!("ranked at the largest budget, {}", plan.amount));
+        }
+        None => facts.push(equal),
+    }
+    if plan.equal_parameters && plan.scale.is_none() {
         facts.push("equal parameters".into());
     }
     let results = || variants.iter().flat_map(|variant| &variant.runs).filter_map(|run| run.result.as_ref());

@@ -96,6 +96,9 @@ pub(super) fn csv(report: &Report) -> Result<String> {
     for row in rows(report) {
         writer.serialize(row).map_err(std::io::Error::from).at(place)?;
     }
+    if rows(report).is_empty() {
+        return Ok(header());
+    }
     let rows = writer.into_inner().map_err(|error| error.into_error()).at(place)?;
     let mut safe = csv::Writer::from_writer(Vec::new());
     for row in csv::ReaderBuilder::new().has_headers(false).from_reader(&rows[..]).records() {
@@ -104,6 +107,16 @@ pub(super) fn csv(report: &Report) -> Result<String> {
     }
     let bytes = safe.into_inner().map_err(|error| error.into_error()).at(place)?;
     Ok(String::from_utf8_lossy(&bytes).into_owned())
+}
+
+/// The first line of `results.csv`, for a study of which no run is known yet.
+fn header() -> String {
+    let run = Run::absent("", 0, Status::Unfinished);
+    let variant = Variant { name: String::new(), runs: vec![], cost: None, differences: vec![], solved: None };
+    let mut writer = csv::Writer::from_writer(Vec::new());
+    let row = writer.serialize(Row::new((0, 0), &variant, &run)).map(|()| writer.into_inner().unwrap_or_default());
+    let text = String::from_utf8_lossy(&row.unwrap_or_default()).into_owned();
+    text.lines().next().map_or(String::new(), |line| format!("{line}\n"))
 }
 
 /// `results.json`: the variants, best first, and their runs with the validations over time.
@@ -301,6 +314,14 @@ mod tests {
         );
         assert_eq!(lines[1], "1,1,good,v-seed1,1,finished,,0.30000000000000004,,100.0,1.0,,,,,,,,");
         assert_eq!(lines[3], "1,2,lost,v-seed2,2,failed,,,,,,,,,,,,,\"the loss, \"\"NaN\"\"\"");
+    }
+
+    #[test]
+    fn a_csv_without_runs_has_its_header() {
+        let mut report = report();
+        let header = csv(&report).unwrap().lines().next().unwrap().to_string();
+        report.variants.clear();
+        assert_eq!(csv(&report).unwrap(), header + "\n");
     }
 
     #[test]

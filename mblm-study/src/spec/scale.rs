@@ -14,6 +14,7 @@ use serde_yaml::Value;
 const PATH: &str = "scale";
 /// More sizes or budgets than this are a mistake.
 const MOST: usize = 32;
+const LARGEST: f64 = 1e30;
 const UNITS: [(char, f64); 5] = [('k', 1e3), ('M', 1e6), ('G', 1e9), ('T', 1e12), ('P', 1e15)];
 
 /// Section `scale` of a study: every variant is trained in each size for each budget.
@@ -68,7 +69,7 @@ fn numbers(document: &Document, path: &str, of: &str) -> Result<Vec<f64>, Config
     let mut numbers: Vec<f64> = Vec::new();
     for (i, value) in list.iter().enumerate() {
         let place = format!("{path}[{i}]");
-        let Some(number) = number(value).filter(|number| *number >= 1.0 && number.is_finite()) else {
+        let Some(number) = number(value).filter(|number| (1.0..=LARGEST).contains(number)) else {
             let message = format!("expected a positive number of {of}, found {}", describe(value));
             return Err(document.error(&place, message));
         };
@@ -86,8 +87,8 @@ fn number(value: &Value) -> Option<f64> {
     let Value::String(text) = value else { return value.as_f64() };
     let text = text.trim();
     let unit = UNITS.iter().find(|(unit, _)| text.ends_with(*unit));
-    let (digits, unit) = unit.map_or((text, 1.0), |(name, unit)| (text.trim_end_matches(*name), *unit));
-    // Not what a decimal comma or a hidden exponent would make of it: 0.3 times a million is 300,000.
+    let (digits, unit) = unit.map_or((text, 1.0), |(name, unit)| (&text[..text.len() - name.len_utf8()], *unit));
+    // 0.3 times a million is 300,000, and not a little less.
     digits.trim().replace('_', "").parse::<f64>().ok().map(|number| (number * unit * 1e3).round() / 1e3)
 }
 
@@ -125,6 +126,8 @@ mod tests {
                 "scale: {sizes: [1M, huge], budgets: [1T]}",
                 "scale.sizes[1]: expected a positive number of parameters, such as 0.3M, found \"huge\"",
             ),
+            ("scale: {sizes: [60kk], budgets: [1T]}", "scale.sizes[0]: expected a positive number"),
+            ("scale: {sizes: [1M], budgets: [1e300]}", "scale.budgets[0]: expected a positive number"),
             ("scale: {sizes: [1M, 1e6], budgets: [1T]}", "scale.sizes[1]: 1M is given twice"),
             ("scale: {sizes: [-1], budgets: [1T]}", "scale.sizes[0]: expected a positive number"),
             (

@@ -11,6 +11,8 @@
 //!
 //! Fields are tuned one after the other, in this order, with the best values of those before.
 
+use std::fmt;
+
 use mblm_yaml::{ConfigError, Document, describe, join};
 use serde::{Deserialize, Serialize};
 use serde_yaml::{Mapping, Value};
@@ -22,6 +24,17 @@ const PATH: &str = "tune";
 const OPTIONS: [&str; 3] = ["seeds", "share", "widen"];
 /// Sections whose fields can be tuned.
 const TUNABLE: [&str; 2] = ["train.", "params."];
+/// Fields that the study decides, or that change what the loss is measured on.
+const DECIDED: [&str; 8] = [
+    "train.seed",
+    "train.target_elements",
+    "train.max_eval_steps",
+    "train.max_seconds",
+    "train.validate_every",
+    "params.input_seq_len",
+    "params.num_tokens",
+    "params.pad_token_id",
+];
 /// The first seed that is taken if none is given.
 const FIRST_SEED: u64 = 1000;
 /// Further tries of a grid while a best value lies at its edge, unless the study says otherwise.
@@ -89,6 +102,10 @@ impl Tune {
             return Err(document.error("tune.share", message));
         }
         let widen = if section.contains_key("widen") { document.section("tune.widen")? } else { WIDEN };
+        if widen > MOST_POINTS {
+            let message = format!("expected at most {MOST_POINTS} further tries, found {widen}");
+            return Err(document.error("tune.widen", message));
+        }
         Ok(Some(Tune { fields, seeds: seeds(document, section, scoring)?, share, widen }))
     }
 
@@ -102,6 +119,22 @@ impl Tune {
     pub(crate) fn most_points(&self) -> usize {
         let grids = self.fields.iter().filter(|field| matches!(field.values, Values::Grid { .. })).count();
         self.points() + grids * self.widen
+    }
+}
+
+impl fmt::Display for Tune {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let fields: Vec<String> = self.fields.iter().map(|field| format!("{} {}", field.path, field.values)).collect();
+        write!(f, "{}; share {}, widen {}, seeds {:?}", fields.join(", "), self.share, self.widen, self.seeds)
+    }
+}
+
+impl fmt::Display for Values {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Values::Listed(values) => write!(f, "{values:?}"),
+            Values::Grid { factor, points } => write!(f, "{{factor: {factor}, points: {points}}}"),
+        }
     }
 }
 
@@ -128,6 +161,11 @@ fn fields(document: &Document, section: &Mapping) -> Result<Vec<Field>, ConfigEr
                 "is neither a field such as train.learning_rate nor one of {}; correct it",
                 OPTIONS.map(|option| format!("`{option}`")).join(", ")
             );
+            return Err(document.error(&place, message));
+        }
+        if DECIDED.contains(&path) {
+            let message =
+                "cannot be tuned: the study decides it, or it changes what the loss is measured on; remove it";
             return Err(document.error(&place, message));
         }
         fields.push(Field { path: path.into(), values: read_values(document, &place, values)? });
@@ -223,6 +261,8 @@ mod tests {
             ("tune: 3", "tune: expected fields and their values"),
             ("tune: {share: 1}", "tune: names no field; add one"),
             ("tune: {learning_rate: [1, 2]}", "tune.learning_rate: is neither a field such as train.learning_rate nor"),
+            ("tune: {train.seed: [1, 2]}", "tune.train.seed: cannot be tuned: the study decides it, or"),
+            ("tune: {train.lr: [1, 2], widen: 1000}", "tune.widen: expected at most 100 further tries, found 1000"),
             ("tune: {train.lr: 3}", "tune.train.lr: expected {factor: F, points: N}, or a list of numbers, found 3"),
             ("tune: {train.lr: [1, 1]}", "the value 1 is given twice"),
             ("tune: {train.lr: [1, x]}", "or a list of numbers, found a list"),
