@@ -14,9 +14,9 @@ use mblm_train::error::{AtPath, Error, Result};
 use mblm_train::journal::metrics::Kind;
 use mblm_train::session::open_data;
 
-use crate::course::{Course, Outcome, PlannedRun, follow};
+use crate::course::{Course, Lost, Outcome, PlannedRun, follow};
 use crate::launch::{Launch, lease};
-use crate::plan::{Plan, failure_file, outcome};
+use crate::plan::{Plan, UNFIT, failure_file, outcome};
 use crate::progress::{Display, RunBar};
 use crate::report::{Run, RunResult, duration, with_unit};
 use crate::spec::budget::Amount;
@@ -194,14 +194,15 @@ impl<'p, 'r> Runner<'p, 'r> {
     /// that did not is a failure.
     fn ended(&self, course: &Course) -> Result<Ended> {
         let mut ended = Ended { interrupted: !course.next.is_empty(), ..Ended::default() };
-        for (unit, field) in course.units.iter().filter_map(|unit| Some((unit, unit.lost_with()?))) {
+        for (unit, lost) in course.units.iter().filter_map(|unit| Some((unit, unit.lost.as_ref()?))) {
             let name = &self.plan.variants[unit.variants[0]].about.name;
-            ended.lost.push((name.clone(), no_value(self.plan.spec.tune.as_ref(), field)));
+            let why = why_lost(self.plan.folder(), self.plan.spec.tune.as_ref(), lost);
+            ended.lost.push((name.clone(), why));
         }
         for run in &course.scoring {
             match RunResult::read(&self.plan.run_folder(run)) {
                 Some(_) => ended.finished += 1,
-                None if self.outcome(run) == Outcome::Failed => {
+                None if self.outcome(run) != Outcome::Open => {
                     let failure = self.failure_file(run);
                     ended.failed.push((run.name.clone(), files::read_text(&failure, files::SMALL).at(&failure)?));
                 }
@@ -264,7 +265,7 @@ impl<'p, 'r> Runner<'p, 'r> {
         let config = match self.plan.config(run) {
             Ok(config) => config,
             // A grid that widens may come to what a field cannot be.
-            Err(error) => return Ok(Fate::Failed(error.to_string())),
+            Err(error) => return Ok(Fate::Failed(format!("{UNFIT}: {error}"))),
         };
         let bytes = config.train.target_elements;
         let mut bar = display.begin(&run.name, self.work(run));
@@ -347,11 +348,19 @@ fn summary(folder: &Path) -> String {
 }
 
 /// Why a variant is not scored.
-pub(crate) fn no_value(tune: Option<&Tune>, field: usize) -> String {
-    let path = tune.map_or("", |tune| &tune.fields[field].path);
-    format!(
-        "no value of {path} that was tried ended with a finite loss; tune it in a lower range, or with another base"
-    )
+pub(crate) fn why_lost(study: &Path, tune: Option<&Tune>, lost: &Lost) -> String {
+    match lost {
+        Lost::NoValue(field) => {
+            let path = tune.map_or("", |tune| &tune.fields[*field].path);
+            format!(
+                "no value of {path} that was tried ended with a finite loss; tune it in a lower range, or with another base"
+            )
+        }
+        Lost::Failed(run) => {
+            let why = files::read_text(&failure_file(study, run), files::SMALL).unwrap_or_default();
+            format!("it could not be tuned, since {run} failed: {}; --retry-failed runs that again", first_line(&why))
+        }
+    }
 }
 
 fn first_line(text: &str) -> &str {

@@ -5,6 +5,9 @@ use std::path::{Path, PathBuf};
 
 use mblm_yaml::Document;
 
+/// How the error begins of a run whose loss or gradient was not finite.
+pub const NON_FINITE: &str = "training stopped at gradient step";
+
 /// Everything that can go wrong in `mblm-train`.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -29,8 +32,9 @@ pub enum Error {
     },
     /// A loss or a gradient is infinite or NaN. The weights are those before the step.
     #[error(
-        "training stopped at gradient step {step} (batch {batch}), before the weights changed: {what}; lower \
-         train.learning_rate or set train.gradient_clipping, then resume from the last checkpoint"
+        "{} {step} (batch {batch}), before the weights changed: {what}; lower train.learning_rate or set \
+         train.gradient_clipping, then resume from the last checkpoint",
+        NON_FINITE
     )]
     NonFinite {
         /// Gradient steps taken before.

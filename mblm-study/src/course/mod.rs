@@ -12,13 +12,16 @@ use crate::spec::seeds::Seeds;
 use crate::spec::slug;
 use crate::spec::tune::{Field, Tune, Values};
 use crate::statistics::groups::groups;
+use crate::statistics::means::adjusted;
 
 /// What a run has come to.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Outcome {
     /// It has not ended.
     Open,
-    /// It ended without a finite loss.
+    /// Its loss was not finite, or it could not have the value that was to be tried: a result.
+    Diverged,
+    /// It failed for another reason, which says nothing about the value that was tried.
     Failed,
     /// The bits per byte of its validation.
     Loss(f64),
@@ -65,8 +68,17 @@ pub(crate) struct Unit {
     pub(crate) searches: Vec<Search>,
     /// The best values so far, one per tuned field.
     pub(crate) chosen: Vec<f64>,
-    /// Whether no try of a field ended with a finite loss.
-    pub(crate) is_lost: bool,
+    /// Why it cannot be tuned.
+    pub(crate) lost: Option<Lost>,
+}
+
+/// Why a variant cannot be tuned.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum Lost {
+    /// No try of the field of this number ended with a finite loss.
+    NoValue(usize),
+    /// The run of this name failed.
+    Failed(String),
 }
 
 /// Where a study stands.
@@ -109,7 +121,7 @@ impl Course {
     /// The runs that will come at least after those that are known: the variant of each, and its share of the budget.
     pub(crate) fn ahead(&self, plan: &PlanFile) -> Vec<(usize, f64)> {
         let mut ahead = Vec::new();
-        for unit in self.units.iter().filter(|unit| !unit.is_lost) {
+        for unit in self.units.iter().filter(|unit| unit.lost.is_none()) {
             if let Some(tune) = &plan.tune {
                 let fields = tune.fields.iter().skip(unit.searches.len());
                 // The value that a field has before it is tuned was tried with the field before.
@@ -154,8 +166,7 @@ fn units(plan: &PlanFile) -> Vec<Unit> {
         match units.iter_mut().find(|(other, _)| of.is_some() && *other == of) {
             Some((_, unit)) => unit.variants.push(i),
             None => {
-                let unit =
-                    Unit { variants: vec![i], searches: vec![], chosen: about.tuned_from.clone(), is_lost: false };
+                let unit = Unit { variants: vec![i], searches: vec![], chosen: about.tuned_from.clone(), lost: None };
                 units.push((of, unit));
             }
         }
@@ -166,7 +177,7 @@ fn units(plan: &PlanFile) -> Vec<Unit> {
 /// Tunes the field of this number, for all units. False if runs of it have not ended.
 fn tuned(plan: &PlanFile, tune: &Tune, field: usize, units: &mut [Unit], outcome: &dyn Fn(&str) -> Outcome) -> bool {
     let Field { values, .. } = &tune.fields[field];
-    let mut active: Vec<&mut Unit> = units.iter_mut().filter(|unit| !unit.is_lost).collect();
+    let mut active: Vec<&mut Unit> = units.iter_mut().filter(|unit| unit.lost.is_none()).collect();
     for unit in &mut active {
         unit.searches.push(Search::default());
         for value in search::first(values, unit.chosen[field]) {
@@ -174,6 +185,8 @@ fn tuned(plan: &PlanFile, tune: &Tune, field: usize, units: &mut [Unit], outcome
         }
     }
     for round in 0.. {
+        active.iter_mut().for_each(|unit| unit.lost = unit.lost.take().or(unit.failed(outcome)));
+        active.retain(|unit| unit.lost.is_none());
         let search = |unit: &Unit| unit.searches[field].clone();
         if active.iter().any(|unit| search(unit).is_open()) {
             return false;
@@ -192,16 +205,17 @@ fn tuned(plan: &PlanFile, tune: &Tune, field: usize, units: &mut [Unit], outcome
         let tried = unit.searches[field].tried();
         match search::best(&tried) {
             Some(best) => unit.chosen[field] = tried[best].0,
-            None => unit.is_lost = true,
+            None => unit.lost = Some(Lost::NoValue(field)),
         }
     }
     true
 }
 
 impl Unit {
-    /// The number of the field that no value of could be found for.
-    pub(crate) fn lost_with(&self) -> Option<usize> {
-        self.is_lost.then(|| self.searches.len().saturating_sub(1))
+    /// The first try that failed, if one did.
+    fn failed(&self, outcome: &dyn Fn(&str) -> Outcome) -> Option<Lost> {
+        let mut runs = self.searches.iter().flat_map(|search| &search.tries).flat_map(|tried| &tried.runs);
+        runs.find(|run| outcome(&run.name) == Outcome::Failed).map(|run| Lost::Failed(run.name.clone()))
     }
 
     /// Adds a try of `value` for a field, with the best values of the others.
@@ -226,7 +240,7 @@ impl Unit {
 /// Adds the runs that score.
 fn score(plan: &PlanFile, course: &mut Course, outcome: &dyn Fn(&str) -> Outcome) {
     let mut values: Vec<Option<&[f64]>> = vec![None; plan.variants.len()];
-    for unit in course.units.iter().filter(|unit| !unit.is_lost) {
+    for unit in course.units.iter().filter(|unit| unit.lost.is_none()) {
         unit.variants.iter().for_each(|&i| values[i] = Some(&unit.chosen));
     }
     let run = |variant: usize, seed: u64| {
@@ -264,26 +278,29 @@ fn undecided(plan: &PlanFile, runs: &[PlannedRun], outcome: &dyn Fn(&str) -> Out
             losses.entry(run.variant).or_default().insert(run.seed, loss);
         }
     }
-    let mean = |of: &BTreeMap<u64, f64>| of.values().sum::<f64>() / of.len() as f64;
-    let mut ranked: Vec<(usize, BTreeMap<u64, f64>)> = losses.into_iter().collect();
-    ranked.sort_by(|a, b| mean(&a.1).total_cmp(&mean(&b.1)));
-    let seeds: Vec<BTreeMap<u64, f64>> = ranked.iter().map(|(_, losses)| losses.clone()).collect();
+    let (variants, losses): (Vec<usize>, Vec<BTreeMap<u64, f64>>) = losses.into_iter().unzip();
+    let means = adjusted(&losses);
+    let mut order: Vec<usize> = (0..variants.len()).collect();
+    order.sort_by(|&a, &b| means[a].total_cmp(&means[b]));
+    let seeds: Vec<BTreeMap<u64, f64>> = order.iter().map(|&i| losses[i].clone()).collect();
     let standings = groups(&seeds, plan.seeds.looks());
-    let first = ranked.iter().zip(standings).filter(|(_, standing)| standing.group == Some(1));
-    first.map(|((variant, _), _)| *variant).collect()
+    let first = order.iter().zip(standings).filter(|(_, standing)| standing.group == Some(1));
+    first.map(|(&i, _)| variants[i]).collect()
 }
 
-/// The mean of losses; a failure if any run failed.
+/// The mean of losses; if one of them is none, what it is.
 fn mean(outcomes: impl Iterator<Item = Outcome>) -> Outcome {
-    let (mut sum, mut count, mut is_open) = (0.0, 0, false);
+    let (mut sum, mut count, mut other) = (0.0, 0, None);
     for outcome in outcomes {
         match outcome {
-            Outcome::Failed => return Outcome::Failed,
-            Outcome::Open => is_open = true,
             Outcome::Loss(loss) => (sum, count) = (sum + loss, count + 1),
+            Outcome::Failed => return Outcome::Failed,
+            // A value that one seed diverges with need not be tried with others.
+            Outcome::Diverged => other = Some(Outcome::Diverged),
+            Outcome::Open => other = other.or(Some(Outcome::Open)),
         }
     }
-    if is_open { Outcome::Open } else { Outcome::Loss(sum / count as f64) }
+    other.unwrap_or(Outcome::Loss(sum / count as f64))
 }
 
 fn named(tune: &Tune, values: &[f64]) -> Vec<(String, f64)> {
@@ -332,7 +349,7 @@ mod tests {
             }
             rounds.push(course.next.iter().map(|run| run.name.clone()).collect());
             for run in course.next {
-                let outcome = loss(&run).map_or(Outcome::Failed, Outcome::Loss);
+                let outcome = loss(&run).map_or(Outcome::Diverged, Outcome::Loss);
                 known.borrow_mut().insert(run.name, outcome);
             }
         }
@@ -388,10 +405,22 @@ mod tests {
     fn a_variant_without_a_finite_loss_is_lost_and_the_others_go_on() {
         let plan = tuned(&["a", "b"], &[("train.lr", grid())], &[2.0]);
         let (course, _) = train(&plan, |run| (run.variant == 1).then_some(2.0));
-        assert_eq!((course.units[0].lost_with(), course.units[1].lost_with()), (Some(0), None));
+        assert_eq!((&course.units[0].lost, &course.units[1].lost), (&Some(Lost::NoValue(0)), &None));
         assert!(course.scoring.iter().all(|run| run.variant == 1) && course.scoring.len() == 2);
         let lowest = course.units[0].searches[0].tries.last().unwrap();
-        assert_eq!((lowest.value, lowest.outcome), (0.125, Outcome::Failed), "it goes on below");
+        assert_eq!((lowest.value, lowest.outcome), (0.125, Outcome::Diverged), "it goes on below");
+    }
+
+    #[test]
+    fn a_try_that_was_killed_is_no_measurement() {
+        let plan = tuned(&["a", "b"], &[("train.lr", grid())], &[2.0]);
+        let outcome = |name: &str| match name {
+            "a--try-4-seed1000" => Outcome::Failed,
+            _ => Outcome::Loss(2.0 + name.len() as f64),
+        };
+        let course = follow(&plan, &outcome);
+        assert_eq!(course.units[0].lost, Some(Lost::Failed("a--try-4-seed1000".into())));
+        assert!(course.scoring.iter().all(|run| run.variant == 1) && !course.scoring.is_empty());
     }
 
     #[test]

@@ -13,7 +13,7 @@ use mblm_core::registry::BlockRegistry;
 use mblm_data::Fingerprint;
 use mblm_train::config::{RunConfig, TargetStrategy};
 use mblm_train::cost::{self, STEP_PER_FORWARD, Step, bytes as binary};
-use mblm_train::error::{AtPath, Error, Result};
+use mblm_train::error::{AtPath, Error, NON_FINITE, Result};
 use mblm_train::journal::folder::RunFolder;
 use mblm_train::model::{Model, TrainModel};
 use mblm_train::processes::Solo;
@@ -33,6 +33,8 @@ use crate::spec::tune::Tune;
 use crate::spec::{Spec, slug};
 
 const FILE: &str = "study.json";
+/// How the failure begins of a try whose value its field cannot have.
+pub(crate) const UNFIT: &str = "the value cannot be trained";
 /// A study with more runs than this is damaged.
 const MAX_RUNS: usize = 100_000;
 
@@ -244,10 +246,13 @@ pub(crate) fn outcome(folder: &Path, name: &str) -> Outcome {
     match RunResult::read(&place).is_some() {
         true => {
             let loss = Run::read(&place).ok().and_then(|run| run.valid_bpb());
-            loss.map_or(Outcome::Failed, Outcome::Loss)
+            loss.map_or(Outcome::Diverged, Outcome::Loss)
         }
-        false if failure_file(folder, name).exists() => Outcome::Failed,
-        false => Outcome::Open,
+        false => match files::read_text(&failure_file(folder, name), files::SMALL) {
+            Ok(why) if why.contains(NON_FINITE) || why.starts_with(UNFIT) => Outcome::Diverged,
+            Ok(_) => Outcome::Failed,
+            Err(_) => Outcome::Open,
+        },
     }
 }
 

@@ -40,6 +40,9 @@ pub(super) fn base_values(
             Values::Listed(values) if !values.contains(&own) => {
                 return Err(refuse(format!("the variant's own value, {own}, is not among the values; add it")));
             }
+            Values::Grid { .. } if is_whole(config, path, own, registry) => {
+                return Err(refuse("only takes whole numbers; give a list of values".into()));
+            }
             Values::Grid { .. } if own <= 0.0 => {
                 return Err(refuse(format!("factors of {own} lead nowhere; give a list of values")));
             }
@@ -57,6 +60,13 @@ pub(super) fn base_values(
         base.push(own);
     }
     Ok(base)
+}
+
+/// Whether a field takes whole numbers alone.
+fn is_whole(config: &RunConfig, path: &str, own: f64, registry: &BlockRegistry) -> bool {
+    own.fract() == 0.0
+        && with_values(config, &[(path.into(), own + 0.5)], registry).is_err()
+        && with_values(config, &[(path.into(), own + 1.0)], registry).is_ok()
 }
 
 /// A configuration with these values in its fields.

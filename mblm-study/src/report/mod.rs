@@ -46,7 +46,7 @@ pub use variant::{Axis, CurvePoint, Spread, Variant};
 
 use crate::course::{PlannedRun, Unit, follow};
 use crate::plan::{AboutVariant, PlanFile, failure_file, outcome, run_folder};
-use crate::runner::no_value;
+use crate::runner::why_lost;
 use crate::spec::budget::Amount;
 use crate::spec::seeds::Seeds;
 
@@ -93,12 +93,16 @@ impl Report {
             let runs = course.scoring.iter().filter(|run| run.variant == i);
             let mut runs: Vec<Run> = runs.map(|run| study_run(folder, run, &mut seen)).collect();
             let unit = course.units.iter().find(|unit| unit.variants.contains(&i));
-            runs.extend(unit.and_then(|unit| lost(&plan, about, unit)));
+            runs.extend(unit.and_then(|unit| lost(folder, &plan, about, unit)));
+            let tuned =
+                unit.zip(plan.tune.as_ref()).filter(|(unit, _)| unit.lost.is_none() && !course.scoring.is_empty());
+            let tuned = tuned.into_iter().flat_map(|(unit, tune)| tune.fields.iter().zip(&unit.chosen));
+            let tuned = tuned.map(|(field, value)| format!("{}: {value}, tuned", field.path));
             variants.push(Variant {
                 name: about.name.clone(),
                 runs,
                 cost: Some(about.cost.clone()),
-                differences: about.differences.clone(),
+                differences: about.differences.iter().cloned().chain(tuned).collect(),
                 solved: about.solved.clone(),
             });
         }
@@ -293,8 +297,8 @@ fn study_run(study: &Path, planned: &PlannedRun, seen: &mut Seen) -> Run {
 }
 
 /// What stands for the runs of a variant that could not be tuned.
-fn lost(plan: &PlanFile, about: &AboutVariant, unit: &Unit) -> Option<Run> {
-    let why = no_value(plan.tune.as_ref(), unit.lost_with()?);
+fn lost(study: &Path, plan: &PlanFile, about: &AboutVariant, unit: &Unit) -> Option<Run> {
+    let why = why_lost(study, plan.tune.as_ref(), unit.lost.as_ref()?);
     Some(Run::absent(&about.name, plan.seeds.first()[0], Status::Failed(why)))
 }
 

@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use super::format::signed;
-use super::variant::Variant;
+use super::variant::{Variant, levels};
 use crate::statistics::groups::{Losses, Standing, groups};
 use crate::statistics::paired::Paired;
 
@@ -23,12 +23,12 @@ impl Standings {
     /// Of `variants`, which are sorted, best first. Only finished runs whose seeds are known are compared.
     pub(super) fn of(variants: &[Variant], looks: usize) -> Self {
         let finished: Vec<&Variant> = variants.iter().take_while(|variant| variant.is_finished()).collect();
-        let losses: Vec<Losses> = finished.iter().map(|variant| losses(variant)).collect();
+        let losses: Vec<Losses> = finished.iter().map(|variant| variant.losses()).collect();
         let mut of = groups(&losses, looks);
         of.resize(variants.len(), Standing::default());
-        let best = finished.first().and_then(|variant| variant.valid_bpb()).map(|bpb| bpb.mean);
-        let behind = |variant: &Variant| {
-            let behind = variant.valid_bpb()?.mean - best?;
+        let levels = levels(variants);
+        let behind = |(variant, level): (&Variant, &f64)| {
+            let behind = finished.first().and(variant.valid_bpb()).map(|_| level - levels[0])?;
             (behind > 0.0).then_some(behind)
         };
         let is_unknown = |variant: &&Variant| {
@@ -37,10 +37,15 @@ impl Standings {
         };
         Standings {
             of,
-            behind: variants.iter().map(behind).collect(),
+            behind: variants.iter().zip(&levels).map(behind).collect(),
             looks,
             has_unknown_seeds: finished.iter().any(is_unknown),
         }
+    }
+
+    /// How far a variant lies above the first.
+    pub(super) fn behind(&self, variant: usize) -> f64 {
+        self.behind[variant].unwrap_or(0.0)
     }
 
     /// Whether anything was tested.
@@ -88,17 +93,6 @@ impl Standings {
         });
         json!({"group": self.group(variant), "to_best": to_first})
     }
-}
-
-/// The losses of a variant's runs whose seeds are known; the first of each seed.
-fn losses(variant: &Variant) -> Losses {
-    let mut losses = Losses::new();
-    for run in variant.counted() {
-        if let (Some(seed), Some(bpb)) = (run.seed, run.valid_bpb()) {
-            losses.entry(seed).or_insert(bpb);
-        }
-    }
-    losses
 }
 
 fn minus(number: f64) -> String {

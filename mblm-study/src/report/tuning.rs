@@ -77,8 +77,9 @@ fn variant(plan: &PlanFile, unit: &Unit, field: usize) -> Option<TunedVariant> {
     };
     let tries = unit.searches.get(field)?.tries.iter().filter_map(|tried| {
         let bpb = match tried.outcome {
-            Outcome::Open => return None,
-            Outcome::Failed => None,
+            // One that failed for another reason tells nothing.
+            Outcome::Open | Outcome::Failed => return None,
+            Outcome::Diverged => None,
             Outcome::Loss(loss) => Some(loss),
         };
         Some(Try { value: tried.value, bpb })

@@ -5,6 +5,8 @@ use mblm_train::journal::metrics::Kind;
 
 use super::run::{Generation, Run, Status, sane};
 use crate::passage::Passage;
+use crate::statistics::groups::Losses;
+use crate::statistics::means::adjusted;
 
 /// Runs of one configuration.
 #[derive(Clone, Debug)]
@@ -114,6 +116,17 @@ impl Variant {
     /// Bits per byte in validation, each run's best.
     pub fn valid_bpb(&self) -> Option<Spread> {
         self.spread(Run::valid_bpb)
+    }
+
+    /// The losses of its runs whose seeds are known; the first of each seed.
+    pub(super) fn losses(&self) -> Losses {
+        let mut losses = Losses::new();
+        for run in self.counted() {
+            if let (Some(seed), Some(bpb)) = (run.seed, run.valid_bpb()) {
+                losses.entry(seed).or_insert(bpb);
+            }
+        }
+        losses
     }
 
     /// Bits per byte in the test.
@@ -234,16 +247,33 @@ fn mean_curve(curves: &[Vec<(f64, f64)>]) -> Vec<CurvePoint> {
     (0..len).filter_map(point).collect()
 }
 
-/// Best first: finished ones by their bits per byte, then unfinished ones, then those without.
-pub(super) fn rank(variants: &mut [Variant]) {
-    let key = |variant: &Variant| {
-        let bpb = variant.valid_bpb().map(|bpb| bpb.mean);
-        (bpb.is_none(), !variant.is_finished(), bpb.unwrap_or(f64::MAX))
+/// Best first: finished ones by their bits per byte, [adjusted] for unlike seeds, then unfinished ones, then those without.
+pub(super) fn rank(variants: &mut Vec<Variant>) {
+    let means = levels(variants);
+    let key = |variant: &Variant, mean: f64| {
+        let bpb = variant.valid_bpb();
+        (bpb.is_none(), !variant.is_finished(), if bpb.is_some() { mean } else { f64::MAX })
     };
-    variants.sort_by(|a, b| {
-        let (a, b) = (key(a), key(b));
-        (a.0, a.1).cmp(&(b.0, b.1)).then(a.2.total_cmp(&b.2))
-    });
+    let keys = variants.iter().zip(means).map(|(variant, mean)| key(variant, mean));
+    let mut keyed: Vec<_> = keys.collect::<Vec<_>>().into_iter().zip(std::mem::take(variants)).collect();
+    keyed.sort_by(|(a, _), (b, _)| (a.0, a.1).cmp(&(b.0, b.1)).then(a.2.total_cmp(&b.2)));
+    variants.extend(keyed.into_iter().map(|(_, variant)| variant));
+}
+
+/// What variants are ranked by: their means, adjusted where the seeds of the finished ones are known and are not the same.
+pub(super) fn levels(variants: &[Variant]) -> Vec<f64> {
+    let plain = |variant: &Variant| variant.valid_bpb().map_or(f64::INFINITY, |bpb| bpb.mean);
+    let is_known = |variant: &Variant| variant.counted().iter().all(|run| run.seed.is_some());
+    let finished = || variants.iter().filter(|variant| variant.is_finished());
+    if !finished().all(is_known) {
+        return variants.iter().map(plain).collect();
+    }
+    let means = adjusted(&finished().map(Variant::losses).collect::<Vec<_>>());
+    let mut means = means.into_iter();
+    variants
+        .iter()
+        .map(|variant| if variant.is_finished() { means.next() } else { None }.unwrap_or(plain(variant)))
+        .collect()
 }
 
 #[cfg(test)]
@@ -297,9 +327,10 @@ pub(super) mod tests {
         let lost = variant("c", vec![failed]);
         assert_eq!((lost.valid_bpb(), lost.curve(Kind::Valid, Axis::Bytes).len()), (None, 1));
         let worse = variant("d", vec![run(1, Status::Finished, &[4.5])]);
-        let mut all = [lost, going, worse, both];
+        let mut all = vec![lost, going, worse, both];
         rank(&mut all);
-        assert_eq!(all.each_ref().map(|variant| &variant.name[..]), ["a", "d", "b", "c"]);
+        let names: Vec<&str> = all.iter().map(|variant| &variant.name[..]).collect();
+        assert_eq!(names, ["a", "d", "b", "c"]);
     }
 
     #[test]

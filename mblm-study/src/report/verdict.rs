@@ -18,13 +18,13 @@ pub(super) fn verdict(variants: &[Variant], looks: usize) -> Option<(String, Str
     let Some((second, other)) = ranked.get(1) else {
         return Some((format!("{reached}."), "There is nothing to compare it with yet.".into()));
     };
-    let lead = other.mean - bpb.mean;
+    let standings = Standings::of(variants, looks);
+    let lead = standings.behind(1);
     let percent = 100.0 * lead / other.mean;
     let answer = match format!("{lead:.3}") {
         none if none == "0.000" => format!("{reached}, as {} does.", second.name),
         lead => format!("{reached}, {lead} ({percent:.1}%) below {}, the second.", second.name),
     };
-    let standings = Standings::of(variants, looks);
     let surety = if standings.is_tested() { tested(&ranked, &standings) } else { untested(&ranked, &standings) };
     Some((answer, surety))
 }

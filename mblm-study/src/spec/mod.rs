@@ -121,13 +121,20 @@ impl Spec {
             let message = "a scaling study trains every size with the same seeds; give a list, such as [1, 2, 3]";
             return Err(document.error("seeds", message));
         }
+        let tune = Tune::from_document(&document, &seeds)?;
+        if let Some(Value::Mapping(grid)) = document.get("grid")
+            && let Some(twice) = tune.iter().flat_map(|tune| &tune.fields).find(|field| grid.contains_key(&field.path))
+        {
+            let message = "is tuned too, which would change what the grid says; remove it in one of the two places";
+            return Err(document.error(&join("grid", &twice.path), message));
+        }
         Ok(Spec {
             name,
             description: reader.optional("description")?,
             output_dir,
             base,
             variants,
-            tune: Tune::from_document(&document, &seeds)?,
+            tune,
             budget: Budget::from_document(&document, scale.as_ref())?,
             seeds,
             scale,
@@ -291,6 +298,10 @@ mod tests {
             ),
             ("base: no.yaml", "My study.yaml: base: there is no file no.yaml; expected the path"),
             ("base: base.yaml", "My study.yaml: missing field `budget`"),
+            (
+                "base: base.yaml\ngrid: {train.lr: [1, 2]}\ntune: {train.lr: {points: 3}}\nbudget: {bytes: 1}",
+                "grid.train.lr: is tuned too, which would change what the grid says; remove it in one of the two places",
+            ),
             (
                 "base: base.yaml\nseeds: {start: 3, most: 5}\nscale: {sizes: [1M], budgets: [1T]}",
                 "seeds: a scaling study trains",
