@@ -36,6 +36,7 @@ fn a_good_configuration_is_shown_with_its_defaults() {
     assert_eq!(code, 0, "{said}");
     let want = "data: 1000 bytes in 1 file(s) of \"data.txt\": the first 900 train, the last 100 validate\n\
                 model: 10641 parameters; training: 32 batches, 32 gradient steps\n\
+                learning rate schedule: 1.000e-3 at step 0, rises to 1.000e-2 at step 3, then anneals to 0 at step 32\n\
                 run.yaml: no problems found\n";
     assert_eq!(said, want);
     for line in [

@@ -327,7 +327,7 @@ fn the_shipped_study_can_run() {
     let (plugin, root) = (compiled::lstm(), Path::new(env!("CARGO_MANIFEST_DIR")));
     let args = ["compare", "configs/study.yaml", "--dry-run", "--plugin-dir", plugin.to_str().unwrap()];
     let (code, plan, error) = mblm(root, &args);
-    assert!(code == 0 && plan.starts_with("global-or-local: 9 variants x 2 seeds = 18 runs"), "{plan}{error}");
+    assert!(code == 0 && plan.starts_with("global-or-local: 9 variants x 3 seeds = 27 runs"), "{plan}{error}");
     assert_eq!(plan.matches("parameters, ").count(), 9, "each is brought to the base's size: {plan}");
 }
 

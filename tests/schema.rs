@@ -41,11 +41,15 @@ fn read(path: &Path) -> Value {
     serde_yaml::from_str(&text).unwrap()
 }
 
+/// A study is no training configuration: it has one as its base.
+fn is_study(path: &Path) -> bool {
+    fs::read_to_string(path).unwrap().lines().any(|line| line.starts_with("base:"))
+}
+
 fn configs() -> Vec<PathBuf> {
     let in_folder = |folder: &str| Path::new(ROOT).join(folder).read_dir().unwrap().map(|entry| entry.unwrap().path());
     let mut paths: Vec<PathBuf> = ["configs", "tests/upstream-configs"].into_iter().flat_map(in_folder).collect();
-    // A study is no training configuration: it holds one, with variants.
-    paths.retain(|path| path.extension().is_some_and(|extension| extension == "yaml") && !path.ends_with("study.yaml"));
+    paths.retain(|path| path.extension().is_some_and(|extension| extension == "yaml") && !is_study(path));
     paths
 }
 
