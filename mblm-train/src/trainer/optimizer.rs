@@ -124,7 +124,7 @@ impl Optimizer {
     }
 
     /// Goes on from saved moments, one per parameter of the store and as long as it, after `step` steps. They have second
-    /// moments where [`has_second`](Self::has_second) says so.
+    /// moments where the optimizer keeps them.
     pub fn restore(&mut self, store: &ParamStore, moments: Vec<Moments>, step: u64) -> Result<()> {
         for ((slot, param), moments) in self.slots.iter_mut().zip(store.iter()).zip(moments) {
             slot.held = match param.place().is_host() {
