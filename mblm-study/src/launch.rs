@@ -22,7 +22,7 @@ use mblm_train::error::{AtPath, Result};
 use mblm_train::session::rest;
 
 use crate::child::{ChildLog, Exit};
-use crate::plan::failure_file;
+use crate::folder::failure_file;
 use crate::report::{RunResult, duration};
 use crate::task::{Fate, Phase, Task};
 

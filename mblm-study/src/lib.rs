@@ -22,24 +22,26 @@
 
 mod child;
 mod course;
+mod design;
+mod folder;
 mod launch;
 pub mod passage;
 mod plan;
 mod progress;
 pub mod report;
 mod runner;
-mod spec;
 mod speeds;
 pub mod statistics;
 mod task;
 
 pub use course::PlannedRun;
+pub use design::Spec;
+pub use design::budget::{Amount, Budget, Parameters};
+pub use design::scale::Scale;
+pub use design::seeds::Seeds;
+pub use design::tune::Tune;
+pub use folder::{AboutVariant, Cell, PlanFile};
 pub use launch::launcher::Launcher;
 pub use launch::{ERRAND, Errand, Outcome};
-pub use plan::{AboutVariant, Cell, Plan, PlanFile, PlannedVariant};
+pub use plan::{Plan, PlannedVariant};
 pub use runner::{Ended, Options, Runner};
-pub use spec::Spec;
-pub use spec::budget::{Amount, Budget, Parameters};
-pub use spec::scale::Scale;
-pub use spec::seeds::Seeds;
-pub use spec::tune::Tune;

@@ -14,13 +14,14 @@ use mblm_train::error::{AtPath, Error, Result};
 use mblm_train::journal::metrics::Kind;
 use mblm_train::session::open_data;
 
-use crate::course::{Course, Lost, Outcome, PlannedRun, follow};
+use crate::course::outcome::{Outcome, UNFIT, outcomes, why_lost};
+use crate::course::{Course, PlannedRun, follow};
+use crate::design::budget::Amount;
+use crate::folder::failure_file;
 use crate::launch::{Launch, lease};
-use crate::plan::{Plan, UNFIT, failure_file, outcome};
+use crate::plan::Plan;
 use crate::progress::{Display, RunBar};
 use crate::report::{Run, RunResult, duration, with_unit};
-use crate::spec::budget::Amount;
-use crate::spec::tune::Tune;
 use crate::task::{Fate, Phase, Task, cores, is_trained};
 
 const LOG: &str = "study.log";
@@ -111,8 +112,8 @@ impl<'p, 'r> Runner<'p, 'r> {
         loop {
             let course = self.fitting_course(&display)?;
             self.expect(&course, &display);
-            for run in course.runs() {
-                if self.outcome(run) != Outcome::Open && shown.insert(run.name.clone()) {
+            for run in course.runs().filter(|run| course.has_ended(run)) {
+                if shown.insert(run.name.clone()) {
                     self.ended_before(run, &display)?;
                 }
             }
@@ -136,16 +137,15 @@ impl<'p, 'r> Runner<'p, 'r> {
 
     /// Where the study stands.
     pub(crate) fn course(&self) -> Course {
-        follow(&self.plan.file(), &|name| outcome(self.plan.folder(), name))
+        follow(&self.plan.file(), &outcomes(self.plan.folder()))
     }
 
-    fn outcome(&self, run: &PlannedRun) -> Outcome {
-        outcome(self.plan.folder(), &run.name)
-    }
-
-    /// Failed runs are as if they had not been begun.
+    /// Failed runs are as if they had not been begun. Tries that diverged have not failed.
     fn forget_failures(&self) -> Result<()> {
-        for run in self.course().runs() {
+        let course = self.course();
+        let tries = course.units.iter().flat_map(|unit| &unit.searches).flat_map(|search| &search.tries);
+        let failed = tries.filter(|tried| tried.outcome == Outcome::Failed).flat_map(|tried| &tried.runs);
+        for run in failed.chain(&course.scoring) {
             let failure = self.failure_file(run);
             if failure.exists() && RunResult::read(&self.plan.run_folder(run)).is_none() {
                 fs::remove_file(&failure).at(&failure)?;
@@ -156,7 +156,7 @@ impl<'p, 'r> Runner<'p, 'r> {
 
     /// Tells the display how much there is to do, at least.
     fn expect(&self, course: &Course, display: &Display) {
-        let known: f64 = course.runs().filter(|run| self.outcome(run) == Outcome::Open).map(|run| self.work(run)).sum();
+        let known: f64 = course.next.iter().map(|run| self.work(run)).sum();
         let ahead = course.ahead(&self.plan.file());
         let later: f64 = ahead.iter().map(|(variant, share)| share * self.work_of(*variant)).sum();
         let width = course.runs().map(|run| run.name.chars().count()).max().unwrap_or(0);
@@ -202,7 +202,7 @@ impl<'p, 'r> Runner<'p, 'r> {
         for run in &course.scoring {
             match RunResult::read(&self.plan.run_folder(run)) {
                 Some(_) => ended.finished += 1,
-                None if self.outcome(run) != Outcome::Open => {
+                None if course.has_ended(run) => {
                     let failure = self.failure_file(run);
                     ended.failed.push((run.name.clone(), files::read_text(&failure, files::SMALL).at(&failure)?));
                 }
@@ -345,22 +345,6 @@ fn summary(folder: &Path) -> String {
     let peak = run.peak_bytes().map_or(String::new(), |peak| format!("  {:>8}", binary(peak)));
     let time = run.seconds().map_or(String::new(), |s| format!("  {}", duration(s)));
     format!("{bpb}{rate}{peak}{time}")
-}
-
-/// Why a variant is not scored.
-pub(crate) fn why_lost(study: &Path, tune: Option<&Tune>, lost: &Lost) -> String {
-    match lost {
-        Lost::NoValue(field) => {
-            let path = tune.map_or("", |tune| &tune.fields[*field].path);
-            format!(
-                "no value of {path} that was tried ended with a finite loss; tune it in a lower range, or with another base"
-            )
-        }
-        Lost::Failed(run) => {
-            let why = files::read_text(&failure_file(study, run), files::SMALL).unwrap_or_default();
-            format!("it could not be tuned, since {run} failed: {}; --retry-failed runs that again", first_line(&why))
-        }
-    }
 }
 
 fn first_line(text: &str) -> &str {

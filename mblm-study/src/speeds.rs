@@ -8,10 +8,10 @@ use mblm_train::config::RunConfig;
 use mblm_train::error::{AtPath, Result};
 
 use crate::child::ChildLog;
+use crate::design::budget::Amount;
 use crate::plan::step_bytes;
-use crate::report::{Run, RunResult, with_unit};
+use crate::report::{Run, RunResult, Speed, with_unit};
 use crate::runner::Runner;
-use crate::spec::budget::Amount;
 
 /// For a budget in seconds, a variant's speed is measured for this share of it, within bounds.
 const CALIBRATION_SHARE: f64 = 0.1;
@@ -62,10 +62,11 @@ impl Runner<'_, '_> {
             else {
                 return Ok(false);
             };
-            task.measure(before.peak_bytes, rate, &log)?;
-            if RunResult::read(&folder).is_some_and(|now| now.measured.missing > before.measured.missing) {
-                RunResult { train_rate: rate, ..before }.write(&folder)?; // what was measured then is better than nothing
-            }
+            let measured = task.measure(&log)?;
+            let speed = rate.map(|bytes_per_second| Speed { bytes_per_second, threads: task.threads });
+            // What was measured then is better than nothing.
+            let measured = if measured.missing.is_some() { before.measured } else { measured };
+            RunResult { speed: speed.or(before.speed), measured, ..before }.write(&folder)?;
             let rate = rate.map_or("its speed could not be measured".into(), |rate| with_unit(rate, "B/s"));
             terminal::line(format_args!("{}: {rate}", run.name));
         }

@@ -11,8 +11,8 @@ use mblm_train::error::{AtPath, Result};
 use mblm_train::trainer::plan::RunPlan;
 
 use crate::child::{ChildLog, Exit};
+use crate::folder::run_folder;
 use crate::launch::lease;
-use crate::plan::run_folder;
 use crate::report::{Measured, RunResult};
 
 /// Why a run failed whose process said that all went well.
@@ -75,7 +75,14 @@ impl Task<'_> {
             peak = exit.peak;
         }
         watch(Phase::Measuring);
-        self.measure(peak, None, &log)?;
+        let measured = self.measure(&log)?;
+        let mut hosts = lease::hosts(self.study, self.name);
+        let here = host::name();
+        if !hosts.contains(&here) {
+            hosts.push(here);
+        }
+        let (threads, jobs) = (self.threads, self.jobs);
+        RunResult { threads, jobs, hosts, peak_bytes: peak, speed: None, measured }.write(&self.folder())?;
         Ok(Fate::Finished)
     }
 
@@ -84,9 +91,8 @@ impl Task<'_> {
         run_folder(self.study, self.name)
     }
 
-    /// Measures a trained model, and writes the run's result: with the memory that its training held, and its speed if that
-    /// was measured apart from it.
-    pub(crate) fn measure(&self, peak_bytes: Option<u64>, train_rate: Option<f64>, log: &ChildLog) -> Result<()> {
+    /// Measures the trained model, or says why that failed.
+    pub(crate) fn measure(&self, log: &ChildLog) -> Result<Measured> {
         let mut command = self.command();
         command.arg("measure-run").arg(self.folder());
         if let Some(prompt) = self.prompt {
@@ -94,20 +100,13 @@ impl Task<'_> {
         }
         let missing = |why| Measured { missing: Some(why), ..Measured::default() };
         let (exit, printed): (Exit, Vec<u8>) = log.ask(command)?;
-        let measured = match exit.failure(&self.suspects()) {
+        Ok(match exit.failure(&self.suspects()) {
             Some(why) => missing(why),
             None if printed.is_empty() => missing(format!("the process ended without a result{}", self.suspects())),
             None => {
                 serde_json::from_slice(&printed).unwrap_or_else(|error| missing(format!("not understood: {error}")))
             }
-        };
-        let mut hosts = lease::hosts(self.study, self.name);
-        let here = host::name();
-        if !hosts.contains(&here) {
-            hosts.push(here);
-        }
-        RunResult { threads: self.threads, jobs: self.jobs, hosts, peak_bytes, train_rate, measured }
-            .write(&self.folder())
+        })
     }
 
     fn command(&self) -> Command {

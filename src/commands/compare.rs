@@ -119,10 +119,13 @@ fn hours(plan: &Plan) -> Result<()> {
     }
     let rates = plan.variants.iter().map(|variant| rate(&variant.config)).collect::<Result<Vec<_>>>()?;
     let (least, most) = plan.seconds(&rates);
+    if least == 0.0 {
+        return Ok(writeln!(Output::new(), "no run is left")?);
+    }
     let upto = if most > least { format!(" to {}", duration(most)) } else { String::new() };
     Ok(writeln!(
         Output::new(),
-        "training and validations of the whole study here, from a few steps of each: about {}{upto}",
+        "training and validation of the runs that are left, from a few steps of each variant here: about {}{upto}",
         duration(least)
     )?)
 }

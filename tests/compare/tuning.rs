@@ -50,7 +50,9 @@ fn every_variant_gets_the_same_number_of_tries_and_is_scored_at_its_best() {
                 tuned before: train.learning_rate, 3 to 5 values for each variant, 50% of the budget each = 6 to 10 runs\n";
     assert!(
         plan.contains(want)
-            && plan.contains("training and validations of the whole study here, from a few steps of each: about "),
+            && plan.contains(
+                "training and validation of the runs that are left, from a few steps of each variant here: about "
+            ),
         "{plan}"
     );
 
@@ -170,16 +172,17 @@ fn speeds_are_measured_again_one_run_after_the_other() {
     assert_eq!(mblm(folder.path(), &["compare", "study.yaml"]).0, 0);
     let result = |seed: u64| json(folder.path().join(format!("out/runs/base-seed{seed}/result.json")));
     let (before, at_once) = (losses(folder.path()), read(folder.path().join("out/report.md")));
-    assert!(at_once.contains(", 2 runs at a time") && result(1)["train_rate"].is_null());
+    assert!(at_once.contains(", 2 runs at a time") && result(1)["speed"].is_null());
     let (code, out, error) = mblm(folder.path(), &["compare", "study.yaml", "--speeds"]);
     assert_eq!(code, 0, "{out}{error}");
     for seed in [1, 2] {
-        let rate = result(seed)["train_rate"].as_f64().unwrap();
+        let rate = result(seed)["speed"]["bytes_per_second"].as_f64().unwrap();
         assert!(rate > 0.0 && result(seed)["measured"]["generation"]["bytes"].as_u64() > Some(0));
         let row = &csv(folder.path().join("out/results.csv"))[seed as usize - 1];
         assert_eq!(row["train_bytes_per_second"].parse::<f64>().unwrap(), rate);
     }
-    assert!(!read(folder.path().join("out/report.md")).contains("runs at a time"));
+    let again = read(folder.path().join("out/report.md"));
+    assert!(again.contains(", 2 runs at a time") && again.contains("speeds measured again, one run at a time with "));
     assert_eq!(losses(folder.path()), before);
     assert_eq!(names(&folder.path().join("out/runs")).len(), 2, "nothing is left over");
 }

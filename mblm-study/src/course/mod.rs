@@ -3,29 +3,18 @@
 //! First every variant is tuned, field by field, each with as many tries as the others; then it is scored. The course is a
 //! function of the study's plan and of the runs in its folder alone: a study that goes on, and a report, follow it again.
 
+pub(crate) mod outcome;
 pub(crate) mod search;
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::plan::PlanFile;
-use crate::spec::seeds::Seeds;
-use crate::spec::slug;
-use crate::spec::tune::{Field, Tune, Values};
+use self::outcome::{Lost, Outcome};
+use crate::design::seeds::Seeds;
+use crate::design::slug;
+use crate::design::tune::{Field, Tune, Values};
+use crate::folder::PlanFile;
 use crate::statistics::groups::groups;
 use crate::statistics::means::adjusted;
-
-/// What a run has come to.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) enum Outcome {
-    /// It has not ended.
-    Open,
-    /// Its loss was not finite, or it could not have the value that was to be tried: a result.
-    Diverged,
-    /// It failed for another reason, which says nothing about the value that was tried.
-    Failed,
-    /// The bits per byte of its validation.
-    Loss(f64),
-}
 
 /// One run of a study.
 #[derive(Clone, Debug, PartialEq)]
@@ -72,15 +61,6 @@ pub(crate) struct Unit {
     pub(crate) lost: Option<Lost>,
 }
 
-/// Why a variant cannot be tuned.
-#[derive(Clone, Debug, PartialEq)]
-pub(crate) enum Lost {
-    /// No try of the field of this number ended with a finite loss.
-    NoValue(usize),
-    /// The run of this name failed.
-    Failed(String),
-}
-
 /// Where a study stands.
 #[derive(Clone, Debug)]
 pub(crate) struct Course {
@@ -108,6 +88,11 @@ pub(crate) fn follow(plan: &PlanFile, outcome: &dyn Fn(&str) -> Outcome) -> Cour
 }
 
 impl Course {
+    /// Whether a known run has ended.
+    pub(crate) fn has_ended(&self, run: &PlannedRun) -> bool {
+        !self.next.iter().any(|open| open.name == run.name)
+    }
+
     /// The known runs that have not ended.
     fn open(&self, outcome: &dyn Fn(&str) -> Outcome) -> Vec<PlannedRun> {
         self.runs().filter(|run| outcome(&run.name) == Outcome::Open).cloned().collect()
@@ -323,8 +308,8 @@ mod tests {
     use std::cell::RefCell;
 
     use super::*;
-    use crate::plan::Cell;
-    use crate::plan::tests::plan_file;
+    use crate::folder::Cell;
+    use crate::folder::tests::plan_file;
 
     fn tuned(names: &[&str], fields: &[(&str, Values)], base: &[f64]) -> PlanFile {
         let mut plan = plan_file(names, Seeds::Listed(vec![1, 2]));

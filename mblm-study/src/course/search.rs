@@ -1,6 +1,6 @@
 //! The search for a field's best value: a first grid, and further values while that is not settled.
 
-use crate::spec::tune::Values;
+use crate::design::tune::Values;
 
 /// Digits of a value: more make no difference to training, and are hard to read.
 const DIGITS: i32 = 4;

@@ -13,7 +13,7 @@ use mblm_train::config::RunConfig;
 use mblm_train::error::{AtPath, Result};
 
 use super::lease::{self, Watch};
-use crate::plan::{PlanFile, failure_file};
+use crate::folder::{PlanFile, failure_file};
 use crate::task::{Fate, Phase, Task, cores, number};
 
 /// How often the lease is looked at.

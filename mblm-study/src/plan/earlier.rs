@@ -9,9 +9,11 @@ use mblm_train::error::{AtPath, Error, Result};
 use mblm_train::journal::folder::RunFolder;
 use mblm_yaml::Document;
 
-use super::{Plan, PlanFile, PlannedRun, failure_file, outcome};
-use crate::course::follow;
-use crate::spec::slug;
+use super::Plan;
+use crate::course::outcome::outcomes;
+use crate::course::{PlannedRun, follow};
+use crate::design::slug;
+use crate::folder::{PlanFile, failure_file};
 
 /// Where runs go that do not fit the plan any more.
 const REPLACED: &str = "replaced";
@@ -78,7 +80,7 @@ impl Plan<'_> {
 
     /// The runs in the study's folder that do not fit, among those that its course comes to.
     pub(crate) fn misfits(&self) -> Result<Vec<Misfit>> {
-        let course = follow(&self.file(), &|name| outcome(self.folder(), name));
+        let course = follow(&self.file(), &outcomes(self.folder()));
         let mut misfits: Vec<Misfit> = Vec::new();
         for run in course.runs() {
             if let Some(why) = self.misfit(run)?
@@ -189,10 +191,10 @@ fn no_longer(runs: usize) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::plan_file;
     use super::*;
-    use crate::spec::seeds::Seeds;
-    use crate::spec::tune::{Field, Tune, Values};
+    use crate::design::seeds::Seeds;
+    use crate::design::tune::{Field, Tune, Values};
+    use crate::folder::tests::plan_file;
 
     #[test]
     fn what_is_added_is_no_change_and_what_is_gone_is() {

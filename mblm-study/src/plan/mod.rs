@@ -7,13 +7,12 @@ mod tuning;
 
 use std::path::{Path, PathBuf};
 
-use mblm_base::files;
 use mblm_base::memory::Memory;
 use mblm_core::registry::BlockRegistry;
 use mblm_data::Fingerprint;
 use mblm_train::config::{RunConfig, TargetStrategy};
 use mblm_train::cost::{self, STEP_PER_FORWARD, Step, bytes as binary};
-use mblm_train::error::{AtPath, Error, NON_FINITE, Result};
+use mblm_train::error::{Error, Result};
 use mblm_train::journal::folder::RunFolder;
 use mblm_train::model::{Model, TrainModel};
 use mblm_train::processes::Solo;
@@ -21,22 +20,13 @@ use mblm_train::session::open_data;
 use mblm_train::trainer::Trainer;
 use mblm_yaml::Document;
 use rayon::prelude::*;
-use serde::{Deserialize, Serialize};
 
 use self::solve::{num_parameters, solve};
-use crate::course::{Outcome, PlannedRun};
-use crate::report::{Run, RunResult};
-use crate::spec::budget::{Amount, Parameters};
-use crate::spec::scale::{Scale, compact};
-use crate::spec::seeds::Seeds;
-use crate::spec::tune::Tune;
-use crate::spec::{Spec, slug};
-
-const FILE: &str = "study.json";
-/// How the failure begins of a try whose value its field cannot have.
-pub(crate) const UNFIT: &str = "the value cannot be trained";
-/// A study with more runs than this is damaged.
-const MAX_RUNS: usize = 100_000;
+use crate::course::PlannedRun;
+use crate::design::budget::{Amount, Parameters};
+use crate::design::scale::compact;
+use crate::design::{Spec, slug};
+use crate::folder::{AboutVariant, Cell, PlanFile, run_folder};
 
 /// Fields that the study decides, which therefore are no differences between variants.
 const DECIDED: [&str; 5] =
@@ -60,63 +50,6 @@ pub struct PlannedVariant {
     pub data: Fingerprint,
     /// What the report needs to know.
     pub about: AboutVariant,
-}
-
-/// A variant as `study.json` has it.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct AboutVariant {
-    /// Its name.
-    pub name: String,
-    /// In a scaling study: what it is of.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub cell: Option<Cell>,
-    /// The values of the tuned fields that it begins with.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub tuned_from: Vec<f64>,
-    /// Training bytes of each run; none if that is measured first.
-    pub bytes: Option<u64>,
-    /// What was solved for, and how close it is.
-    pub solved: Option<String>,
-    /// How its configuration differs from the base's.
-    pub differences: Vec<String>,
-    /// What it costs.
-    pub cost: cost::ModelCost,
-}
-
-/// A variant in one size for one budget.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Cell {
-    /// The variant's name.
-    pub variant: String,
-    /// The parameters that were asked for.
-    pub size: u64,
-    /// Floating point operations of training.
-    pub flops: f64,
-}
-
-/// What `study.json` holds.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct PlanFile {
-    /// The study's name.
-    pub name: String,
-    /// What it asks.
-    pub description: Option<String>,
-    /// What was equal.
-    pub amount: Amount,
-    /// Whether models were brought to one size.
-    pub equal_parameters: bool,
-    /// The seeds that score.
-    pub seeds: Seeds,
-    /// What was tuned before.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub tune: Option<Tune>,
-    /// The sizes and budgets of a scaling study.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub scale: Option<Scale>,
-    /// Runs at a time.
-    pub jobs: usize,
-    /// The variants.
-    pub variants: Vec<AboutVariant>,
 }
 
 impl<'a> Plan<'a> {
@@ -211,9 +144,7 @@ impl<'a> Plan<'a> {
 
     /// Writes `study.json`.
     pub fn write(&self) -> Result<()> {
-        let path = self.folder().join(FILE);
-        let text = serde_json::to_string_pretty(&self.file()).map_err(std::io::Error::from).at(&path)?;
-        files::replace_text(&path, &text).at(&path)
+        self.file().write(self.folder())
     }
 
     /// A warning if the runs at a time need more memory than there is; none if they are on other machines.
@@ -238,22 +169,6 @@ impl<'a> Plan<'a> {
 /// Bytes of a gradient step.
 pub(crate) fn step_bytes(config: &RunConfig) -> u64 {
     (config.train.batch_size * config.params.input_seq_len * config.train.gradient_accumulate_every) as u64
-}
-
-/// What the run `name` of the study in `folder` has come to.
-pub(crate) fn outcome(folder: &Path, name: &str) -> Outcome {
-    let place = run_folder(folder, name);
-    match RunResult::read(&place).is_some() {
-        true => {
-            let loss = Run::read(&place).ok().and_then(|run| run.valid_bpb());
-            loss.map_or(Outcome::Diverged, Outcome::Loss)
-        }
-        false => match files::read_text(&failure_file(folder, name), files::SMALL) {
-            Ok(why) if why.contains(NON_FINITE) || why.starts_with(UNFIT) => Outcome::Diverged,
-            Ok(_) => Outcome::Failed,
-            Err(_) => Outcome::Open,
-        },
-    }
 }
 
 /// The sizes of a scaling study that led to one model.
@@ -291,16 +206,6 @@ fn cells(spec: &Spec) -> Vec<(String, &Document, Option<Cell>)> {
     cells
 }
 
-/// Where a study says why the run `name` failed.
-pub(crate) fn failure_file(study: &Path, name: &str) -> PathBuf {
-    study.join("failed").join(format!("{name}.txt"))
-}
-
-/// The folder of the run `name` in a study's folder.
-pub(crate) fn run_folder(study: &Path, name: &str) -> PathBuf {
-    study.join("runs").join(name)
-}
-
 /// Whether a study can be in `folder`.
 fn check_folder(folder: &Path) -> Result<()> {
     let refuse =
@@ -309,27 +214,6 @@ fn check_folder(folder: &Path) -> Result<()> {
         Some(run) => refuse(format!("{} is the folder of a run; a study needs one of its own", run.display())),
         None if folder.to_str().is_none() => refuse("the name of a study's folder must be UTF-8".into()),
         None => Ok(()),
-    }
-}
-
-impl PlanFile {
-    /// Reads the plan of the study in `folder`.
-    pub fn read(folder: &Path) -> Result<Self> {
-        let path = folder.join(FILE);
-        let text = files::read(&path, files::SMALL).at(&path)?;
-        let plan: PlanFile = serde_json::from_slice(&text).map_err(|error| {
-            let cure = "start the study again, with --force, to write it anew";
-            Error::Config(format!("{} is damaged: {error}; {cure}", path.display()))
-        })?;
-        match plan.variants.len().saturating_mul(plan.seeds.all().len()) {
-            0..=MAX_RUNS => Ok(plan),
-            runs => Err(Error::Config(format!("{}: {runs} runs; expected at most {MAX_RUNS}", path.display()))),
-        }
-    }
-
-    /// Whether `folder` looks like a study's.
-    pub fn is_in(folder: &Path) -> bool {
-        folder.join(FILE).is_file()
     }
 }
 
@@ -437,38 +321,5 @@ impl Planner<'_> {
             step.bytes,
             Amount::Bytes(bytes)
         )))
-    }
-}
-
-#[cfg(test)]
-pub(crate) mod tests {
-    use super::*;
-
-    /// A plan of variants with these names that tunes nothing.
-    pub(crate) fn plan_file(names: &[&str], seeds: Seeds) -> PlanFile {
-        let config = solve::tests::config();
-        let model = Model::outline(&config, 0).unwrap();
-        let step = Step { batch: 1, bytes: 64 };
-        let cost = cost::ModelCost::new(config.params.model.hierarchy(), model.params(), &model.stage_models(), step);
-        let about = |name: &&str| AboutVariant {
-            name: name.to_string(),
-            cell: None,
-            tuned_from: vec![],
-            bytes: Some(1000),
-            solved: None,
-            differences: vec![],
-            cost: cost.clone(),
-        };
-        PlanFile {
-            name: "s".into(),
-            description: None,
-            amount: Amount::Bytes(1000),
-            equal_parameters: false,
-            seeds,
-            tune: None,
-            scale: None,
-            jobs: 1,
-            variants: names.iter().map(about).collect(),
-        }
     }
 }

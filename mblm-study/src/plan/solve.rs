@@ -10,7 +10,7 @@ use mblm_train::cost::metric;
 use mblm_train::error::{Error, Result};
 use mblm_train::model::{Model, TrainModel};
 
-use crate::spec::budget::{Parameters, Solve, SolveField};
+use crate::design::budget::{Parameters, Solve, SolveField};
 
 /// Halvings of the range of scales.
 const HALVINGS: usize = 24;
@@ -245,7 +245,7 @@ impl Search {
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+mod tests {
     use mblm_blocks as _;
     use mblm_core::registry::BlockRegistry;
     use mblm_yaml::Document;
@@ -261,7 +261,7 @@ params: {num_tokens: 257, pad_token_id: 256, input_seq_len: 64, seq_lens: [16, 4
 train: {target_elements: 1, target_elements_strategy: batch, batch_size: 1, learning_rate: 1, gradient_accumulate_every: 1}
 ";
 
-    pub(in crate::plan) fn config() -> RunConfig {
+    fn config() -> RunConfig {
         let document = Document::parse(CONFIG, "a.yaml").unwrap();
         RunConfig::from_document(&document, &BlockRegistry::builtin().unwrap()).unwrap()
     }

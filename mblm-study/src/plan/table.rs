@@ -4,9 +4,12 @@ use std::fmt;
 
 use mblm_train::cost::{self, STEP_PER_FORWARD, bytes as binary, metric, write_table};
 
-use super::{AboutVariant, Plan, PlannedVariant};
-use crate::spec::Spec;
-use crate::spec::budget::Amount;
+use super::{Plan, PlannedVariant};
+use crate::course::follow;
+use crate::course::outcome::outcomes;
+use crate::design::Spec;
+use crate::design::budget::Amount;
+use crate::folder::AboutVariant;
 
 /// The table of `mblm compare --dry-run`.
 impl fmt::Display for Plan<'_> {
@@ -79,23 +82,22 @@ impl Plan<'_> {
         (runs * tune.points(), runs * tune.most_points())
     }
 
-    /// How many seconds all runs take, at least and at most, if each variant trains so many bytes per second.
+    /// How many seconds the runs that are left take, at least and at most, if each variant trains so many bytes per second.
     pub fn seconds(&self, rates: &[f64]) -> (f64, f64) {
-        let (least_seeds, most_seeds) = (self.spec.seeds.first().len() as f64, self.spec.seeds.all().len() as f64);
-        let tuned_at = self.spec.scale.as_ref().map(|scale| scale.budgets[0]);
-        let (mut least, mut most) = (0.0, 0.0);
-        for (variant, rate) in self.variants.iter().zip(rates) {
-            let once = self.seconds_of_run(variant, *rate);
-            (least, most) = (least + least_seeds * once, most + most_seeds * once);
-            if let Some(tune) = &self.spec.tune
-                && variant.about.cell.as_ref().map(|cell| cell.flops) == tuned_at
-            {
-                let tries = |points: usize| once * tune.share * (points * tune.seeds.len()) as f64;
-                (least, most) = (least + tries(tune.points()), most + tries(tune.most_points()));
-            }
+        let once: Vec<f64> =
+            self.variants.iter().zip(rates).map(|(variant, rate)| self.seconds_of_run(variant, *rate)).collect();
+        let file = self.file();
+        let course = follow(&file, &outcomes(self.folder()));
+        let left = course.next.iter().map(|run| (run.variant, run.share)).chain(course.ahead(&file));
+        let least: f64 = left.map(|(variant, share)| share * once[variant]).sum();
+        let more_seeds = (self.spec.seeds.all().len() - self.spec.seeds.first().len()) as f64;
+        let mut more = more_seeds * once.iter().sum::<f64>();
+        if let Some(tune) = &self.spec.tune {
+            let tries = ((tune.most_points() - tune.points()) * tune.seeds.len()) as f64;
+            more += course.units.iter().map(|unit| tries * tune.share * once[unit.variants[0]]).sum::<f64>();
         }
         let jobs = self.spec.jobs as f64;
-        (least / jobs, most / jobs)
+        (least / jobs, (least + if least > 0.0 { more } else { 0.0 }) / jobs)
     }
 
     /// Training, and validations at the speed of a forward pass.

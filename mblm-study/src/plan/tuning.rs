@@ -8,7 +8,7 @@ use serde_yaml::Value;
 
 use super::solve::num_parameters;
 use crate::course::search;
-use crate::spec::tune::{Tune, Values};
+use crate::design::tune::{Tune, Values};
 
 /// The values that a configuration itself has in the tuned fields, around which they are tuned.
 ///

@@ -65,7 +65,7 @@ fn mean(numbers: impl ExactSizeIterator<Item = Option<f64>>) -> Option<f64> {
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+pub(crate) mod tests {
     use mblm_train::cost;
 
     use super::super::run::Status::Finished;

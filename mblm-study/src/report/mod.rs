@@ -10,10 +10,10 @@ mod format;
 mod front;
 mod latex;
 mod markdown;
-mod matrix;
+pub(crate) mod matrix;
 mod page;
 mod passage;
-mod run;
+pub(crate) mod run;
 mod scaling;
 mod seen;
 mod standing;
@@ -37,18 +37,18 @@ use mblm_train::cost;
 use mblm_train::error::{AtPath, Result};
 use mblm_train::journal::metrics::Kind;
 use mblm_yaml::difference::differences;
-pub use run::{Generation, Measured, Point, Run, RunResult, Status};
+pub use run::{Generation, Measured, Point, Run, RunResult, Speed, Status};
 pub use scaling::{Scaling, ScalingData, ScalingVariant};
 pub use seen::Seen;
 use serde_yaml::Value;
 pub use tuning::{Try, Tuned, TunedVariant};
 pub use variant::{Axis, CurvePoint, Spread, Variant};
 
+use crate::course::outcome::{outcomes, why_lost};
 use crate::course::{PlannedRun, Unit, follow};
-use crate::plan::{AboutVariant, PlanFile, failure_file, outcome, run_folder};
-use crate::runner::why_lost;
-use crate::spec::budget::Amount;
-use crate::spec::seeds::Seeds;
+use crate::design::budget::Amount;
+use crate::design::seeds::Seeds;
+use crate::folder::{AboutVariant, PlanFile, failure_file, run_folder};
 
 /// Fields in which runs of one variant may differ.
 const NO_VARIANTS: [&str; 3] = ["train.seed", "io.name_model", "io.output_dir"];
@@ -86,7 +86,7 @@ impl Report {
     /// It is no study's folder.
     pub fn of_study(folder: &Path) -> Result<Self> {
         let plan = PlanFile::read(folder)?;
-        let course = follow(&plan, &|name| outcome(folder, name));
+        let course = follow(&plan, &outcomes(folder));
         let mut seen = Seen::default();
         let mut variants = Vec::new();
         for (i, about) in plan.variants.iter().enumerate() {
@@ -336,10 +336,19 @@ fn study_facts(plan: &PlanFile, variants: &[Variant]) -> Vec<String> {
         facts.push("equal parameters".into());
     }
     let results = || variants.iter().flat_map(|variant| &variant.runs).filter_map(|run| run.result.as_ref());
-    if let Some(threads) = results().map(|result| result.threads).max() {
+    let threads: BTreeSet<usize> = results().map(|result| result.threads).collect();
+    if let (Some(&least), Some(&most)) = (threads.first(), threads.last()) {
         let jobs = results().map(|result| result.jobs).max().unwrap_or(1);
         let at_once = if jobs > 1 { format!(", {jobs} runs at a time") } else { String::new() };
-        facts.push(format!("{} per run{at_once}", count(threads, "thread")));
+        facts.push(match least == most {
+            true => format!("{} per run{at_once}", count(most, "thread")),
+            false => format!("{least} to {most} threads per run, which round differently{at_once}"),
+        });
+    }
+    let speeds: Vec<Speed> = results().filter_map(|result| result.speed).collect();
+    if let Some(speed) = speeds.first() {
+        let all = if speeds.len() == results().count() { "speeds" } else { "some speeds" };
+        facts.push(format!("{all} measured again, one run at a time with {}", count(speed.threads, "thread")));
     }
     let hosts: BTreeSet<&str> = results().flat_map(|result| &result.hosts).map(|host| &host[..]).collect();
     if hosts.len() > 1 {

@@ -93,11 +93,20 @@ pub struct RunResult {
     pub hosts: Vec<String>,
     /// The most memory its process held, in bytes.
     pub peak_bytes: Option<u64>,
-    /// Training bytes per second, if they were measured when nothing else ran.
+    /// Its speed, if that was measured again when nothing else ran.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub train_rate: Option<f64>,
+    pub speed: Option<Speed>,
     /// What was measured of its best model.
     pub measured: Measured,
+}
+
+/// How fast a configuration trains when nothing else runs.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Speed {
+    /// Training bytes per second.
+    pub bytes_per_second: f64,
+    /// Threads that it was measured with.
+    pub threads: usize,
 }
 
 /// What is measured of a trained model.
@@ -199,8 +208,8 @@ impl Run {
     /// Training bytes per second, without validations and checkpoints: the mean over all bytes, unless they were measured
     /// apart from that.
     pub fn train_rate(&self) -> Option<f64> {
-        if let Some(rate) = self.result.as_ref().and_then(|result| result.train_rate).filter(|rate| *rate > 0.0) {
-            return Some(rate);
+        if let Some(speed) = self.result.as_ref().and_then(|result| result.speed) {
+            return Some(speed.bytes_per_second).filter(|rate| *rate > 0.0);
         }
         let (mut bytes, mut seconds, mut before) = (0.0, 0.0, 0.0);
         for point in self.points.iter().filter(|point| point.kind == Kind::Train) {

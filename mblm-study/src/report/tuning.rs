@@ -3,9 +3,11 @@
 use serde::Serialize;
 
 use super::variant::Variant;
-use crate::course::{Course, Outcome, Unit};
-use crate::plan::PlanFile;
-use crate::spec::tune::Tune;
+use crate::course::outcome::Outcome;
+use crate::course::{Course, Unit};
+use crate::design::scale::compact;
+use crate::design::tune::Tune;
+use crate::folder::PlanFile;
 
 /// A field that was tuned for each variant.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
@@ -72,7 +74,7 @@ pub(super) fn of_study(plan: &PlanFile, course: &Course, ranked: &[Variant]) -> 
 fn variant(plan: &PlanFile, unit: &Unit, field: usize) -> Option<TunedVariant> {
     let about = &plan.variants[unit.variants[0]];
     let name = match &about.cell {
-        Some(cell) => format!("{}, {}", cell.variant, super::format::si(cell.size as f64)),
+        Some(cell) => format!("{}, {}", cell.variant, compact(cell.size as f64)),
         None => about.name.clone(),
     };
     let tries = unit.searches.get(field)?.tries.iter().filter_map(|tried| {

@@ -7,7 +7,7 @@ pub(super) use table::COLUMNS;
 
 use super::run::{Run, Status};
 use super::variant::Variant;
-use crate::plan::PlanFile;
+use crate::folder::PlanFile;
 use crate::statistics::scaling::{Best, Bootstrap, Fit, Point, budgets};
 
 /// What a scaling study measured.
