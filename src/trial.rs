@@ -4,10 +4,10 @@ use anyhow::Result;
 use candle_core::Device;
 use mblm::base::random::noise;
 use mblm::model::Sequences;
-use mblm::train::config::ModelConfig;
+use mblm::train::config::{ModelConfig, OptimizerKind};
 use mblm::train::cost::Step;
 use mblm::train::model::{Model, TrainModel};
-use mblm::train::trainer::optimizer::{AdamConfig, Optimizer, clip_grad_norm};
+use mblm::train::trainer::optimizer::{Optimizer, clip_grad_norm};
 use mblm::{Mode, device};
 
 /// The share of bytes that an encoder restores, as in BERT.
@@ -17,18 +17,22 @@ pub const MASKING_PROBA: f64 = 0.15;
 ///
 /// # Errors
 /// The model or a step does not fit the device.
-pub fn step_memory(config: &ModelConfig, step: Step, device: Device) -> Result<Option<u64>> {
+pub fn step_memory(config: &ModelConfig, step: Step, optimizer: OptimizerKind, device: Device) -> Result<Option<u64>> {
     let model = Model::of(config, MASKING_PROBA, 0, device.clone().into())?;
     let ids = random_bytes(step.batch * step.bytes, num_tokens(&model));
-    let mut step = training_step(&model, Sequences { ids: &ids, len: step.bytes, loss_mask: None });
+    let mut step = training_step(&model, Sequences { ids: &ids, len: step.bytes, loss_mask: None }, optimizer);
     // The second step has moments from the start.
     step().and_then(|()| step())?;
     Ok(device::peak(&device))
 }
 
-/// One step as the package takes it: forward, backward, clip to norm 1, Adam.
-pub fn training_step<'a>(model: &'a Model, sequences: Sequences<'a>) -> impl FnMut() -> Result<()> + use<'a> {
-    let mut optimizer = Optimizer::new(model.params(), AdamConfig::default());
+/// One step as the package takes it, but with any optimizer: forward, backward, clip to norm 1, update.
+pub fn training_step<'a>(
+    model: &'a Model,
+    sequences: Sequences<'a>,
+    optimizer: OptimizerKind,
+) -> impl FnMut() -> Result<()> + use<'a> {
+    let mut optimizer = Optimizer::new(model.params(), optimizer);
     let mut step = 0;
     move || {
         step += 1;

@@ -242,6 +242,26 @@ fn sum_lanes(mut lanes: [f32; LANES]) -> f32 {
     lanes[0]
 }
 
+/// `Σ a_i` and `Σ a_i²` in `f64`, summed in 8 lanes.
+#[inline(always)]
+pub fn sum_and_squares(a: &[f32]) -> (f64, f64) {
+    const LANES: usize = 8;
+    let (mut sum, mut square) = ([0.0f64; LANES], [0.0f64; LANES]);
+    let (groups, rest) = a.as_chunks::<LANES>();
+    for group in groups {
+        for lane in 0..LANES {
+            let x = group[lane] as f64;
+            sum[lane] += x;
+            square[lane] += x * x;
+        }
+    }
+    for &x in rest {
+        sum[0] += x as f64;
+        square[0] += x as f64 * x as f64;
+    }
+    (sum.iter().sum(), square.iter().sum())
+}
+
 /// Turns every `s` of the row into `e^(s - max)` and returns their sum.
 #[inline(always)]
 pub fn exp_weights(row: &mut [f32], max: f32) -> f32 {

@@ -12,7 +12,7 @@ use mblm::device::{self, DeviceName};
 use mblm::gemm::{self, autocast};
 use mblm::generate::Decoder;
 use mblm::model::{Mblm, Sequences};
-use mblm::train::config::ModelConfig;
+use mblm::train::config::{ModelConfig, OptimizerKind};
 use mblm::train::cost::Step;
 use mblm::train::model::{Model, TrainModel};
 use mblm::yaml::Document;
@@ -31,7 +31,7 @@ const MOST_BYTES: usize = 64;
 /// Measure the speed of training, forward pass and generation on random bytes
 #[derive(clap::Args)]
 pub struct Args {
-    /// A model configuration, or a training configuration
+    /// A model configuration (trained with AdamW), or a training configuration (trained with its `train.optimizer`)
     config: PathBuf,
     /// Sequences per batch
     #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..))]
@@ -89,6 +89,7 @@ struct Measurements {
     device: String,
     composed: bool,
     precision: gemm::Precision,
+    optimizer: OptimizerKind,
     batch: usize,
     length: usize,
     params: usize,
@@ -110,13 +111,13 @@ struct Measurements {
 pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
     let mut document = Document::read(&args.config)?;
     args.set.iter().try_for_each(|assignment| document.set(assignment))?;
-    let Described { config, device, .. } = inspect::read(&document, &plugins.registry(Some(&args.config))?)?;
+    let Described { config, device, optimizer, .. } = inspect::read(&document, &plugins.registry(Some(&args.config))?)?;
     let length = config.hierarchy().context_len();
     let generation = Generation::new(args, &config, length)?;
     let device = args.device.unwrap_or(device).open()?;
     let precision = args.precision.available(&device)?;
     if args.only.is_none_or(|only| only == Part::Train) {
-        train::must_fit(&config, Step { batch: args.batch as usize, bytes: length })?;
+        train::must_fit(&config, Step { batch: args.batch as usize, bytes: length }, optimizer)?;
     }
     let model = Model::of(&config, MASKING_PROBA, 0, device.into())?;
     let mut report = Measurements {
@@ -125,6 +126,7 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
         device: device::name(&model.params().place().device),
         composed: args.composed,
         precision,
+        optimizer,
         batch: args.batch as usize,
         length,
         params: model.params().num_elements(),
@@ -158,7 +160,7 @@ fn measure(
     let ids = random_bytes(shape.0 * shape.1, num_tokens);
     let sequences = Sequences { ids: &ids, len: shape.1, loss_mask: None };
     if wanted(Part::Train) {
-        let mut step = training_step(model, sequences);
+        let mut step = training_step(model, sequences, report.optimizer);
         let step = || autocast(precision, &mut step);
         report.train_bytes_per_s = Some(show(args, "train", rate(shape.0 * shape.1, args.steps, step)?)?);
         report.peak_rss_mb = Memory::now().map(|memory| memory.resident_max >> 20);

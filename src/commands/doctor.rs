@@ -75,7 +75,8 @@ impl Args {
 pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
     let mut document = Document::read(&args.config)?;
     args.set.iter().try_for_each(|assignment| document.set(assignment))?;
-    let Described { config, step, device, .. } = inspect::read(&document, &plugins.registry(Some(&args.config))?)?;
+    let Described { config, step, device, optimizer } =
+        inspect::read(&document, &plugins.registry(Some(&args.config))?)?;
     let hierarchy = config.hierarchy();
     // With one patch alone nothing would pass from the first stage's embedding to the loss.
     let two_patches = 2 * hierarchy.seq_lens[1..].iter().product::<usize>();
@@ -84,7 +85,7 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
         Some(place) => read(place, shape.0 * shape.1, hierarchy.num_tokens)?,
         None => random(shape.0 * shape.1, args.seed, &config),
     };
-    train::must_fit(&config, Step { batch: shape.0, bytes: shape.1 })?;
+    train::must_fit(&config, Step { batch: shape.0, bytes: shape.1 }, optimizer)?;
     let sequences = Sequences { ids: &ids, len: shape.1, loss_mask: None };
     let report = examine(&config, MASKING, args.seed, &sequences, args.place(device)?)?;
     let text = if args.json { serde_json::to_string_pretty(&report)? + "\n" } else { table(&report) };

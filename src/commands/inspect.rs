@@ -56,7 +56,7 @@ pub fn run(args: &Args, plugins: &Plugins) -> anyhow::Result<()> {
         }
     };
     let report = report.trained_by(optimizer);
-    let on_device = args.device.map(|name| on_device(name, &config, step)).transpose()?;
+    let on_device = args.device.map(|name| on_device(name, &config, step, optimizer)).transpose()?;
     let text = match (args.json, on_device) {
         (false, on_device) => report.to_string() + &on_device.map_or(String::new(), |OnDevice { line, .. }| line),
         (true, None) => serde_json::to_string_pretty(&report)? + "\n",
@@ -77,12 +77,12 @@ struct OnDevice {
     line: String,
 }
 
-fn on_device(name: DeviceName, config: &ModelConfig, step: Step) -> anyhow::Result<OnDevice> {
+fn on_device(name: DeviceName, config: &ModelConfig, step: Step, optimizer: OptimizerKind) -> anyhow::Result<OnDevice> {
     let opened = name.open()?;
     let device = device::name(&opened);
     let bytes = match opened.is_cpu() {
         true => None,
-        false => step_memory(config, step, opened)
+        false => step_memory(config, step, optimizer, opened)
             .with_context(|| format!("a training step of {} x {} bytes on {device}", step.batch, step.bytes))?,
     };
     let line = match bytes {

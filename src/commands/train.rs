@@ -12,7 +12,7 @@ use mblm::device::{DeviceName, Place};
 use mblm::generate::{Format, Sampler, Sampling, TokenStream, Until, generate};
 use mblm::model::Mblm;
 use mblm::train as training;
-use mblm::train::config::{ModelConfig, RunConfig};
+use mblm::train::config::{ModelConfig, OptimizerKind, RunConfig};
 use mblm::train::cost::{ModelCost, Step, bytes as shown_bytes, metric};
 use mblm::train::doctor::{Finding, glance};
 use mblm::train::evaluate::bpb;
@@ -249,9 +249,9 @@ fn warn_of_stages(config: &RunConfig) -> training::Result<()> {
 }
 
 /// Refuses a model of which a training step of `batch` sequences of `bytes` bytes cannot fit the memory.
-pub fn must_fit(config: &ModelConfig, step: Step) -> training::Result<()> {
+pub fn must_fit(config: &ModelConfig, step: Step, optimizer: OptimizerKind) -> training::Result<()> {
     let model = Model::outline_of(config, 0.0, 0)?;
-    let report = ModelCost::new(config.hierarchy(), model.params(), &model.stage_models(), step);
+    let report = ModelCost::new(config.hierarchy(), model.params(), &model.stage_models(), step).trained_by(optimizer);
     match mblm::base::memory::available().filter(|limit| report.least_bytes() > limit.bytes as f64) {
         Some(limit) => Err(training::Error::Config(too_large(&report, &limit))),
         None => Ok(()),

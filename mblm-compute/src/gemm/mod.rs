@@ -17,6 +17,6 @@ mod product;
 pub(crate) mod tile;
 
 pub use matrix::{Mat, MatMut, Update};
-pub use precision::{Precision, autocast};
-pub(crate) use precision::{current, requested};
+pub(crate) use precision::current;
+pub use precision::{Precision, autocast, requested};
 pub use product::matmul;

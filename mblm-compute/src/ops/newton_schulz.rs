@@ -1,5 +1,5 @@
 //! The orthogonalization in Muon (Jordan et al. 2024): five rounds of a quintic Newton-Schulz iteration. They keep a matrix's
-//! singular vectors and bring its singular values near 1, between about 0.7 and 1.2.
+//! singular vectors. They bring singular values of more than a hundredth of its norm near 1, between 0.68 and 1.14.
 //!
 //! A round is `X <- a X + (b A + c A²) X` with `A = X Xᵀ`, from `X = G / ‖G‖`. It works on the smaller side: where `G` has
 //! more rows than columns, everything is transposed.
@@ -51,6 +51,8 @@ pub fn newton_schulz_composed(g: &Tensor) -> Result<Tensor> {
 /// - `g`: `(rows, cols)`
 pub fn newton_schulz(g: &mut [f32], rows: usize, cols: usize) {
     assert_eq!(g.len(), rows * cols, "a {rows} x {cols} matrix");
+    let squares = |chunk| vectorize(|| simd::sum_and_squares(chunk).1);
+    // Chunks that no thread count changes.
     let norm = g.chunks(MIN_PARALLEL).map(squares).sum::<f64>().sqrt();
     let side = rows.min(cols);
     let (mut gram, mut update, mut other) =
@@ -79,24 +81,6 @@ pub fn newton_schulz(g: &mut [f32], rows: usize, cols: usize) {
 pub fn flops(rows: usize, cols: usize) -> f64 {
     let (short, long) = (rows.min(cols) as f64, rows.max(cols) as f64);
     ROUNDS as f64 * 2.0 * short * short * (2.0 * long + short)
-}
-
-/// The sum of squares, in lanes whose order no thread count changes.
-fn squares(chunk: &[f32]) -> f64 {
-    const LANES: usize = 8;
-    vectorize(
-        #[inline(always)]
-        || {
-            let mut sums = [0.0f64; LANES];
-            let (groups, rest) = chunk.as_chunks::<LANES>();
-            for group in groups {
-                for (sum, &x) in sums.iter_mut().zip(group) {
-                    *sum += f64::from(x) * f64::from(x);
-                }
-            }
-            sums.iter().sum::<f64>() + rest.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>()
-        },
-    )
 }
 
 /// `out = a aᵀ` on and below the diagonal; what lies above is not all written.
@@ -172,6 +156,7 @@ mod tests {
             // The rounds multiply what is small, rounding too, by up to 500.
             assert_close("slices", &fused(&g, shape), &want, 1e-4);
             assert_close("tensors of f32", &composed(&g, shape, DType::F32), &want, 1e-4);
+            // Rounding the operands takes the result about 2% off.
             let bf16 = autocast(Precision::Bf16, || fused(&g, shape));
             let (off, size) = bf16
                 .iter()
@@ -188,7 +173,7 @@ mod tests {
         let x = fused(&g, (4, 3));
         for (i, value) in x.iter().enumerate() {
             let on_diagonal = i % 4 == 0 && i < 9;
-            assert!(if on_diagonal { (0.6..1.3).contains(value) } else { *value == 0.0 }, "{x:?}");
+            assert!(if on_diagonal { (0.68..1.14).contains(value) } else { *value == 0.0 }, "{x:?}");
         }
         assert_eq!(fused(&[0.0; 6], (2, 3)), [0.0; 6], "nothing is divided by zero");
     }

@@ -69,6 +69,13 @@ impl fmt::Display for OptimizerKind {
     }
 }
 
+impl From<OptimizerKind> for OptimizerConfig {
+    fn from(kind: OptimizerKind) -> Self {
+        let muon = (kind == OptimizerKind::Muon).then(MuonConfig::default);
+        OptimizerConfig { muon, ..OptimizerConfig::default() }
+    }
+}
+
 /// Section `train`.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -183,9 +190,8 @@ impl TrainSection {
         let (beta1, beta2) = self.betas;
         OptimizerConfig {
             adam: AdamConfig { beta1, beta2, weight_decay: self.weight_decay, ..AdamConfig::default() },
-            muon: (self.optimizer == OptimizerKind::Muon).then(MuonConfig::default),
             lr_scale: self.lr_scale.clone().unwrap_or_default(),
-            precision: self.precision,
+            ..self.optimizer.into()
         }
     }
 

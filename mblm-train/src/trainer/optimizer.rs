@@ -4,7 +4,7 @@
 
 use std::borrow::Cow;
 
-use mblm_core::gemm::{Precision, autocast};
+use mblm_core::gemm::{autocast, requested};
 use mblm_core::param::Part;
 use mblm_core::{Param, ParamStore};
 use rayon::prelude::*;
@@ -30,8 +30,6 @@ pub struct OptimizerConfig {
     pub muon: Option<MuonConfig>,
     /// What the learning rate is multiplied by for each stage, from global to local; empty if by nothing.
     pub lr_scale: Vec<f64>,
-    /// Precision of the operands of Muon's products.
-    pub precision: Precision,
 }
 
 impl From<AdamConfig> for OptimizerConfig {
@@ -138,10 +136,12 @@ impl Optimizer {
 
     /// Changes every parameter that has a gradient. The gradients stay as they are.
     ///
-    /// Matrices are updated several at a time, so that small ones use all threads.
+    /// Muon's products are in the precision of [`autocast`]. Matrices are updated several at a time, so that small ones use
+    /// all threads.
     pub fn step(&mut self, store: &ParamStore, lr: f64) -> Result<()> {
         self.step += 1;
-        let OptimizerConfig { adam, muon, precision, .. } = &self.config;
+        let OptimizerConfig { adam, muon, .. } = &self.config;
+        let precision = requested();
         let mut matrices = Vec::new();
         for (param, slot) in store.iter().zip(&mut self.slots) {
             let lr = lr * slot.scale;
@@ -151,17 +151,14 @@ impl Optimizer {
                 (Some(muon), Held::Host(moments)) => {
                     matrices.push((muon.step(param, lr, decay), param, &mut moments.m))
                 }
-                (Some(muon), Held::Device(held)) => {
-                    let step = muon.step(param, lr, decay);
-                    autocast(*precision, || held.muon(param, &step))?;
-                }
+                (Some(muon), Held::Device(held)) => held.muon(param, &muon.step(param, lr, decay))?,
                 (None, Held::Host(moments)) => adam::update(param, moments, &adam.step(self.step, lr, decay))?,
                 (None, Held::Device(held)) => held.adam(param, &adam.step(self.step, lr, decay))?,
             }
         }
         matrices.into_par_iter().try_for_each(|(step, param, momentum)| {
             // Each thread has a precision of its own.
-            autocast(*precision, || muon::update(param, momentum, &step))
+            autocast(precision, || muon::update(param, momentum, &step))
         })
     }
 }

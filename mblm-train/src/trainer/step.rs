@@ -2,6 +2,8 @@
 
 use std::time::{Duration, Instant};
 
+use mblm_core::gemm::autocast;
+
 use super::Trainer;
 use super::optimizer::{GradNorm, clip_grad_norm, scale_grads};
 use crate::error::{Error, Result};
@@ -62,7 +64,8 @@ impl Trainer<'_> {
         if !norm.norm.is_finite() {
             return Err(self.non_finite_gradient());
         }
-        self.optimizer.step(store, self.plan.schedule.lr(self.state.step))?;
+        let lr = self.plan.schedule.lr(self.state.step);
+        autocast(self.config.train.precision, || self.optimizer.step(store, lr))?;
         store.zero_grad();
         self.state.step += 1;
         self.state.optimizer_step = self.optimizer.step_count();

@@ -46,9 +46,11 @@ impl AdamConfig {
     }
 }
 
-/// Changes a parameter of the CPU that has a gradient and a second moment.
+/// Changes a parameter of the CPU that has a gradient.
 pub(super) fn update(param: &Param, moments: &mut Moments, scalars: &Step) -> Result<()> {
-    let (grad, Moments { m, v: Some(v) }) = (param.grad(), moments) else { return Ok(()) };
+    let (grad, Moments { m, v: Some(v) }) = (param.grad(), moments) else {
+        unreachable!("{param:?} has no second moment")
+    };
     if grad.is_empty() {
         return Ok(());
     }

@@ -2,7 +2,7 @@
 
 use candle_core::Tensor;
 use mblm_core::parallel::MIN_PARALLEL;
-use mblm_core::simd::vectorize;
+use mblm_core::simd::{self, vectorize};
 use mblm_core::{Param, ParamStore};
 use rayon::prelude::*;
 
@@ -60,7 +60,7 @@ pub fn scale_grads(store: &ParamStore, factor: f64) -> Result<()> {
         match grad.tensor().map(|sum| sum.affine(factor, 0.0)) {
             Some(scaled) => grad.set_tensor(scaled?),
             None => {
-                let scale = |chunk: &mut [f32]| vectorize(|| mblm_core::simd::scale(factor as f32, chunk));
+                let scale = |chunk: &mut [f32]| vectorize(|| simd::scale(factor as f32, chunk));
                 grad.par_chunks_mut(MIN_PARALLEL).for_each(scale);
             }
         }
@@ -70,27 +70,9 @@ pub fn scale_grads(store: &ParamStore, factor: f64) -> Result<()> {
 
 /// The sum and the sum of squares, chunk by chunk: the same bits on any number of threads.
 pub(crate) fn sums(grad: &[f32]) -> (f64, f64) {
-    let partial: Vec<(f64, f64)> = grad.par_chunks(MIN_PARALLEL).map(|chunk| vectorize(|| sums_chunk(chunk))).collect();
+    let partial: Vec<(f64, f64)> =
+        grad.par_chunks(MIN_PARALLEL).map(|chunk| vectorize(|| simd::sum_and_squares(chunk))).collect();
     partial.iter().fold((0.0, 0.0), |(sum, square), part| (sum + part.0, square + part.1))
-}
-
-#[inline(always)]
-fn sums_chunk(chunk: &[f32]) -> (f64, f64) {
-    const LANES: usize = 8;
-    let (mut sum, mut square) = ([0.0f64; LANES], [0.0f64; LANES]);
-    let (groups, rest) = chunk.as_chunks::<LANES>();
-    for group in groups {
-        for lane in 0..LANES {
-            let x = group[lane] as f64;
-            sum[lane] += x;
-            square[lane] += x * x;
-        }
-    }
-    for &x in rest {
-        sum[0] += x as f64;
-        square[0] += x as f64 * x as f64;
-    }
-    (sum.iter().sum(), square.iter().sum())
 }
 
 /// The first parameter, by name, for which `part` holds an infinity or a NaN.

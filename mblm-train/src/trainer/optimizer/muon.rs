@@ -102,6 +102,7 @@ mod tests {
 
     use candle_core::{DType, Device};
     use mblm_core::device::Place;
+    use mblm_core::gemm::{Precision, autocast};
     use mblm_core::param::Part;
     use mblm_core::{Init, ParamStore};
     use serde::Deserialize;
@@ -185,8 +186,24 @@ mod tests {
                     assert!(off < 1e-5, "{name}, {}: off by {off} of the way", case.adjust);
                     // PyTorch's own iteration in bfloat16 is off by 0.7% to 1.3%.
                     let off = distance(found, &case.bfloat16[name]) / moved;
-                    assert!(off < 0.02, "{name}, {}: off by {off} of the way in bfloat16", case.adjust);
+                    assert!(off < 0.013, "{name}, {}: off by {off} of the way in bfloat16", case.adjust);
                 }
+            }
+        }
+    }
+
+    /// A processor without instructions for bfloat16 takes them in f32.
+    #[test]
+    fn steps_in_bfloat16_are_near_those_in_f32() {
+        let golden = Golden::read();
+        for case in &golden.cases {
+            let store = golden.store(Place::default());
+            autocast(Precision::Bf16, || golden.train(case, &store));
+            for param in store.iter() {
+                let (want, start) = (&case.float32[param.name()], &golden.start[param.name()]);
+                let off = distance(&param.values(), want) / distance(want, start);
+                // Rounding the operands of exact products takes them 1.0% to 2.1% off.
+                assert!(off < 0.022, "{}, {}: off by {off} of the way", param.name(), case.adjust);
             }
         }
     }
