@@ -10,9 +10,7 @@ use mblm_core::ops::dropout::dropout_composed;
 use mblm_core::param::Part;
 use mblm_core::{Init, Mode, ParamStore};
 
-use crate::config::{
-    IoSection, LossAverage, ModelConfig, OptimizerKind, Params, RunConfig, TargetStrategy, TrainSection,
-};
+use crate::config::{IoSection, LossAverage, ModelConfig, Params, RunConfig, TargetStrategy, TrainSection};
 use crate::model::{Loss, TrainModel};
 
 pub const VOCABULARY: usize = 8;
@@ -20,7 +18,7 @@ pub const VOCABULARY: usize = 8;
 type Hook = Box<dyn Fn(u64)>;
 
 pub struct Bigram {
-    params: ParamStore,
+    pub params: ParamStore,
     /// Training passes so far.
     passes: AtomicU64,
     /// The training pass, counted from 0, whose loss is multiplied by the number.
@@ -40,22 +38,8 @@ pub struct Bigram {
 impl Bigram {
     pub fn new() -> Self {
         let mut params = ParamStore::new(3);
-        params.root().weight("table.weight", &[VOCABULARY, VOCABULARY], Init::Normal).unwrap();
-        Bigram::over(params)
-    }
-
-    /// One for `config`: a matrix that Muon is to update belongs to a stage.
-    pub fn of(config: &RunConfig) -> Self {
-        if config.train.optimizer == OptimizerKind::Adamw {
-            return Bigram::new();
-        }
-        let mut params = ParamStore::new(3);
         let mut root = params.root();
         root.of(Part::Stage(0)).weight("table.weight", &[VOCABULARY, VOCABULARY], Init::Normal).unwrap();
-        Bigram::over(params)
-    }
-
-    fn over(mut params: ParamStore) -> Self {
         params.root().param("bias", &[VOCABULARY], Init::Const(0.0)).unwrap();
         Bigram {
             params,

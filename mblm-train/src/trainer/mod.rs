@@ -14,7 +14,7 @@ use mblm_data::share::share;
 use mblm_data::{Fingerprint, Splits};
 
 use crate::checkpoint::{Checkpoint, Shelf, TrainState};
-use crate::config::RunConfig;
+use crate::config::{OptimizerKind, RunConfig};
 use crate::error::{Error, Result};
 use crate::journal::folder::{LossEntry, LossLog};
 use crate::journal::metrics::{Kind, Metrics, Point, Scalars};
@@ -178,6 +178,13 @@ impl<'a> Trainer<'a> {
             ..TrainState::new(section.seed, config.plugins())
         };
         let optimizer = Optimizer::new(model.params(), section.optimizer());
+        if section.optimizer == OptimizerKind::Muon && optimizer.has_second().all(|has_second| has_second) {
+            return Err(Error::Config(
+                "train.optimizer: expected adamw: the stages of this model have no weight matrix, which is what Muon \
+                 updates, found muon"
+                    .into(),
+            ));
+        }
         let ahead = Prefetch::new(train.clone());
         let data = splits.fingerprint;
         let config_yaml = config.to_yaml()?;

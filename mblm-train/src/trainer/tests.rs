@@ -1,5 +1,6 @@
 //! Whole runs of the bigram stand-in.
 
+mod changes;
 mod together;
 
 use std::fs;
@@ -12,7 +13,7 @@ use mblm_core::Mode;
 use super::*;
 use crate::bigram::{Bigram, VOCABULARY, config, model};
 use crate::checkpoint::{Which, find};
-use crate::config::{LossAverage, ModelConfig, OptimizerKind, ResumeSection, ScheduleKind, TargetStrategy};
+use crate::config::{LossAverage, ModelConfig, OptimizerKind, ResumeSection, TargetStrategy};
 use crate::journal::folder::{RunFolder, read_losses};
 use crate::model::sequences;
 use crate::processes::Solo;
@@ -110,7 +111,7 @@ fn a_run_learns_and_leaves_what_it_promises() {
 /// `straight`, bit for bit.
 fn interrupt_and_resume(config: &RunConfig, at: u64, in_evaluation: bool, straight: &(Vec<u32>, Vec<LossEntry>)) {
     let stop = Arc::new(never());
-    let mut model = Bigram::of(config);
+    let mut model = Bigram::new();
     let raised = stop.clone();
     let reached = Arc::new(never());
     let reached_too = reached.clone();
@@ -128,7 +129,7 @@ fn interrupt_and_resume(config: &RunConfig, at: u64, in_evaluation: bool, straig
     }));
     let (run, outcome) = train(&model, config, &stop).unwrap();
     assert_eq!((outcome.end, outcome.state.batches), (End::Stopped, at + 1));
-    let resumed = Bigram::of(config);
+    let resumed = Bigram::new();
     let outcome = resume(&resumed, &run, config, &never()).unwrap();
     assert_eq!(outcome.end, End::Finished);
     assert_eq!(resumed.weights(), straight.0, "weights, interrupted at {at}");
@@ -154,7 +155,7 @@ fn a_resumed_run_is_bit_identical_wherever_it_was_interrupted() {
 fn a_resumed_run_of_muon_is_bit_identical_too() {
     let (_folder, mut config) = workplace();
     config.train.optimizer = OptimizerKind::Muon;
-    let model = Bigram::of(&config);
+    let model = Bigram::new();
     let (run, _) = train(&model, &config, &never()).unwrap();
     let straight = (model.weights(), losses(&run));
     let valid: Vec<f64> = straight.1.iter().filter(|row| row.kind == "valid").map(|row| row.loss).collect();
@@ -360,9 +361,9 @@ fn gradients_are_measured_when_they_are_complete_and_a_resumed_run_has_the_same_
         .map(|(batch, kind, numbers)| (*batch, &kind[..], numbers.iter().map(|(tag, _)| &tag[..]).collect()))
         .collect();
     let loss = ["bpb", "bytes_seen", "loss", "lr", "step"].to_vec();
-    let gradient = ["bytes_seen", "grad_norm", "grad_norm_clipped", "step"].to_vec();
+    let gradient = ["bytes_seen", "grad_norm", "grad_norm_clipped", "stage1/grad_norm", "step"].to_vec();
     let valid = ["bpb", "bytes_seen", "loss", "step"].to_vec();
-    let last = ["bpb", "bytes_seen", "grad_norm", "grad_norm_clipped", "loss", "lr", "step"].to_vec();
+    let last = [&["bpb"], &gradient[..3], &["loss", "lr"], &gradient[3..]].concat();
     // Points are batches 0, 9 and 19; a step follows batches 2, 5, …, 17, and one of two batches the last.
     let want = [
         (0, "train", &loss),
@@ -395,46 +396,6 @@ fn gradients_are_measured_when_they_are_complete_and_a_resumed_run_has_the_same_
     assert_eq!(batches.len(), 20 + 4, "{rows}");
 }
 
-/// A run that was stopped after batch `at`.
-fn stopped_at(model: &mut Bigram, config: &RunConfig, at: u64) -> PathBuf {
-    let stop = Arc::new(never());
-    let raised = stop.clone();
-    model.hook = Some(Box::new(move |pass| raised.store(pass + 1 == at, Ordering::Relaxed)));
-    let (run, outcome) = train(model, config, &stop).unwrap();
-    assert_eq!((outcome.end, outcome.state.batches), (End::Stopped, at));
-    run
-}
-
-/// Goes on with a changed configuration.
-fn resume_changed(run: &Path, config: &RunConfig) -> (Outcome, String) {
-    let (model, stop) = (Bigram::new(), never());
-    let changed = Session { changes: vec!["something: 1, now 2".into()], ..session(&model, config, &stop) };
-    let outcome = changed.resume(&RunFolder::open(run).unwrap()).unwrap();
-    (outcome, fs::read_to_string(run.join("train.log")).unwrap())
-}
-
-#[test]
-fn a_window_that_a_change_completes_is_stepped_on() {
-    let (_folder, mut config) = workplace();
-    let run = stopped_at(&mut Bigram::new(), &config, 8); // two batches wait, of three
-    config.train.gradient_accumulate_every = 1;
-    let (outcome, log) = resume_changed(&run, &config);
-    assert_eq!((outcome.state.batches, outcome.state.step), (20, 2 + 1 + 12));
-    assert!(log.contains("note: the configuration changes: something: 1, now 2"), "{log}");
-    config.train.gradient_accumulate_every = 7;
-    let run = stopped_at(&mut Bigram::new(), &config, 8);
-    config.train.gradient_accumulate_every = 3;
-    let (outcome, _) = resume_changed(&run, &config);
-    // One step of seven batches, then the eighth to the tenth, and so on; the last is of one batch.
-    assert_eq!((outcome.state.batches, outcome.state.step), (20, 1 + 5));
-    // A target that is reached already: what waits is still stepped on.
-    config.train.gradient_accumulate_every = 3;
-    let run = stopped_at(&mut Bigram::new(), &config, 8);
-    config.train.target_elements = 5 * 64;
-    let (outcome, _) = resume_changed(&run, &config);
-    assert_eq!((outcome.end, outcome.state.batches, outcome.state.step), (End::Finished, 8, 3));
-}
-
 #[test]
 fn accumulated_batches_are_one_large_batch_whatever_counts_in_them() {
     let (_folder, mut config) = workplace();
@@ -463,107 +424,6 @@ fn accumulated_batches_are_one_large_batch_whatever_counts_in_them() {
     assert!(apart(&whole, &trained(2, 2, LossAverage::Window)) < 1e-6);
     assert!(apart(&whole, &trained(1, 4, LossAverage::Batch)) > 1e-4, "the package's means of means are others");
     assert_eq!(whole, trained(4, 1, LossAverage::Batch));
-}
-
-#[test]
-fn a_changed_batch_size_reaches_the_target_and_counts_true_bytes() {
-    let (_folder, mut config) = workplace();
-    config.train.target_elements_strategy = TargetStrategy::Batch;
-    config.train.target_elements = 80;
-    let run = stopped_at(&mut Bigram::new(), &config, 10);
-    config.train.batch_size = 7;
-    let (outcome, log) = resume_changed(&run, &config);
-    // 40 sequences are seen; the 40 that are left are 6 batches of 7.
-    let state = outcome.state;
-    assert_eq!((state.batches, state.elements_seen, state.bytes_seen), (16, 82, 82 * 16));
-    // 12 sequences of the second epoch are seen, of which batch 1 of 7 holds the last five.
-    assert!(log.contains("data: goes on at batch 2 of epoch 1, which was batch 3 of epoch 1"), "{log}");
-    let bytes = metrics(&run).last().unwrap().2.iter().find(|(tag, _)| tag == "bytes_seen").unwrap().1;
-    assert_eq!(bytes, 82.0 * 16.0);
-    // The change is the run's: it goes on, and is resumed, without being told again.
-    assert_eq!(find(&run, Which::Newest).unwrap().sizes().unwrap().train.batch_size, 7);
-}
-
-#[test]
-fn a_longer_target_goes_on_at_the_rate_that_was_reached() {
-    let (_folder, mut config) = workplace();
-    (config.train.gradient_accumulate_every, config.io.log_train_loss_amount) = (1, 1000);
-    let rates = |run: &Path| {
-        let rows = losses(run).into_iter().filter(|row| row.kind == "train");
-        rows.map(|row| row.lr).collect::<Vec<f64>>()
-    };
-    let longest = |rates: &[f64]| rates.windows(2).map(|pair| (pair[1] - pair[0]).abs()).fold(0.0, f64::max);
-    let (run, _) = train(&Bigram::new(), &config, &never()).unwrap();
-    let before = longest(&rates(&run)[2..]);
-    config.train.target_elements *= 2;
-    let (_, log) = resume_changed(&run, &config);
-    let found = rates(&run);
-    assert_eq!((found.len(), found[20]), (40, found[19]));
-    assert!(longest(&found[2..]) <= before, "{found:?}");
-    assert!(
-        log.contains("learning rate schedule before: 7.") && log.contains("learning rate schedule now: 7."),
-        "{log}"
-    );
-    assert!(log.contains("warning: the learning rate stays below 0.1 of train.learning_rate"), "{log}");
-    // Warmed up again where that is asked for.
-    config.train.target_elements *= 2;
-    config.train.rewarm_steps_perc = Some(0.5);
-    let (_, log) = resume_changed(&run, &config);
-    let found = rates(&run);
-    assert_eq!((found.len(), found[40], found[60]), (80, found[39], config.train.learning_rate));
-    assert!(longest(&found[2..]) <= before && log.contains("rises to 1.000e-1 at step 60"), "{found:?}");
-    // That was for this time: the run does not have it any more, so the next one anneals.
-    let kept = find(&run, Which::Newest).unwrap().sizes().unwrap();
-    let yaml = RunFolder::config_yaml(&run).unwrap();
-    assert!(kept.train.rewarm_steps_perc.is_none() && yaml.contains("rewarm_steps_perc: null"), "{yaml}");
-    config.train.target_elements *= 2;
-    config.train.rewarm_steps_perc = None;
-    resume_changed(&run, &config);
-    let found = rates(&run);
-    assert!(found.len() == 160 && found[80..].iter().all(|rate| *rate <= found[79]), "{found:?}");
-}
-
-#[test]
-fn a_run_that_is_extended_before_its_decay_goes_on_at_its_stable_rate() {
-    let (_folder, mut config) = workplace();
-    (config.train.gradient_accumulate_every, config.io.log_train_loss_amount) = (1, 1000);
-    config.train.schedule = ScheduleKind::Wsd;
-    let stop = Arc::new(never());
-    let mut model = Bigram::new();
-    let raised = stop.clone();
-    model.hook = Some(Box::new(move |pass| raised.store(pass == 9, Ordering::Relaxed)));
-    let (run, _) = train(&model, &config, &stop).unwrap();
-    config.train.target_elements *= 2;
-    let (_, log) = resume_changed(&run, &config);
-    let rates: Vec<f64> = losses(&run).into_iter().filter(|row| row.kind == "train").map(|row| row.lr).collect();
-    assert!(rates.len() == 40 && rates[2..=32].iter().all(|rate| *rate == 0.1), "{rates:?}");
-    assert!((rates[36] - 0.05).abs() < 1e-12, "{rates:?}");
-    assert!(log.contains("schedule now: 1.000e-1 at step 10, stays there until step 32, then falls"), "{log}");
-    // A finished run has no stable rate left.
-    config.train.target_elements *= 2;
-    let (_, log) = resume_changed(&run, &config);
-    assert!(log.contains("at step 40, stays there until step 64, then falls linearly to 0 at step 80"), "{log}");
-}
-
-#[test]
-fn a_retry_does_not_warm_up_again() {
-    let (_folder, mut config) = workplace();
-    config.train.gradient_accumulate_every = 1;
-    let extended = |crash: Option<u64>| {
-        let mut config = config.clone();
-        let (run, _) = train(&Bigram::new(), &config, &never()).unwrap();
-        config.train.target_elements *= 2;
-        config.train.rewarm_steps_perc = Some(0.5);
-        let mut model = Bigram::new();
-        model.hook = Some(Box::new(move |pass| assert_ne!(Some(pass), crash, "crash")));
-        let stop = never();
-        let changes = vec!["something: 1, now 2".into()];
-        let session = Session { changes, retries: 1, ..session(&model, &config, &stop) };
-        session.resume(&RunFolder::open(&run).unwrap()).unwrap();
-        (model.weights(), losses(&run))
-    };
-    // After a checkpoint on the way up.
-    assert_eq!(extended(Some(10)), extended(None));
 }
 
 #[test]
@@ -637,6 +497,17 @@ fn validation_does_not_depend_on_the_batch_size_and_needs_something_to_predict()
     let want = "params.pad_token_id: the training data have nothing to predict";
     assert!(error.is_configuration() && error.to_string().contains(want), "{error}");
     assert_eq!(outputs(&config), 0);
+}
+
+#[test]
+fn muon_needs_a_matrix() {
+    let (_folder, mut config) = workplace();
+    config.train.optimizer = OptimizerKind::Muon;
+    let mut model = Bigram::new();
+    model.params = mblm_core::ParamStore::new(0);
+    let found = Trainer::new(&model, open_data(&config).unwrap(), &config, &Solo).map(drop).unwrap_err();
+    let want = "train.optimizer: expected adamw: the stages of this model have no weight matrix";
+    assert!(found.is_configuration() && found.to_string().starts_with(want), "{found}");
 }
 
 #[test]

@@ -14,7 +14,7 @@ fn train_together(
     prepare: impl Fn(usize, &mut Bigram, &Arc<AtomicBool>) + Sync,
 ) -> Vec<Ran> {
     together(size, |processes| {
-        let (mut model, stop) = (Bigram::of(config), Arc::new(never()));
+        let (mut model, stop) = (Bigram::new(), Arc::new(never()));
         prepare(processes.rank(), &mut model, &stop);
         let session = Session { processes, retries, ..session(&model, config, &stop) };
         let (run, outcome) = session.train()?;
