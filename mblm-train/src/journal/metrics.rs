@@ -8,6 +8,7 @@
 //! |---|---|
 //! | `loss`, `bpb` | the mean loss in nats per byte, and in bits |
 //! | `lr` | the learning rate of the next gradient step |
+//! | `stage1/lr`, … | with `train.lr_scale`: that of each stage |
 //! | `grad_norm`, `grad_norm_clipped` | the Euclidean norm of all gradients, before and after clipping |
 //! | `stage1/grad_norm`, … | the same before clipping, of the model of one stage alone |
 //! | `stage1/activation_norm`, … | the root mean square of that stage's output, the hidden state after its last layer, over all its elements: sequences of the batch, positions with start tokens and padding, channels |

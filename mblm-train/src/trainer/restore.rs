@@ -141,8 +141,8 @@ impl Trainer<'_> {
     }
 
     /// The learning rates of the rest of the run. Where a changed configuration gives it another number of steps or another
-    /// schedule, they begin with the rate that was reached. A warm-up that this change of the configuration asks for is not asked for again
-    /// by the next one: what the run keeps of the configuration is without it.
+    /// schedule, they begin with the rate that was reached. A warm-up that this change of the configuration asks for is not
+    /// asked for again by the next one: what the run keeps of the configuration is without it.
     fn schedule(
         &mut self,
         saved: &TrainState,

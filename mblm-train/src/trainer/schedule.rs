@@ -149,8 +149,8 @@ impl Schedule {
             Decay::Linear => Some(format!("falls linearly to 0 at step {end}")),
         };
         if step >= end {
-            let last = format!("{:.3e} at the last step", self.lr(end.saturating_sub(1)));
-            return falls.map_or_else(|| last.clone(), |_| format!("{last}, annealed to 0 at step {end}"));
+            let annealed = falls.map_or_else(String::new, |_| format!(", annealed to 0 at step {end}"));
+            return format!("{:.3e} at the last step{annealed}", self.lr(end.saturating_sub(1)));
         }
         let rises = (step < warm).then(|| format!("rises to {:.3e} at step {warm}", self.peak * self.top));
         let until = warm + self.stable_steps;
