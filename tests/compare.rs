@@ -373,7 +373,7 @@ fn what_cannot_be_is_said_before_anything_runs() {
         ),
         (
             study("{bytes: 700}", one),
-            vec!["budget: 700 B of training are less than whole batches of 8 x 64 bytes can match: 1.02 kB"],
+            vec!["budget: 700 B of training cannot be matched with whole batches of 8 x 64 bytes: 1.02 kB"],
         ),
         (
             study("{seconds: -1}", one),

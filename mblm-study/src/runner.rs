@@ -34,7 +34,7 @@ pub struct Options {
     pub program: PathBuf,
     /// Try runs again that failed.
     pub retry_failed: bool,
-    /// Move runs out of the way that do not fit the study any more.
+    /// Move runs that no longer fit the study out of the way.
     pub force: bool,
     /// With a launcher: so many starts of a run in a row may bring it no further.
     pub tries: u32,
@@ -125,7 +125,7 @@ impl<'p, 'r> Runner<'p, 'r> {
         }
     }
 
-    /// Where the study stands, of runs that fit it. What a later round comes to may be of an earlier design too.
+    /// Where the study stands, with runs that fit it. Runs of a later round may be of an earlier design too.
     fn fitting_course(&self, display: &Display) -> Result<Course> {
         let misfits = self.plan.misfits()?;
         if !misfits.is_empty() && !self.options.force {
@@ -190,8 +190,8 @@ impl<'p, 'r> Runner<'p, 'r> {
         all.into_inner().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// How the study stands when nothing is run any more. A try that failed is a measurement; a variant without any try
-    /// that did not is a failure.
+    /// The result of the study when no run is left to start. A try that diverged is a measurement; a variant whose
+    /// tries all diverged is a failure.
     fn ended(&self, course: &Course) -> Result<Ended> {
         let mut ended = Ended { interrupted: !course.next.is_empty(), ..Ended::default() };
         for (unit, lost) in course.units.iter().filter_map(|unit| Some((unit, unit.lost.as_ref()?))) {
@@ -264,7 +264,7 @@ impl<'p, 'r> Runner<'p, 'r> {
         let folder = self.plan.run_folder(run);
         let config = match self.plan.config(run) {
             Ok(config) => config,
-            // A grid that widens may come to what a field cannot be.
+            // An extended grid may reach values that a field does not accept.
             Err(error) => return Ok(Fate::Failed(format!("{UNFIT}: {error}"))),
         };
         let bytes = config.train.target_elements;

@@ -19,7 +19,7 @@ use crate::exit::EXIT_CODES;
 use crate::plugins::Plugins;
 use crate::{signals, trial};
 
-/// A dry run measures the speed of each variant for so long, and one step at least.
+/// How long a dry run measures the speed of each variant; at least one step.
 const MEASURED: Duration = Duration::from_millis(500);
 
 /// Arguments of `mblm compare`.
@@ -28,7 +28,7 @@ const MEASURED: Duration = Duration::from_millis(500);
 pub struct Args {
     /// The study's YAML file
     study: PathBuf,
-    /// Only show what would run
+    /// Only show what would run, and estimate how long it would take
     #[arg(long)]
     dry_run: bool,
     /// Number of runs at a time; without --launcher they share the cores [default: `jobs` of the study]
@@ -50,10 +50,10 @@ pub struct Args {
     /// Where to train: cpu, cuda, cuda:N, metal or auto; the same as `--set train.device=DEVICE`
     #[arg(long, value_name = "DEVICE")]
     device: Option<DeviceName>,
-    /// After the last run: measure again how fast each run trains and generates, one after the other; for a quiet machine
+    /// After the last run, measure again how fast each run trains and generates, one at a time (on an idle machine)
     #[arg(long, conflicts_with = "launcher")]
     speeds: bool,
-    /// If the study has changed: keep the runs that still fit, and move the others to the folder `replaced` of the study
+    /// If the study has changed: keep the runs that still fit, and move the others to `replaced` in its output folder
     #[arg(long)]
     force: bool,
     /// Override a field of the study (`budget.bytes=1e6`) or of every variant (`io.dataset_dir=DIR`); may be repeated
@@ -105,7 +105,7 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
     }
     match ended.failed.len() {
         0 if ended.lost.is_empty() => Ok(shown?),
-        0 => bail!("{} could not be tuned and has not been scored; see the report", listed(&ended.lost)),
+        0 => bail!("not scored, because tuning failed: {}; see the report for the reasons", listed(&ended.lost)),
         n => bail!(
             "{n} of {} runs failed; see the report for the reasons; --retry-failed runs them again",
             ended.failed.len() + ended.finished

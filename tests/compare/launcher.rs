@@ -150,7 +150,7 @@ fn what_no_launcher_can_do_is_said_before_anything_runs() {
         ("", "expected a command, such as 'srun -n1 -c8'; it is empty"),
         ("srun 'x", "a quote is not closed"),
         ("no-such-srun -n1", "there is no program no-such-srun"),
-        ("env", "budget.seconds: the speed is measured on this machine, and --launcher has others train"),
+        ("env", "budget.seconds: the speed is measured on this machine, but --launcher trains on others"),
     ];
     for (launcher, want) in cases {
         let (code, said) = ended(launched(folder.path(), &["--launcher", launcher]));

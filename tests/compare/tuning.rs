@@ -47,7 +47,7 @@ fn every_variant_gets_the_same_number_of_tries_and_is_scored_at_its_best() {
     let (code, plan, error) = mblm(folder.path(), &["compare", "study.yaml", "--dry-run"]);
     assert_eq!(code, 0, "{plan}{error}");
     let want = "2 variants x 2 seeds = 4 runs, 20.0 kB each, 1 at a time\n\
-                tuned before: train.learning_rate, 3 to 5 values for each variant, 50% of the budget each = 6 to 10 runs\n";
+                tuned first: train.learning_rate, 3 to 5 values for each variant, 50% of the budget each = 6 to 10 runs\n";
     assert!(
         plan.contains(want)
             && plan.contains(
@@ -121,9 +121,9 @@ fn a_study_that_changed_is_refused_and_force_keeps_what_fits() {
     assert_eq!(code, 2, "{error}");
     for want in [
         "the study in out has changed since its runs:",
-        "the seed 1 is gone: 2 runs do not count any more",
+        "the seed 1 was removed: 2 runs no longer count",
         "b-seed2 was trained with another configuration: train.learning_rate: 0.02, now 0.03",
-        "or let --force keep the runs that still fit and move those with other data or another configuration to out/replaced",
+        "or use --force: it keeps the runs that still fit and moves those with another configuration or other data to out/replaced",
     ] {
         assert!(error.contains(want), "{error}\n{want}");
     }
@@ -132,7 +132,7 @@ fn a_study_that_changed_is_refused_and_force_keeps_what_fits() {
     assert!(code == 0 && losses(folder.path()) == before, "{error}");
 
     let (code, _, error) = mblm(folder.path(), &["compare", "study.yaml", "--force"]);
-    assert!(code == 0 && error.contains("b-seed2") && error.contains("it is out/replaced/b-seed2 now"), "{error}");
+    assert!(code == 0 && error.contains("b-seed2") && error.contains("moved to out/replaced/b-seed2"), "{error}");
     assert_eq!(error.matches("(done before)").count(), 1, "a-seed2:\n{error}");
     let replaced = folder.path().join("out/replaced/b-seed2");
     assert_eq!(metrics(&replaced).last().unwrap()["kind"], "valid", "nothing is lost");
@@ -193,11 +193,12 @@ fn a_variant_that_no_value_is_finite_for_fails_and_the_others_are_scored() {
     let folder = workplace(&study);
     let (code, out, error) = mblm(folder.path(), &["compare", "study.yaml"]);
     assert!(
-        code == 1 && error.contains("\"Two transformers\" could not be tuned and has not been scored; see the report"),
+        code == 1
+            && error
+                .contains("not scored, because tuning failed: \"Two transformers\"; see the report for the reasons"),
         "{error}"
     );
-    let want =
-        "Two transformers failed: no value of train.learning_rate that was tried ended with a finite loss; tune it";
+    let want = "Two transformers failed: no value of train.learning_rate gave a finite loss; tune it";
     assert!(out.contains(want) && out.contains("1  as it is"), "{out}");
 }
 
@@ -209,7 +210,7 @@ fn sizes_and_budgets_are_a_grid() {
     let (code, plan, error) = mblm(folder.path(), &["compare", "study.yaml", "--dry-run"]);
     assert_eq!(code, 0, "{plan}{error}");
     let want = "1 variant x 2 sizes x 2 budgets x 2 seeds = 8 runs, 6.00 GFLOP each at most, 1 at a time\n\
-                tuned before: train.learning_rate, 3 values for each variant and size, 100% of the budget each = 6 runs\n";
+                tuned first: train.learning_rate, 3 values for each variant and size, 100% of the budget each = 6 runs\n";
     assert!(plan.contains(want) && plan.contains("base, 20k, 3GFLOP"), "{plan}");
     let (code, out, error) = mblm(folder.path(), &["compare", "study.yaml", "--jobs", "2"]);
     assert_eq!(code, 0, "{out}{error}");
@@ -239,11 +240,11 @@ fn what_cannot_be_tuned_or_scaled_is_said_before_anything_runs() {
         ),
         (
             "tune: {train.weight_decay: {points: 3}}\nbudget: {bytes: 9000}",
-            "factors of 0 lead nowhere; give a list of values",
+            "a grid needs a positive value in its middle, found 0; give a list of values",
         ),
         (
             "tune: {train.learning_rate: {points: 3}, seeds: [1]}\nbudget: {bytes: 9000}",
-            "tune.seeds[0]: the seed 1 scores too",
+            "tune.seeds[0]: the seed 1 is also in `seeds`",
         ),
         (
             "scale: {sizes: [100], budgets: [3G]}",
@@ -251,15 +252,15 @@ fn what_cannot_be_tuned_or_scaled_is_said_before_anything_runs() {
         ),
         (
             "scale: {sizes: [20.0k, 20.1k], budgets: [3G]}\nbudget: {tolerance: 0.3}",
-            "scale.sizes: 20k and 20.1k are the same model of ",
+            "scale.sizes: 20k and 20.1k give the same model of ",
         ),
         (
             "tune: {train.batch_size: [8, 4]}\nbudget: {bytes: 9000}",
-            "would change what is validated, since train.max_eval_steps",
+            "cannot be tuned with train.max_eval_steps, which counts batches",
         ),
         (
             "scale: {sizes: [20k], budgets: [3G]}\nbudget: {bytes: 1}",
-            "budget.bytes: sizes and budgets of a scaling study are in `scale`",
+            "budget.bytes: a scaling study has its sizes and budgets in `scale`",
         ),
     ] {
         fs::write(folder.path().join("study.yaml"), format!("base: base.yaml\nseeds: [1]\noutput_dir: out\n{rest}\n"))

@@ -18,7 +18,7 @@ pub struct Budget {
     pub amount: Amount,
     /// How large each model is, if that is to be equal too.
     pub parameters: Option<Parameters>,
-    /// How far a variant may be from what was asked for, as a share of it.
+    /// How far a variant may be from the requested size and amount, as a share of each.
     pub tolerance: f64,
 }
 
@@ -37,9 +37,9 @@ pub enum Amount {
 /// The size that all models are brought to.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Parameters {
-    /// As many parameters; the base's, if none.
+    /// The number of parameters; that of the base, if none.
     pub number: Option<u64>,
-    /// Which numbers are solved for.
+    /// The fields that change to reach it.
     pub solve: Solve,
 }
 
@@ -48,7 +48,7 @@ pub struct Parameters {
 pub struct Solve {
     /// Widths or layers.
     pub field: SolveField,
-    /// Of this stage, from 0; of all, in proportion, if none.
+    /// Only of this stage, counted from 0; of all stages in proportion, if none.
     pub stage: Option<usize>,
 }
 
@@ -62,7 +62,7 @@ pub enum SolveField {
 }
 
 impl SolveField {
-    /// As in YAML.
+    /// The name in the YAML.
     pub fn name(self) -> &'static str {
         match self {
             SolveField::HiddenDims => "hidden_dims",
@@ -82,7 +82,7 @@ impl std::fmt::Display for Amount {
 }
 
 impl Budget {
-    /// Reads section `budget` of a study. Where `scale` is given, sizes and amounts are there.
+    /// Reads section `budget` of a study. With `scale`, sizes and amounts come from there.
     pub(super) fn from_document(document: &Document, scale: Option<&Scale>) -> Result<Self, ConfigError> {
         if let Some(scale) = scale {
             return Budget::of_scale(document, scale);
@@ -103,7 +103,7 @@ impl Budget {
             ["flops"] => Amount::Flops(number("flops")?),
             ["seconds"] => Amount::Seconds(number("seconds")?),
             [] => {
-                let message = format!("says not how long a run trains; expected one of {AMOUNTS}");
+                let message = format!("does not say how long a run trains; expected one of {AMOUNTS}");
                 return Err(document.error(PATH, message));
             }
             _ => {
@@ -114,14 +114,14 @@ impl Budget {
         Ok(Budget { amount, parameters: Parameters::from_document(document)?, tolerance: tolerance(document)? })
     }
 
-    /// That of the largest model of a scaling study.
+    /// The largest size and budget of a scaling study.
     fn of_scale(document: &Document, scale: &Scale) -> Result<Self, ConfigError> {
         if document.get(PATH).is_some() {
             document.check_fields(PATH, &["bytes", "flops", "seconds", "parameters", "solve", "tolerance"])?;
             for field in ["bytes", "flops", "seconds", "parameters", "solve"] {
                 let place = format!("{PATH}.{field}");
                 if document.get(&place).is_some() {
-                    let message = "sizes and budgets of a scaling study are in `scale`; remove it";
+                    let message = "a scaling study has its sizes and budgets in `scale`; remove this field";
                     return Err(document.error(&place, message));
                 }
             }
@@ -154,7 +154,9 @@ impl Parameters {
         let number = match document.get(PATH) {
             None | Some(Value::Null) => {
                 return match document.get("budget.solve") {
-                    Some(_) => Err(document.error("budget.solve", "is for `parameters`, which is missing; add it")),
+                    Some(_) => {
+                        Err(document.error("budget.solve", "needs `budget.parameters`, which is missing; add it"))
+                    }
                     None => Ok(None),
                 };
             }
@@ -231,7 +233,7 @@ mod tests {
         assert_eq!(read("x: 1").unwrap().tolerance, 0.05);
         let error = read("budget: {bytes: 3}").unwrap_err();
         assert!(
-            error.contains("budget.bytes: sizes and budgets of a scaling study are in `scale`; remove it"),
+            error.contains("budget.bytes: a scaling study has its sizes and budgets in `scale`; remove this field"),
             "{error}"
         );
     }
@@ -239,8 +241,8 @@ mod tests {
     #[test]
     fn mistakes_say_what_was_expected() {
         let cases = [
-            ("{}", "s.yaml: budget: says not how long a run trains; expected one of `bytes: N`, `flops: F`"),
-            ("{parameters: 5}", "s.yaml: budget: says not how long"),
+            ("{}", "s.yaml: budget: does not say how long a run trains; expected one of `bytes: N`, `flops: F`"),
+            ("{parameters: 5}", "s.yaml: budget: does not say how long"),
             ("{bytes: 1, flops: 2}", "`seconds: S`, found bytes and flops (line 1)"),
             ("{bites: 1}", "s.yaml: budget.bites: unknown field; did you mean `bytes`? (line 1)"),
             ("{bytes: 0}", "s.yaml: budget.bytes: expected a positive number, found 0"),
@@ -249,7 +251,7 @@ mod tests {
                 "{bytes: 1, parameters: bases}",
                 "expected a number, or `base` for as many as the base has, found \"bases\"",
             ),
-            ("{bytes: 1, solve: num_layers}", "budget.solve: is for `parameters`, which is missing; add it"),
+            ("{bytes: 1, solve: num_layers}", "budget.solve: needs `budget.parameters`, which is missing; add it"),
             ("{bytes: 1, parameters: 5, solve: 'layers'}", "found \"layers\""),
             ("{bytes: 1, parameters: 5, solve: 'num_layers[x]'}", "expected `hidden_dims` or `num_layers`"),
         ];

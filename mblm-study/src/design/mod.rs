@@ -57,7 +57,7 @@ const SECTIONS: [&str; 4] = ["params", "train", "io", "resume"];
 pub struct Spec {
     /// Its name.
     pub name: String,
-    /// What it asks, in words.
+    /// The question that it asks, in words.
     pub description: Option<String>,
     /// Its folder.
     pub output_dir: PathBuf,
@@ -67,7 +67,7 @@ pub struct Spec {
     pub variants: Vec<(String, Document)>,
     /// The seeds that each variant is trained with.
     pub seeds: Seeds,
-    /// What is tuned for each variant before that.
+    /// What is tuned for each variant before it is scored.
     pub tune: Option<Tune>,
     /// In which sizes, and for which budgets, every variant is trained.
     pub scale: Option<Scale>,
@@ -125,7 +125,7 @@ impl Spec {
         if let Some(Value::Mapping(grid)) = document.get("grid")
             && let Some(twice) = tune.iter().flat_map(|tune| &tune.fields).find(|field| grid.contains_key(&field.path))
         {
-            let message = "is tuned too, which would change what the grid says; remove it in one of the two places";
+            let message = "is also in `tune`, which would overwrite the grid's values; remove it from one of the two";
             return Err(document.error(&join("grid", &twice.path), message));
         }
         Ok(Spec {
@@ -300,7 +300,7 @@ mod tests {
             ("base: base.yaml", "My study.yaml: missing field `budget`"),
             (
                 "base: base.yaml\ngrid: {train.lr: [1, 2]}\ntune: {train.lr: {points: 3}}\nbudget: {bytes: 1}",
-                "grid.train.lr: is tuned too, which would change what the grid says; remove it in one of the two places",
+                "grid.train.lr: is also in `tune`, which would overwrite the grid's values; remove it from one of the two",
             ),
             (
                 "base: base.yaml\nseeds: {start: 3, most: 5}\nscale: {sizes: [1M], budgets: [1T]}",
@@ -316,7 +316,7 @@ mod tests {
             ("base: base.yaml\nvariants: [{name: '/'}]", "variants[0].name: expected a name with letters or digits"),
             (
                 "base: base.yaml\nvariants: [{name: A b}, {name: a-b}]",
-                "variants: two variants would be called \"a-b\" and \"A b\"",
+                "variants: the variants \"a-b\" and \"A b\" would share a folder; give them different names",
             ),
             (
                 "base: base.yaml\nvariants:\n  - name: a\n    set:\n      parms.num_layers: 3",

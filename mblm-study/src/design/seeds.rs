@@ -1,10 +1,10 @@
-//! The seeds that score: a list, or as many as it takes.
+//! The seeds of the scored runs: a list, or as many as the tests need.
 
 use mblm_yaml::{ConfigError, Document, describe};
 use serde::{Deserialize, Serialize};
 use serde_yaml::Value;
 
-/// More seeds than this are a mistake.
+/// More seeds than this must be a mistake.
 const MOST: u64 = 1000;
 /// Fewer than two pairs cannot be tested.
 const LEAST_TESTED: u64 = 2;
@@ -15,7 +15,7 @@ const LEAST_TESTED: u64 = 2;
 pub enum Seeds {
     /// These.
     Listed(Vec<u64>),
-    /// Seeds 1 to `start`, and then one more at a time until the best variant is told apart, or `most` are reached.
+    /// Seeds 1 to `start`, then one more at a time until the best variant is distinguishable, or `most` are reached.
     Until {
         /// Seeds of every variant.
         start: u64,
@@ -69,7 +69,7 @@ impl Seeds {
         }
     }
 
-    /// How often it is asked whether the best is told apart. Every question may be answered wrongly by chance.
+    /// How often the study may look at the data. Every look may find a difference by chance.
     pub fn looks(&self) -> usize {
         1 + self.all().len() - self.first().len()
     }

@@ -4,12 +4,12 @@
 //! tune:
 //!   train.learning_rate: {factor: 2, points: 5}     # a grid in steps of a factor, around the variant's own value
 //!   train.weight_decay: [0.0, 0.01, 0.1]            # these values; the variant's own must be one of them
-//!   seeds: [1000]                                   # none that scores; default: one from 1000 on
-//!   share: 0.5                                      # of the budget; default: all of it
-//!   widen: 4                                        # further tries at most while a best value lies at an edge
+//!   seeds: [1000]                                   # of the tries; default: 1000, or the next free one
+//!   share: 0.5                                      # of the budget, for each try; default: 1
+//!   widen: 4                                        # a grid is extended at most this often; default: 4
 //! ```
 //!
-//! Fields are tuned one after the other, in this order, with the best values of those before.
+//! Fields are tuned one at a time, in this order, each with the best values of the fields before it.
 
 use std::fmt;
 
@@ -20,7 +20,7 @@ use serde_yaml::{Mapping, Value};
 use super::seeds::{Seeds, listed};
 
 const PATH: &str = "tune";
-/// What is no field of a training configuration.
+/// Keys that are not fields of a training configuration.
 const OPTIONS: [&str; 3] = ["seeds", "share", "widen"];
 /// Sections whose fields can be tuned.
 const TUNABLE: [&str; 2] = ["train.", "params."];
@@ -35,25 +35,25 @@ const DECIDED: [&str; 8] = [
     "params.num_tokens",
     "params.pad_token_id",
 ];
-/// The first seed that is taken if none is given.
+/// The first seed to consider if none is given.
 const FIRST_SEED: u64 = 1000;
-/// Further tries of a grid while a best value lies at its edge, unless the study says otherwise.
+/// How often a grid may be extended, unless the study says otherwise.
 const WIDEN: usize = 4;
 /// More values of one field than this are a mistake.
 const MOST_POINTS: usize = 100;
-/// Values are named in folders, which limits how many.
+/// The names of folders contain the values, which limits the number of fields.
 const MOST_FIELDS: usize = 4;
 
 /// Section `tune` of a study.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Tune {
-    /// What is tuned, one after the other.
+    /// The fields, in the order in which they are tuned.
     pub fields: Vec<Field>,
-    /// The seeds of the tries, none of which scores.
+    /// The seeds of the tries, which no scored run uses.
     pub seeds: Vec<u64>,
     /// The share of the budget that a try trains for.
     pub share: f64,
-    /// Further tries of a grid, at most, while a best value lies at its edge.
+    /// How often a grid may be extended while a best value lies at an edge.
     pub widen: usize,
 }
 
@@ -76,13 +76,13 @@ pub enum Values {
     Grid {
         /// The ratio of two neighbours.
         factor: f64,
-        /// How many, an odd number.
+        /// The number of values, which is odd.
         points: usize,
     },
 }
 
 impl Tune {
-    /// Reads section `tune`, if there is one. Its seeds must not be any of those that score.
+    /// Reads section `tune`, if there is one. Its seeds must differ from those of the scored runs.
     pub(super) fn from_document(document: &Document, scoring: &Seeds) -> Result<Option<Self>, ConfigError> {
         let section = match document.get(PATH) {
             None | Some(Value::Null) => return Ok(None),
@@ -109,13 +109,13 @@ impl Tune {
         Ok(Some(Tune { fields, seeds: seeds(document, section, scoring)?, share, widen }))
     }
 
-    /// How many values a variant tries before any grid widens.
+    /// The number of values that a variant tries before any grid is extended.
     pub(crate) fn points(&self) -> usize {
-        // The values of the fields before are not tried again.
+        // A field's first value was already tried with the field before it.
         self.fields.iter().map(|field| field.values.len()).sum::<usize>() - (self.fields.len() - 1)
     }
 
-    /// How many values a variant tries at most.
+    /// The number of values that a variant tries at most.
     pub(crate) fn most_points(&self) -> usize {
         let grids = self.fields.iter().filter(|field| matches!(field.values, Values::Grid { .. })).count();
         self.points() + grids * self.widen
@@ -139,7 +139,7 @@ impl fmt::Display for Values {
 }
 
 impl Values {
-    /// How many, before a grid widens.
+    /// The number of values before a grid is extended.
     pub(crate) fn len(&self) -> usize {
         match self {
             Values::Listed(values) => values.len(),
@@ -158,20 +158,22 @@ fn fields(document: &Document, section: &Mapping) -> Result<Vec<Field>, ConfigEr
         let place = join(PATH, path);
         if !TUNABLE.iter().any(|start| path.starts_with(start)) {
             let message = format!(
-                "is neither a field such as train.learning_rate nor one of {}; correct it",
+                "expected a field of `train` or `params`, such as train.learning_rate, or one of {}",
                 OPTIONS.map(|option| format!("`{option}`")).join(", ")
             );
             return Err(document.error(&place, message));
         }
         if DECIDED.contains(&path) {
-            let message =
-                "cannot be tuned: the study decides it, or it changes what the loss is measured on; remove it";
+            let message = "cannot be tuned: the study sets it, or it changes what the loss is measured on; remove it";
             return Err(document.error(&place, message));
         }
         fields.push(Field { path: path.into(), values: read_values(document, &place, values)? });
     }
     match fields.len() {
-        0 => Err(document.error(PATH, "names no field; add one, such as train.learning_rate: {factor: 2, points: 5}")),
+        0 => {
+            Err(document
+                .error(PATH, "has no field to tune; add one, such as train.learning_rate: {factor: 2, points: 5}"))
+        }
         1..=MOST_FIELDS => Ok(fields),
         n => Err(document.error(PATH, format!("expected at most {MOST_FIELDS} fields, found {n}"))),
     }
@@ -226,8 +228,8 @@ fn seeds(document: &Document, section: &Mapping, scoring: &Seeds) -> Result<Vec<
         Some(i) => Err(document.error(
             &format!("tune.seeds[{i}]"),
             format!(
-                "the seed {} scores too (`seeds`): a value that was chosen for its luck with a seed would be scored by \
-                 the same luck; choose another",
+                "the seed {} is also in `seeds`: a value that won by luck with this seed would profit from the same \
+                 luck in the score; choose another seed",
                 seeds[i]
             ),
         )),
@@ -259,9 +261,9 @@ mod tests {
     fn mistakes_say_what_was_expected() {
         for (text, want) in [
             ("tune: 3", "tune: expected fields and their values"),
-            ("tune: {share: 1}", "tune: names no field; add one"),
-            ("tune: {learning_rate: [1, 2]}", "tune.learning_rate: is neither a field such as train.learning_rate nor"),
-            ("tune: {train.seed: [1, 2]}", "tune.train.seed: cannot be tuned: the study decides it, or"),
+            ("tune: {share: 1}", "tune: has no field to tune; add one"),
+            ("tune: {learning_rate: [1, 2]}", "tune.learning_rate: expected a field of `train` or `params`, such as"),
+            ("tune: {train.seed: [1, 2]}", "tune.train.seed: cannot be tuned: the study sets it, or"),
             ("tune: {train.lr: [1, 2], widen: 1000}", "tune.widen: expected at most 100 further tries, found 1000"),
             ("tune: {train.lr: 3}", "tune.train.lr: expected {factor: F, points: N}, or a list of numbers, found 3"),
             ("tune: {train.lr: [1, 1]}", "the value 1 is given twice"),
@@ -271,7 +273,7 @@ mod tests {
             ("tune: {train.lr: {factr: 1}}", "unknown field `factr`"),
             ("tune: {train.lr: {points: 4}}", "points: expected an odd number from 3 to 100"),
             ("tune: {train.lr: [1, 2], share: 2}", "tune.share: expected a share of the budget"),
-            ("tune: {train.lr: [1, 2], seeds: [5, 1]}", "tune.seeds[1]: the seed 1 scores too (`seeds`)"),
+            ("tune: {train.lr: [1, 2], seeds: [5, 1]}", "tune.seeds[1]: the seed 1 is also in `seeds`"),
         ] {
             let found = read(text).unwrap_err();
             assert!(found.contains(want), "{found}\n{want}");

@@ -116,31 +116,30 @@ impl Reader<'_> {
         }
     }
 
-    /// Names must differ, also as names of folders.
+    /// Variants must differ in their names, and in the folders that are named after them.
     fn check_names(&self, variants: &[(String, Document)]) -> Result<(), ConfigError> {
         let path = if self.document.get("variants").is_some() { "variants" } else { "grid" };
         let mut seen = BTreeMap::new();
         for (name, _) in variants {
             self.check_length(path, name)?;
             if let Some(other) = seen.insert(slug(name), name) {
-                let message = format!(
-                    "two variants would be called {name:?} and {other:?}, which are one folder; give each a name of its own"
-                );
+                let message =
+                    format!("the variants {name:?} and {other:?} would share a folder; give them different names");
                 return Err(self.document.error(path, message));
             }
         }
         Ok(())
     }
 
-    /// Names become those of files.
+    /// Refuses a name that is too long for a file.
     pub(super) fn check_length(&self, path: &str, name: &str) -> Result<(), ConfigError> {
         match slug(name).len() {
             0..=LONGEST_NAME => Ok(()),
             len => {
                 let start: String = name.chars().take(40).collect();
                 let message = format!(
-                    "the name \"{start}…\" has {len} bytes; expected at most {LONGEST_NAME}, since folders are called by \
-                     it; give a shorter name (a grid takes a mapping of names to values)"
+                    "the name \"{start}…\" has {len} bytes; expected at most {LONGEST_NAME}, since it \
+                     becomes the name of a folder; give a shorter one (a grid accepts a mapping of names to values)"
                 );
                 Err(self.document.error(path, message))
             }

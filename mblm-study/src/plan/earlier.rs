@@ -1,4 +1,4 @@
-//! Holds the runs in a study's folder against its plan: a study goes on only as what it began as.
+//! Checks the runs in a study's folder against its plan: a study may only continue with the design that it began with.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -15,7 +15,7 @@ use crate::course::{PlannedRun, follow};
 use crate::design::slug;
 use crate::folder::{PlanFile, failure_file};
 
-/// Where runs go that do not fit the plan any more.
+/// The folder for runs that no longer fit the plan.
 const REPLACED: &str = "replaced";
 
 /// A run that does not fit the plan.
@@ -26,7 +26,7 @@ pub(crate) struct Misfit {
 }
 
 impl Plan<'_> {
-    /// Holds the runs that are there against the plan; `force` lets the plan differ from that of an earlier call.
+    /// Checks the existing runs against the plan; with `force`, the plan may differ from that of an earlier call.
     ///
     /// # Errors
     /// The design of the study has changed, or a run was trained with another configuration or on other data.
@@ -37,7 +37,7 @@ impl Plan<'_> {
         }
         let changes = match PlanFile::read(self.folder()) {
             Ok(earlier) => changes(&earlier, &self.file(), &runs),
-            Err(error) => vec![format!("what it was cannot be read: {error}")],
+            Err(error) => vec![format!("the earlier plan cannot be read: {error}")],
         };
         let misfits = self.misfits()?;
         match misfits.is_empty() && changes.is_empty() {
@@ -65,8 +65,8 @@ impl Plan<'_> {
     /// What to do about runs that do not fit.
     fn advice(&self) -> String {
         format!(
-            "restore what it was, or name another output_dir, or let --force keep the runs that still fit and move those \
-             with other data or another configuration to {}",
+            "undo the change, choose another output_dir, or use --force: it keeps the runs that still fit and moves \
+             those with another configuration or other data to {}",
             self.folder().join(REPLACED).display()
         )
     }
@@ -78,7 +78,7 @@ impl Plan<'_> {
         names.filter(|name| !name.starts_with('.')).collect()
     }
 
-    /// The runs in the study's folder that do not fit, among those that its course comes to.
+    /// The runs in the study's folder that do not fit, among those that the course of the study includes.
     pub(crate) fn misfits(&self) -> Result<Vec<Misfit>> {
         let course = follow(&self.file(), &outcomes(self.folder()));
         let mut misfits: Vec<Misfit> = Vec::new();
@@ -92,7 +92,7 @@ impl Plan<'_> {
         Ok(misfits)
     }
 
-    /// Why a run that is there does not fit.
+    /// Why an existing run does not fit.
     fn misfit(&self, run: &PlannedRun) -> Result<Option<String>> {
         let folder = self.run_folder(run);
         let variant = &self.variants[run.variant];
@@ -103,7 +103,7 @@ impl Plan<'_> {
         if !folder.exists() || variant.about.bytes.is_none() {
             return Ok(None);
         }
-        // A value that a field cannot have ends the run when it is begun.
+        // If a field does not accept its value, the run fails when it starts.
         let Ok(now) = self.config(run) else { return Ok(None) };
         let mut before = match self.config_of(&folder) {
             Ok(before) => before,
@@ -122,7 +122,7 @@ impl Plan<'_> {
         Ok(RunConfig::from_document(&Document::parse(&RunFolder::config_yaml(folder)?, &name)?, self.registry)?)
     }
 
-    /// Moves the runs that do not fit out of the way, and says where each one is now. Others may be found behind them.
+    /// Moves the runs that do not fit out of the way, and says where. This may reveal others that do not fit.
     pub(crate) fn replace(&self, misfits: Vec<Misfit>) -> Result<Vec<String>> {
         let (mut misfits, mut said) = (misfits, Vec::new());
         while !misfits.is_empty() {
@@ -134,14 +134,14 @@ impl Plan<'_> {
                 if failure.exists() {
                     fs::remove_file(&failure).at(&failure)?;
                 }
-                said.push(format!("{}; it is {} now", misfit.why, place.display()));
+                said.push(format!("{}; moved to {}", misfit.why, place.display()));
             }
             misfits = self.misfits()?;
         }
         Ok(said)
     }
 
-    /// A folder for a replaced run, which none has yet.
+    /// A folder for a replaced run that does not exist yet.
     fn free_place(&self, name: &str) -> Result<PathBuf> {
         let replaced = self.folder().join(REPLACED);
         fs::create_dir_all(&replaced).at(&replaced)?;
@@ -150,8 +150,7 @@ impl Plan<'_> {
     }
 }
 
-/// How the design of a study differs from an earlier one, as far as runs of the earlier one, which are called `runs`, would
-/// not count any more.
+/// The changes in the design of a study that make runs of its earlier design useless. `runs` has the names of these runs.
 fn changes(before: &PlanFile, now: &PlanFile, runs: &[String]) -> Vec<String> {
     let mut changes = Vec::new();
     let mut changed = |what: &str, before: String, now: String| {
@@ -168,7 +167,7 @@ fn changes(before: &PlanFile, now: &PlanFile, runs: &[String]) -> Vec<String> {
     for seed in before.seeds.all().iter().filter(|seed| !seeds.contains(seed)) {
         let of_seed = runs.iter().filter(|name| name.ends_with(&format!("-seed{seed}"))).count();
         if of_seed > 0 {
-            changes.push(format!("the seed {seed} is gone: {} count any more", no_longer(of_seed)));
+            changes.push(format!("the seed {seed} was removed: {}", no_longer(of_seed)));
         }
     }
     for old in before.variants.iter().filter(|old| !now.variants.iter().any(|new| new.name == old.name)) {
@@ -178,15 +177,15 @@ fn changes(before: &PlanFile, now: &PlanFile, runs: &[String]) -> Vec<String> {
         };
         let of_variant = runs.iter().filter(of_variant).count();
         if of_variant > 0 {
-            changes.push(format!("the variant {:?} is gone: {} count any more", old.name, no_longer(of_variant)));
+            changes.push(format!("the variant {:?} was removed: {}", old.name, no_longer(of_variant)));
         }
     }
     changes
 }
 
-/// `1 run does not`, `2 runs do not`
+/// `1 run no longer counts`, `2 runs no longer count`
 fn no_longer(runs: usize) -> String {
-    if runs == 1 { "1 run does not".into() } else { format!("{runs} runs do not") }
+    if runs == 1 { "1 run no longer counts".into() } else { format!("{runs} runs no longer count") }
 }
 
 #[cfg(test)]
@@ -203,10 +202,8 @@ mod tests {
         let changes = |now: &PlanFile| changes(&before, now, &runs);
         assert_eq!(changes(&plan_file(&["a", "b", "c"], Seeds::Until { start: 2, most: 9 })), [""; 0]);
         let now = plan_file(&["a"], Seeds::Listed(vec![2, 3]));
-        let want = [
-            "the seed 1 is gone: 1 run does not count any more",
-            "the variant \"b\" is gone: 2 runs do not count any more",
-        ];
+        let want =
+            ["the seed 1 was removed: 1 run no longer counts", "the variant \"b\" was removed: 2 runs no longer count"];
         assert_eq!(changes(&now), want);
         let mut tuned = plan_file(&["a", "b"], Seeds::Listed(vec![1, 2]));
         let field = |points| Field { path: "train.lr".into(), values: Values::Grid { factor: 2.0, points } };

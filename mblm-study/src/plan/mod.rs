@@ -28,7 +28,7 @@ use crate::design::scale::compact;
 use crate::design::{Spec, slug};
 use crate::folder::{AboutVariant, Cell, PlanFile, run_folder};
 
-/// Fields that the study decides, which therefore are no differences between variants.
+/// Fields that the study sets, so that they do not count as differences between variants.
 const DECIDED: [&str; 5] =
     ["train.seed", "train.target_elements", "train.target_elements_strategy", "io.name_model", "io.output_dir"];
 
@@ -61,7 +61,7 @@ impl<'a> Plan<'a> {
         check_folder(&spec.output_dir)?;
         if let (Some(_), Amount::Seconds(_)) = (&spec.launcher, spec.budget.amount) {
             return Err(Error::Config(
-                "budget.seconds: the speed is measured on this machine, and --launcher has others train; give a budget \
+                "budget.seconds: the speed is measured on this machine, but --launcher trains on others; give a budget \
                  of bytes or flops"
                     .into(),
             ));
@@ -112,7 +112,7 @@ impl<'a> Plan<'a> {
     /// The configuration of a run.
     ///
     /// # Errors
-    /// A tuned field cannot have the value that it should have.
+    /// A tuned field does not accept its value.
     pub fn config(&self, run: &PlannedRun) -> Result<RunConfig> {
         let variant = &self.variants[run.variant];
         let mut config = tuning::with_values(&variant.config, &run.values, self.registry)?;
@@ -181,15 +181,15 @@ fn same_size(variants: &[PlannedVariant]) -> Option<String> {
     let twice = all.iter().find_map(|a| Some((a, all.iter().find(|b| (&a.0, a.1) == (&b.0, b.1) && a.2 != b.2)?)));
     twice.map(|((variant, parameters, one), (.., other))| {
         format!(
-            "scale.sizes: {} and {} are the same model of {parameters} parameters for the variant {variant:?}, since widths \
-             change in steps; choose sizes that are farther apart",
+            "scale.sizes: {} and {} give the same model of {parameters} parameters for the variant {variant:?}, since \
+             widths change in steps; choose sizes that are farther apart",
             compact(*one as f64),
             compact(*other as f64)
         )
     })
 }
 
-/// All that is planned for: the variants, each in every size for every budget if there are such.
+/// The variants; in a scaling study, each one in every size and for every budget.
 fn cells(spec: &Spec) -> Vec<(String, &Document, Option<Cell>)> {
     let Some(scale) = &spec.scale else {
         return spec.variants.iter().map(|(name, document)| (name.clone(), document, None)).collect();
@@ -280,7 +280,7 @@ impl Planner<'_> {
         match config {
             RunConfig { resume: Some(_), .. } => refuse("resume", "the runs of a study begin with new weights"),
             config if config.train.max_seconds.is_some() => {
-                refuse("train.max_seconds", "would end runs before they have had the budget (see budget.seconds)")
+                refuse("train.max_seconds", "would end runs before they have used the budget (see budget.seconds)")
             }
             _ => Ok(()),
         }
@@ -314,7 +314,7 @@ impl Planner<'_> {
             return Ok(());
         }
         Err(Error::Config(format!(
-            "budget: {} of training are less than whole batches of {} x {} bytes can match: {} would be trained; lower \
+            "budget: {} of training cannot be matched with whole batches of {} x {} bytes: {} would be trained; lower \
              train.batch_size or params.input_seq_len, or raise the budget",
             Amount::Bytes(wanted),
             step.batch,

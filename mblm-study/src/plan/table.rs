@@ -34,7 +34,7 @@ impl fmt::Display for Plan<'_> {
             let (least, most) = self.tries();
             writeln!(
                 f,
-                "tuned before: {}, {tries} values for each {}, {:.0}% of the budget each = {} runs",
+                "tuned first: {}, {tries} values for each {}, {:.0}% of the budget each = {} runs",
                 fields.join(", "),
                 if scale.is_some() { "variant and size" } else { "variant" },
                 100.0 * tune.share,
@@ -74,7 +74,7 @@ fn range(least: usize, most: usize) -> String {
 }
 
 impl Plan<'_> {
-    /// How many runs tune, at least and at most.
+    /// The number of tries, at least and at most.
     fn tries(&self) -> (usize, usize) {
         let Some(tune) = &self.spec.tune else { return (0, 0) };
         let budgets = self.spec.scale.as_ref().map_or(1, |scale| scale.budgets.len());

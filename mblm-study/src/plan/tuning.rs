@@ -13,8 +13,8 @@ use crate::design::tune::{Tune, Values};
 /// The values that a configuration itself has in the tuned fields, around which they are tuned.
 ///
 /// # Errors
-/// A field is no number there, or one of the first values to try cannot be trained or changes the model's size; located in
-/// the study's YAML, `document`.
+/// A field is not a number there, or one of the first values to try cannot be trained or changes the model's size. The
+/// error names the place in the study's YAML, `document`.
 pub(super) fn base_values(
     tune: &Tune,
     config: &RunConfig,
@@ -34,17 +34,20 @@ pub(super) fn base_values(
         match &field.values {
             _ if path == "train.batch_size" && config.train.max_eval_steps.is_some() => {
                 return Err(refuse(
-                    "would change what is validated, since train.max_eval_steps counts batches; remove that".into(),
+                    "cannot be tuned with train.max_eval_steps, which counts batches; remove train.max_eval_steps"
+                        .into(),
                 ));
             }
             Values::Listed(values) if !values.contains(&own) => {
                 return Err(refuse(format!("the variant's own value, {own}, is not among the values; add it")));
             }
             Values::Grid { .. } if is_whole(config, path, own, registry) => {
-                return Err(refuse("only takes whole numbers; give a list of values".into()));
+                return Err(refuse("accepts only whole numbers; give a list of values".into()));
             }
             Values::Grid { .. } if own <= 0.0 => {
-                return Err(refuse(format!("factors of {own} lead nowhere; give a list of values")));
+                return Err(refuse(format!(
+                    "a grid needs a positive value in its middle, found {own}; give a list of values"
+                )));
             }
             _ => {}
         }
@@ -62,7 +65,7 @@ pub(super) fn base_values(
     Ok(base)
 }
 
-/// Whether a field takes whole numbers alone.
+/// Whether a field accepts only whole numbers.
 fn is_whole(config: &RunConfig, path: &str, own: f64, registry: &BlockRegistry) -> bool {
     own.fract() == 0.0
         && with_values(config, &[(path.into(), own + 0.5)], registry).is_err()

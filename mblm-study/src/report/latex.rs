@@ -64,14 +64,14 @@ fn reached(variant: &Variant, bpb: Spread) -> String {
 fn notes(report: &Report, standings: &Standings) -> String {
     let tested = match standings.is_tested() {
         true => format!(
-            "% The difference is that to the first, over the seeds that both have, with the 95% interval of a paired t test.\n\
-             % Group 1 is not distinguishable from the first (p > 0.05 after Holm's adjustment, {} of the data).\n",
+            "% Differences are from the first variant, over shared seeds, with the 95% interval of a paired t test.\n\
+             % Group 1 is not distinguishable from the first (p > 0.05 after Holm's adjustment, {} at the data).\n",
             super::count(report.looks.max(1), "look")
         ),
         false if standings.has_unknown_seeds => {
-            "% Nothing is tested: the seeds of some runs are not known, so that they are no pairs.\n".into()
+            "% Nothing is tested: the seeds of some runs are not known, so the runs cannot be paired.\n".into()
         }
-        false => "% Nothing is tested: that needs two seeds that two variants share.\n".into(),
+        false => "% Nothing is tested: a test needs two seeds that both variants have.\n".into(),
     };
     format!(
         "% {}\n% \\usepackage{{booktabs}}\n% Bits per byte in validation: the mean of the seeds, and their standard \
@@ -80,7 +80,7 @@ fn notes(report: &Report, standings: &Standings) -> String {
     )
 }
 
-/// Text as text alone: no command, comment, math, cell or argument begins in it.
+/// Escapes text so that no command, comment, math, cell or argument begins in it.
 fn escape(text: &str) -> String {
     let mut safe = String::with_capacity(text.len());
     for c in text.trim().chars() {
@@ -133,7 +133,7 @@ mod tests {
 
     #[test]
     fn without_seeds_it_says_that_nothing_is_tested() {
-        assert!(table(&report(&[&[2.0], &[2.5]])).contains("% Nothing is tested: that needs two seeds"));
+        assert!(table(&report(&[&[2.0], &[2.5]])).contains("% Nothing is tested: a test needs two seeds"));
         let mut unknown = report(&[&[2.0, 2.1], &[2.5, 2.6]]);
         unknown.variants.iter_mut().flat_map(|variant| &mut variant.runs).for_each(|run| run.seed = None);
         let text = table(&unknown);

@@ -52,8 +52,8 @@ pub(super) fn text(report: &Report, charts: &[&str]) -> String {
     let quality = |measure: Measure| (trade_off_id(measure), format!("bits per byte against {}", measure.name()));
     section("Quality and cost", Measure::ALL.map(quality).to_vec());
     section(
-        "Bits by place in the patch",
-        vec![(PLACES.into(), "mean bits by the byte's place in the innermost patch".into())],
+        "Bits by position in the patch",
+        vec![(PLACES.into(), "mean bits by the byte's position in the innermost patch".into())],
     );
     let gradients = charts.iter().filter(|name| name.starts_with("gradients-"));
     section("Gradient norms", gradients.map(|name| (name.to_string(), name.replace('-', " of "))).collect());
@@ -116,7 +116,7 @@ fn tuning(report: &Report, charts: &[&str]) -> String {
         if charts.contains(&&tuning_id(n)[..]) {
             text += &format!("![bits per byte against {field}]({}.svg)\n\n", tuning_id(n));
         }
-        text += &format!("| variant | best {field} | valid bpb | half of it | twice as much | tries |\n");
+        text += &format!("| variant | best {field} | valid bpb | cost of half | cost of twice | tries |\n");
         text += "|---|--:|--:|--:|--:|--:|\n";
         for variant in &tuned.variants {
             let [name, best, bpb, half, twice, tries] = variant.cells();

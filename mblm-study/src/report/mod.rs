@@ -75,7 +75,7 @@ pub struct Report {
     pub tuning: Vec<Tuned>,
     /// How often the study may look at the data while it adds seeds; 0 and 1 are the same.
     pub looks: usize,
-    /// How losses move with size and budget, if that was studied.
+    /// How losses depend on size and budget, in a scaling study.
     pub scaling: Option<Scaling>,
 }
 
@@ -296,13 +296,13 @@ fn study_run(study: &Path, planned: &PlannedRun, seen: &mut Seen) -> Run {
     run
 }
 
-/// What stands for the runs of a variant that could not be tuned.
+/// A failed run in place of the runs of a variant that could not be tuned.
 fn lost(study: &Path, plan: &PlanFile, about: &AboutVariant, unit: &Unit) -> Option<Run> {
     let why = why_lost(study, plan.tune.as_ref(), unit.lost.as_ref()?);
     Some(Run::absent(&about.name, plan.seeds.first()[0], Status::Failed(why)))
 }
 
-/// Of a scaling study: each variant in the size that is best for the largest budget.
+/// Each variant of a scaling study in its best size for the largest budget.
 fn of_largest_budget(plan: &PlanFile, variants: Vec<Variant>) -> Vec<Variant> {
     let largest = plan.scale.as_ref().and_then(|scale| scale.budgets.last().copied()).unwrap_or_default();
     let mut best: Vec<(&str, Variant)> = Vec::new();

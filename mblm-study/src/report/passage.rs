@@ -37,7 +37,7 @@ impl<'a> Common<'a> {
     }
 }
 
-/// How a byte is shown: what stands for it, what it is called, and whether it is a sign and not the text itself.
+/// How a byte is shown: its text, its name, and whether the text is the character itself.
 #[derive(Debug, PartialEq)]
 pub(super) struct Sign {
     pub(super) text: String,
@@ -45,14 +45,14 @@ pub(super) struct Sign {
     pub(super) is_text: bool,
 }
 
-/// A sign for each byte. The first byte of a character shows it; what is no UTF-8 is shown in hexadecimal.
+/// A sign for each byte. The first byte of a character shows it; bytes that are not UTF-8 are shown in hexadecimal.
 pub(super) fn signs(bytes: &[u8]) -> Vec<Sign> {
     let mut signs = Vec::with_capacity(bytes.len());
     for chunk in bytes.utf8_chunks() {
         chunk.valid().chars().for_each(|c| of_char(c, &mut signs));
         signs.extend(chunk.invalid().iter().map(|byte| Sign {
             text: format!("{byte:02X}"),
-            name: format!("0x{byte:02x}, no UTF-8"),
+            name: format!("0x{byte:02x}, not UTF-8"),
             is_text: false,
         }));
     }
@@ -129,6 +129,6 @@ pub(super) mod tests {
         let texts: Vec<&str> = signs.iter().map(|sign| &sign.text[..]).collect();
         assert_eq!(texts, ["a", " ", "↵", "␀", "␡", "FF", "é", "‧", "U+202E", "‧", "‧", "<"]);
         let names = [1, 3, 5, 7].map(|i| &signs[i].name[..]);
-        assert_eq!(names, ["space", "U+0000", "0xff, no UTF-8", "é, byte 2 of 2"]);
+        assert_eq!(names, ["space", "U+0000", "0xff, not UTF-8", "é, byte 2 of 2"]);
     }
 }

@@ -116,10 +116,10 @@ pub struct Measured {
     pub cost: Option<cost::ModelCost>,
     /// What it wrote; none for an encoder.
     pub generation: Option<Generation>,
-    /// What it spends on the beginning of the validation data, byte by byte; none for an encoder.
+    /// The bits of each byte at the beginning of the validation data; none for an encoder.
     #[serde(default)]
     pub passage: Option<Passage>,
-    /// Mean bits by the byte's place in the innermost patch, over a larger sample; empty if it has no patches.
+    /// Mean bits by the byte's position in the innermost patch, over a larger sample; empty if there are no patches.
     #[serde(default)]
     pub place_bits: Vec<f64>,
     /// What could not be measured, and why.
@@ -131,7 +131,7 @@ pub struct Measured {
 pub struct Generation {
     /// What it continued.
     pub prompt: String,
-    /// What it wrote; what is no UTF-8 is replaced.
+    /// What it wrote; invalid UTF-8 is replaced.
     pub text: String,
     /// Bytes it wrote.
     pub bytes: usize,

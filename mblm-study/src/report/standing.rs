@@ -15,7 +15,7 @@ pub(super) struct Standings {
     behind: Vec<Option<f64>>,
     /// How often the study may look at the data while it adds seeds.
     pub(super) looks: usize,
-    /// Whether there are variants of several seeds that are not known, so that runs are no pairs.
+    /// Whether a variant has several runs whose seeds are not known, so that its runs cannot be paired.
     pub(super) has_unknown_seeds: bool,
 }
 

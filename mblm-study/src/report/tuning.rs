@@ -14,11 +14,11 @@ use crate::folder::PlanFile;
 pub struct Tuned {
     /// Its path, `train.learning_rate`.
     pub field: String,
-    /// The seeds of the tries, none of which scores.
+    /// The seeds of the tries, which no scored run uses.
     pub seeds: Vec<u64>,
     /// The share of the budget that a try trained for.
     pub share: f64,
-    /// Whether its variants are those that are ranked, in that order; else they are variants in one size each.
+    /// Whether its variants are the ranked ones, in that order. If not, each is a variant in one size.
     pub is_ranked: bool,
     /// The variants.
     pub variants: Vec<TunedVariant>,
@@ -150,7 +150,7 @@ impl TunedVariant {
         Cost::Unknown
     }
 
-    /// Its row in a table: name, best value, bits per byte with that, what half of it and twice as much cost, and the tries.
+    /// Its row in a table: name, best value, bits per byte with it, the cost of half and of twice that value, and tries.
     pub(super) fn cells(&self) -> [String; 6] {
         let none = || "–".to_string();
         let edge = if self.is_at_edge() { ", at the edge" } else { "" };
@@ -189,8 +189,8 @@ impl Tuned {
     pub(super) fn about(&self) -> String {
         let seeds: Vec<String> = self.seeds.iter().map(u64::to_string).collect();
         let seeds = match &seeds[..] {
-            [one] => format!("seed {one}, which does not score"),
-            many => format!("seeds {}, which do not score", many.join(", ")),
+            [one] => format!("seed {one}, which no scored run uses"),
+            many => format!("seeds {}, which no scored run uses", many.join(", ")),
         };
         let budget = match self.share {
             1.0 => "the whole budget".into(),
@@ -201,7 +201,7 @@ impl Tuned {
             (least, most) if least == most => format!("{most} values were tried for each variant"),
             (least, most) => format!("{least} to {most} values were tried for each variant so far"),
         };
-        format!("{tries}, with {seeds}, for {budget}.")
+        format!("{tries}, on {budget}, with {seeds}.")
     }
 }
 
@@ -265,11 +265,12 @@ pub(super) mod tests {
             is_ranked: true,
             variants: vec![one.clone(), one],
         };
-        let want = "2 values were tried for each variant, with seed 1000, which does not score, for 50% of the budget.";
+        let want =
+            "2 values were tried for each variant, on 50% of the budget, with seed 1000, which no scored run uses.";
         assert_eq!(part.about(), want);
         part.variants[0].tries.pop();
         (part.seeds, part.share) = (vec![5, 6], 1.0);
-        let want = "1 to 2 values were tried for each variant so far, with seeds 5, 6, which do not score, for the whole budget.";
+        let want = "1 to 2 values were tried for each variant so far, on the whole budget, with seeds 5, 6, which no scored run uses.";
         assert_eq!(part.about(), want);
     }
 }

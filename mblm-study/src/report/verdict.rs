@@ -1,5 +1,6 @@
 //! What the numbers say, in words that do not say more than they do.
 
+use super::format::count;
 use super::standing::Standings;
 use super::variant::{Spread, Variant};
 use crate::statistics::ALPHA;
@@ -32,16 +33,16 @@ pub(super) fn verdict(variants: &[Variant], looks: usize) -> Option<(String, Str
 /// Why nothing is tested.
 fn untested(ranked: &[(&Variant, Spread)], standings: &Standings) -> String {
     if standings.has_unknown_seeds {
-        return "Nothing is tested: the seeds of some runs are not known, so that runs cannot be paired.".into();
+        return "Nothing is tested: the seeds of some runs are not known, so the runs cannot be paired.".into();
     }
     let alone = ranked.iter().filter(|(_, spread)| spread.count == 1).map(|(variant, _)| &variant.name[..]);
     let alone: Vec<&str> = alone.collect();
     let why = match alone.len() {
-        0 => "No seed is shared with the best twice".into(),
+        0 => "No variant shares two seeds with the best one".into(),
         n if n == ranked.len() => "One seed each".into(),
         _ => format!("One seed of {}", listed(&alone)),
     };
-    format!("{why}: nothing is tested, and differences as small as chance between seeds cannot be told from it.")
+    format!("{why}: nothing is tested, so small differences may be due to chance.")
 }
 
 /// What the tests say of the first and the others.
@@ -59,7 +60,7 @@ fn tested(ranked: &[(&Variant, Spread)], standings: &Standings) -> String {
         ([], n) if skipped.is_empty() => format!("It is distinguishable from all {n} others"),
         ([], n) => format!("It is distinguishable from {n} others"),
         (ties, 0) => format!("It is not distinguishable from {}", listed(ties)),
-        (ties, n) => format!("It is not distinguishable from {}; it is from the other {n}", listed(ties)),
+        (ties, n) => format!("It is not distinguishable from {}, but from {}", listed(ties), count(n, "other")),
     };
     text += &format!(" ({}).", how(standings));
     match skipped.len() {
@@ -138,7 +139,7 @@ mod tests {
         let want = "It is distinguishable from the other one (paired t tests over 3 seeds at 5%).";
         assert_eq!(surety, want);
         let all = [best, &[2.01, 2.08, 2.25], &[2.5, 2.61, 2.69], &[2.7]];
-        let want = "It is not distinguishable from v1; it is from the other 1 (paired t tests over 3 seeds at 5%, adjusted \
+        let want = "It is not distinguishable from v1, but from 1 other (paired t tests over 3 seeds at 5%, adjusted \
                     for 2 comparisons (Holm)). v3 is not tested: it shares fewer than two seeds with the best.";
         assert_eq!(of(&all).1, want);
         let adjusted = verdict(&variants(&[best, &[2.01, 2.08, 2.25]]), 3).unwrap().1;

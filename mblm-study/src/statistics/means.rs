@@ -7,9 +7,9 @@ const ROUNDS: usize = 1000;
 /// Smaller changes than this are none.
 const EXACT: f64 = 1e-13;
 
-/// The mean of each variant over all seeds, as far as it can be told: that of the additive model `loss = variant + seed`,
-/// fitted by least squares, in which the effects of all seeds sum to zero. A variant that was trained with hard seeds in
-/// addition is not worse for it. If all have the same seeds, these are their means. Infinite for one without losses.
+/// An estimate of each variant's mean over all seeds, from the additive model `loss = variant + seed`. It is fitted by
+/// least squares, and the effects of all seeds sum to zero. So hard seeds that only one variant was trained with do not
+/// make it look worse. If all variants have the same seeds, these are their means. Infinite for a variant without losses.
 pub fn adjusted(variants: &[Losses]) -> Vec<f64> {
     let seeds: Vec<u64> = {
         let mut seeds: Vec<u64> = variants.iter().flat_map(|losses| losses.keys().copied()).collect();

@@ -17,7 +17,7 @@ pub struct Parabola {
 /// Why a curve was not fitted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WhyNot {
-    /// A parabola needs three sizes; these many have a loss.
+    /// A parabola needs three sizes with a loss; this many have one.
     TooFewSizes(usize),
     /// The parabola has no lowest point.
     OpensDownwards,
@@ -25,7 +25,7 @@ pub enum WhyNot {
     BestIsSmallest,
     /// The loss is lowest at the largest size, or above it.
     BestIsLargest,
-    /// A power law needs three budgets; these many have a best size.
+    /// A power law needs three budgets with an optimum; this many have one.
     TooFewBudgets(usize),
 }
 
@@ -76,11 +76,11 @@ pub fn parabola(points: &[(f64, f64)]) -> Result<Parabola, WhyNot> {
 impl fmt::Display for WhyNot {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            WhyNot::TooFewSizes(n) => write!(f, "{n} of the 3 sizes that a parabola needs have a loss"),
+            WhyNot::TooFewSizes(n) => write!(f, "a parabola needs 3 sizes with a loss, and {n} have one"),
             WhyNot::OpensDownwards => f.write_str("the loss has no lowest point between the sizes"),
             WhyNot::BestIsSmallest => f.write_str("the smallest size is the best: the optimum may lie below it"),
             WhyNot::BestIsLargest => f.write_str("the largest size is the best: the optimum may lie above it"),
-            WhyNot::TooFewBudgets(n) => write!(f, "{n} of the 3 budgets that a power law needs have a best size"),
+            WhyNot::TooFewBudgets(n) => write!(f, "it needs 3 budgets with an optimum, and {n} have one"),
         }
     }
 }

@@ -2,7 +2,8 @@
 
 use super::parabola::WhyNot;
 
-/// A power law. It has no floor: it holds near the budgets it was fitted to, and says nothing about much larger ones.
+/// A power law without an irreducible loss: it holds near the budgets it was fitted to, and says nothing about much
+/// larger ones.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct PowerLaw {
     /// ln(a): the logarithm of the loss at a budget of 1.

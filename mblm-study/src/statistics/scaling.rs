@@ -120,10 +120,10 @@ impl Best {
     }
 }
 
-/// Fits of all variants to seeds that were drawn again with replacement. All variants get the same seeds in a resample, so
-/// that pairs stay pairs.
+/// Fits of all variants to seeds that are resampled with replacement. All variants get the same seeds in a resample, so
+/// that their runs stay paired.
 ///
-/// Few seeds have few resamples (three have ten that differ): intervals are coarse then, and rather too narrow.
+/// Few seeds have few different resamples (three have ten), so their intervals are coarse and tend to be too narrow.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Bootstrap(Vec<Vec<Fit>>);
 

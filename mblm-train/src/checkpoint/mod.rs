@@ -258,7 +258,7 @@ impl Checkpoint {
             let Some(m) = m.filter(|_| v.is_some() == has_second) else {
                 return Err(Error::checkpoint(
                     &path,
-                    format!("no moments of {name} as this optimizer has them: this is a checkpoint of another model"),
+                    format!("the moments of {name} do not fit this optimizer: this is a checkpoint of another model"),
                 ));
             };
             moments.push(Moments { m, v });
@@ -536,7 +536,7 @@ pub(crate) mod tests {
         let param = other.root().param("z", &[2], Init::Const(4.0)).unwrap();
         let mut optimizer = Optimizer::new(&other, AdamConfig::default());
         let error = Checkpoint::open(&path).unwrap().restore(&other, &mut optimizer).unwrap_err().to_string();
-        assert!(error.contains("no moments of z as this optimizer"), "{error}");
+        assert!(error.contains("the moments of z do not fit this optimizer"), "{error}");
         assert_eq!(*param.values(), [4.0, 4.0]);
     }
 }

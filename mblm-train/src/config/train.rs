@@ -33,23 +33,23 @@ pub enum LossAverage {
     Batch,
 }
 
-/// How the learning rate goes on after its linear warm-up.
+/// The learning rate schedule after linear warm-up.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum ScheduleKind {
     /// Falls to zero along a cosine, as in the package.
     #[default]
     Cosine,
-    /// Falls to zero in a straight line.
+    /// Falls linearly to zero.
     Linear,
     /// Stays at the peak.
     Constant,
-    /// Stays at the peak, and falls to zero in a straight line in the last steps: warm-up, stable, decay
+    /// Stays at the peak, then falls linearly to zero in the last steps: warm-up, stable, decay
     /// (Hu et al. 2024; Hägele et al. 2024).
     Wsd,
 }
 
-/// What updates the parameters.
+/// The optimizer.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum OptimizerKind {
@@ -100,19 +100,19 @@ pub struct TrainSection {
     pub max_eval_steps: Option<usize>,
     /// The peak learning rate.
     pub learning_rate: f64,
-    /// What the learning rate is multiplied by for each stage, a list from global to local (addition). Embeddings, positions
-    /// and the projection to the stage below belong to their stage, and the output layer to the local one.
+    /// Factors of the learning rate, one per stage from global to local (addition). A stage includes its embeddings, its
+    /// positions and the projection to the stage below. The output layer belongs to the local stage.
     #[serde(default)]
     pub lr_scale: Option<Vec<f64>>,
-    /// What updates the parameters (addition): `adamw`, or `muon` for the weight matrices of the stages and AdamW for all
-    /// others.
+    /// The optimizer (addition): `adamw`, or `muon`, which uses Muon for the weight matrices of the stages and AdamW for
+    /// everything else.
     #[serde(default)]
     pub optimizer: OptimizerKind,
     /// Clip gradients to this global norm.
     #[serde(default)]
     pub gradient_clipping: Option<f64>,
-    /// How the learning rate goes on after warm-up (addition): `cosine` and `linear` fall to zero, `constant` stays at the
-    /// peak, and `wsd` stays there and falls to zero in the last steps.
+    /// The learning rate schedule after warm-up (addition): `cosine` and `linear` fall to zero, `constant` stays at the
+    /// peak, and `wsd` stays at the peak and falls to zero in the last steps.
     #[serde(default)]
     pub schedule: ScheduleKind,
     /// With `schedule: wsd`, the fraction of gradient steps in which the learning rate falls to zero (addition).
@@ -126,7 +126,7 @@ pub struct TrainSection {
     #[serde(default)]
     pub loss_average: LossAverage,
     /// For a resumed run whose number of gradient steps or schedule changes: the fraction of the remaining steps in which
-    /// the learning rate rises again to `learning_rate`. Without it, the rate goes on from its current value. It applies to
+    /// the learning rate rises again to `learning_rate`. Without it, the rate continues from its current value. It applies to
     /// one such change; after that, the run no longer has it (addition).
     #[serde(default)]
     pub rewarm_steps_perc: Option<f64>,

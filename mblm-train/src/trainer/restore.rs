@@ -213,8 +213,8 @@ pub(super) fn check_optimizer(checkpoint: &Checkpoint, before: &Sizes, now: &Tra
     match before.train.optimizer == now.optimizer {
         true => Ok(()),
         false => Err(Error::Config(format!(
-            "train.optimizer: found {}, expected {}, with which {} was trained: one has no use for the moments of the other; \
-             to begin a new run with the weights alone, export them as a .pth file and name it in resume.checkpoint_file",
+            "train.optimizer: found {}, expected {}, with which {} was trained: the moments of one do not fit the other; to \
+             start a new run from the weights, export them as a .pth file and name it in resume.checkpoint_file",
             now.optimizer,
             before.train.optimizer,
             checkpoint.path().display()

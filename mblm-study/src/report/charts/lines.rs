@@ -106,7 +106,7 @@ pub(crate) fn places(variants: &[Variant], format: Format) -> Option<Svg> {
     let series = all_series(variants, false, Variant::place_bits);
     let chart = LineChart {
         id: "places".into(),
-        title: "Bits by the byte's place in the innermost patch",
+        title: "Bits by the byte's position in the innermost patch",
         x_name: "byte of the patch",
         y_name: "mean bits of a byte",
         x_unit: Unit::Whole,

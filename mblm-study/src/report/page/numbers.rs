@@ -22,12 +22,12 @@ pub(super) fn section(csv: &str) -> Markup {
     html! {
         h2 { "All numbers" }
         p.soft {
-            "A row per run, in the order of the ranking. "
+            "One row per run, in the order of the ranking. "
             a download="results.csv" href={ "data:text/csv;charset=utf-8," (percent_encoded(csv)) } { "Download as CSV" }
-            ", with every digit."
+            ", with all digits."
         }
         details.numbers {
-            summary { "The table" }
+            summary { "Show the table" }
             div.scroll {
                 table {
                     thead { tr { @for &column in &columns { th { (header[column].replace('_', " ")) } } } }

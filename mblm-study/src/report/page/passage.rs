@@ -1,8 +1,8 @@
-//! Where variants differ: a passage whose bytes are coloured by the difference of two variants, and bits by place in the
-//! patch.
+//! Where variants differ: a passage whose bytes are colored by the difference of two variants, and bits by position in
+//! the patch.
 //!
-//! The first two variants are compared without a script. With one, any two are: it has the bits of all variants as
-//! numbers, and changes only colours and titles.
+//! Without scripts, the page compares the first two variants. The script compares any two: it has the bits of all
+//! variants as numbers, and changes only colors and titles.
 
 use std::fmt::Write;
 
@@ -13,7 +13,7 @@ use crate::report::format::count;
 use crate::report::passage::{Common, signs};
 use crate::report::{PLACES, Report};
 
-const BY_PLACE: &str = "Bits by place in the patch";
+const BY_PLACE: &str = "Bits by position in the patch";
 /// Differences in hundredths of a bit from which on the colour is a step stronger; the script has the same.
 const STEPS: [u16; 4] = [25, 50, 100, 200];
 
@@ -29,8 +29,8 @@ pub(super) fn section(report: &Report, charts: &Charts) -> Markup {
                 @if let Some(chart) = places {
                     @if common.is_some() { h3 { (BY_PLACE) } } @else { h2 { (BY_PLACE) } }
                     p.soft {
-                        "Mean bits of a byte by its place in the innermost patch. The first byte of a patch is predicted from \
-                         the patches before it alone."
+                        "Mean bits of a byte by its position in the innermost patch. The first byte of a patch is \
+                         predicted only from the patches before it."
                     }
                     figure.panel style="display:block" { (chart) }
                     (super::panels::legend(report))
@@ -44,8 +44,8 @@ fn passage(common: &Common) -> Markup {
     let [(first, a), (second, b)] = [&common.variants[0], &common.variants[1]];
     html! {
         p.soft {
-            "The first " (count(common.bytes.len(), "byte")) " of the validation data, each coloured by the difference in \
-             bits between two variants, of one run each."
+            "The first " (count(common.bytes.len(), "byte")) " of the validation data. Colors show the difference in \
+             bits between two variants, from one run of each."
         }
         div.switches #pair hidden {
             (choice("first", common, 0))

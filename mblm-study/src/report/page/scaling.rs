@@ -21,8 +21,8 @@ pub(super) fn section(report: &Report, charts: &Charts) -> Markup {
                     }
                 }
                 p.soft {
-                    "Diamonds are optima that were fitted, circles are measured. Lines are power laws through the diamonds, \
-                     and bands their intervals; a cross marks where two laws are equal."
+                    "Diamonds are fitted optima; circles are the best measured sizes. Lines are power laws through the \
+                     diamonds, and bands are their 95% intervals. A cross marks where two laws are equal."
                 }
                 (legend(scaling))
                 div.panels {
@@ -31,8 +31,8 @@ pub(super) fn section(report: &Report, charts: &Charts) -> Markup {
                     }
                 }
                 p.soft {
-                    "Each curve is a parabola in the logarithm of the size, fitted to the means of one budget. Bars reach \
-                     from the best seed to the worst."
+                    "Each curve is a parabola in the logarithm of the size, fitted to the mean losses of one budget. \
+                     Bars range from the best seed to the worst."
                 }
                 (table(scaling))
             }

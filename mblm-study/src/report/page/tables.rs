@@ -22,9 +22,9 @@ pub(super) fn ranking(report: &Report, charts: &Charts) -> Markup {
             @if has_seeds { "; mean ± standard deviation over seeds" }
             "."
             @if standings.is_tested() {
-                " Below it, the mean difference to the best over shared seeds, with its 95% interval. Variants of group 1 are \
-                 not distinguishable from the best (" (how(&standings)) "); those of group 2 not from the best of the rest, \
-                 and so on."
+                " Below it is the mean difference from the best over shared seeds, with its 95% interval. Variants of \
+                 group 1 are not distinguishable from the best (" (how(&standings)) "). Those of group 2 are not \
+                 distinguishable from the best of the rest, and so on."
             }
         }
         (table(0, &report.variants, &columns(report), &standings))
@@ -32,8 +32,8 @@ pub(super) fn ranking(report: &Report, charts: &Charts) -> Markup {
             figure.panel style="display:block" { (chart) }
             @if standings.is_tested() {
                 p.soft {
-                    "Dots are means, rings single seeds. Bars are 95% t intervals of the difference to the best, drawn from \
-                     the dashed line, its mean; they are not adjusted for the number of comparisons."
+                    "Dots are means, rings are single seeds. Bars are 95% t intervals of the difference from the best, \
+                     whose mean is the dashed line. They are not adjusted for the number of comparisons."
                 }
             }
         }

@@ -18,8 +18,8 @@ pub(super) fn sections(report: &Report, charts: &Charts) -> Markup {
                 }
                 (table(tuned))
                 p.soft {
-                    "Half of the best value, and twice as much, cost so many bits per byte more, between the tries on a \
-                     logarithmic axis. At the edge means that nothing was tried beyond: the best may lie further out."
+                    "The cost columns say how many bits per byte half and twice the best value cost, interpolated between \
+                     tries on a logarithmic axis. At the edge means that the best value may lie further out."
                 }
             }
         }
@@ -33,7 +33,7 @@ fn table(tuned: &Tuned) -> Markup {
                 thead {
                     tr {
                         th.name { "variant" }
-                        th { "best value" } th { "valid bpb" } th { "half of it" } th { "twice as much" } th { "tries" }
+                        th { "best value" } th { "valid bpb" } th { "cost of half" } th { "cost of twice" } th { "tries" }
                     }
                 }
                 tbody {

@@ -1,4 +1,4 @@
-//! How losses move with size and budget: what a scaling study measured, and what was fitted to it.
+//! How losses depend on size and budget: what a scaling study measured, and what was fitted to it.
 
 mod table;
 mod words;

@@ -35,8 +35,8 @@ impl Scaling {
             ),
             Some(_) => format!(
                 "Intervals are 95% percentile intervals of a bootstrap over {seeds}, in which all variants get the same \
-                 seeds. With few seeds they are coarse, and rather too narrow. They are not adjusted for the number of \
-                 budgets or variants."
+                 seeds. With few seeds they are coarse and tend to be too narrow. They are not adjusted for the number \
+                 of budgets or variants."
             ),
         }
     }
@@ -53,7 +53,7 @@ impl Scaling {
         findings
     }
 
-    /// A name within a sentence: letters that run from right to left turn nothing outside of it around.
+    /// A name within a sentence, isolated so that right-to-left letters do not reorder the text around it.
     fn name(&self, variant: usize) -> String {
         format!("\u{2068}{}\u{2069}", self.variants[variant].name)
     }
@@ -68,12 +68,12 @@ impl Scaling {
         match self.fits[variant].law {
             Ok(law) => format!(
                 "{name}: ten times the budget multiplies the loss at the best size by {:.3} (a power law with exponent \
-                 {:.4}). The law misses no budget by more than {:.2}%.",
+                 {:.4}). The law fits every budget within {:.2}%.",
                 10f64.powf(-law.exponent),
                 -law.exponent,
                 100.0 * law.worst.exp_m1()
             ),
-            Err(why) => format!("{name}: no power law was fitted, since {why}."),
+            Err(why) => format!("{name}: no power law was fitted: {why}."),
         }
     }
 
@@ -96,7 +96,7 @@ impl Scaling {
             None => format!("{name}: there is no loss yet under {}.", listed(&budgets)),
             Some(why) => {
                 format!(
-                    "{name}: no optimum was fitted under {}: {why}. The best measured size stands for it.",
+                    "{name}: no optimum was fitted under {}: {why}. The best measured size is used instead.",
                     listed(&budgets)
                 )
             }
@@ -120,7 +120,7 @@ impl Scaling {
         };
         let parts = [part("better", &better), part("worse", &worse), part("not distinguishable from it", &open)];
         let parts: Vec<String> = parts.into_iter().flatten().collect();
-        Some(format!("{} against {}: {}.", self.name(variant), self.name(0), parts.join("; ")))
+        Some(format!("{} compared with {}: {}.", self.name(variant), self.name(0), parts.join("; ")))
     }
 
     fn crossing_in_words(&self, variant: usize) -> Option<String> {
@@ -137,12 +137,14 @@ impl Scaling {
                 )
             }
             Some(Crossing { budget, .. }) if (low / FAR..=high * FAR).contains(&budget) => format!(
-                "The power laws of {first} and {name} would cross at {}, outside of what was measured: that is an \
+                "The power laws of {first} and {name} would cross at {}, outside the measured budgets: this is an \
                  extrapolation, not a result.",
                 flop(budget)
             ),
             _ => {
-                format!("The power laws of {first} and {name} do not cross within a hundredfold of what was measured.")
+                format!(
+                    "The power laws of {first} and {name} do not cross within a factor of 100 of the measured budgets."
+                )
             }
         })
     }
@@ -151,7 +153,8 @@ impl Scaling {
         let points = || self.variants.iter().flat_map(|variant| &variant.points);
         let missing = points().filter(|point| point.losses.is_empty()).count();
         let all = points().count();
-        let text = format!("{missing} of {all} pairs of size and budget have no loss: they failed or have not ended.");
+        let text =
+            format!("{missing} of {all} pairs of size and budget have no loss: their runs failed or have not ended.");
         (missing > 0).then_some(text)
     }
 }
@@ -194,7 +197,7 @@ mod tests {
             findings[0].starts_with("<a>: ten times the budget multiplies the loss at the best size by 0.8"),
             "{findings:#?}"
         );
-        assert_eq!(findings[2], "<b> against <a>: better under 100 TFLOP and 300 TFLOP; worse under 1 PFLOP.");
+        assert_eq!(findings[2], "<b> compared with <a>: better under 100 TFLOP and 300 TFLOP; worse under 1 PFLOP.");
         assert!(findings[3].ends_with("<b> is better below it, and <a> above."), "{findings:#?}");
     }
 
@@ -206,16 +209,16 @@ mod tests {
         let scaling = scaling(&[("a", few), ("b", points(20.0, 0.05, &[0.0]))]);
         assert!(scaling.about_intervals().ends_with("a bootstrap needs 3 seeds, and this study has 1 seed."));
         let findings = found(&scaling);
-        assert_eq!(
-            findings[0],
-            "a: no power law was fitted, since 2 of the 3 budgets that a power law needs have a best size."
-        );
+        assert_eq!(findings[0], "a: no power law was fitted: it needs 3 budgets with an optimum, and 2 have one.");
         assert_eq!(
             findings[2],
-            "a: no optimum was fitted under 1 PFLOP: 2 of the 3 sizes that a parabola needs have a loss. The best \
-             measured size stands for it."
+            "a: no optimum was fitted under 1 PFLOP: a parabola needs 3 sizes with a loss, and 2 have one. The best \
+             measured size is used instead."
         );
-        assert_eq!(findings[3..], ["1 of 22 pairs of size and budget have no loss: they failed or have not ended."]);
+        assert_eq!(
+            findings[3..],
+            ["1 of 22 pairs of size and budget have no loss: their runs failed or have not ended."]
+        );
     }
 
     #[test]
@@ -224,6 +227,6 @@ mod tests {
             scaling(&[("a", points(20.0, 0.06, &NOISE)), ("b", points(scale, exponent, &NOISE))])
         };
         assert!(found(&of(16.5, 0.055))[3].contains("extrapolation"), "{:#?}", found(&of(16.5, 0.055)));
-        assert!(found(&of(21.0, 0.06))[3].ends_with("a hundredfold of what was measured."));
+        assert!(found(&of(21.0, 0.06))[3].ends_with("a factor of 100 of the measured budgets."));
     }
 }
