@@ -159,7 +159,6 @@ fn run(i: u64, seed: u64, is_lost: bool) -> Run {
         ..Measured::default()
     };
     let peak_bytes = Some((2e8 * (1.0 + chance(&[i, 5]))) as u64);
-    run.result =
-        Some(RunResult { threads: 2, jobs: 1, hosts: vec!["here".into()], peak_bytes, train_rate: None, measured });
+    run.result = Some(RunResult { threads: 2, jobs: 1, hosts: vec!["here".into()], peak_bytes, speed: None, measured });
     run
 }

@@ -13,7 +13,7 @@ use crate::design::seeds::Seeds;
 use crate::design::tune::Tune;
 
 const FILE: &str = "study.json";
-/// A study with more runs than this is damaged.
+/// A plan with more runs than this must be damaged.
 const MAX_RUNS: usize = 100_000;
 
 /// A variant as `study.json` has it.
@@ -21,10 +21,10 @@ const MAX_RUNS: usize = 100_000;
 pub struct AboutVariant {
     /// Its name.
     pub name: String,
-    /// In a scaling study: what it is of.
+    /// In a scaling study: its variant, size and budget.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cell: Option<Cell>,
-    /// The values of the tuned fields that it begins with.
+    /// Its own values of the tuned fields, around which they are tuned.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub tuned_from: Vec<f64>,
     /// Training bytes of each run; none if that is measured first.
@@ -59,9 +59,9 @@ pub struct PlanFile {
     pub amount: Amount,
     /// Whether models were brought to one size.
     pub equal_parameters: bool,
-    /// The seeds that score.
+    /// The seeds of the scored runs.
     pub seeds: Seeds,
-    /// What was tuned before.
+    /// What is tuned before the variants are scored.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tune: Option<Tune>,
     /// The sizes and budgets of a scaling study.
@@ -79,7 +79,7 @@ impl PlanFile {
         let path = folder.join(FILE);
         let text = files::read(&path, files::SMALL).at(&path)?;
         let plan: PlanFile = serde_json::from_slice(&text).map_err(|error| {
-            let cure = "start the study again, with --force, to write it anew";
+            let cure = "start the study again with --force to write a new one";
             Error::Config(format!("{} is damaged: {error}; {cure}", path.display()))
         })?;
         match plan.variants.len().saturating_mul(plan.seeds.all().len()) {

@@ -11,7 +11,7 @@ use crate::design::tune::Tune;
 use crate::folder::{failure_file, run_folder};
 use crate::report::run::{Run, RunResult};
 
-/// How the failure begins of a try whose value its field cannot have.
+/// The start of the failure of a try whose field does not accept the value.
 pub(crate) const UNFIT: &str = "the value cannot be trained";
 
 /// What a run has come to.
@@ -62,9 +62,7 @@ pub(crate) fn why_lost(study: &Path, tune: Option<&Tune>, lost: &Lost) -> String
     match lost {
         Lost::NoValue(field) => {
             let path = tune.map_or("", |tune| &tune.fields[*field].path);
-            format!(
-                "no value of {path} that was tried ended with a finite loss; tune it in a lower range, or with another base"
-            )
+            format!("no value of {path} gave a finite loss; tune it in a lower range, or change the base")
         }
         Lost::Failed(run) => {
             let why = files::read_text(&failure_file(study, run), files::SMALL).unwrap_or_default();

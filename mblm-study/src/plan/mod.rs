@@ -171,7 +171,7 @@ pub(crate) fn step_bytes(config: &RunConfig) -> u64 {
     (config.train.batch_size * config.params.input_seq_len * config.train.gradient_accumulate_every) as u64
 }
 
-/// The sizes of a scaling study that led to one model.
+/// An error if two sizes of a scaling study give the same model.
 fn same_size(variants: &[PlannedVariant]) -> Option<String> {
     let of = |variant: &PlannedVariant| {
         let cell = variant.about.cell.as_ref()?;
