@@ -34,6 +34,7 @@ fn main() -> Result<()> {
         num_layers: vec![2, 1],
         seq_lens: vec![16, 8],
         train_checkpoint_chunks: None,
+        patching: vec![],
         blocks: vec![Arc::new(global), Arc::new(local)],
     };
     let model = Mblm::new(&config, 0)?;

@@ -8,6 +8,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize, Serializer};
 use serde_yaml::Value;
 
+use crate::patching::{self, Fixed, PatchRule};
 use crate::registry::BlockRegistry;
 
 /// The maximum number of stages. With more stages of at least two tokens, the context length would not fit in 64 bits.
@@ -33,6 +34,12 @@ pub struct MblmConfig {
     /// For each stage except the first: the number of chunks that its patches are split into. Each chunk is recomputed
     /// in the backward pass, which saves memory.
     pub train_checkpoint_chunks: Option<Vec<usize>>,
+    /// Where patches end: a rule for the innermost patches, or a list of rules from the outside in, at most one per stage
+    /// but the first. Patches without a rule have the full length of their stage (`fixed`).
+    #[serde(skip_serializing_if = "all_fixed")]
+    #[serde(serialize_with = "serialize_rules")]
+    #[schemars(with = "serde_json::Value", default)]
+    pub patching: Vec<Arc<dyn PatchRule>>,
     /// What runs at each stage.
     #[serde(rename = "block", serialize_with = "serialize_blocks")]
     #[schemars(with = "serde_json::Value")]
@@ -50,9 +57,29 @@ impl MblmConfig {
         self.seq_lens.iter().product()
     }
 
+    /// Whether all patches have the full length of their stage.
+    pub fn is_fixed(&self) -> bool {
+        all_fixed(&self.patching)
+    }
+
+    /// The rule of each level of patches, from the outside in: of the sequences of each stage but the first.
+    pub fn rules(&self) -> Vec<Arc<dyn PatchRule>> {
+        let levels = self.num_stages().saturating_sub(1);
+        let fixed = (self.patching.len()..levels).map(|_| Arc::new(Fixed {}) as Arc<dyn PatchRule>);
+        fixed.chain(self.patching.iter().cloned()).collect()
+    }
+
     /// The fields in YAML.
-    pub const FIELDS: [&str; 7] =
-        ["num_tokens", "pad_token_id", "hidden_dims", "num_layers", "seq_lens", "train_checkpoint_chunks", "block"];
+    pub const FIELDS: [&str; 8] = [
+        "num_tokens",
+        "pad_token_id",
+        "hidden_dims",
+        "num_layers",
+        "seq_lens",
+        "train_checkpoint_chunks",
+        "patching",
+        "block",
+    ];
 
     /// Reads and checks the section `path` of a document; an empty path is the whole document.
     pub fn from_document(document: &Document, path: &str, registry: &BlockRegistry) -> Result<Self, ConfigError> {
@@ -66,15 +93,33 @@ impl MblmConfig {
         let numbers: Numbers = document.section(path)?;
         let section = Section { document, path };
         section.check_numbers(&numbers)?;
+        let patching = patching::registry::parse(document, &join(path, "patching"), &numbers.seq_lens)?;
         let blocks = section.blocks(&numbers.hidden_dims, registry)?;
         let Numbers { num_tokens, pad_token_id, hidden_dims, num_layers, seq_lens, train_checkpoint_chunks } = numbers;
         let train_checkpoint_chunks = train_checkpoint_chunks.filter(|chunks| !chunks.is_empty());
-        Ok(MblmConfig { num_tokens, pad_token_id, hidden_dims, num_layers, seq_lens, train_checkpoint_chunks, blocks })
+        Ok(MblmConfig {
+            num_tokens,
+            pad_token_id,
+            hidden_dims,
+            num_layers,
+            seq_lens,
+            train_checkpoint_chunks,
+            patching,
+            blocks,
+        })
     }
 }
 
 fn serialize_blocks<S: Serializer>(blocks: &[Arc<dyn StageBlock>], serializer: S) -> Result<S::Ok, S::Error> {
     serializer.collect_seq(blocks.iter().map(|block| &**block))
+}
+
+fn serialize_rules<S: Serializer>(rules: &[Arc<dyn PatchRule>], serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_seq(rules.iter().map(|rule| &**rule))
+}
+
+fn all_fixed(rules: &[Arc<dyn PatchRule>]) -> bool {
+    rules.iter().all(|rule| rule.is_fixed())
 }
 
 /// The fields of [`MblmConfig`] that are numbers.
@@ -251,6 +296,10 @@ impl MblmEncoderConfig {
                  `transformerEncoder`"
             );
             return Err(document.error(&block_path(document, &join(path, "mblm_config"), stage), message));
+        }
+        if !mblm_config.is_fixed() {
+            let message = "an encoder has patches of full length: expected `fixed`, or no such field".to_string();
+            return Err(document.error(&join(path, "mblm_config.patching"), message));
         }
         let field = join(path, "mask_token_id");
         check_token_id(document, &field, mask_token_id, mblm_config.num_tokens)?;

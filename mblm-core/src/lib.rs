@@ -8,6 +8,7 @@
 pub mod config;
 pub mod generate;
 pub mod model;
+pub mod patching;
 pub mod plugin;
 pub mod registry;
 pub mod schema;

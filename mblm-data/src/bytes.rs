@@ -10,6 +10,10 @@
 //! validation data; what lies before is the training data. **Sequences** do not overlap: in epoch `e`, sequence `i` is
 //! the `input_seq_len` bytes from `e mod input_seq_len + i * input_seq_len` on; what is left at the end is not used.
 //! Validation has no such offset.
+//!
+//! Where patches follow the content (`params.patching`), a sequence is a number of patches, and is padded to
+//! `input_seq_len` bytes. They lie one after the other; in epoch `e`, each begins `e` patches later, modulo their number.
+//! No sequence crosses the borders of segments of 4,096 times `input_seq_len` bytes in the first epoch.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -17,6 +21,7 @@ use std::sync::Arc;
 use schemars::JsonSchema;
 use serde::Deserialize;
 
+use crate::cut::Cut;
 use crate::dataset::{Dataset, DatasetOptions, Splits};
 use crate::error::{Error, Result};
 use crate::files::corpus::Corpus;
@@ -54,13 +59,56 @@ pub struct BytesSplit {
     seq_len: u64,
     /// Whether epochs shift the borders between sequences.
     shifts: bool,
+    /// Where patches follow the content.
+    cut: Option<Sequences>,
+}
+
+/// Sequences of a number of patches.
+struct Sequences {
+    cut: Cut,
+    /// Where each begins in the first epoch.
+    starts: Vec<u64>,
+    pad: u32,
 }
 
 impl BytesSplit {
-    /// The bytes `range` of `corpus` in sequences of `seq_len` bytes, whose borders move with the epoch if it `shifts`.
-    pub(crate) fn new(corpus: Arc<Corpus>, range: Range<u64>, seq_len: usize, shifts: bool) -> Self {
+    /// The bytes `range` of `corpus` in sequences as `options` says, whose borders move with the epoch if it `shifts`.
+    ///
+    /// # Errors
+    /// Patches follow the content, and a file cannot be read or the rule fails.
+    pub(crate) fn new(
+        corpus: Arc<Corpus>,
+        range: Range<u64>,
+        options: &DatasetOptions,
+        shifts: bool,
+    ) -> Result<Box<dyn Dataset>> {
         let Range { start, end } = range;
-        BytesSplit { corpus, start, end, whole: range, seq_len: seq_len as u64, shifts }
+        let sequences = |cut: &Cut| -> Result<Sequences> {
+            let starts = cut.starts(&corpus, start..end, options.seq_len)?;
+            Ok(Sequences { cut: cut.clone(), starts, pad: options.pad_token_id as u32 })
+        };
+        let cut = options.cut.map(sequences).transpose()?;
+        Ok(Box::new(BytesSplit { corpus, start, end, whole: range, seq_len: options.seq_len as u64, shifts, cut }))
+    }
+
+    /// Reads the sequence that begins `later` patches after `start`, and pads it.
+    fn sample_patches(&self, sequences: &Sequences, start: u64, later: usize, ids: &mut [u32]) -> Result<()> {
+        let room = |at: u64| (self.end - at).min(self.seq_len) as usize;
+        let read = |at: u64, ids: &mut [u32]| self.corpus.read(at, ids);
+        let available = room(start);
+        read(start, &mut ids[..available])?;
+        // The last sequence of all has nothing behind it to begin with: it keeps its first patches.
+        let skipped = match sequences.cut.len(&ids[..available], later)? {
+            skipped if start + skipped as u64 == self.end => 0,
+            skipped => skipped as u64,
+        };
+        let available = room(start + skipped);
+        if skipped > 0 {
+            read(start + skipped, &mut ids[..available])?;
+        }
+        let len = sequences.cut.len(&ids[..available], sequences.cut.patches)?;
+        ids[len..].fill(sequences.pad);
+        Ok(())
     }
 
     fn offset(&self, epoch: u64) -> u64 {
@@ -70,11 +118,22 @@ impl BytesSplit {
 
 impl Dataset for BytesSplit {
     fn num_sequences(&self, epoch: u64) -> u64 {
+        if let Some(Sequences { starts, .. }) = &self.cut {
+            return starts.len() as u64;
+        }
         (self.end - self.start).saturating_sub(self.offset(epoch)) / self.seq_len
     }
 
     fn sample(&self, epoch: u64, index: u64, ids: &mut [u32], _: &mut [f32]) -> Result<()> {
+        if let Some(sequences) = &self.cut {
+            let later = if self.shifts { (epoch % sequences.cut.patches as u64) as usize } else { 0 };
+            return self.sample_patches(sequences, sequences.starts[index as usize], later, ids);
+        }
         self.corpus.read(self.start + self.offset(epoch) + index * self.seq_len, ids)
+    }
+
+    fn mean_len(&self) -> Option<f64> {
+        self.cut.as_ref().map(|cut| (self.end - self.start) as f64 / cut.starts.len().max(1) as f64)
     }
 
     fn byte_counts(&self) -> Result<Option<[u64; 256]>> {
@@ -83,11 +142,14 @@ impl Dataset for BytesSplit {
     }
 
     fn share(&self, share: Share) -> Option<Box<dyn Dataset>> {
+        if self.cut.is_some() {
+            return None;
+        }
         let part = share.range(self.end - self.start);
         let (start, end) = (self.start + part.start, self.start + part.end);
         let BytesSplit { corpus, whole, seq_len, shifts, .. } = self;
         let (corpus, whole) = (corpus.clone(), whole.clone());
-        Some(Box::new(BytesSplit { corpus, start, end, whole, seq_len: *seq_len, shifts: *shifts }))
+        Some(Box::new(BytesSplit { corpus, start, end, whole, seq_len: *seq_len, shifts: *shifts, cut: None }))
     }
 }
 
@@ -121,10 +183,10 @@ fn open(options: &DatasetOptions) -> Result<Splits> {
     }
     check_vocabulary(&corpus, options.num_tokens)?;
     let cut = len - valid;
-    let split = |range, shifts| Box::new(BytesSplit::new(corpus.clone(), range, options.seq_len, shifts));
+    let split = |range, shifts| BytesSplit::new(corpus.clone(), range, options, shifts);
     Ok(Splits {
-        train: split(0..cut, true),
-        valid: split(cut..len, false),
+        train: split(0..cut, true)?,
+        valid: split(cut..len, false)?,
         test: None,
         about: format!(
             "{len} bytes in {} file(s) of {:?}: the first {cut} train, the last {valid} validate{}",
@@ -171,7 +233,7 @@ mod tests {
 
     fn open_at(dir: &Path, seq_len: usize, args: Option<serde_json::Value>, num_tokens: usize) -> Result<Splits> {
         let args = args.as_ref();
-        let options = DatasetOptions { dir, output_dir: None, args, seq_len, num_tokens, pad_token_id: 0 };
+        let options = DatasetOptions { dir, output_dir: None, args, seq_len, num_tokens, pad_token_id: 0, cut: None };
         crate::registry::open("bytes", &options)
     }
 

@@ -6,6 +6,7 @@ use std::path::Path;
 use mblm_yaml::{from_value, join};
 use serde::de::DeserializeOwned;
 
+use crate::cut::Cut;
 use crate::error::{Error, Result};
 use crate::files::fingerprint::Fingerprint;
 
@@ -24,6 +25,11 @@ pub trait Dataset: Send + Sync {
     /// Whether sequences come with a loss mask.
     fn has_loss_mask(&self) -> bool {
         false
+    }
+
+    /// Mean bytes of a sequence, padding at its end left out, if [`DatasetOptions::cut`] made them unlike.
+    fn mean_len(&self) -> Option<f64> {
+        None
     }
 
     /// How often each byte value occurs, for the entropy a model must beat; `None` if the data are not bytes, or too
@@ -88,6 +94,8 @@ pub struct DatasetOptions<'a> {
     pub num_tokens: usize,
     /// The token after the end of a sample that is shorter than a sequence.
     pub pad_token_id: usize,
+    /// How a run of bytes is cut into sequences of at most [`seq_len`](Self::seq_len) bytes, if patches follow the content.
+    pub cut: Option<&'a Cut>,
 }
 
 impl DatasetOptions<'_> {

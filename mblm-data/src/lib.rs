@@ -5,6 +5,7 @@
 pub mod batches;
 pub mod bytes;
 pub mod clevr;
+pub mod cut;
 mod dataset;
 mod error;
 pub mod files;

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::bytes::{BytesSplit, check_vocabulary};
-use crate::dataset::{Dataset, DatasetOptions, NoArgs, Splits};
+use crate::dataset::{DatasetOptions, NoArgs, Splits};
 use crate::error::{Error, Result};
 use crate::files::corpus::Corpus;
 use crate::files::fingerprint::Fingerprint;
@@ -33,7 +33,7 @@ fn open(options: &DatasetOptions) -> Result<Splits> {
     let test_size = test.as_ref().map_or_else(|| "nothing".into(), |books| size(books));
     let split = |books: Arc<Corpus>, shifts| {
         let range = 0..books.len();
-        Box::new(BytesSplit::new(books, range, options.seq_len, shifts)) as Box<dyn Dataset>
+        BytesSplit::new(books, range, options, shifts)
     };
     let sums = [train.sums("train")?, valid.sums("validation")?].concat();
     Ok(Splits {
@@ -46,9 +46,9 @@ fn open(options: &DatasetOptions) -> Result<Splits> {
             valid.left_out()
         ),
         fingerprint: Fingerprint::new(sums, format!("{}-{}", train.names_and_sizes(), valid.names_and_sizes())),
-        train: split(train, true),
-        valid: split(valid, false),
-        test: test.map(|books| split(books, false)),
+        train: split(train, true)?,
+        valid: split(valid, false)?,
+        test: test.map(|books| split(books, false)).transpose()?,
     })
 }
 
@@ -105,7 +105,8 @@ mod tests {
     }
 
     fn open_root(root: &Path, seq_len: usize, args: Option<&Value>) -> Result<Splits> {
-        let options = DatasetOptions { dir: root, output_dir: None, args, seq_len, num_tokens: 256, pad_token_id: 0 };
+        let options =
+            DatasetOptions { dir: root, output_dir: None, args, seq_len, num_tokens: 256, pad_token_id: 0, cut: None };
         crate::registry::open("pg19", &options)
     }
 

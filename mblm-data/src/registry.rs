@@ -95,8 +95,15 @@ mod tests {
     #[test]
     fn an_unknown_id_lists_the_known() {
         let dir = Path::new("x");
-        let options =
-            DatasetOptions { dir, output_dir: None, args: None, seq_len: 1, num_tokens: 256, pad_token_id: 0 };
+        let options = DatasetOptions {
+            dir,
+            output_dir: None,
+            args: None,
+            seq_len: 1,
+            num_tokens: 256,
+            pad_token_id: 0,
+            cut: None,
+        };
         let error = open("pg20", &options).err().unwrap();
         assert!(error.is_configuration());
         let message = error.to_string();

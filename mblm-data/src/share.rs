@@ -43,6 +43,10 @@ impl Dataset for Sequences {
         self.dataset.has_loss_mask()
     }
 
+    fn mean_len(&self) -> Option<f64> {
+        self.dataset.mean_len()
+    }
+
     fn byte_counts(&self) -> Result<Option<[u64; 256]>> {
         self.dataset.byte_counts()
     }

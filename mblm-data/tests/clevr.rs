@@ -30,7 +30,7 @@ fn folder() -> tempfile::TempDir {
 
 fn open(folder: &Path, args: &Value, seq_len: usize, num_tokens: usize) -> mblm_data::Result<Splits> {
     let (dir, args, pad_token_id) = (folder, Some(args), PAD as usize);
-    data::open("clevr", &DatasetOptions { dir, output_dir: None, args, seq_len, num_tokens, pad_token_id })
+    data::open("clevr", &DatasetOptions { dir, output_dir: None, args, seq_len, num_tokens, pad_token_id, cut: None })
 }
 
 fn sample(split: &dyn Dataset, seq_len: usize) -> (Vec<u32>, Vec<f32>) {

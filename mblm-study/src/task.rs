@@ -157,7 +157,9 @@ pub(crate) fn config_file(study: &Path, name: &str) -> PathBuf {
 /// Whether the run in `folder` has come to the end of what `config` says.
 pub(crate) fn is_trained(folder: &Path, config: &RunConfig) -> bool {
     let newest = Shelf::of_run(folder).and_then(|shelf| shelf.newest()).and_then(|checkpoint| checkpoint.state());
-    let (Ok(state), Ok(course)) = (newest, RunPlan::new(config, 1)) else { return false };
+    let Ok(state) = newest else { return false };
+    let sequence_bytes = state.sequence_bytes.unwrap_or(config.params.input_seq_len);
+    let Ok(course) = RunPlan::new(config, sequence_bytes, 1) else { return false };
     let is_stale = config.train.early_stop.is_some_and(|most| state.stale_validations >= most);
     (state.batches >= course.batches || is_stale) && state.valid_loss.is_some()
 }

@@ -121,6 +121,7 @@ pub fn model(num_tokens: usize) -> ModelConfig {
         num_layers: vec![],
         seq_lens: vec![],
         train_checkpoint_chunks: None,
+        patching: vec![],
         blocks: vec![],
     })
 }

@@ -433,6 +433,7 @@ mod tests {
             num_layers: vec![3, 2, 1],
             seq_lens: vec![4, 3, 2],
             train_checkpoint_chunks: chunks,
+            patching: vec![],
             blocks: vec![Arc::new(Toy {}), Arc::new(Toy {}), Arc::new(Toy {})],
         };
         let mut params = ParamStore::new(0);
@@ -496,6 +497,7 @@ mod tests {
             num_layers: vec![1],
             seq_lens: vec![4],
             train_checkpoint_chunks: None,
+            patching: vec![],
             blocks: vec![Arc::new(Toy {})],
         }
     }

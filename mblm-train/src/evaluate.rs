@@ -1,13 +1,17 @@
 //! Evaluation: the mean loss over batches of a split, and the bits per byte of files.
 
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use mblm_base::terminal;
 use mblm_core::Mode;
+use mblm_core::config::MblmConfig;
 use mblm_core::model::Sequences;
+use mblm_core::patching::Cutter;
 use mblm_data::batches::{Batches, Cursor};
 use mblm_data::bytes::check_vocabulary;
+use mblm_data::cut::Cut;
 use mblm_data::files::corpus::Corpus;
 use mblm_data::share::Share;
 
@@ -71,12 +75,14 @@ pub(crate) fn anything_counts(batches: &Batches, max_batches: Option<usize>, pad
 }
 
 /// How to read files for [`evaluate`].
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct EvaluateOptions {
     /// The model's vocabulary size.
     pub num_tokens: usize,
     /// Files are cut into sequences of this length; the last one may be shorter.
     pub seq_len: usize,
+    /// Where patches follow the content: how sequences of at most that length are cut, which end with the pad token.
+    pub cut: Option<(Cut, usize)>,
     /// Sequences at once.
     pub batch_size: usize,
     /// At most this many bytes, from the start on.
@@ -118,10 +124,11 @@ pub fn evaluate(
 ) -> Result<Evaluation> {
     let corpus = processes.agree(open(place, options))?;
     must_be_alike(model, &corpus, processes)?;
+    let batches = processes.agree(batches(&corpus, options))?;
     // Of each batch, so that the sum has the same bits whoever computed which.
-    let mut losses = vec![LossSum::default(); num_batches(&corpus, options)];
+    let mut losses = vec![LossSum::default(); batches.len()];
     let mine = caught(|| {
-        for_sequences(&corpus, options, processes.share(), |batch, _, sequences| {
+        for_sequences(&corpus, options, &batches, processes.share(), |batch, sequences| {
             losses[batch] = model.loss(sequences, Mode::Eval)?.sum()?;
             Ok(())
         })
@@ -173,13 +180,13 @@ pub struct Parts {
 }
 
 /// As [`evaluate`], and the loss of each file, and of each position in the sequences of each stage: of the local stage
-/// the byte within its patch, of those above the patch within the sequence. `seq_lens` are the stages' lengths.
+/// the byte within its patch, of those above the patch within the sequence. `hierarchy` is the model's.
 ///
 /// # Errors
 /// As [`evaluate`]; or the model does not predict single bytes, as an encoder does not.
 pub fn evaluate_parts(
     model: &dyn TrainModel,
-    seq_lens: &[usize],
+    hierarchy: &MblmConfig,
     place: &str,
     options: &EvaluateOptions,
     processes: &dyn Processes,
@@ -188,33 +195,41 @@ pub fn evaluate_parts(
     must_be_alike(model, &corpus, processes)?;
     let starts: Vec<(PathBuf, u64)> = corpus.files().map(|(path, start)| (path.into(), start)).collect();
     let (mut all, mut files) = (LossSum::default(), vec![LossSum::default(); starts.len()]);
+    let batches = processes.agree(batches(&corpus, options))?;
+    let seq_lens = &hierarchy.seq_lens;
     let mut stages: Vec<Vec<LossSum>> = seq_lens.iter().map(|_| vec![]).collect();
     let mut file = 0;
-    let receive = |_, at: u64, sequences: &Sequences| {
+    let receive = |batch: usize, sequences: &Sequences| {
         let Some(losses) = model.byte_losses(sequences)? else {
             return Err(Error::Config("this is an encoder; only its mean loss can be measured".into()));
         };
-        let cols = sequences.len;
-        for (i, loss) in losses.into_iter().enumerate() {
-            // That of the pad token is not a number, and does not count.
-            let loss = if loss.is_nan() { LossSum::default() } else { LossSum { sum: f64::from(loss), count: 1 } };
-            while starts.get(file + 1).is_some_and(|(_, start)| *start <= at + i as u64) {
-                file += 1;
+        let rows = sequences.ids.chunks_exact(sequences.len).zip(losses.chunks_exact(sequences.len));
+        for (range, (ids, losses)) in batches[batch].iter().zip(rows) {
+            let len = (range.end - range.start) as usize;
+            let places = match hierarchy.is_fixed() {
+                true => (0..len).collect(),
+                false => Cutter::new(hierarchy).places(&ids[..len])?,
+            };
+            for ((at, mut position), &loss) in (range.start..).zip(places).zip(losses) {
+                // That of the pad token is not a number, and does not count.
+                let loss = if loss.is_nan() { LossSum::default() } else { LossSum { sum: f64::from(loss), count: 1 } };
+                while starts.get(file + 1).is_some_and(|(_, start)| *start <= at) {
+                    file += 1;
+                }
+                for (n, sums) in stages.iter_mut().enumerate() {
+                    let patch: usize = seq_lens[n + 1..].iter().product();
+                    let place = position / patch;
+                    position %= patch;
+                    sums.resize(sums.len().max(place + 1), LossSum::default());
+                    sums[place].add(loss);
+                }
+                files[file].add(loss);
+                all.add(loss);
             }
-            let mut position = i % cols;
-            for (n, sums) in stages.iter_mut().enumerate() {
-                let patch: usize = seq_lens[n + 1..].iter().product();
-                let place = position / patch;
-                position %= patch;
-                sums.resize(sums.len().max(place + 1), LossSum::default());
-                sums[place].add(loss);
-            }
-            files[file].add(loss);
-            all.add(loss);
         }
         Ok(())
     };
-    processes.agree(caught(|| for_sequences(&corpus, options, processes.share(), receive)))?;
+    processes.agree(caught(|| for_sequences(&corpus, options, &batches, processes.share(), receive)))?;
     if processes.size() > 1 {
         sum(std::slice::from_mut(&mut all), processes);
         sum(&mut files, processes);
@@ -253,32 +268,39 @@ fn num_bytes(corpus: &Corpus, options: &EvaluateOptions) -> u64 {
     options.max_bytes.map_or(corpus.len(), |max| max.min(corpus.len()))
 }
 
-/// Batches that [`for_sequences`] makes: whole sequences, and what is left of the last one by itself.
-fn num_batches(corpus: &Corpus, options: &EvaluateOptions) -> usize {
+/// The bytes of each sequence of each batch. Sequences of one length are batched; what is left of the last one comes by
+/// itself.
+fn batches(corpus: &Corpus, options: &EvaluateOptions) -> Result<Vec<Vec<Range<u64>>>> {
     let (len, seq_len) = (num_bytes(corpus, options), options.seq_len as u64);
-    let whole = (len / seq_len).div_ceil(options.batch_size as u64);
-    (whole + u64::from(!len.is_multiple_of(seq_len))) as usize
+    let starts: Vec<u64> = match &options.cut {
+        Some((cut, _)) => cut.starts(corpus, 0..len, options.seq_len)?,
+        None => (0..len).step_by(options.seq_len).collect(),
+    };
+    let ends = starts.iter().skip(1).copied().chain([len]);
+    let mut sequences: Vec<Range<u64>> = starts.iter().zip(ends).map(|(start, end)| *start..end).collect();
+    let is_short = |last: &Range<u64>| options.cut.is_none() && last.end - last.start < seq_len;
+    let short = sequences.pop_if(|last| is_short(last));
+    let whole = sequences.chunks(options.batch_size).map(<[_]>::to_vec);
+    Ok(whole.chain(short.map(|last| vec![last])).collect())
 }
 
-/// Calls `receive` with the number of each batch, its place in the corpus, and its sequences; of every so many batches, as
-/// this process has its `share`.
+/// Calls `receive` with the number of each batch and its sequences; of every so many batches, as this process has its
+/// `share`.
 fn for_sequences(
     corpus: &Corpus,
     options: &EvaluateOptions,
+    batches: &[Vec<Range<u64>>],
     share: Share,
-    mut receive: impl FnMut(usize, u64, &Sequences) -> Result<()>,
+    mut receive: impl FnMut(usize, &Sequences) -> Result<()>,
 ) -> Result<()> {
-    let (len, seq_len) = (num_bytes(corpus, options), options.seq_len as u64);
-    let mut at = 0;
-    for batch in 0..num_batches(corpus, options) {
-        let whole = ((len - at) / seq_len).min(options.batch_size as u64);
-        let (rows, cols) = if whole > 0 { (whole, seq_len) } else { (1, len - at) };
-        if batch % share.size == share.rank {
-            let mut ids = vec![0; (rows * cols) as usize];
-            corpus.read(at, &mut ids)?;
-            receive(batch, at, &Sequences { ids: &ids, len: cols as usize, loss_mask: None })?;
+    let pad = options.cut.as_ref().map_or(0, |(_, pad)| *pad as u32);
+    for (number, batch) in batches.iter().enumerate().skip(share.rank).step_by(share.size) {
+        let longest = batch.iter().map(|range| range.end - range.start).max().unwrap_or(0) as usize;
+        let mut ids = vec![pad; batch.len() * longest];
+        for (row, range) in ids.chunks_exact_mut(longest).zip(batch) {
+            corpus.read(range.start, &mut row[..(range.end - range.start) as usize])?;
         }
-        at += rows * cols;
+        receive(number, &Sequences { ids: &ids, len: longest, loss_mask: None })?;
     }
     Ok(())
 }
@@ -289,6 +311,7 @@ mod tests {
     use mblm_core::ParamStore;
 
     use super::*;
+    use crate::bigram;
     use crate::model::Loss;
     use crate::processes::Solo;
     use crate::processes::threads::together;
@@ -313,7 +336,7 @@ mod tests {
         let place = file.path().to_str().unwrap();
         let model = MeanId(ParamStore::new(0));
         for (seq_len, batch_size) in [(10, 3), (7, 1), (200, 4), (101, 2)] {
-            let options = EvaluateOptions { num_tokens: 256, seq_len, batch_size, max_bytes: None };
+            let options = EvaluateOptions { num_tokens: 256, seq_len, batch_size, max_bytes: None, cut: None };
             let found = evaluate(&model, place, &options, &Solo).unwrap();
             assert_eq!(found.bytes, 101);
             let shared =
@@ -321,13 +344,13 @@ mod tests {
             assert_eq!(shared, [found; 3], "shared among processes");
             assert!((found.loss - 50.0).abs() < 1e-5, "{found:?}");
         }
-        let options = EvaluateOptions { num_tokens: 256, seq_len: 10, batch_size: 2, max_bytes: Some(21) };
+        let options = EvaluateOptions { num_tokens: 256, seq_len: 10, batch_size: 2, max_bytes: Some(21), cut: None };
         let found = evaluate(&model, place, &options, &Solo).unwrap();
         assert_eq!((found.bytes, found.loss as f32), (21, 10.0));
         assert!((found.bpb() - 10.0 / std::f64::consts::LN_2).abs() < 1e-5);
-        let error = evaluate_parts(&model, &[10], place, &options, &Solo).unwrap_err().to_string();
+        let error = evaluate_parts(&model, &hierarchy(&[10]), place, &options, &Solo).unwrap_err().to_string();
         assert!(error.contains("only its mean loss"), "{error}");
-        let small = EvaluateOptions { num_tokens: 100, ..options };
+        let small = EvaluateOptions { num_tokens: 100, ..options.clone() };
         assert!(evaluate(&model, place, &small, &Solo).unwrap_err().to_string().contains("the byte 100"));
     }
 
@@ -346,6 +369,10 @@ mod tests {
         }
     }
 
+    fn hierarchy(seq_lens: &[usize]) -> MblmConfig {
+        MblmConfig { seq_lens: seq_lens.to_vec(), ..bigram::model(256).hierarchy().clone() }
+    }
+
     #[test]
     fn losses_are_told_apart_by_file_and_position() {
         let folder = tempfile::tempdir().unwrap();
@@ -353,10 +380,10 @@ mod tests {
             std::fs::write(folder.path().join(name), bytes).unwrap();
         }
         // 2 patches of 3 bytes: sequences of 6 bytes, the last of 4.
-        let options = EvaluateOptions { num_tokens: 256, seq_len: 6, batch_size: 2, max_bytes: None };
+        let options = EvaluateOptions { num_tokens: 256, seq_len: 6, batch_size: 2, max_bytes: None, cut: None };
         let evaluate = |processes: &dyn Processes| {
             let model = Value(ParamStore::new(0));
-            evaluate_parts(&model, &[2, 3], folder.path().to_str().unwrap(), &options, processes).unwrap()
+            evaluate_parts(&model, &hierarchy(&[2, 3]), folder.path().to_str().unwrap(), &options, processes).unwrap()
         };
         let found = evaluate(&Solo);
         let of = |bytes: &[u64]| Evaluation {

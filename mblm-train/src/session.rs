@@ -78,6 +78,7 @@ pub fn open_data_of(run: &Path, config: &RunConfig) -> Result<(Splits, PathBuf)>
 
 /// Opens the data that `config` names; relative paths start in `start`.
 fn open_data_in(config: &RunConfig, start: &Path) -> Result<Splits> {
+    let cut = config.params.cut();
     let options = DatasetOptions {
         dir: &start.join(&config.io.dataset_dir),
         output_dir: Some(&start.join(&config.io.output_dir)),
@@ -85,6 +86,7 @@ fn open_data_in(config: &RunConfig, start: &Path) -> Result<Splits> {
         seq_len: config.params.input_seq_len,
         num_tokens: config.params.model.hierarchy().num_tokens,
         pad_token_id: config.params.model.hierarchy().pad_token_id,
+        cut: cut.as_ref(),
     };
     Ok(mblm_data::open(&config.io.dataset_id, &options)?)
 }
@@ -348,8 +350,7 @@ impl<'a> Session<'a> {
             batches: trainer.plan().batches,
             done: state.batches,
             done_bytes: state.bytes_seen,
-            bytes_per_batch: (self.config.train.batch_size * self.config.params.input_seq_len) as u64
-                * self.processes.size() as u64,
+            bytes_per_batch: trainer.bytes_per_batch(),
             best_valid_loss: state.best_valid_loss,
         };
         let Some(log) = run.log()? else {

@@ -48,7 +48,7 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
     let model = outline(&config, !args.no_data).map_err(located)?;
     let plan = match data {
         Some(data) => session::check(&model, data, &config),
-        None => RunPlan::new(&config, 1),
+        None => RunPlan::new(&config, config.params.input_seq_len, 1),
     };
     let plan = plan.map_err(located)?;
     Output::new().write_all(resolved(&config)?.as_bytes())?;

@@ -55,6 +55,7 @@ pub fn run(args: &Args, plugins: &Plugins, joined: &Joined) -> Result<()> {
         num_tokens: hierarchy.num_tokens,
         seq_len: trained.config.params.input_seq_len,
         batch_size: args.batch.map_or(trained.config.train.batch_size, |batch| batch as usize),
+        cut: trained.config.params.cut().map(|cut| (cut, hierarchy.pad_token_id)),
         max_bytes: args.max_bytes,
     };
     let wants_parts = args.files || args.positions || args.csv.is_some();
@@ -62,7 +63,7 @@ pub fn run(args: &Args, plugins: &Plugins, joined: &Joined) -> Result<()> {
         return Err(Usage("--files, --positions and --csv do not support encoders".into()).into());
     }
     let parts = match wants_parts {
-        true => Some(evaluate_parts(&trained.model, &hierarchy.seq_lens, &args.data, &options, joined.all())?),
+        true => Some(evaluate_parts(&trained.model, hierarchy, &args.data, &options, joined.all())?),
         false => None,
     };
     let found = match &parts {

@@ -5,24 +5,21 @@ use candle_core::{DType, Device, Tensor};
 use mblm_sdk::error::{Error, Result};
 use mblm_sdk::mode::Mode;
 use mblm_sdk::transfer;
+use rayon::prelude::*;
 
 use crate::model::{Mblm, Positions};
 
+mod lane;
 mod slices;
 mod tensors;
 
-use slices::Slices;
-use tensors::Tensors;
+use lane::Lane;
 
 /// The state of a batch of sequences that have the same length and grow together.
 pub struct Decoder<'m> {
     model: &'m Mblm,
     batch: usize,
-    /// The bytes so far, `(L, B)`: only those of the current sequence of stage 2 on are ever read again.
-    history: Vec<u32>,
-    /// Of each stage, the tokens of the current sequence that were fed, not counting the start token.
-    positions: Vec<usize>,
-    stages: Box<dyn Stages + 'm>,
+    lanes: Vec<Lane<'m>>,
     logits: Vec<f32>,
 }
 
@@ -54,34 +51,40 @@ impl<'m> Decoder<'m> {
         if batch == 0 {
             return Err(Error::Input("expected a batch of at least one sequence, found none".into()));
         }
-        let hierarchy = model.hierarchy();
-        let stages: Box<dyn Stages> = match model.params().place().fuses() {
-            true => Box::new(Slices::new(hierarchy, batch)?),
-            false => Box::new(Tensors::new(hierarchy, batch)?),
+        let logits = empty_logits(model, batch)?;
+        let lanes = match model.config().is_fixed() {
+            true => vec![Lane::new(model, batch, logits.clone())?],
+            false => {
+                let lane = |logits: &[f32]| Lane::new(model, 1, logits.to_vec());
+                logits.chunks_exact(model.config().num_tokens).map(lane).collect::<Result<_>>()?
+            }
         };
-        let positions = vec![0; hierarchy.stages.len()];
-        let mut decoder = Decoder { model, batch, history: vec![], positions, stages, logits: vec![] };
-        decoder.logits = decoder.empty_logits()?;
-        Ok(decoder)
+        Ok(Decoder { model, batch, lanes, logits })
     }
 
-    /// The number of bytes of each sequence so far.
+    /// The largest number of bytes that any of the sequences has so far.
     pub fn len(&self) -> usize {
-        self.history.len() / self.batch
+        self.lanes.iter().map(Lane::len).max().unwrap_or(0)
     }
 
     /// Whether there are no bytes yet.
     pub fn is_empty(&self) -> bool {
-        self.history.is_empty()
+        self.len() == 0
     }
 
-    /// The maximum number of bytes of a sequence. `None` if stage 1 has no fixed positions and there is no limit.
+    /// The maximum number of bytes of a sequence. `None` if stage 1 has no fixed positions and there is no limit; an upper
+    /// bound where patches follow the content.
     pub fn limit(&self) -> Option<usize> {
         let hierarchy = self.model.hierarchy();
         match hierarchy.stages[0].input.positions {
             Positions::Fixed(_) => Some(hierarchy.config.context_len()),
             _ => None,
         }
+    }
+
+    /// Whether sequence `b` fills the context, so that no byte can follow.
+    pub fn is_full(&self, b: usize) -> bool {
+        self.lanes[b / self.lanes[0].batch()].is_full()
     }
 
     /// The logits of the next byte, `(B, V)`.
@@ -103,29 +106,14 @@ impl<'m> Decoder<'m> {
         if len == 0 {
             return Ok(());
         }
-        self.history = (0..len).flat_map(|l| (0..self.batch).map(move |b| prompt[b * len + l])).collect();
-        // From local to global: how many tokens each stage's newest sequence has. Only the local stage's may be full:
-        // it is completed by the byte that follows.
-        let hierarchy = self.model.hierarchy();
-        let (mut total, local) = (len, self.positions.len() - 1);
-        let mut counts = vec![0; self.positions.len()];
-        for n in (0..=local).rev() {
-            let seq = hierarchy.stages[n].seq_len;
-            counts[n] = match n {
-                0 => total,
-                _ if n == local => (total - 1) % seq + 1,
-                _ => total % seq,
-            };
-            total = (total - counts[n]) / seq;
-        }
-        let mut end = 0; // bytes that the tokens fed so far stand for
-        for (n, count) in counts.into_iter().enumerate() {
-            let patch = hierarchy.patch_len(n);
-            self.begin_sequence(n)?;
-            self.feed_tokens(n, end, count)?;
-            end += count * patch;
-        }
-        self.output_layer()
+        let mut first = 0;
+        let prompts = self.lanes.iter().map(|lane| {
+            let sequences = first..first + lane.batch();
+            first = sequences.end;
+            (0..len).flat_map(|l| sequences.clone().map(move |b| prompt[b * len + l])).collect()
+        });
+        let prompts: Vec<Vec<u32>> = prompts.collect();
+        self.advance(|n, lane| lane.prefill(&prompts[n]))
     }
 
     /// Feeds the next byte of each sequence, `(B)`.
@@ -133,15 +121,38 @@ impl<'m> Decoder<'m> {
     /// # Errors
     /// An id is outside the vocabulary, the context is full, a block fails, or the logits are not finite.
     pub fn step(&mut self, bytes: &[u32]) -> Result<()> {
+        self.step_some(bytes, |_| true)
+    }
+
+    /// Like [`step`](Self::step), for the sequences that go on. Others may advance too, or stand still.
+    ///
+    /// # Errors
+    /// Those of [`step`](Self::step).
+    pub fn step_some(&mut self, bytes: &[u32], goes_on: impl Fn(usize) -> bool + Sync) -> Result<()> {
         self.check(bytes, 1)?;
-        if self.is_empty() {
-            (0..self.positions.len()).try_for_each(|n| self.begin_sequence(n))?;
+        let each = self.lanes[0].batch();
+        self.advance(|n, lane| {
+            let sequences = n * each..(n + 1) * each;
+            match sequences.clone().any(&goes_on) {
+                true => lane.step(&bytes[sequences]),
+                false => Ok(()),
+            }
+        })
+    }
+
+    /// Does `work` with every lane and its number, and gathers their logits.
+    fn advance(&mut self, work: impl Fn(usize, &mut Lane<'m>) -> Result<()> + Sync) -> Result<()> {
+        match &mut self.lanes[..] {
+            [only] => work(0, only)?,
+            lanes => lanes.par_iter_mut().enumerate().try_for_each(|(n, lane)| work(n, lane))?,
         }
-        let local = self.positions.len() - 1;
-        self.make_room(local)?;
-        self.history.extend_from_slice(bytes);
-        self.feed_tokens(local, self.len() - 1, 1)?;
-        self.output_layer()
+        let mut rest = &mut self.logits[..];
+        for lane in &self.lanes {
+            let (own, others) = rest.split_at_mut(lane.logits.len());
+            own.copy_from_slice(&lane.logits);
+            rest = others;
+        }
+        Ok(())
     }
 
     fn check(&self, bytes: &[u32], more: usize) -> Result<()> {
@@ -162,76 +173,15 @@ impl<'m> Decoder<'m> {
             _ => Ok(()),
         }
     }
+}
 
-    /// Completes stage `n`'s sequence if it is full: its bytes become a token of the stage above, whose output then
-    /// opens the next sequence.
-    fn make_room(&mut self, n: usize) -> Result<()> {
-        if n == 0 || self.positions[n] < self.model.hierarchy().stages[n].seq_len {
-            return Ok(());
-        }
-        let patch = self.model.hierarchy().patch_len(n - 1);
-        self.feed_tokens(n - 1, self.len() - patch, 1)?;
-        // The stage above may be full by this: then its last output speaks of nothing, and its next sequence opens.
-        self.make_room(n - 1)?;
-        self.begin_sequence(n)
-    }
-
-    fn begin_sequence(&mut self, n: usize) -> Result<()> {
-        if self.positions[n] > 0 {
-            self.stages.reset(n);
-        }
-        self.positions[n] = 0;
-        self.stages.begin(n)
-    }
-
-    /// Feeds `count` tokens to stage `n`, whose bytes begin at byte `first` of the history.
-    fn feed_tokens(&mut self, n: usize, first: usize, count: usize) -> Result<()> {
-        if count == 0 {
-            return Ok(());
-        }
-        let (patch, batch) = (self.model.hierarchy().patch_len(n), self.batch);
-        let mut ids = Vec::with_capacity(count * batch * patch);
-        for token in 0..count {
-            for b in 0..batch {
-                ids.extend((0..patch).map(|i| self.history[(first + token * patch + i) * batch + b]));
-            }
-        }
-        self.stages.feed(n, self.positions[n], ids)?;
-        self.positions[n] += count;
-        Ok(())
-    }
-
-    fn output_layer(&mut self) -> Result<()> {
-        self.stages.logits(&mut self.logits)?;
-        match self.logits.iter().all(|logit| logit.is_finite()) {
-            true => Ok(()),
-            false => Err(self.not_finite()?),
-        }
-    }
-
-    /// Names the first stage whose newest output is not finite: what a stage passes on reaches the logits at once.
-    fn not_finite(&self) -> Result<Error> {
-        let what = format!("the logits after {} bytes are not finite", self.len());
-        for (n, position) in self.positions.iter().enumerate() {
-            let output = self.stages.output(n)?;
-            if let Some(at) = output.iter().position(|value| !value.is_finite()) {
-                let (sequence, value) = (at / (output.len() / self.batch), output[at]);
-                return Ok(Error::NotFinite(format!(
-                    "{what}: the output of {} is {value} at sequence {sequence}, position {position}",
-                    self.model.hierarchy().stage_name(n)
-                )));
-            }
-        }
-        Ok(Error::NotFinite(format!("{what}, while the outputs of all stages are finite: the output layer overflows")))
-    }
-
-    fn empty_logits(&self) -> Result<Vec<f32>> {
-        let empty = Tensor::zeros((self.batch, 0), DType::U32, &Device::Cpu)?;
-        let logits = || self.model.logits(&empty, Mode::Eval);
-        let values = transfer::to_vec::<f32>(&logits()?)?;
-        match values.iter().all(|logit| logit.is_finite()) {
-            true => Ok(values),
-            false => Err(self.model.hierarchy().not_finite("the logits of the first byte are not finite", logits)),
-        }
+/// The logits of the first byte of each sequence, `(B, V)`.
+fn empty_logits(model: &Mblm, batch: usize) -> Result<Vec<f32>> {
+    let empty = Tensor::zeros((batch, 0), DType::U32, &Device::Cpu)?;
+    let logits = || model.logits(&empty, Mode::Eval);
+    let values = transfer::to_vec::<f32>(&logits()?)?;
+    match values.iter().all(|logit| logit.is_finite()) {
+        true => Ok(values),
+        false => Err(model.hierarchy().not_finite("the logits of the first byte are not finite", logits)),
     }
 }

@@ -69,13 +69,13 @@ pub fn generate(
     let vocab = model.config().num_tokens;
     let mut made = 0;
     loop {
-        let all = match () {
-            () if until.max_tokens.is_some_and(|max| made >= max) => Some(Ended::MaxTokens),
-            () if context.is_some_and(|context| decoder.len() >= context) => Some(Ended::ContextLength),
-            () => None,
-        };
-        if let Some(reason) = all {
-            ended.iter_mut().for_each(|e| *e = e.or(Some(reason)));
+        for (b, ended) in ended.iter_mut().enumerate().filter(|(_, ended)| ended.is_none()) {
+            *ended = match () {
+                () if until.max_tokens.is_some_and(|max| made >= max) => Some(Ended::MaxTokens),
+                () if context.is_some_and(|context| decoder.len() >= context) => Some(Ended::ContextLength),
+                () if decoder.is_full(b) => Some(Ended::ContextLength),
+                () => None,
+            };
         }
         if ended.iter().all(|e| e.is_some()) {
             return Ok(ended.into_iter().flatten().collect());
@@ -95,7 +95,7 @@ pub fn generate(
         }
         made += 1;
         if ended.iter().any(|e| e.is_none()) && context.is_none_or(|context| decoder.len() < context) {
-            decoder.step(&tokens)?;
+            decoder.step_some(&tokens, |b| ended[b].is_none())?;
         }
     }
 }

@@ -111,7 +111,7 @@ impl MblmEncoder {
     /// [`loss`](Self::loss) of restoring `labels`, as many as there are ids, where those are attended to that are not the pad token; and
     /// the number of positions that it is the mean of: 0 of none, without a warning.
     pub fn counted_loss(&self, sequences: &Sequences, labels: &[u32], mode: Mode) -> Result<(Tensor, usize)> {
-        let ids = self.checked(Ids::of(sequences, &self.hierarchy.config)?)?;
+        let ids = self.checked(Ids::of(sequences, &self.hierarchy.config, 0)?)?;
         check_vocabulary(labels, self.hierarchy.config.num_tokens)?;
         let pad = self.hierarchy.config.pad_token_id as u32;
         let attend = padded_mask(&ids, |at| labels[at] != pad);
@@ -135,7 +135,7 @@ impl MblmEncoder {
     }
 
     fn read(&self, ids: &Tensor) -> Result<Ids> {
-        self.checked(Ids::new(ids, &self.hierarchy.config)?)
+        self.checked(Ids::new(ids, &self.hierarchy.config, 0)?)
     }
 
     fn checked(&self, ids: Ids) -> Result<Ids> {
@@ -161,21 +161,21 @@ impl MblmEncoder {
                 MaskReduce::All => bytes.iter().all(|b| *b != 0) as u8,
             })
             .collect();
-        let seq = if n > 0 { self.hierarchy.stages[n].seq_len } else { ids.padded_len / patch };
+        let seq = if n > 0 { self.hierarchy.stages[n].seq_len } else { ids.layout.padded_len / patch };
         let sequences = reduced.len() / seq;
         transfer::to_tensor(&reduced, (sequences, seq), &self.hierarchy.params.place().device)
     }
 
     fn per_byte(&self, ids: &Ids, local: &Tensor) -> Result<Tensor> {
         let dim = local.dims3()?.2;
-        let bytes = local.reshape((ids.batch, ids.padded_len, dim))?;
+        let bytes = local.reshape((ids.batch, ids.layout.padded_len, dim))?;
         Ok(bytes.narrow(1, 0, ids.len)?.reshape(ids.result_shape(dim))?)
     }
 }
 
 /// What is to be restored: the positions that are attended to and whose weight is not zero.
 fn targets(ids: &Ids, labels: &[u32], attend: &[u8], weights: Option<&[f32]>) -> Vec<Target> {
-    let all = (0..ids.batch).flat_map(|b| (0..ids.len).map(move |l| (b * ids.padded_len + l, b * ids.len + l)));
+    let all = (0..ids.batch).flat_map(|b| (0..ids.len).map(move |l| (b * ids.layout.padded_len + l, b * ids.len + l)));
     let target = |(row, flat): (usize, usize)| {
         let weight = weights.map_or(1.0, |w| w[flat]) * (attend[row] != 0) as u8 as f32;
         Target { row: row as u32, token: labels[flat], weight }
@@ -190,8 +190,8 @@ fn given_mask(ids: &Ids, attention_mask: Option<&Tensor>) -> Result<Vec<u8>> {
 }
 
 fn padded_mask(ids: &Ids, attends: impl Fn(usize) -> bool) -> Vec<u8> {
-    let mut mask = vec![0; ids.batch * ids.padded_len];
-    for (b, row) in mask.chunks_exact_mut(ids.padded_len).enumerate() {
+    let mut mask = vec![0; ids.batch * ids.layout.padded_len];
+    for (b, row) in mask.chunks_exact_mut(ids.layout.padded_len).enumerate() {
         for (l, attended) in row[..ids.len].iter_mut().enumerate() {
             *attended = attends(b * ids.len + l) as u8;
         }

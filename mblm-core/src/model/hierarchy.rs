@@ -14,7 +14,9 @@ use mblm_sdk::param::{Init, Param, ParamStore, Part};
 use mblm_sdk::transfer;
 
 use super::input::Ids;
+use super::layout::Bucket;
 use super::local_loss::LocalLoss;
+use super::recompute::chunk_mode;
 use super::stage::Stage;
 use super::stage_input::Positions;
 use super::watch::{NotFinite, Seen, What};
@@ -47,19 +49,23 @@ impl Hierarchy {
     /// Checks a padded length against the fixed positions of the global stage.
     pub(crate) fn check_length(&self, ids: &Ids) -> Result<()> {
         let patch = self.config.context_len() / self.config.seq_lens[0];
-        let (patches, limit) = (ids.padded_len / patch, self.config.seq_lens[0]);
+        let (patches, limit) = (ids.layout.padded_len / patch, self.config.seq_lens[0]);
         if matches!(self.stages[0].input.positions, Positions::Fixed(_)) && patches > limit {
+            let (each, all) = match self.config.is_fixed() {
+                true => (format!("of {patch} bytes"), format!(" ({} bytes)", self.config.context_len())),
+                false => (format!("of at most {patch} bytes"), String::new()),
+            };
             return Err(Error::Input(format!(
-                "a sequence of {} bytes makes {patches} patches of {patch} bytes, but the fixed positions of stage 1 end \
-                 at {limit} patches ({} bytes)",
+                "a sequence of {} bytes makes {patches} patches {each}, but the fixed positions of stage 1 end at {limit} \
+                 patches{all}",
                 ids.len,
-                self.config.context_len()
             )));
         }
         Ok(())
     }
 
-    /// Runs all stages and returns the local stage's output, `(local sequences, [1 +] P_N, D_N)`.
+    /// Runs all stages and returns the local stage's output: `(local sequences, [1 +] P_N, D_N)`, or `(1, rows, D_N)` where
+    /// patches differ in length.
     ///
     /// `masks`: per stage, `(sequences, P_n)`.
     pub(crate) fn run(&self, ids: &Ids, masks: Option<&[Tensor]>, mode: Mode) -> Result<Tensor> {
@@ -87,33 +93,76 @@ impl Hierarchy {
         }
     }
 
-    fn loss_as_it_is(&self, ids: &Ids, targets: Vec<Target>, masks: Option<&[Tensor]>, mode: Mode) -> Result<Tensor> {
-        let (local, out) = (self.stages.len() - 1, [self.out_weight.clone(), self.out_bias.clone()]);
+    fn loss_as_it_is(
+        &self,
+        ids: &Ids,
+        mut targets: Vec<Target>,
+        masks: Option<&[Tensor]>,
+        mode: Mode,
+    ) -> Result<Tensor> {
+        targets.sort_by_key(|target| target.row);
+        let local = self.stages.len() - 1;
         if let Some(chunks) = self.stages[local].chunks
             && let Some(above) = self.run_above(ids, masks, mode)?
         {
-            let (stage, ids) = (self.stages[local].clone(), ids.values.clone());
-            let mask = masks.map(|masks| masks[local].clone());
-            return LocalLoss { stage, ids, mask, targets, out, chunks, mode }.apply(&above);
+            return self.loss_in_chunks(ids, &targets, &above, masks, chunks, mode);
         }
-        let [weight, bias] = out;
+        let (weight, bias) = (self.out_weight.clone(), self.out_bias.clone());
         let loss = CrossEntropy { weight, bias, targets, training: mode != Mode::Eval };
         apply1(loss, &self.run(ids, masks, mode)?, mode)
     }
 
-    /// What the stages above the local one say of its tokens, `(local sequences, P_N, D_N)`, if there are any.
+    /// The loss of targets in the order of their rows, as a sum over buckets of the local stage, each in chunks.
+    fn loss_in_chunks(
+        &self,
+        ids: &Ids,
+        targets: &[Target],
+        above: &Tensor,
+        masks: Option<&[Tensor]>,
+        chunks: usize,
+        mode: Mode,
+    ) -> Result<Tensor> {
+        let local = self.stages.len() - 1;
+        let mut sum: Option<Tensor> = None;
+        for bucket in &ids.layout.stages[local] {
+            let end = bucket.first_row + self.rows(local, bucket);
+            let of_bucket = |row: usize| targets.partition_point(|target| (target.row as usize) < row);
+            let mut own = targets[of_bucket(bucket.first_row)..of_bucket(end)].to_vec();
+            own.iter_mut().for_each(|target| target.row -= bucket.first_row as u32);
+            let Some(above) = self.said(local, bucket, Some(above), mode)?.filter(|_| !own.is_empty()) else {
+                continue;
+            };
+            let share = own.len() as f64 / targets.len() as f64;
+            let loss = LocalLoss {
+                stage: self.stages[local].clone(),
+                ids: bucket.ids.clone(),
+                seq: bucket.len,
+                mask: masks.map(|masks| masks[local].clone()),
+                targets: own,
+                out: [self.out_weight.clone(), self.out_bias.clone()],
+                chunks,
+                mode: chunk_mode(mode, bucket.before),
+            };
+            let loss = loss.apply(&above)?;
+            let loss = if share == 1.0 { loss } else { (loss * share)? };
+            sum = Some(match sum {
+                Some(sum) => (sum + loss)?,
+                None => loss,
+            });
+        }
+        sum.map_or_else(|| self.zero(), Ok)
+    }
+
+    /// The output of the stage above the local one, if there is one.
     fn run_above(&self, ids: &Ids, masks: Option<&[Tensor]>, mode: Mode) -> Result<Option<Tensor>> {
         let mut above: Option<Tensor> = None;
-        for (n, stage) in self.stages.iter().enumerate() {
-            let Some(next) = &stage.next else { break };
-            let output = self.run_stage(n, ids, above.as_ref(), masks, mode)?;
-            // Of `1 + S` positions the last is dropped: position i speaks of token i of the stage below.
-            above = Some(next.forward(&output, self.seq_len(n, ids), mode)?);
+        for n in 0..self.stages.len() - 1 {
+            above = Some(self.run_stage(n, ids, above.as_ref(), masks, mode)?);
         }
         Ok(above)
     }
 
-    /// The output of stage `n`, `(sequences, [1 +] P_n, D_n)`.
+    /// The output of stage `n`: of its buckets one after the other. `above`: the output of the stage above.
     fn run_stage(
         &self,
         n: usize,
@@ -122,10 +171,32 @@ impl Hierarchy {
         masks: Option<&[Tensor]>,
         mode: Mode,
     ) -> Result<Tensor> {
-        let (stage, seq) = (&self.stages[n], self.seq_len(n, ids));
-        let tokens = stage.embedding.forward(&ids.values, mode)?;
+        match &ids.layout.stages[n][..] {
+            [all] => self.run_bucket(n, all, above, masks, mode),
+            buckets => {
+                let run = |bucket: &Bucket| -> Result<Tensor> {
+                    let mode = chunk_mode(mode, bucket.before);
+                    Ok(self.run_bucket(n, bucket, above, masks, mode)?.flatten_to(1)?)
+                };
+                let rows = buckets.iter().map(run).collect::<Result<Vec<_>>>()?;
+                Ok(Tensor::cat(&rows, 0)?.unsqueeze(0)?)
+            }
+        }
+    }
+
+    /// The output of sequences of stage `n`, `(sequences, [1 +] tokens, D_n)`.
+    fn run_bucket(
+        &self,
+        n: usize,
+        bucket: &Bucket,
+        above: Option<&Tensor>,
+        masks: Option<&[Tensor]>,
+        mode: Mode,
+    ) -> Result<Tensor> {
+        let (stage, seq) = (&self.stages[n], bucket.len);
+        let tokens = stage.embedding.forward(&bucket.ids, mode)?;
         let tokens = tokens.reshape((tokens.dim(0)? / seq, seq, stage.dim))?;
-        let input = stage.input.forward(&tokens, above, mode)?;
+        let input = stage.input.forward(&tokens, self.said(n, bucket, above, mode)?.as_ref(), mode)?;
         let output = stage.run(&input, masks.map(|m| &m[n]), mode)?;
         match output.dims() == input.dims() {
             true => Ok(output),
@@ -136,6 +207,18 @@ impl Hierarchy {
                 input.dims()
             ))),
         }
+    }
+
+    /// What the output `above` of the stage above says of the tokens of a bucket, `(sequences, tokens, D_n)`.
+    fn said(&self, n: usize, bucket: &Bucket, above: Option<&Tensor>, mode: Mode) -> Result<Option<Tensor>> {
+        let next = n.checked_sub(1).and_then(|above| self.stages[above].next.as_ref());
+        next.zip(above).map(|(next, above)| next.forward(above, &bucket.parents, bucket.len, mode)).transpose()
+    }
+
+    /// Rows of the output of a bucket of stage `n`.
+    fn rows(&self, n: usize, bucket: &Bucket) -> usize {
+        let starts = usize::from(self.stages[n].input.start.is_some());
+        bucket.ids.len() / (bucket.len * self.patch_len(n)) * (starts + bucket.len)
     }
 
     /// See [`Mblm::measure_activations`](super::Mblm::measure_activations).
@@ -176,11 +259,6 @@ impl Hierarchy {
     /// What messages call stage `n`.
     pub(crate) fn stage_name(&self, n: usize) -> String {
         format!("stage {} ({})", n + 1, self.config.blocks[n].typetag_name())
-    }
-
-    /// Tokens of a sequence of stage `n`.
-    fn seq_len(&self, n: usize, ids: &Ids) -> usize {
-        if n == 0 { ids.padded_len / self.patch_len(0) } else { self.stages[n].seq_len }
     }
 
     /// Bytes of one token of stage `n` (from 0).

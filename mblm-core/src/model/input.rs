@@ -7,6 +7,7 @@ use candle_core::{Device, Tensor};
 use mblm_sdk::error::{Error, Result};
 use mblm_sdk::transfer;
 
+use super::layout::{self, Layout};
 use crate::config::MblmConfig;
 
 /// Sequences of equal length, as data sets give them. The model copies the ids once, when it pads them.
@@ -74,26 +75,30 @@ impl Deref for Tokens {
     }
 }
 
-/// Ids padded to whole patches.
+/// Ids in whole patches.
 pub(crate) struct Ids {
-    /// `(B, padded_len)`
+    /// The id at each place, `(B, padded_len)`.
     pub(crate) values: Tokens,
     pub(crate) batch: usize,
     /// Bytes of each sequence as given.
     pub(crate) len: usize,
-    /// Bytes of each sequence with padding: a multiple of `P_2 · … · P_N`.
-    pub(crate) padded_len: usize,
+    /// Which place each byte has, and what runs at each stage.
+    pub(crate) layout: Layout,
     /// The shape they came in, if it was `(B, P_1', P_2, …, P_N)`.
     pub(crate) folded: Option<Vec<usize>>,
 }
 
 impl Ids {
-    /// Reads ids `(B, L)` or `(B, P_1', P_2, …, P_N)` of any integer type.
-    pub(crate) fn new(ids: &Tensor, config: &MblmConfig) -> Result<Self> {
+    /// Reads ids `(B, L)` or `(B, P_1', P_2, …, P_N)` of any integer type. `starts`: start tokens of a sequence of a stage.
+    pub(crate) fn new(ids: &Tensor, config: &MblmConfig, starts: usize) -> Result<Self> {
         let dims = ids.dims();
         let inner = &config.seq_lens[1..];
         let folded = match dims {
             [_, _] => None,
+            _ if !config.is_fixed() => {
+                let message = "patches follow the content (patching): expected ids (batch, bytes)";
+                return Err(Error::Input(format!("{message}, found shape {dims:?}")));
+            }
             _ if dims.len() == config.num_stages() + 1 && dims[2..] == *inner => Some(dims.to_vec()),
             _ => {
                 return Err(Error::Input(format!(
@@ -103,14 +108,15 @@ impl Ids {
             }
         };
         let (batch, len) = (dims[0], dims[1..].iter().product::<usize>());
-        Ok(Ids { folded, ..Self::padded(&to_u32(ids, config.num_tokens)?, batch, len, config) })
+        let laid_out = Self::laid_out(&to_u32(ids, config.num_tokens)?, batch, len, config, starts)?;
+        Ok(Ids { folded, ..laid_out })
     }
 
     /// Takes sequences `(B, L)`.
     ///
     /// # Errors
     /// An id outside the vocabulary, or numbers that are no whole sequences.
-    pub(crate) fn of(sequences: &Sequences, config: &MblmConfig) -> Result<Self> {
+    pub(crate) fn of(sequences: &Sequences, config: &MblmConfig, starts: usize) -> Result<Self> {
         let (count, len) = (sequences.ids.len(), sequences.len);
         if len == 0 || count % len != 0 {
             return Err(Error::Input(format!("{count} ids are no whole sequences of {len} bytes")));
@@ -122,16 +128,30 @@ impl Ids {
             )));
         }
         check_vocabulary(sequences.ids, config.num_tokens)?;
-        Ok(Self::padded(sequences.ids, count / len, len, config))
+        Self::laid_out(sequences.ids, count / len, len, config, starts)
     }
 
-    fn padded(flat: &[u32], batch: usize, len: usize, config: &MblmConfig) -> Self {
+    fn laid_out(flat: &[u32], batch: usize, len: usize, config: &MblmConfig, starts: usize) -> Result<Self> {
+        if !config.is_fixed() && len > 0 {
+            let (values, layout) = layout::cut(flat, len, config, starts)?;
+            return Ok(Ids { values, batch, len, layout, folded: None });
+        }
         let padded_len = len.next_multiple_of(config.seq_lens[1..].iter().product::<usize>().max(1));
         let mut values = vec![config.pad_token_id as u32; batch * padded_len];
         for (row, ids) in values.chunks_exact_mut(padded_len.max(1)).zip(flat.chunks_exact(len.max(1))) {
             row[..len].copy_from_slice(ids);
         }
-        Ids { values: Tokens::new(values), batch, len, padded_len, folded: None }
+        let values = Tokens::new(values);
+        let layout = Layout::full(&values, padded_len, config);
+        Ok(Ids { values, batch, len, layout, folded: None })
+    }
+
+    /// Byte `l` of sequence `b`.
+    pub(crate) fn token(&self, b: usize, l: usize) -> u32 {
+        match &self.layout.bytes {
+            Some(bytes) => bytes.ids[b * self.len + l],
+            None => self.values[b * self.layout.padded_len + l],
+        }
     }
 
     /// The shape that per-byte results `(B, L, …)` are given back in.

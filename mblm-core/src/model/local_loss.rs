@@ -25,6 +25,8 @@ pub(crate) struct LocalLoss {
     pub(crate) stage: Stage,
     /// `(R · S)`
     pub(crate) ids: Tokens,
+    /// `S`
+    pub(crate) seq: usize,
     /// `(R, S)`, `u8`, 1 = attend
     pub(crate) mask: Option<Tensor>,
     /// In the order of their rows.
@@ -45,7 +47,7 @@ impl LocalLoss {
 
     /// The shape of `above`.
     fn dims(&self) -> Dims {
-        let (seq, dim) = (self.stage.seq_len, self.stage.dim);
+        let (seq, dim) = (self.seq, self.stage.dim);
         Dims { batch: self.ids.len() / seq, seq, dim }
     }
 

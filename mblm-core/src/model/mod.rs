@@ -3,6 +3,7 @@
 mod encoder;
 mod hierarchy;
 mod input;
+mod layout;
 mod local_loss;
 mod projection;
 mod recompute;
@@ -17,6 +18,7 @@ pub(crate) use hierarchy::Hierarchy;
 use input::Ids;
 pub use input::Sequences;
 pub(crate) use input::Tokens;
+use layout::Bytes;
 use mblm_sdk::block::StageModel;
 use mblm_sdk::device::Place;
 use mblm_sdk::error::{Error, Result};
@@ -25,6 +27,7 @@ use mblm_sdk::node::apply1;
 use mblm_sdk::ops::cross_entropy::{CrossEntropy, Target};
 use mblm_sdk::param::ParamStore;
 use mblm_sdk::transfer;
+pub(crate) use projection::Parents;
 pub(crate) use stage::Stage;
 pub(crate) use stage_input::{Positions, start_rows};
 pub use watch::{Mean, Seen};
@@ -194,22 +197,21 @@ impl Mblm {
             return Err(self.hierarchy.not_finite(&format!("the loss of a byte is {loss}"), pass));
         }
         let mut known = known.into_iter();
-        let tokens = (0..ids.batch).flat_map(|b| &ids.values[b * ids.padded_len..b * ids.padded_len + ids.len]);
         let loss = |token: &u32| match *token as usize == self.config().pad_token_id {
             true => f32::NAN,
             false => known.next().unwrap_or(f32::NAN),
         };
-        Ok(tokens.map(loss).collect())
+        Ok(sequences.ids.iter().map(loss).collect())
     }
 
     fn read(&self, ids: &Tensor) -> Result<Ids> {
-        let ids = Ids::new(ids, &self.hierarchy.config)?;
+        let ids = Ids::new(ids, &self.hierarchy.config, 1)?;
         self.hierarchy.check_length(&ids)?;
         Ok(ids)
     }
 
     fn take(&self, sequences: &Sequences) -> Result<Ids> {
-        let ids = Ids::of(sequences, &self.hierarchy.config)?;
+        let ids = Ids::of(sequences, &self.hierarchy.config, 1)?;
         self.hierarchy.check_length(&ids)?;
         Ok(ids)
     }
@@ -224,23 +226,36 @@ impl Mblm {
     fn targets(&self, ids: &Ids, weights: Option<&[f32]>) -> Vec<Target> {
         let config = self.config();
         // The one stage of a plain language model is as long as its input.
-        let local = if config.num_stages() == 1 { ids.padded_len } else { config.seq_lens[config.num_stages() - 1] };
-        let rows = ids.padded_len / local.max(1) * (1 + local);
-        let target = |b: usize, l: usize| {
-            let row = if l == 0 { 0 } else { (l - 1) / local * (1 + local) + 1 + (l - 1) % local };
+        let padded_len = ids.layout.padded_len;
+        let local = if config.num_stages() == 1 { padded_len } else { config.seq_lens[config.num_stages() - 1] };
+        let row = |b: usize, l: usize| match &ids.layout.bytes {
+            Some(bytes) => bytes.rows[b * ids.len + l] as usize,
+            None => b * (padded_len / local.max(1) * (1 + local)) + l / local * (1 + local) + 1 + l % local,
+        };
+        let target = |(b, l): (usize, usize)| {
+            // The start of a sequence stands before its first byte.
+            let row = if l == 0 { row(b, 0) - 1 } else { row(b, l - 1) };
             let weight = weights.map_or(1.0, |w| w[b * ids.len + l]);
-            Target { row: (b * rows + row) as u32, token: ids.values[b * ids.padded_len + l], weight }
+            Target { row: row as u32, token: ids.token(b, l), weight }
         };
         let all = (0..ids.batch).flat_map(|b| (0..ids.len).map(move |l| (b, l)));
         let wanted = |t: &Target| t.token as usize != config.pad_token_id && t.weight != 0.0;
-        all.map(|(b, l)| target(b, l)).filter(wanted).collect()
+        all.map(target).filter(wanted).collect()
     }
 
     /// Drops start positions and padding from the local stage's output.
     fn per_byte(&self, ids: &Ids, local: &Tensor) -> Result<Tensor> {
         let (_, positions, dim) = local.dims3()?;
-        let bytes = local.narrow(1, 1, positions - 1)?.reshape((ids.batch, ids.padded_len, dim))?;
-        Ok(bytes.narrow(1, 0, ids.len)?.reshape(ids.result_shape(dim))?)
+        let bytes = match &ids.layout.bytes {
+            Some(Bytes { rows, .. }) => {
+                local.flatten_to(1)?.index_select(&transfer::to_tensor(rows, rows.len(), local.device())?, 0)?
+            }
+            None => {
+                let bytes = local.narrow(1, 1, positions - 1)?;
+                bytes.reshape((ids.batch, ids.layout.padded_len, dim))?.narrow(1, 0, ids.len)?
+            }
+        };
+        Ok(bytes.reshape(ids.result_shape(dim))?)
     }
 
     /// `L = 0`: each stage sees its start token alone, to which, here and only here, the stage above adds.
@@ -254,7 +269,7 @@ impl Mblm {
             }
             let output = stage.watch.run(&input, mode, |x| stage.model.forward(x, None, mode))?;
             let Some(next) = &stage.next else { return Ok(output) };
-            above = Some(next.forward(&output, 1, mode)?.narrow(1, 0, 1)?);
+            above = Some(next.forward(&output, &Parents::First(1), 1, mode)?);
         }
         unreachable!("the last stage has no next")
     }

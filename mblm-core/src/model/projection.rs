@@ -11,13 +11,13 @@ use mblm_sdk::mode::Mode;
 use mblm_sdk::node::{Node, apply1};
 use mblm_sdk::ops::{linear, on_device};
 use mblm_sdk::param::{Init, Param, ParamScope};
+use mblm_sdk::transfer;
 
 /// `D_n -> P_{n+1} · D_{n+1}`.
 #[derive(Clone)]
 pub(crate) struct NextStage {
     weight: Arc<Param>,
     bias: Arc<Param>,
-    next_seq: usize,
     next_dim: usize,
 }
 
@@ -30,18 +30,17 @@ impl NextStage {
         Ok(NextStage {
             weight: params.weight("weight", &[outputs, dim], Init::linear(dim))?,
             bias: params.param("bias", &[outputs], Init::linear(dim))?,
-            next_seq,
             next_dim,
         })
     }
 
-    /// Projects the first `keep` positions of each sequence.
+    /// What the positions `parents` of `x` say of the first `len` tokens of the stage below.
     ///
     /// # Shapes
-    /// - `x`: `(R, S, D_n)`; returns `(R keep, P_{n+1}, D_{n+1})`
-    pub(crate) fn forward(&self, x: &Tensor, keep: usize, mode: Mode) -> Result<Tensor> {
+    /// - `x`: `(R, S, D_n)`; returns `(parents, len, D_{n+1})`
+    pub(crate) fn forward(&self, x: &Tensor, parents: &Parents, len: usize, mode: Mode) -> Result<Tensor> {
         let (batch, seq, dim) = x.dims3()?;
-        apply1(Project { next: self.clone(), dims: Dims { batch, seq, dim }, keep }, x, mode)
+        apply1(Project { next: self.clone(), dims: Dims { batch, seq, dim }, parents: parents.clone(), len }, x, mode)
     }
 
     /// Projects the rows of `x`, for decoding.
@@ -50,22 +49,54 @@ impl NextStage {
     }
 }
 
+/// Which positions of a stage's output speak of sequences of the stage below.
+#[derive(Clone, Debug)]
+pub(crate) enum Parents {
+    /// The first so many positions of each sequence.
+    First(usize),
+    /// Positions by their number among those of all sequences.
+    Listed(Arc<[u32]>),
+}
+
 struct Project {
     next: NextStage,
     /// Of the input.
     dims: Dims,
-    keep: usize,
+    parents: Parents,
+    /// Tokens that each position speaks of.
+    len: usize,
 }
 
 impl Project {
-    /// The kept rows of the input, one after another.
-    fn kept(&self, x: &[f32]) -> Buffer {
-        let Dims { batch, seq, dim } = self.dims;
-        let mut rows = Buffer::take(batch * self.keep * dim);
-        for (kept, x) in rows.chunks_exact_mut(self.keep * dim).zip(x.chunks_exact(seq * dim)) {
-            kept.copy_from_slice(&x[..self.keep * dim]);
+    fn num_rows(&self) -> usize {
+        match &self.parents {
+            Parents::First(keep) => self.dims.batch * keep,
+            Parents::Listed(rows) => rows.len(),
         }
-        rows
+    }
+
+    /// Where the projected positions stand in the input.
+    fn rows(&self) -> impl Iterator<Item = usize> + '_ {
+        let (seq, keep, listed) = match &self.parents {
+            Parents::First(keep) => (self.dims.seq, *keep, None),
+            Parents::Listed(rows) => (0, 1, Some(rows)),
+        };
+        (0..self.num_rows()).map(move |i| listed.map_or(i / keep * seq + i % keep, |rows| rows[i] as usize))
+    }
+
+    /// The projected positions, one after another.
+    fn kept(&self, x: &[f32]) -> Buffer {
+        let dim = self.dims.dim;
+        let mut kept = Buffer::take(self.num_rows() * dim);
+        for (kept, row) in kept.chunks_exact_mut(dim).zip(self.rows()) {
+            kept.copy_from_slice(&x[row * dim..][..dim]);
+        }
+        kept
+    }
+
+    /// Outputs of the projection that are computed: those of the first tokens.
+    fn outputs(&self) -> usize {
+        self.len * self.next.next_dim
     }
 }
 
@@ -73,30 +104,39 @@ impl Node for Project {
     type Tape = ();
 
     fn shape(&self) -> Shape {
-        (self.dims.batch * self.keep, self.next.next_seq, self.next.next_dim).into()
+        (self.num_rows(), self.len, self.next.next_dim).into()
     }
 
     fn forward(&self, inputs: &[&[f32]], y: &mut [f32]) -> Result<()> {
-        linear::forward(&self.kept(inputs[0]), &self.next.weight.values(), self.dims.dim, Update::Set, y);
-        linear::add_bias(&self.next.bias.values(), y);
+        let (dim, outputs) = (self.dims.dim, self.outputs());
+        let weight = self.next.weight.values();
+        linear::forward(&self.kept(inputs[0]), &weight[..outputs * dim], dim, Update::Set, y);
+        linear::add_bias(&self.next.bias.values()[..outputs], y);
         Ok(())
     }
 
     fn backward(&self, inputs: &[&[f32]], (): (), dy: &[f32], grads: &mut [Vec<f32>]) -> Result<()> {
-        let Dims { seq, dim, .. } = self.dims;
-        let mut rows = self.kept(inputs[0]);
-        linear::backward_weight(dy, &rows, dim, &mut self.next.weight.grad_mut());
-        linear::backward_bias(dy, &mut self.next.bias.grad_mut());
-        linear::backward_input(dy, &self.next.weight.values(), dim, Update::Set, &mut rows);
-        for (kept, grad) in rows.chunks_exact(self.keep * dim).zip(grads[0].chunks_exact_mut(seq * dim)) {
-            grad[..self.keep * dim].copy_from_slice(kept);
+        let (dim, outputs) = (self.dims.dim, self.outputs());
+        let mut kept = self.kept(inputs[0]);
+        linear::backward_weight(dy, &kept, dim, &mut self.next.weight.grad_mut()[..outputs * dim]);
+        linear::backward_bias(dy, &mut self.next.bias.grad_mut()[..outputs]);
+        linear::backward_input(dy, &self.next.weight.values()[..outputs * dim], dim, Update::Set, &mut kept);
+        for (kept, row) in kept.chunks_exact(dim).zip(self.rows()) {
+            grads[0][row * dim..][..dim].copy_from_slice(kept);
         }
         Ok(())
     }
 
     fn composed(&self, inputs: &[&Tensor], mode: Mode) -> Result<Tensor> {
-        let kept = inputs[0].narrow(1, 0, self.keep)?.contiguous()?;
-        let (weight, bias) = (self.next.weight.tensor(mode), self.next.bias.tensor(mode));
+        let x = inputs[0];
+        let kept = match &self.parents {
+            Parents::First(keep) => x.narrow(1, 0, *keep)?.contiguous()?,
+            Parents::Listed(rows) => {
+                x.flatten_to(1)?.index_select(&transfer::to_tensor(rows, rows.len(), x.device())?, 0)?
+            }
+        };
+        let weight = self.next.weight.tensor(mode).narrow(0, 0, self.outputs())?;
+        let bias = self.next.bias.tensor(mode).narrow(0, 0, self.outputs())?;
         Ok(on_device::linear(&kept, &weight, Some(&bias))?.reshape(self.shape())?)
     }
 }

@@ -137,7 +137,7 @@ mod tests {
 
     fn options(args: Option<&Value>) -> DatasetOptions<'_> {
         let dir = std::path::Path::new("");
-        DatasetOptions { dir, output_dir: None, args, seq_len: 1, num_tokens: 256, pad_token_id: 0 }
+        DatasetOptions { dir, output_dir: None, args, seq_len: 1, num_tokens: 256, pad_token_id: 0, cut: None }
     }
 
     fn read(changes: Value) -> Result<ClevrArgs> {

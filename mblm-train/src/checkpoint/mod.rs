@@ -327,6 +327,7 @@ pub(crate) mod tests {
             elements_seen: 4 * batches,
             sequences_seen: 4 * batches,
             bytes_seen: 64 * batches,
+            sequence_bytes: None,
             schedule: Some(Schedule::new(0.1, 10, 0.1, Shape::Cosine)),
             seed: 11,
             threads: Some(2),

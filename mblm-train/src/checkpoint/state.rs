@@ -43,6 +43,9 @@ pub struct TrainState {
     /// The learning rates that the run follows; none before it was trained.
     #[serde(default)]
     pub schedule: Option<Schedule>,
+    /// Mean bytes of a training sequence, if patches follow the content: a sequence counts for as many.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sequence_bytes: Option<usize>,
     /// The seed of order and dropout.
     pub seed: u64,
     /// Threads that computed: another number rounds sums otherwise. Not known of checkpoints of earlier versions.
@@ -141,6 +144,7 @@ impl TrainState {
             sequences_seen: 0,
             bytes_seen: 0,
             schedule: None,
+            sequence_bytes: None,
             seed,
             threads: None,
             processes: 1,
@@ -207,7 +211,8 @@ impl TrainState {
             return Err(format!("seed is {}, but train.seed is {}", self.seed, sizes.train.seed));
         }
         let Some(schedule) = &self.schedule else { return Ok(()) };
-        let steps = self.step + self.left(&sizes.train, sizes.seq_len(), self.processes).1;
+        let steps =
+            self.step + self.left(&sizes.train, self.sequence_bytes.unwrap_or(sizes.seq_len()), self.processes).1;
         schedule.check(sizes.train.learning_rate, self.step, steps).map_err(|what| format!("schedule.{what}"))
     }
 

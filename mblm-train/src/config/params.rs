@@ -2,7 +2,9 @@
 
 use mblm_core::block::PosEmb;
 use mblm_core::config::{MblmConfig, MblmEncoderConfig};
+use mblm_core::patching::Cutter;
 use mblm_core::registry::BlockRegistry;
+use mblm_data::cut::Cut;
 use mblm_yaml::{ConfigError, Document};
 use serde::Serialize;
 
@@ -49,6 +51,21 @@ impl ModelConfig {
 }
 
 impl Params {
+    /// How sequences are cut whose patches follow the content: each has as many patches of the first stage as
+    /// `input_seq_len` bytes have patches of full length. None where all patches are full.
+    pub fn cut(&self) -> Option<Cut> {
+        let hierarchy = self.model.hierarchy();
+        if hierarchy.is_fixed() {
+            return None;
+        }
+        let patches = self.input_seq_len.div_ceil(hierarchy.seq_lens[1..].iter().product());
+        let cutter = Cutter::new(hierarchy);
+        Some(Cut::new(patches, move |ids, patches| {
+            let len = cutter.clone().sequence_len(ids, patches);
+            len.map_err(|error| mblm_data::Error::Config(format!("params.patching: {error}")))
+        }))
+    }
+
     pub(super) fn from_document(document: &Document, registry: &BlockRegistry) -> Result<Self, ConfigError> {
         const PATH: &str = "params.input_seq_len";
         let config = ModelConfig::from_document(document, registry)?;

@@ -44,7 +44,7 @@ impl Trainer<'_> {
         // A batch in which nothing counts has none.
         let losses = if is_point { self.processes.gather(mine.loss.mean().unwrap_or(f64::NAN)) } else { vec![] };
         let cum_batch = self.state.cum_batch();
-        let (size, long) = (self.sequences_per_batch(), self.train.seq_len as u64);
+        let (size, long) = (self.sequences_per_batch(), self.sequence_bytes as u64);
         self.state.count(size, long, self.config.train.target_elements_strategy);
         self.go_to(self.train.after(at));
         self.state.valid_loss = None;

@@ -105,6 +105,8 @@ pub struct Trainer<'a> {
     valid: Batches,
     test: Option<Batches>,
     plan: RunPlan,
+    /// Bytes that a training sequence counts for: its length, or the mean length where patches follow the content.
+    sequence_bytes: usize,
     optimizer: Optimizer,
     data: Fingerprint,
     state: TrainState,
@@ -121,7 +123,9 @@ impl<'a> Trainer<'a> {
         config: &'a RunConfig,
         processes: &'a dyn Processes,
     ) -> Result<Self> {
-        let plan = RunPlan::new(config, processes.size())?;
+        let mean_len = splits.train.mean_len().map(|mean| (mean.round() as usize).max(1));
+        let sequence_bytes = mean_len.unwrap_or(config.params.input_seq_len);
+        let plan = RunPlan::new(config, sequence_bytes, processes.size())?;
         let section = &config.train;
         let device = &model.params().place().device;
         if section.precision == Precision::Bf16 && !has_bf16(device) {
@@ -175,6 +179,7 @@ impl<'a> Trainer<'a> {
             instructions: Some(instruction_set().into()),
             device: Some(device::name(&model.params().place().device)),
             version: Some(env!("CARGO_PKG_VERSION").into()),
+            sequence_bytes: mean_len,
             ..TrainState::new(section.seed, config.plugins())
         };
         let optimizer = Optimizer::new(model.params(), section.optimizer());
@@ -188,8 +193,21 @@ impl<'a> Trainer<'a> {
         let ahead = Prefetch::new(train.clone());
         let data = splits.fingerprint;
         let config_yaml = config.to_yaml()?;
-        let mut trainer =
-            Trainer { model, processes, config, config_yaml, train, ahead, valid, test, plan, optimizer, data, state };
+        let mut trainer = Trainer {
+            model,
+            processes,
+            config,
+            config_yaml,
+            train,
+            ahead,
+            valid,
+            test,
+            plan,
+            sequence_bytes,
+            optimizer,
+            data,
+            state,
+        };
         trainer.go_to(Cursor::default());
         Ok(trainer)
     }
@@ -372,8 +390,9 @@ impl<'a> Trainer<'a> {
         (self.train.batch_size * self.processes.size()) as u64
     }
 
-    fn bytes_per_batch(&self) -> u64 {
-        self.sequences_per_batch() * self.train.seq_len as u64
+    /// Of all processes.
+    pub fn bytes_per_batch(&self) -> u64 {
+        self.sequences_per_batch() * self.sequence_bytes as u64
     }
 }
 

@@ -34,11 +34,12 @@ pub struct RunPlan {
 }
 
 impl RunPlan {
-    /// The course that `config` describes for each of `processes`.
+    /// The course that `config` describes for each of `processes`, in sequences that count for `sequence_bytes` each:
+    /// `input_seq_len`, or their mean length where patches follow the content.
     ///
     /// # Errors
     /// A setting with which nothing could be trained.
-    pub fn new(config: &RunConfig, processes: usize) -> Result<Self> {
+    pub fn new(config: &RunConfig, sequence_bytes: usize, processes: usize) -> Result<Self> {
         let (train, io) = (&config.train, &config.io);
         let require = |ok: bool, field: &str, expected: &str, found: &dyn std::fmt::Display| {
             if ok { Ok(()) } else { Err(Error::Config(format!("{field}: expected {expected}, found {found}"))) }
@@ -59,8 +60,8 @@ impl RunPlan {
             require(norm > 0.0, "train.gradient_clipping", "a positive number or null", &norm)?;
         }
 
-        let elements_per_batch = train.elements_per_batch(config.params.input_seq_len);
-        let batches = train.batches_of(train.target_elements, config.params.input_seq_len, processes);
+        let elements_per_batch = train.elements_per_batch(sequence_bytes);
+        let batches = train.batches_of(train.target_elements, sequence_bytes, processes);
         let accumulate = train.gradient_accumulate_every as u64;
         if batches < accumulate {
             return Err(Error::Config(format!(
@@ -71,7 +72,7 @@ impl RunPlan {
                 (accumulate - 1).saturating_mul(elements_per_batch).saturating_add(1).saturating_mul(processes as u64)
             )));
         }
-        Ok(RunPlan::over(config, batches, batches.div_ceil(accumulate)))
+        Ok(RunPlan::over(config, sequence_bytes, batches, batches.div_ceil(accumulate)))
     }
 
     /// The course of a run that stands at `state`: as many batches more of each of `processes` as `target_elements` wants. The schedule of
@@ -79,18 +80,18 @@ impl RunPlan {
     ///
     /// # Errors
     /// As [`new`](Self::new).
-    pub fn resumed(config: &RunConfig, state: &TrainState, processes: usize) -> Result<Self> {
-        RunPlan::new(config, processes)?;
-        let (batches, steps) = state.left(&config.train, config.params.input_seq_len, processes);
-        Ok(RunPlan::over(config, state.batches + batches, state.step + steps))
+    pub fn resumed(config: &RunConfig, state: &TrainState, sequence_bytes: usize, processes: usize) -> Result<Self> {
+        RunPlan::new(config, sequence_bytes, processes)?;
+        let (batches, steps) = state.left(&config.train, sequence_bytes, processes);
+        Ok(RunPlan::over(config, sequence_bytes, state.batches + batches, state.step + steps))
     }
 
-    fn over(config: &RunConfig, batches: u64, steps: u64) -> Self {
+    fn over(config: &RunConfig, sequence_bytes: usize, batches: u64, steps: u64) -> Self {
         let (train, io) = (&config.train, &config.io);
         let spread = |amount: usize| Points::Spread { total: batches, start: 0, amount: amount as u64 };
         RunPlan {
             batches,
-            elements_per_batch: train.elements_per_batch(config.params.input_seq_len),
+            elements_per_batch: train.elements_per_batch(sequence_bytes),
             accumulate: train.gradient_accumulate_every as u64,
             steps,
             schedule: Schedule::new(train.learning_rate, steps, train.warmup_steps_perc, train.shape()),
@@ -130,15 +131,15 @@ mod tests {
         config.train.target_elements = 49;
         config.train.gradient_accumulate_every = 2;
         config.io.validate_amount = 1;
-        let plan = RunPlan::new(&config, 1).unwrap();
+        let plan = RunPlan::new(&config, config.params.input_seq_len, 1).unwrap();
         assert_eq!((plan.batches, plan.elements_per_batch, plan.steps), (3, 24, 2));
         let validated =
             |plan: &RunPlan| (0..5).filter(|&batch| plan.validates_in(batch..batch + 1)).collect::<Vec<u64>>();
         assert_eq!(validated(&plan), [0, 2], "the last batch validates too");
         config.train.validate_every = Some(2);
-        assert_eq!(validated(&RunPlan::new(&config, 1).unwrap())[..2], [1, 2]);
+        assert_eq!(validated(&RunPlan::new(&config, config.params.input_seq_len, 1).unwrap())[..2], [1, 2]);
         config.train.target_elements_strategy = TargetStrategy::Batch;
-        assert_eq!(RunPlan::new(&config, 1).unwrap().batches, 17);
+        assert_eq!(RunPlan::new(&config, config.params.input_seq_len, 1).unwrap().batches, 17);
     }
 
     #[test]
@@ -146,7 +147,9 @@ mod tests {
         let mut config = config();
         (config.train.batch_size, config.params.input_seq_len, config.train.target_elements) = (3, 8, 24 * 9 + 1);
         config.train.gradient_accumulate_every = 2;
-        let plan = |processes| RunPlan::new(&config, processes).map(|plan| (plan.batches, plan.steps));
+        let plan = |processes| {
+            RunPlan::new(&config, config.params.input_seq_len, processes).map(|plan| (plan.batches, plan.steps))
+        };
         assert_eq!(plan(1).unwrap(), (10, 5));
         assert_eq!(plan(2).unwrap(), (5, 3));
         assert_eq!(plan(3).unwrap(), (3, 2), "what is left over of the target is not counted");
@@ -157,13 +160,13 @@ mod tests {
     #[test]
     fn a_resumed_run_has_what_is_left_of_its_target() {
         let mut config = config();
-        let plan = RunPlan::new(&config, 1).unwrap();
+        let plan = RunPlan::new(&config, config.params.input_seq_len, 1).unwrap();
         assert_eq!((plan.batches, plan.steps), (20, 7), "the last step is of two batches");
         let mut state = TrainState::new(0, vec![]);
         for batch in 1..=20 {
             state.count(4, 16, TargetStrategy::Sequence);
             (state.step, state.window.batches) = if batch == 20 { (7, 0) } else { (batch / 3, batch % 3) };
-            let resumed = RunPlan::resumed(&config, &state, 1).unwrap();
+            let resumed = RunPlan::resumed(&config, &state, config.params.input_seq_len, 1).unwrap();
             assert_eq!((resumed.batches, resumed.steps), (20, 7), "unchanged, at batch {batch}");
         }
         // 13 batches of 4 sequences are seen, and 7 · 4 sequences are left.
@@ -172,7 +175,7 @@ mod tests {
         (state.step, state.window.batches) = (4, 1);
         let mut resumed = |change: fn(&mut TrainSection)| {
             change(&mut config.train);
-            let plan = RunPlan::resumed(&config, &state, 1).unwrap();
+            let plan = RunPlan::resumed(&config, &state, config.params.input_seq_len, 1).unwrap();
             (plan.batches, plan.steps)
         };
         assert_eq!(resumed(|t| t.batch_size = 8), (13 + 4, 4 + 2));
@@ -186,7 +189,7 @@ mod tests {
         let mut config = config();
         (config.train.target_elements, config.train.validate_every) = (u64::MAX, Some(1));
         (config.io.log_train_loss_amount, config.io.validate_amount) = (usize::MAX, usize::MAX);
-        let plan = RunPlan::new(&config, 1).unwrap();
+        let plan = RunPlan::new(&config, config.params.input_seq_len, 1).unwrap();
         assert!(plan.validates_in(1 << 40..(1 << 40) + 1) && plan.train_points.contains(0), "{plan:?}");
     }
 
@@ -205,7 +208,7 @@ mod tests {
         for (change, want) in cases {
             let mut config = config();
             change(&mut config);
-            let error = RunPlan::new(&config, 1).unwrap_err();
+            let error = RunPlan::new(&config, config.params.input_seq_len, 1).unwrap_err();
             assert!(error.is_configuration() && error.to_string().contains(want), "{error}");
         }
     }

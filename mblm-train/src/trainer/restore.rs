@@ -43,7 +43,7 @@ impl Trainer<'_> {
         check_optimizer(checkpoint, &before, &self.config.train)?;
         let mut remarks = Remarks::default();
         let next = self.place(checkpoint, &saved, &before, &mut remarks)?;
-        let plan = RunPlan::resumed(self.config, &saved, self.processes.size())?;
+        let plan = RunPlan::resumed(self.config, &saved, self.sequence_bytes, self.processes.size())?;
         let schedule = self.schedule(&saved, &before, &plan, &mut remarks)?;
         remarks.warnings.extend(self.rounds_otherwise(&saved));
         self.go_to(next);
@@ -58,6 +58,7 @@ impl Trainer<'_> {
             instructions: self.state.instructions.take(),
             device: self.state.device.take(),
             version: self.state.version.take(),
+            sequence_bytes: self.state.sequence_bytes,
             next,
             epoch_batches,
             schedule: Some(schedule),

@@ -8,7 +8,7 @@ use mblm_sdk::mode::Mode;
 use mblm_sdk::transfer;
 
 use super::Stages;
-use crate::model::{Hierarchy, Stage, Tokens, start_rows};
+use crate::model::{Hierarchy, Parents, Stage, Tokens, start_rows};
 
 pub(super) struct Tensors<'m> {
     hierarchy: &'m Hierarchy,
@@ -48,7 +48,12 @@ impl<'m> Tensors<'m> {
 impl Stages for Tensors<'_> {
     fn begin(&mut self, n: usize) -> Result<()> {
         if let Some(next) = n.checked_sub(1).and_then(|above| self.hierarchy.stages[above].next.as_ref()) {
-            self.states[n].above = Some(next.forward(&self.states[n - 1].output, 1, Mode::Eval)?);
+            self.states[n].above = Some(next.forward(
+                &self.states[n - 1].output,
+                &Parents::First(1),
+                self.hierarchy.stages[n].seq_len,
+                Mode::Eval,
+            )?);
         }
         match &self.hierarchy.stages[n].input.start {
             Some(start) => self.states[n].advance(&start_rows(start, self.batch, Mode::Eval)?),

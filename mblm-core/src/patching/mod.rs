@@ -1,0 +1,70 @@
+//! Patching: where patches end. A rule looks at the bytes so far; `params.patching` names one for the innermost patches, or
+//! one for each level of patches.
+//!
+//! A rule is a type that implements [`PatchRule`] and is registered with [`register_patching!`](crate::register_patching):
+//!
+//! ```
+//! use mblm_core::patching::PatchRule;
+//!
+//! /// A patch ends before the byte that follows a zero.
+//! #[derive(Debug, serde::Serialize, serde::Deserialize, schemars::JsonSchema)]
+//! #[serde(deny_unknown_fields)]
+//! struct AfterZero {}
+//!
+//! mblm_core::register_patching!(AfterZero, name = "after_zero");
+//!
+//! #[typetag::serde(name = "after_zero")]
+//! impl PatchRule for AfterZero {
+//!     fn ends_patch(&self, bytes: &[u32]) -> mblm_core::Result<bool> {
+//!         Ok(bytes.last() == Some(&0))
+//!     }
+//! }
+//! # assert!(mblm_core::patching::registry::known("after_zero").is_some());
+//! ```
+
+mod cutter;
+pub mod registry;
+mod rules;
+
+use std::fmt::Debug;
+
+pub use cutter::Cutter;
+use mblm_sdk::block::FieldError;
+use mblm_sdk::error::Result;
+pub use rules::{Delimiters, Fixed, Spacelike};
+
+/// The field that names a rule.
+pub const TAG: &str = "patching_type";
+
+/// A rule that says where patches end.
+///
+/// It must be causal: whether a patch ends after a byte follows from that byte and those before it. Otherwise generation
+/// could not follow it.
+#[typetag::serde(tag = "patching_type")]
+pub trait PatchRule: Debug + Send + Sync {
+    /// Whether a patch ends after the last of `bytes`: all ids of the sequence so far, at least one. Ids from 256 on are
+    /// special tokens.
+    ///
+    /// # Errors
+    /// What keeps the rule from being computed.
+    fn ends_patch(&self, bytes: &[u32]) -> Result<bool>;
+
+    /// The largest number of bytes (of an outer rule: of inner patches) in a patch, if it is to be smaller than the entry
+    /// of `seq_lens` that the patches have in any case.
+    fn max_patch(&self) -> Option<usize> {
+        None
+    }
+
+    /// Checks the fields beyond their types.
+    ///
+    /// # Errors
+    /// Names the field, what was found and what was expected.
+    fn validate(&self) -> std::result::Result<(), FieldError> {
+        Ok(())
+    }
+
+    /// Whether patches end where they are full and nowhere else.
+    fn is_fixed(&self) -> bool {
+        false
+    }
+}
