@@ -3,7 +3,9 @@
 use anyhow::Result;
 use candle_core::Device;
 use mblm::base::random::noise;
+use mblm::config::MblmConfig;
 use mblm::model::Sequences;
+use mblm::patching::Cutter;
 use mblm::train::config::{ModelConfig, OptimizerKind};
 use mblm::train::cost::Step;
 use mblm::train::model::{Model, TrainModel};
@@ -19,8 +21,8 @@ pub const MASKING_PROBA: f64 = 0.15;
 /// The model or a step does not fit the device.
 pub fn step_memory(config: &ModelConfig, step: Step, optimizer: OptimizerKind, device: Device) -> Result<Option<u64>> {
     let model = Model::of(config, MASKING_PROBA, 0, device.clone().into())?;
-    let ids = random_bytes(step.batch * step.bytes, num_tokens(&model));
-    let mut step = training_step(&model, Sequences { ids: &ids, len: step.bytes, loss_mask: None }, optimizer);
+    let (ids, len) = sequences(config.hierarchy(), step.batch, step.bytes)?;
+    let mut step = training_step(&model, Sequences { ids: &ids, len, loss_mask: None }, optimizer);
     // The second step has moments from the start.
     step().and_then(|()| step())?;
     Ok(device::peak(&device))
@@ -44,15 +46,50 @@ pub fn training_step<'a>(
     }
 }
 
-/// As many bytes, the same every time.
-pub fn random_bytes(len: usize, num_tokens: usize) -> Vec<u32> {
-    noise(len, 1).iter().map(|v| ((v + 1.0) * 127.9) as u32 % num_tokens as u32).collect()
+/// Sequences for a model, `batch` of `len` bytes, and their length: where patches follow the content, words of one to seven
+/// letters, and no more bytes than have as many patches as `len` bytes have patches of full length.
+///
+/// # Errors
+/// A rule of patching fails.
+pub fn sequences(hierarchy: &MblmConfig, batch: usize, len: usize) -> Result<(Vec<u32>, usize)> {
+    match hierarchy.is_fixed() {
+        true => Ok((random_bytes(batch * len, hierarchy.num_tokens), len)),
+        false => fitting(hierarchy, &words(batch * len, hierarchy.num_tokens), len),
+    }
 }
 
-/// The size of the vocabulary.
-pub fn num_tokens(model: &Model) -> usize {
-    match model {
-        Model::Generative(model) => model.config().num_tokens,
-        Model::Masked(model) => model.encoder().config().mblm_config.num_tokens,
+/// The beginnings of sequences of `len` bytes, all as long as the one whose patches fill the first stage first.
+///
+/// # Errors
+/// A rule of patching fails.
+pub fn fitting(hierarchy: &MblmConfig, ids: &[u32], len: usize) -> Result<(Vec<u32>, usize)> {
+    if hierarchy.is_fixed() {
+        return Ok((ids.to_vec(), len));
     }
+    let patches = len.div_ceil(hierarchy.seq_lens[1..].iter().product());
+    let rows = || ids.chunks_exact(len);
+    let fits = rows().map(|row| Cutter::new(hierarchy).sequence_len(row, patches));
+    let fits = fits.collect::<mblm::Result<Vec<usize>>>()?.into_iter().min().unwrap_or(len);
+    Ok((rows().flat_map(|row| &row[..fits]).copied().collect(), fits))
+}
+
+/// Made-up words with a space behind each.
+fn words(len: usize, num_tokens: usize) -> Vec<u32> {
+    let mut left = 0;
+    let letter = |noise: f32| {
+        left -= 1;
+        match left {
+            -1 => {
+                left = 1 + ((noise + 1.0) * 3.49) as i32;
+                b' '
+            }
+            _ => b'a' + ((noise + 1.0) * 12.9) as u8,
+        }
+    };
+    noise(len, 1).into_iter().map(letter).map(|byte| u32::from(byte) % num_tokens as u32).collect()
+}
+
+/// As many bytes, the same every time.
+fn random_bytes(len: usize, num_tokens: usize) -> Vec<u32> {
+    noise(len, 1).iter().map(|v| ((v + 1.0) * 127.9) as u32 % num_tokens as u32).collect()
 }

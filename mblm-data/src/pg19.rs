@@ -87,6 +87,7 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
+    use crate::dataset::Dataset;
 
     /// A data set of `sizes[i]` bytes in the i-th of the splits' books, which number the bytes of a folder.
     fn write(sizes: [&[usize]; 3]) -> tempfile::TempDir {

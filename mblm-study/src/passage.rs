@@ -1,6 +1,8 @@
 //! What a model spends on single bytes: the bits of each byte of a passage, and the mean bits of each place in a patch.
 
+use mblm_core::config::MblmConfig;
 use mblm_core::model::Sequences;
+use mblm_core::patching::Cutter;
 use mblm_data::Dataset;
 use mblm_train::error::Result;
 use mblm_train::evaluate::bpb;
@@ -40,6 +42,8 @@ pub struct Reading<'a> {
     pub batch_size: usize,
     /// The lengths of the stages' sequences, from global to local.
     pub stages: &'a [usize],
+    /// The model's configuration, if its patches follow the content.
+    pub patching: Option<&'a MblmConfig>,
 }
 
 /// Scores the beginning of `data`. Each sequence starts without context, as in a validation. Bytes that are not
@@ -48,7 +52,7 @@ pub struct Reading<'a> {
 /// # Errors
 /// The data cannot be read, or the model's own.
 pub fn score(model: &dyn TrainModel, data: &dyn Dataset, reading: Reading) -> Result<Scores> {
-    let Reading { seq_len, batch_size, stages } = reading;
+    let Reading { seq_len, batch_size, stages, .. } = reading;
     // What comes after the sample has no effect on the losses in it.
     let len = seq_len.min(SAMPLE);
     let sequences = (SAMPLE / len).min(data.num_sequences(0) as usize);
@@ -56,10 +60,14 @@ pub fn score(model: &dyn TrainModel, data: &dyn Dataset, reading: Reading) -> Re
     let mut places = vec![(0.0, 0u64); patch.unwrap_or(0)];
     let mut passage = Passage::default();
     for first in (0..sequences).step_by(batch_size.max(1)) {
-        let (mut ids, mut counts) = (Vec::new(), Vec::new());
+        let (mut ids, mut counts, mut positions) = (Vec::new(), Vec::new(), Vec::new());
         for index in first..sequences.min(first + batch_size.max(1)) {
             let (read, weights) = sequence(data, index as u64, seq_len)?;
             ids.extend_from_slice(&read[..len]);
+            match reading.patching {
+                Some(config) => positions.extend(Cutter::new(config).places(&read[..len])?),
+                None => positions.extend(0..len),
+            }
             counts.extend((0..len).map(|i| weights.get(i).is_none_or(|weight| *weight > 0.0)));
         }
         let Some(losses) = model.byte_losses(&Sequences { ids: &ids, len, loss_mask: None })? else {
@@ -73,7 +81,7 @@ pub fn score(model: &dyn TrainModel, data: &dyn Dataset, reading: Reading) -> Re
                 passage.bits.push(((bits * 1e3).round() / 1e3) as f32);
             }
             if let Some(patch) = patch {
-                let (sum, count) = &mut places[i % len % patch];
+                let (sum, count) = &mut places[positions[i] % patch];
                 (*sum, *count) = (*sum + bits, *count + 1);
             }
         }
@@ -165,7 +173,7 @@ mod tests {
     }
 
     fn scores(sequences: u64, masked: bool, stages: &[usize]) -> Scores {
-        let reading = Reading { seq_len: 6, batch_size: 2, stages };
+        let reading = Reading { seq_len: 6, batch_size: 2, stages, patching: None };
         score(&Value(ParamStore::new(0)), &Tens { sequences, masked }, reading).unwrap()
     }
 

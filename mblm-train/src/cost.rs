@@ -10,6 +10,7 @@ use mblm_core::{ParamStore, StageModel};
 use serde::{Deserialize, Serialize};
 
 use crate::config::OptimizerKind;
+use crate::patches::PatchLengths;
 use crate::trainer::optimizer::is_for_muon;
 
 /// Everything is held in 32 bit floats.
@@ -48,6 +49,9 @@ pub struct Stage {
     pub block_type: String,
     /// Its sequence length `P_n`.
     pub seq_len: usize,
+    /// Mean tokens of its sequences, where patches follow the content and the data were looked at.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mean_len: Option<f64>,
     /// Its width `D_n`.
     pub hidden_dim: usize,
     /// Its layers.
@@ -90,13 +94,33 @@ pub struct ModelCost {
 }
 
 impl ModelCost {
-    /// The costs of a model that was built from `config`.
+    /// The costs of a model that was built from `config`, with patches of full length.
     pub fn new(config: &MblmConfig, params: &ParamStore, models: &[&dyn StageModel], step: Step) -> Self {
-        let counts = Counts { config, params, step };
+        Self::with_patches(config, params, models, step, None)
+    }
+
+    /// Like [`new`](Self::new), with the lengths that patches have in the data. Sequences of `step` then have as many
+    /// patches as its bytes would have patches of full length.
+    pub fn with_patches(
+        config: &MblmConfig,
+        params: &ParamStore,
+        models: &[&dyn StageModel],
+        step: Step,
+        patches: Option<&PatchLengths>,
+    ) -> Self {
+        let full = || config.seq_lens[1..].iter().map(|&len| len as f64).collect();
+        let lens = patches.map_or_else(full, |patches| patches.means.clone());
+        let tokens = step.bytes.div_ceil(config.seq_lens[1..].iter().product());
+        let counts = Counts { config, params, batch: step.batch, tokens, lens };
+        let step = match patches {
+            Some(_) => Step { bytes: (tokens as f64 * counts.patch_bytes(0)).round() as usize, ..step },
+            None => step,
+        };
         let stages: Vec<Stage> = (0..config.num_stages())
             .map(|n| Stage {
                 block_type: block_type(&*config.blocks[n]).into(),
                 seq_len: config.seq_lens[n],
+                mean_len: patches.filter(|_| n > 0).map(|patches| patches.means[n - 1]),
                 hidden_dim: config.hidden_dims[n],
                 num_layers: config.num_layers[n],
                 part: counts.stage(n, models.get(n).copied()),
@@ -164,26 +188,31 @@ impl ModelCost {
 struct Counts<'a> {
     config: &'a MblmConfig,
     params: &'a ParamStore,
-    step: Step,
+    /// Sequences of a training step.
+    batch: usize,
+    /// Tokens of the first stage in each.
+    tokens: usize,
+    /// Tokens of a sequence of each stage but the first.
+    lens: Vec<f64>,
 }
 
 impl Counts<'_> {
     /// Bytes that one token of stage `n` (from 0) stands for.
     fn patch_bytes(&self, n: usize) -> f64 {
-        self.config.seq_lens[n + 1..].iter().map(|&len| len as f64).product()
+        self.lens[n..].iter().product()
     }
 
-    /// Tokens in a sequence of stage `n`: as many as the input needs at the first stage, `P_n` at the others.
+    /// Tokens in a sequence of stage `n`: as many as the input needs at the first stage, `P_n` at the others, or their mean.
     fn seq_len(&self, n: usize) -> f64 {
         match n {
-            0 => (self.step.bytes as f64 / self.patch_bytes(0)).ceil(),
-            _ => self.config.seq_lens[n] as f64,
+            0 => self.tokens as f64,
+            _ => self.lens[n - 1],
         }
     }
 
     /// Bytes in a training step, padded to whole patches.
     fn step_bytes(&self) -> f64 {
-        self.step.batch as f64 * self.seq_len(0) * self.patch_bytes(0)
+        self.batch as f64 * self.seq_len(0) * self.patch_bytes(0)
     }
 
     /// The outputs of the stages that are not cut into chunks.
@@ -211,7 +240,7 @@ impl Counts<'_> {
         let positions = self.seq_len(n) + 1.0;
         let sequences = self.step_bytes() / (self.seq_len(n) * self.patch_bytes(n));
         let at_once = (sequences / self.chunks(n).unwrap_or(1.0)).ceil();
-        let kept = model.and_then(|model| model.cost(positions as usize)).map_or(0.0, |cost| cost.activations);
+        let kept = model.and_then(|model| model.cost(positions.round() as usize)).map_or(0.0, |cost| cost.activations);
         2.0 * kept / self.config.num_layers[n] as f64 * at_once * positions * FLOAT_BYTES
     }
 
@@ -219,7 +248,7 @@ impl Counts<'_> {
         // The start token is a position too.
         let positions = self.seq_len(n) + 1.0;
         let sequences = self.step_bytes() / (self.seq_len(n) * self.patch_bytes(n));
-        let cost = model.and_then(|model| model.cost(positions as usize));
+        let cost = model.and_then(|model| model.cost(positions.round() as usize));
         // A recomputed stage keeps its inputs, and the rest of one chunk at a time; the local one not even these.
         let inputs = if n + 1 < self.config.num_stages() { self.config.hidden_dims[n] as f64 } else { 0.0 };
         let kept = |per_position: f64| match self.chunks(n) {
@@ -267,7 +296,8 @@ impl Counts<'_> {
         PartCost {
             parameters: self.parameters(|part| matches!(part, Part::Projection(_))),
             flops_per_byte: Some(self.matrix_flops(|part| match part {
-                Part::Projection(n) => Some(self.patch_bytes(n)),
+                // Of a patch that is not full, the outputs for its tokens alone are computed.
+                Part::Projection(n) => Some(self.patch_bytes(n + 1) * self.config.seq_lens[n + 1] as f64),
                 _ => None,
             })),
             activation_bytes: Some(sum((0..last).map(kept)) * self.step_bytes() * FLOAT_BYTES),
@@ -299,7 +329,9 @@ impl fmt::Display for ModelCost {
         let header = ["stage", "block", "sequence", "width", "layers", "parameters", "FLOP/byte", "activations"];
         let mut rows = vec![header.map(String::from)];
         for (n, stage) in self.stages.iter().enumerate() {
-            let [seq_len, dim, layers] = [stage.seq_len, stage.hidden_dim, stage.num_layers].map(|n| n.to_string());
+            let [dim, layers] = [stage.hidden_dim, stage.num_layers].map(|n| n.to_string());
+            let mean = stage.mean_len.map_or_else(String::new, |mean| format!(" (mean {mean:.2})"));
+            let seq_len = format!("{}{mean}", stage.seq_len);
             let [parameters, flops, activations] = stage.part.cells();
             let name = (n + 1).to_string();
             rows.push([name, stage.block_type.clone(), seq_len, dim, layers, parameters, flops, activations]);

@@ -13,6 +13,7 @@ pub mod evaluate;
 pub mod import;
 pub mod journal;
 pub mod model;
+pub mod patches;
 pub mod processes;
 pub mod progress;
 pub mod schema;

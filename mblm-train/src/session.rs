@@ -20,6 +20,7 @@ use crate::journal::folder::{RunFolder, has_test_loss};
 use crate::journal::metrics::Metrics;
 use crate::journal::timemem::TimeMem;
 use crate::model::{Model, TrainModel};
+use crate::patches::PatchLengths;
 use crate::processes::{Processes, Solo, caught};
 use crate::progress::{Course, Progress};
 use crate::trainer::plan::RunPlan;
@@ -393,6 +394,17 @@ fn introduce(progress: &mut Progress, trainer: &Trainer, model: &dyn TrainModel,
                  learned; a pad_token_id of 256 or more avoids that"
             ));
         }
+    }
+    let (batches, hierarchy) = (trainer.training_data(), config.params.model.hierarchy());
+    if let Some(patches) = PatchLengths::measure(hierarchy, &*batches.dataset, batches.seq_len)? {
+        progress.line(&format!(
+            "patches: {:.2} bytes on average, {:.1}% of them full; sequences of {} patches, {} bytes on average",
+            patches.mean(),
+            100.0 * patches.full,
+            config.params.cut().map_or(0, |cut| cut.patches),
+            trainer.bytes_per_batch() / (config.train.batch_size * trainer.state().processes) as u64
+        ));
+        patches.warning().iter().for_each(|warning| progress.warn(warning));
     }
     let plan = trainer.plan();
     progress.line(&format!("model: {} parameters", model.params().num_elements()));

@@ -8,6 +8,7 @@ use anyhow::{Result, ensure};
 use candle_core::Device;
 use mblm::base::memory::Memory;
 use mblm::base::terminal::Output;
+use mblm::config::MblmConfig;
 use mblm::device::{self, DeviceName};
 use mblm::gemm::{self, autocast};
 use mblm::generate::Decoder;
@@ -23,7 +24,7 @@ use crate::commands::inspect::Described;
 use crate::commands::{inspect, train};
 use crate::exit::Usage;
 use crate::plugins::Plugins;
-use crate::trial::{MASKING_PROBA, num_tokens, random_bytes, training_step};
+use crate::trial::{self, MASKING_PROBA, training_step};
 
 /// Bytes that are generated if nothing is said.
 const MOST_BYTES: usize = 64;
@@ -140,7 +141,7 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
     if !args.json {
         begin(&report)?;
     }
-    let measure = || measure(args, &model, precision, generation, &mut report);
+    let measure = || measure(args, config.hierarchy(), &model, precision, generation, &mut report);
     let measured = if args.composed { device::composed(measure) } else { measure() };
     // What was measured before a failure is shown.
     end(&report, args.json)?;
@@ -150,14 +151,16 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
 /// Measures what is wanted, and notes each result in `report` as soon as it is there.
 fn measure(
     args: &Args,
+    hierarchy: &MblmConfig,
     model: &Model,
     precision: gemm::Precision,
     generation: Option<Generation>,
     report: &mut Measurements,
 ) -> Result<()> {
     let wanted = |part| args.only.is_none_or(|only| only == part);
-    let (shape, num_tokens) = ((report.batch, report.length), num_tokens(model));
-    let ids = random_bytes(shape.0 * shape.1, num_tokens);
+    let (ids, len) = trial::sequences(hierarchy, report.batch, report.length)?;
+    report.length = len;
+    let shape = (report.batch, len);
     let sequences = Sequences { ids: &ids, len: shape.1, loss_mask: None };
     if wanted(Part::Train) {
         let mut step = training_step(model, sequences, report.optimizer);
@@ -214,8 +217,8 @@ impl Generation {
     /// Bytes per second after the prefix, of all streams; the prefix itself is not timed.
     fn rate(&self, model: &Mblm, args: &Args) -> Result<f64> {
         let streams = args.streams as usize;
-        let random = |len| random_bytes(len, model.config().num_tokens);
-        let (prompt, new) = (random(self.prefix), random(self.bytes));
+        let (ids, len) = trial::sequences(model.config(), 1, self.prefix + self.bytes)?;
+        let (prompt, new) = ids.split_at(self.prefix.min(len.saturating_sub(1)));
         let run = || -> Result<f64> {
             let mut decoder = Decoder::new(model, streams)?;
             decoder.prefill(&prompt.repeat(streams))?;
@@ -224,7 +227,7 @@ impl Generation {
             Ok(start.elapsed().as_secs_f64())
         };
         run()?;
-        Ok((self.bytes * streams) as f64 / median((0..args.steps).map(|_| run()).collect::<Result<_>>()?))
+        Ok((new.len() * streams) as f64 / median((0..args.steps).map(|_| run()).collect::<Result<_>>()?))
     }
 }
 

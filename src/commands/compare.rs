@@ -135,8 +135,9 @@ fn hours(plan: &Plan) -> Result<()> {
 fn rate(config: &RunConfig) -> Result<f64> {
     let place = config.train.place()?;
     let model = Model::of(&config.params.model, trial::MASKING_PROBA, 0, place)?;
-    let ids = trial::random_bytes(config.train.batch_size * config.params.input_seq_len, trial::num_tokens(&model));
-    let sequences = Sequences { ids: &ids, len: config.params.input_seq_len, loss_mask: None };
+    let hierarchy = config.params.model.hierarchy();
+    let (ids, len) = trial::sequences(hierarchy, config.train.batch_size, config.params.input_seq_len)?;
+    let sequences = Sequences { ids: &ids, len, loss_mask: None };
     // It updates after every batch: a run that accumulates gradients is a little faster.
     let mut step = trial::training_step(&model, sequences, config.train.optimizer);
     let mut step = || autocast(config.train.precision, &mut step);

@@ -20,6 +20,7 @@ use crate::commands::inspect::Described;
 use crate::commands::{inspect, train};
 use crate::exit::Usage;
 use crate::plugins::Plugins;
+use crate::trial;
 
 /// The share of bytes that an encoder has to restore, if the configuration does not say.
 const MASKING: f64 = 0.15;
@@ -75,7 +76,7 @@ impl Args {
 pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
     let mut document = Document::read(&args.config)?;
     args.set.iter().try_for_each(|assignment| document.set(assignment))?;
-    let Described { config, step, device, optimizer } =
+    let Described { config, step, device, optimizer, .. } =
         inspect::read(&document, &plugins.registry(Some(&args.config))?)?;
     let hierarchy = config.hierarchy();
     // With one patch alone nothing would pass from the first stage's embedding to the loss.
@@ -86,7 +87,8 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
         None => random(shape.0 * shape.1, args.seed, &config),
     };
     train::must_fit(&config, Step { batch: shape.0, bytes: shape.1 }, optimizer)?;
-    let sequences = Sequences { ids: &ids, len: shape.1, loss_mask: None };
+    let (ids, len) = trial::fitting(hierarchy, &ids, shape.1)?;
+    let sequences = Sequences { ids: &ids, len, loss_mask: None };
     let report = examine(&config, MASKING, args.seed, &sequences, args.place(device)?)?;
     let text = if args.json { serde_json::to_string_pretty(&report)? + "\n" } else { table(&report) };
     let shown = Output::new().write_all(text.as_bytes());

@@ -14,6 +14,7 @@ use mblm::study::passage::{Reading, score};
 use mblm::study::report::{Generation, Measured};
 use mblm::train::cost::{ModelCost, Step};
 use mblm::train::model::{Model, TrainModel};
+use mblm::train::patches::PatchLengths;
 use mblm::train::session;
 
 use crate::commands::train;
@@ -42,16 +43,19 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
     let config = &trained.config;
     let step = Step { batch: config.train.batch_size, bytes: config.params.input_seq_len };
     let (hierarchy, stages) = (config.params.model.hierarchy(), trained.model.stage_models());
-    let cost = ModelCost::new(hierarchy, trained.model.params(), &stages, step).trained_by(config.train.optimizer);
+    let data = session::open_data_of(&args.run, config)?.0;
+    let patches = PatchLengths::measure(hierarchy, &*data.train, step.bytes)?;
+    let cost = ModelCost::with_patches(hierarchy, trained.model.params(), &stages, step, patches.as_ref())
+        .trained_by(config.train.optimizer);
     let mut measured = Measured { cost: Some(cost), ..Measured::default() };
     if let Model::Generative(model) = &trained.model {
-        let data = session::open_data_of(&args.run, config)?.0;
         let prompt = match &args.prompt {
             Some(text) => text.bytes().map(u32::from).collect(),
-            None => train::prompt(&data, config.params.input_seq_len)?,
+            None => train::prompt(&data, &config.params)?,
         };
         measured.generation = Some(sample(model, prompt)?);
-        let reading = Reading { seq_len: step.bytes, batch_size: step.batch, stages: &hierarchy.seq_lens };
+        let patching = Some(hierarchy).filter(|hierarchy| !hierarchy.is_fixed());
+        let reading = Reading { seq_len: step.bytes, batch_size: step.batch, stages: &hierarchy.seq_lens, patching };
         let scores = score(model, &*data.valid, reading)?;
         (measured.passage, measured.place_bits) = (scores.passage, scores.place_bits);
     }

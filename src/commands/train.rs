@@ -12,7 +12,7 @@ use mblm::device::{DeviceName, Place};
 use mblm::generate::{Format, Sampler, Sampling, TokenStream, Until, generate};
 use mblm::model::Mblm;
 use mblm::train as training;
-use mblm::train::config::{ModelConfig, OptimizerKind, RunConfig};
+use mblm::train::config::{ModelConfig, OptimizerKind, Params, RunConfig};
 use mblm::train::cost::{ModelCost, Step, bytes as shown_bytes, metric};
 use mblm::train::doctor::{Finding, glance};
 use mblm::train::evaluate::bpb;
@@ -308,16 +308,18 @@ fn conclude(run: &Path, outcome: &Outcome, allow_plugin_change: bool, plugins: &
     let Ok(model) = trained.generative() else {
         return Ok(writeln!(out, "\nmore:\n  {} eval {} DATA", program(), shell_word(run))?);
     };
-    let mut out = sample(out, model, &prompt(&data, trained.config.params.input_seq_len)?)?;
+    let mut out = sample(out, model, &prompt(&data, &trained.config.params)?)?;
     Ok(writeln!(out, "\nmore:\n  {} generate {} --prompt \"//! \"", program(), shell_word(run))?)
 }
 
 /// The beginning of the validation data.
-pub fn prompt(data: &Splits, seq_len: usize) -> Result<Vec<u32>> {
+pub fn prompt(data: &Splits, params: &Params) -> Result<Vec<u32>> {
+    let (seq_len, pad) = (params.input_seq_len, params.model.hierarchy().pad_token_id as u32);
     let mut ids = vec![0; seq_len];
     let mut mask = vec![0.0; if data.valid.has_loss_mask() { seq_len } else { 0 }];
     data.valid.sample(0, 0, &mut ids, &mut mask)?;
-    ids.truncate(PROMPT.min(seq_len / 2));
+    let end = ids.iter().rposition(|id| *id != pad).map_or(0, |last| last + 1);
+    ids.truncate(PROMPT.min(seq_len / 2).min(end));
     Ok(ids)
 }
 

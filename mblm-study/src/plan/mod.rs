@@ -15,6 +15,7 @@ use mblm_train::cost::{self, STEP_PER_FORWARD, Step, bytes as binary};
 use mblm_train::error::{Error, Result};
 use mblm_train::journal::folder::RunFolder;
 use mblm_train::model::{Model, TrainModel};
+use mblm_train::patches::PatchLengths;
 use mblm_train::processes::Solo;
 use mblm_train::session::open_data;
 use mblm_train::trainer::Trainer;
@@ -249,17 +250,19 @@ impl Planner<'_> {
         config.train.seed = self.spec.seeds.first()[0];
         let model = Model::new(&config, 0)?;
         let step = Step { batch: config.train.batch_size, bytes: config.params.input_seq_len };
-        let cost = cost::ModelCost::new(config.params.model.hierarchy(), model.params(), &model.stage_models(), step);
+        let splits = open_data(&config).map_err(|error| error.located(document))?;
+        let hierarchy = config.params.model.hierarchy();
+        let patches = PatchLengths::measure(hierarchy, &*splits.train, step.bytes);
+        let patches = patches.map_err(|error| Error::from(error).located(document))?;
+        let cost =
+            cost::ModelCost::with_patches(hierarchy, model.params(), &model.stage_models(), step, patches.as_ref());
         let amount = cell.as_ref().map_or(self.spec.budget.amount, |cell| Amount::Flops(cell.flops));
         let wanted = self.bytes(name, amount, &cost)?;
         config.train.target_elements = wanted.unwrap_or(step_bytes(&config));
         // Everything else that a run checks before it begins.
-        let planned = open_data(&config).and_then(|splits| {
-            let data = splits.fingerprint.clone();
-            Ok((data, Trainer::new(&model, splits, &config, &Solo)?.plan().batches))
-        });
-        let (data, batches) = planned.map_err(|error| error.located(document))?;
-        let bytes = batches * (step.batch * step.bytes) as u64;
+        let data = splits.fingerprint.clone();
+        let trainer = Trainer::new(&model, splits, &config, &Solo).map_err(|error| error.located(document))?;
+        let bytes = trainer.plan().batches * trainer.bytes_per_batch();
         if let Some(wanted) = wanted {
             self.check_rounding(wanted, bytes, step)?;
         }

@@ -2,6 +2,7 @@
 
 use std::fmt::Write;
 
+use mblm_core::patching;
 use mblm_core::schema::Walk;
 use serde_json::Value;
 
@@ -45,6 +46,13 @@ impl<'a> Page<'a> {
                 self.section(&format!("Block `{name}`"), &format!("{}.", text(choice, "description")), block);
             }
         }
+        for choice in self.definitions["patching"]["anyOf"].as_array().into_iter().flatten() {
+            let name = text(choice, "const");
+            if !name.is_empty() {
+                let about = text(choice, "description");
+                self.section(&format!("Rule of patching `{name}`"), about, &self.definitions[format!("rule {name}")]);
+            }
+        }
         self.text
     }
 
@@ -58,7 +66,8 @@ impl<'a> Page<'a> {
         let _ = writeln!(self.text, "\n## {heading}\n\n{about}");
         let fields = schema["properties"].as_object().into_iter().flatten();
         let required = |name: &str| schema["required"].as_array().is_some_and(|all| all.iter().any(|one| one == name));
-        let mut fields: Vec<(&String, &Value)> = fields.filter(|(name, _)| *name != "block_type").collect();
+        let mut fields: Vec<(&String, &Value)> =
+            fields.filter(|(name, _)| !["block_type", patching::TAG].contains(&name.as_str())).collect();
         fields.sort_by_key(|(name, _)| !required(name));
         if fields.is_empty() {
             return self.text.push_str("\nIt has no fields.\n");
@@ -108,6 +117,7 @@ impl<'a> Page<'a> {
         let types: Vec<&str> = match &field["type"] {
             Value::String(one) => vec![one],
             Value::Array(several) => several.iter().filter_map(Value::as_str).collect(),
+            _ if field["else"]["anyOf"].is_array() => return "a rule, or a list of rules".into(),
             _ => return if field.get("if").is_some() { "a block, or a list of blocks" } else { "anything" }.into(),
         };
         let is_number = types.iter().any(|kind| ["integer", "number"].contains(kind));

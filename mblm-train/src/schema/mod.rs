@@ -7,6 +7,7 @@
 pub mod markdown;
 
 use mblm_core::config::{MblmConfig, MblmEncoderConfig};
+use mblm_core::patching;
 use mblm_core::registry::{BlockInfo, BlockRegistry, TAG};
 use mblm_data::{self, DatasetKind};
 use schemars::generate::SchemaSettings;
@@ -37,10 +38,15 @@ pub fn schema(registry: &BlockRegistry) -> Result<Value> {
             "then": {"type": "array", "items": {"$ref": "#/definitions/block"}},
             "else": {"$ref": "#/definitions/block"},
         });
+        let patching = &mut definitions.0[model]["properties"]["patching"];
+        patching["if"] = json!({"type": "array"});
+        patching["then"] = json!({"type": "array", "items": {"$ref": "#/definitions/patching"}});
+        patching["else"] = json!({"anyOf": [{"$ref": "#/definitions/patching"}, {"type": "null"}]});
     }
     for block in registry.blocks() {
         definitions.add_block(block);
     }
+    definitions.add_rules();
     definitions.0.insert("block".into(), block(registry));
     definitions.add("train", of::<TrainSection>());
     definitions.add("resume", of::<ResumeSection>());
@@ -124,6 +130,23 @@ impl Definitions {
             }
         }
         self.add(&definition(block), schema);
+    }
+
+    /// Adds the rules of patching: each by its name, or with its fields.
+    fn add_rules(&mut self) {
+        let mut choices = vec![];
+        for rule in patching::registry::all() {
+            let mut schema = (rule.schema)().to_value();
+            schema["properties"][patching::TAG] = json!({"const": rule.name});
+            let about = schema["description"].as_str().and_then(|text| text.lines().next()).unwrap_or_default();
+            choices.push(json!({"const": rule.name, "description": about}));
+            match &mut schema["required"] {
+                Value::Array(required) => required.push(patching::TAG.into()),
+                required => *required = json!([patching::TAG]),
+            }
+            choices.push(self.add(&format!("rule {}", rule.name), schema));
+        }
+        self.0.insert("patching".into(), json!({"title": "patching", "anyOf": choices}));
     }
 
     /// Says which data sets there are, and what each takes in `dataset_args`.
