@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use candle_core::Tensor;
 use mblm_sdk::block::{Cost, FieldError, PosEmb, StageBlock, StageDecoder, StageModel, TensorDecoder, stacked, width};
-use mblm_sdk::layer::apply;
+use mblm_sdk::layer::{Group, apply, apply_packed};
 use mblm_sdk::mode::Mode;
 use mblm_sdk::register_block;
 use mblm_sdk::{Error, ParamScope, Result};
@@ -101,6 +101,10 @@ impl StageModel for Mamba1 {
             return Err(Error::Block("mamba1 is causal and takes no attention mask".into()));
         }
         self.layers.iter().try_fold(x.clone(), |x, layer| apply(layer, &x, None, mode))
+    }
+
+    fn forward_packed(&self, x: &Tensor, groups: &Arc<[Group]>, mode: Mode) -> Result<Tensor> {
+        self.layers.iter().try_fold(x.clone(), |x, layer| apply_packed(layer, &x, groups, mode))
     }
 
     fn decoder(&self, batch: usize) -> Result<Box<dyn StageDecoder + '_>> {

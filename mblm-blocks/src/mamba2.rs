@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use candle_core::Tensor;
 use mblm_sdk::block::{Cost, FieldError, PosEmb, StageBlock, StageDecoder, StageModel, TensorDecoder, stacked, width};
-use mblm_sdk::layer::apply;
+use mblm_sdk::layer::{Group, apply, apply_packed};
 use mblm_sdk::mode::Mode;
 use mblm_sdk::ops::norm_layer::RmsNormLayer;
 use mblm_sdk::ops::ssd;
@@ -146,6 +146,11 @@ impl StageModel for Mamba2 {
             return Err(Error::Block("mamba2 is causal and takes no attention mask".into()));
         }
         let x = self.layers.iter().try_fold(x.clone(), |x, layer| apply(layer, &x, None, mode))?;
+        apply(&self.norm_f, &x, None, mode)
+    }
+
+    fn forward_packed(&self, x: &Tensor, groups: &Arc<[Group]>, mode: Mode) -> Result<Tensor> {
+        let x = self.layers.iter().try_fold(x.clone(), |x, layer| apply_packed(layer, &x, groups, mode))?;
         apply(&self.norm_f, &x, None, mode)
     }
 

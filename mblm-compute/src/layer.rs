@@ -41,15 +41,44 @@ impl Dims {
     }
 }
 
+/// Sequences of one length that lie one after another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Group {
+    /// Number of sequences.
+    pub batch: usize,
+    /// Positions per sequence.
+    pub seq: usize,
+}
+
 /// The context of a forward pass.
 #[derive(Clone, Copy, Debug)]
 pub struct Context<'a> {
-    /// Shape of input and output.
+    /// Shape of input and output. Where the sequences have several lengths, all rows are one sequence here.
     pub dims: Dims,
+    /// The sequences if they have several lengths, group by group; else empty.
+    pub packed: &'a [Group],
     /// `(batch, seq)`, nonzero = attend.
     pub mask: Option<&'a [u8]>,
     /// Whether a backward pass follows, and the dropout seed.
     pub mode: Mode,
+}
+
+impl<'a> Context<'a> {
+    /// The groups of sequences of equal length, each with its first row and a context of its own: all sequences, if there
+    /// is one length.
+    pub fn groups(&self) -> impl Iterator<Item = (usize, Context<'a>)> + use<'a> {
+        let whole = *self;
+        let (mut row, mut sequence) = (0, 0);
+        let group = move |group: &Group| {
+            let dims = Dims { batch: group.batch, seq: group.seq, dim: whole.dims.dim };
+            let found = (row, Context { dims, packed: &[], mask: None, mode: whole.mode.part(sequence) });
+            row += dims.rows();
+            sequence += group.batch;
+            found
+        };
+        let one = whole.packed.is_empty().then_some((0, whole));
+        one.into_iter().chain(whole.packed.iter().map(group))
+    }
 }
 
 /// A shape-preserving function `(batch, seq, dim) -> (batch, seq, dim)` with parameters and a hand-written backward.
@@ -61,7 +90,8 @@ pub trait Layer: Send + Sync + 'static {
     /// devices run it. Read parameters with [`param_like`].
     fn composed(&self, x: &Tensor, mask: Option<&Tensor>, mode: Mode) -> Result<Tensor>;
 
-    /// Writes the output to `y` and returns the tape. The previous contents of `y` are arbitrary.
+    /// Writes the output to `y` and returns the tape. The previous contents of `y` are arbitrary. A layer that runs
+    /// [packed](apply_packed) does what crosses positions group by group.
     fn forward(&self, x: &[f32], context: Context, y: &mut [f32]) -> Self::Tape;
 
     /// Writes the gradient of the input to `dx`, whose previous contents are arbitrary, and adds those of the
@@ -86,20 +116,55 @@ pub fn apply<L: Layer>(layer: &Arc<L>, x: &Tensor, mask: Option<&Tensor>, mode: 
     let (batch, seq, dim) = x.dims3()?;
     let dims = Dims { batch, seq, dim };
     let mask = mask.map(transfer::to_vec::<u8>).transpose()?;
-    let node = Fused { layer: layer.clone(), dims, mask, mode };
+    let node = Fused { layer: layer.clone(), dims, packed: Arc::default(), mask, mode };
     apply1(node, x, mode)
+}
+
+/// Runs `layer` on sequences of several lengths at once: what works row by row runs on all rows together.
+///
+/// # Shapes
+/// - `x`: `(1, rows, dim)`, the sequences of the groups one after another; returns the same shape
+pub fn apply_packed<L: Layer>(layer: &Arc<L>, x: &Tensor, groups: &Arc<[Group]>, mode: Mode) -> Result<Tensor> {
+    if !device::fuses(x) {
+        return by_group(x, groups, mode, |x, mode| layer.composed(x, None, mode));
+    }
+    let (batch, seq, dim) = x.dims3()?;
+    let node = Fused { layer: layer.clone(), dims: Dims { batch, seq, dim }, packed: groups.clone(), mask: None, mode };
+    apply1(node, x, mode)
+}
+
+/// Runs each group of sequences by itself.
+///
+/// # Shapes
+/// - `x`: `(1, rows, dim)`, the sequences of the groups one after another; returns the same shape
+/// - `run`: `(batch, seq, dim) -> (batch, seq, dim)`
+pub fn by_group(
+    x: &Tensor,
+    groups: &[Group],
+    mode: Mode,
+    run: impl Fn(&Tensor, Mode) -> Result<Tensor>,
+) -> Result<Tensor> {
+    let (mut row, mut sequence, mut outputs) = (0, 0, Vec::with_capacity(groups.len()));
+    for &Group { batch, seq } in groups {
+        let part = x.narrow(1, row, batch * seq)?.reshape((batch, seq, x.dim(2)?))?;
+        outputs.push(run(&part, mode.part(sequence))?.reshape((1, batch * seq, x.dim(2)?))?);
+        row += batch * seq;
+        sequence += batch;
+    }
+    Ok(Tensor::cat(&outputs, 1)?)
 }
 
 struct Fused<L: Layer> {
     layer: Arc<L>,
     dims: Dims,
+    packed: Arc<[Group]>,
     mask: Option<Vec<u8>>,
     mode: Mode,
 }
 
 impl<L: Layer> Fused<L> {
     fn context(&self) -> Context<'_> {
-        Context { dims: self.dims, mask: self.mask.as_deref(), mode: self.mode }
+        Context { dims: self.dims, packed: &self.packed, mask: self.mask.as_deref(), mode: self.mode }
     }
 }
 

@@ -20,6 +20,14 @@ impl Mode {
         Mode::Train { seed }
     }
 
+    /// The mode of a part of the sequences that begins with sequence `first`: a part draws dropout of its own.
+    pub fn part(self, first: usize) -> Self {
+        match self {
+            Mode::Train { seed } => Mode::train(seed.wrapping_add(random::spread(first as u64))),
+            Mode::Eval => Mode::Eval,
+        }
+    }
+
     /// The dropout at one place in the model (`stream`) with probability `p`. `None` outside training.
     pub fn dropout(self, p: f32, stream: u64) -> Option<Dropout> {
         match self {
@@ -67,6 +75,13 @@ pub fn stream(prefix: &str) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn seeds_of_parts_stay_as_they_are() {
+        let before = [3, 0x9E37_79B9_7F4A_7C18, 0xB54C_DA58_FBBE_E881];
+        assert_eq!([0, 1, 6].map(|first| Mode::train(3).part(first)), before.map(Mode::train));
+        assert_eq!(Mode::Eval.part(1), Mode::Eval);
+    }
 
     #[test]
     fn dropout_drops_its_share_and_keeps_the_mean() {

@@ -4,9 +4,11 @@
 use std::borrow::Cow;
 use std::fmt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use candle_core::Tensor;
 use mblm_compute::error::Result;
+use mblm_compute::layer::{Group, by_group};
 use mblm_compute::mode::Mode;
 use mblm_compute::param::ParamScope;
 use schemars::JsonSchema;
@@ -144,6 +146,18 @@ pub trait StageModel: Send + Sync {
     /// # Errors
     /// A causal block may reject a mask.
     fn forward(&self, x: &Tensor, mask: Option<&Tensor>, mode: Mode) -> Result<Tensor>;
+
+    /// Runs complete sequences of several lengths, without a mask. The default runs each group of sequences of equal length
+    /// by itself; a block that works row by row for the most part does better with all rows at once.
+    ///
+    /// # Shapes
+    /// - `x`: `(1, rows, dim)`, the sequences of the groups one after another; returns the same shape
+    ///
+    /// # Errors
+    /// Those of [`forward`](Self::forward).
+    fn forward_packed(&self, x: &Tensor, groups: &Arc<[Group]>, mode: Mode) -> Result<Tensor> {
+        by_group(x, groups, mode, |x, mode| self.forward(x, None, mode))
+    }
 
     /// Whether position t of the output depends only on inputs up to t. A block that is not causal runs only in
     /// encoders and cannot generate.

@@ -118,8 +118,8 @@ pub(super) struct Tape {
     dt: Buffer,
     /// `(R, E)`: after the gate.
     y: Buffer,
-    /// The scan's states at chunk starts.
-    states: Buffer,
+    /// The scan's states at chunk starts, of each group of sequences.
+    states: Vec<Buffer>,
 }
 
 /// What the next positions need of those before.
@@ -169,11 +169,14 @@ impl Layer for MambaLayer {
 
     fn forward(&self, x: &[f32], context: Context, y: &mut [f32]) -> Tape {
         let sizes @ Sizes { dim, inner, dt_rank, .. } = self.sizes;
-        let (rows, seq) = (context.dims.rows(), context.dims.seq);
+        let rows = context.dims.rows();
         let mut xz = Buffer::take(rows * 2 * inner);
         linear::forward(&self.normed(x, context), &self.in_proj.values(), dim, Update::Set, &mut xz);
         let mut u = Buffer::take(rows * inner);
-        self.conv().forward(sizes.conv_input(&xz), seq, &mut u);
+        for (row, Context { dims, .. }) in context.groups() {
+            let of = |width: usize| row * width..(row + dims.rows()) * width;
+            self.conv().forward(sizes.conv_input(&xz[of(2 * inner)]), dims.seq, &mut u[of(inner)]);
+        }
         let mut dbc = Buffer::take(rows * sizes.dbc());
         linear::forward(&u, &self.x_proj.values(), inner, Update::Set, &mut dbc);
         let mut dt = Buffer::take(rows * inner);
@@ -182,7 +185,13 @@ impl Layer for MambaLayer {
         let wide = Mat::new(&dt_weight, inner, dt_rank).t();
         matmul(MatMut::new(&mut dt, rows, inner), Update::Set, low, wide, Threads::All);
         let mut gated = Buffer::take(rows * inner);
-        let states = self.scan().forward(&sizes.inputs(&xz, &u, &dt, &dbc), seq, &mut gated);
+        let scan = |(row, Context { dims, .. }): (usize, Context)| {
+            let of = |width: usize| row * width..(row + dims.rows()) * width;
+            let (xz, dbc) = (&xz[of(2 * inner)], &dbc[of(sizes.dbc())]);
+            let inputs = sizes.inputs(xz, &u[of(inner)], &dt[of(inner)], dbc);
+            self.scan().forward(&inputs, dims.seq, &mut gated[of(inner)])
+        };
+        let states = context.groups().map(scan).collect();
         parallel::copy(x, y);
         linear::forward(&gated, &self.out_proj.values(), inner, Update::Add, y);
         Tape { xz, x: u, dbc, dt, y: gated, states }
@@ -190,17 +199,21 @@ impl Layer for MambaLayer {
 
     fn backward(&self, x: &[f32], context: Context, tape: Tape, dy: &[f32], dx: &mut [f32]) {
         let Sizes { dim, inner, .. } = self.sizes;
-        let (rows, seq) = (context.dims.rows(), context.dims.seq);
+        let rows = context.dims.rows();
         let mut dgated = Buffer::take(rows * inner);
         linear::backward_input(dy, &self.out_proj.values(), inner, Update::Set, &mut dgated);
         linear::backward_weight(dy, &tape.y, inner, &mut self.out_proj.grad_mut());
 
         let mut dxz = Buffer::take(rows * 2 * inner);
         let mut du = Buffer::take(rows * inner);
-        self.backward_scan(&tape, seq, &dgated, &mut dxz, &mut du);
-        let first = RowsMut::columns(Shared::new(&mut dxz), 2 * inner, 0..inner);
+        self.backward_scan(&tape, context, &dgated, &mut dxz, &mut du);
         let (mut dweight, mut dbias) = (self.conv_weight.grad_mut(), self.conv_bias.grad_mut());
-        self.conv().backward(self.sizes.conv_input(&tape.xz), seq, &mut du, first, &mut dweight, &mut dbias);
+        for (row, Context { dims, .. }) in context.groups() {
+            let of = |width: usize| row * width..(row + dims.rows()) * width;
+            let input = self.sizes.conv_input(&tape.xz[of(2 * inner)]);
+            let dinput = RowsMut::columns(Shared::new(&mut dxz[of(2 * inner)]), 2 * inner, 0..inner);
+            self.conv().backward(input, dims.seq, &mut du[of(inner)], dinput, &mut dweight, &mut dbias);
+        }
 
         let normed = self.normed(x, context);
         linear::backward_weight(&dxz, &normed, dim, &mut self.in_proj.grad_mut());
@@ -213,23 +226,28 @@ impl Layer for MambaLayer {
 
 impl MambaLayer {
     /// From the gradient of the scan's gated output to those of its inputs: the gate's half of `dxz`, and `du`.
-    fn backward_scan(&self, tape: &Tape, seq: usize, dgated: &[f32], dxz: &mut [f32], du: &mut [f32]) {
+    fn backward_scan(&self, tape: &Tape, context: Context, dgated: &[f32], dxz: &mut [f32], du: &mut [f32]) {
         let sizes @ Sizes { inner, d_state, dt_rank, .. } = self.sizes;
         let rows = du.len() / inner;
         let mut ddt = Buffer::take(rows * inner);
         let mut ddbc = Buffer::take(rows * sizes.dbc());
-        let shared = Shared::new(&mut ddbc);
-        let grads = Grads {
-            x: du,
-            dt: &mut ddt,
-            b: RowsMut::columns(shared, sizes.dbc(), dt_rank..dt_rank + d_state),
-            c: RowsMut::columns(shared, sizes.dbc(), dt_rank + d_state..sizes.dbc()),
-            z: RowsMut::columns(Shared::new(dxz), 2 * inner, inner..2 * inner),
-        };
         let (mut a_log, mut d, mut dt_bias) = (self.a_log.grad_mut(), self.d.grad_mut(), self.dt_bias.grad_mut());
         let mut params = ParamGrads { a_log: &mut a_log, d: &mut d, dt_bias: &mut dt_bias };
-        let inputs = sizes.inputs(&tape.xz, &tape.x, &tape.dt, &tape.dbc);
-        self.scan().backward(&inputs, seq, &tape.states, dgated, grads, &mut params);
+        for ((row, Context { dims, .. }), states) in context.groups().zip(&tape.states) {
+            let of = |width: usize| row * width..(row + dims.rows()) * width;
+            let (narrow, wide, low) = (of(inner), of(2 * inner), of(sizes.dbc()));
+            let shared = Shared::new(&mut ddbc[low.clone()]);
+            let grads = Grads {
+                x: &mut du[narrow.clone()],
+                dt: &mut ddt[narrow.clone()],
+                b: RowsMut::columns(shared, sizes.dbc(), dt_rank..dt_rank + d_state),
+                c: RowsMut::columns(shared, sizes.dbc(), dt_rank + d_state..sizes.dbc()),
+                z: RowsMut::columns(Shared::new(&mut dxz[wide.clone()]), 2 * inner, inner..2 * inner),
+            };
+            let (x, dt) = (&tape.x[narrow.clone()], &tape.dt[narrow.clone()]);
+            let inputs = sizes.inputs(&tape.xz[wide], x, dt, &tape.dbc[low]);
+            self.scan().backward(&inputs, dims.seq, states, &dgated[narrow], grads, &mut params);
+        }
 
         let low = Rows::columns(&tape.dbc, sizes.dbc(), 0..dt_rank).all();
         let ddt = Mat::new(&ddt, rows, inner);

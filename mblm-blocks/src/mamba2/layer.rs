@@ -140,7 +140,8 @@ pub(super) struct Tape {
     xbc: Buffer,
     /// `(R, E)`
     y: Buffer,
-    ssd: ssd::Tape,
+    /// Of each group of sequences.
+    ssd: Vec<ssd::Tape>,
 }
 
 /// What the next positions need of those before.
@@ -191,13 +192,18 @@ impl Layer for Mamba2Layer {
 
     fn forward(&self, x: &[f32], context: Context, y: &mut [f32]) -> Tape {
         let sizes = self.sizes;
-        let (rows, seq, inner) = (context.dims.rows(), context.dims.seq, sizes.inner());
+        let (rows, inner) = (context.dims.rows(), sizes.inner());
         let mut proj = Buffer::take(rows * sizes.proj());
         linear::forward(&self.normed(x, context), &self.in_proj.values(), sizes.dim, Update::Set, &mut proj);
         let mut xbc = Buffer::take(rows * sizes.conv());
-        self.conv().forward(sizes.conv_input(&proj), seq, &mut xbc);
         let mut scanned = Buffer::take(rows * inner);
-        let ssd = self.with_ssd(|ssd| ssd.forward(&sizes.inputs(&proj, &xbc), seq, &mut scanned));
+        let scan = |(row, Context { dims, .. }): (usize, Context)| {
+            let of = |width: usize| row * width..(row + dims.rows()) * width;
+            let (proj, xbc, y) = (&proj[of(sizes.proj())], &mut xbc[of(sizes.conv())], &mut scanned[of(inner)]);
+            self.conv().forward(sizes.conv_input(proj), dims.seq, xbc);
+            self.with_ssd(|ssd| ssd.forward(&sizes.inputs(proj, xbc), dims.seq, y))
+        };
+        let ssd = context.groups().map(scan).collect();
         let gated = self.gated(&proj, &scanned);
         match context.mode.dropout(self.dropout.0, self.dropout.1) {
             Some(dropout) => {
@@ -233,7 +239,7 @@ impl Mamba2Layer {
     /// From the gradient of the mixer's output to that of the input projection's.
     fn backward_mixer(&self, tape: &Tape, context: Context, dmixed: &[f32]) -> Buffer {
         let sizes @ Sizes { d_state: n, .. } = self.sizes;
-        let (rows, seq) = (context.dims.rows(), context.dims.seq);
+        let rows = context.dims.rows();
         let (inner, conv, width) = (sizes.inner(), sizes.conv(), sizes.proj());
         let gated = self.gated(&tape.proj, &tape.y);
         linear::backward_weight(dmixed, &gated, inner, &mut self.out_proj.grad_mut());
@@ -241,26 +247,31 @@ impl Mamba2Layer {
         linear::backward_input(dmixed, &self.out_proj.values(), inner, Update::Set, &mut dscanned);
 
         let (mut dproj, mut dxbc) = (Buffer::take(rows * width), Buffer::take(rows * conv));
-        let (dproj_shared, dxbc_shared) = (Shared::new(&mut dproj), Shared::new(&mut dxbc));
-        let dz = RowsMut::columns(dproj_shared, width, 0..inner);
+        let dz = RowsMut::columns(Shared::new(&mut dproj), width, 0..inner);
         let mut dgain = self.gate_norm.grad_mut();
         self.with_gate(|gate| gate.backward(&tape.y, sizes.gate(&tape.proj), &mut dscanned, dz, &mut dgain));
 
-        let columns = |range| RowsMut::columns(dxbc_shared, conv, range);
-        let grads = Grads {
-            x: columns(0..inner),
-            dt: RowsMut::columns(dproj_shared, width, inner + conv..width),
-            b: columns(inner..inner + n),
-            c: columns(inner + n..conv),
-        };
         let (mut a_log, mut d, mut dt_bias) = (self.a_log.grad_mut(), self.d.grad_mut(), self.dt_bias.grad_mut());
         let mut params = ParamGrads { a_log: &mut a_log, d: &mut d, dt_bias: &mut dt_bias };
-        let inputs = sizes.inputs(&tape.proj, &tape.xbc);
-        self.with_ssd(|ssd| ssd.backward(&inputs, seq, &tape.ssd, &dscanned, grads, &mut params));
-
-        let dconv = RowsMut::columns(dproj_shared, width, inner..inner + conv);
         let (mut dweight, mut dbias) = (self.conv_weight.grad_mut(), self.conv_bias.grad_mut());
-        self.conv().backward(sizes.conv_input(&tape.proj), seq, &mut dxbc, dconv, &mut dweight, &mut dbias);
+        for ((row, Context { dims, .. }), ssd_tape) in context.groups().zip(&tape.ssd) {
+            let of = |width: usize| row * width..(row + dims.rows()) * width;
+            let (proj, xbc) = (&tape.proj[of(width)], &tape.xbc[of(conv)]);
+            let (dproj, dxbc) = (&mut dproj[of(width)], &mut dxbc[of(conv)]);
+            let dproj = Shared::new(dproj);
+            let dxbc_shared = Shared::new(dxbc);
+            let columns = |range| RowsMut::columns(dxbc_shared, conv, range);
+            let grads = Grads {
+                x: columns(0..inner),
+                dt: RowsMut::columns(dproj, width, inner + conv..width),
+                b: columns(inner..inner + n),
+                c: columns(inner + n..conv),
+            };
+            let inputs = sizes.inputs(proj, xbc);
+            self.with_ssd(|ssd| ssd.backward(&inputs, dims.seq, ssd_tape, &dscanned[of(inner)], grads, &mut params));
+            let dconv = RowsMut::columns(dproj, width, inner..inner + conv);
+            self.conv().backward(sizes.conv_input(proj), dims.seq, dxbc, dconv, &mut dweight, &mut dbias);
+        }
         dproj
     }
 }

@@ -171,7 +171,7 @@ impl StageDecoder for TransformerDecoder<'_> {
                 row.copy_from_slice(&x[..dim]);
             }
         }
-        let context = Context { dims, mask: None, mode: Mode::Eval };
+        let context = Context { dims, packed: &[], mask: None, mode: Mode::Eval };
         for (state, layer) in self.layers.iter_mut().zip(&self.model.layers) {
             let mut next = Buffer::take(dims.len());
             let tape = layer.forward(&hidden, context, &mut next);

@@ -146,22 +146,70 @@ impl TransformerLayer {
         mode.dropout(self.ff_dropout, self.stream ^ 1)
     }
 
+    /// The norm of the first or second half, after its token shift.
+    fn normed(&self, gain: &Param, x: &[f32], context: Context) -> Buffer {
+        let (gain, mut h) = (gain.values(), Buffer::take(x.len()));
+        for (row, Context { dims, .. }) in context.groups() {
+            let part = row * self.dim..row * self.dim + dims.len();
+            self.norm(&gain).forward(&x[part.clone()], dims, &mut h[part]);
+        }
+        h
+    }
+
+    /// Adds the gradient of [`normed`](Self::normed)'s input to `dx`.
+    fn normed_backward(&self, gain: &Param, x: &[f32], context: Context, dh: &[f32], dx: &mut [f32]) {
+        let (values, mut grad) = (gain.values(), gain.grad_mut());
+        for (row, Context { dims, .. }) in context.groups() {
+            let part = row * self.dim..row * self.dim + dims.len();
+            self.norm(&values).backward(&x[part.clone()], dims, &dh[part.clone()], &mut dx[part], &mut grad);
+        }
+    }
+
     /// `[q | k | v]` of the normalised rows `h`.
-    fn project_qkv(&self, h: &[f32], dims: Dims, qkv: &mut [f32]) {
-        let (rows, inner) = (dims.rows(), self.inner());
+    fn project_qkv(&self, h: &[f32], context: Context, qkv: &mut [f32]) {
+        let (rows, inner) = (context.dims.rows(), self.inner());
         for (weight, first, count) in [(&self.to_q, 0, inner), (&self.to_kv, inner, 2 * inner)] {
             let weight = weight.values();
             let out = MatMut::strided(&mut qkv[first..], rows, count, 3 * inner);
             let weight = Mat::new(&weight, count, self.dim);
             matmul(out, Update::Set, Mat::new(h, rows, self.dim), weight.t(), Threads::All);
         }
-        self.rotate(qkv, dims.seq, false);
+        self.rotate(qkv, context, false);
     }
 
-    fn rotate(&self, qkv: &mut [f32], seq: usize, backward: bool) {
-        if let Some(rotary) = &self.rotary {
+    fn rotate(&self, qkv: &mut [f32], context: Context, backward: bool) {
+        let Some(rotary) = &self.rotary else { return };
+        let wide = 3 * self.inner();
+        for (row, Context { dims, .. }) in context.groups() {
             // Queries and keys lie side by side: twice as many heads.
-            rotary.rotate(qkv, 3 * self.inner(), 2 * self.heads, seq, 0, backward);
+            let part = &mut qkv[row * wide..(row + dims.rows()) * wide];
+            rotary.rotate(part, wide, 2 * self.heads, dims.seq, 0, backward);
+        }
+    }
+
+    fn attend(&self, context: Context, tape: &mut Tape) {
+        let (inner, heads) = (self.inner(), self.heads);
+        for (row, context) in context.groups() {
+            let end = row + context.dims.rows();
+            let attended = &mut tape.attended[row * inner..end * inner];
+            let qkv = &tape.qkv[row * 3 * inner..end * 3 * inner];
+            self.attention(context).forward(qkv, attended, &mut tape.lse[row * heads..end * heads]);
+        }
+    }
+
+    /// From the gradient of attention's output to that of queries, keys and values.
+    fn attend_backward(&self, context: Context, tape: &Tape, dattended: &[f32], dqkv: &mut [f32]) {
+        let (inner, heads) = (self.inner(), self.heads);
+        for (row, context) in context.groups() {
+            let end = row + context.dims.rows();
+            let (narrow, wide) = (row * inner..end * inner, row * 3 * inner..end * 3 * inner);
+            self.attention(context).backward(
+                &tape.qkv[wide.clone()],
+                &tape.attended[narrow.clone()],
+                &tape.lse[row * heads..end * heads],
+                &dattended[narrow],
+                &mut dqkv[wide],
+            );
         }
     }
 
@@ -180,7 +228,6 @@ impl TransformerLayer {
 
     /// Adds the feed-forward half's gradient to `d`, which holds that of the output and becomes that of `middle`.
     fn feed_forward_backward(&self, context: Context, tape: &Tape, dy: &[f32], d: &mut [f32]) {
-        let dims = context.dims;
         let dropout = self.ff_dropout(context.mode);
         let mut wide = Buffer::take(tape.up.len());
         gelu::forward(&tape.up, dropout, &mut wide);
@@ -188,13 +235,11 @@ impl TransformerLayer {
         linear::backward_bias(dy, &mut self.down_bias.grad_mut());
         linear::backward_input(dy, &self.down.values(), self.wide(), Update::Set, &mut wide);
         gelu::backward(&tape.up, dropout, &mut wide);
-        let gain = self.ff_gain.values();
-        let mut h = Buffer::take(dims.len());
-        self.norm(&gain).forward(&tape.middle, dims, &mut h);
+        let mut h = self.normed(&self.ff_gain, &tape.middle, context);
         linear::backward_weight(&wide, &h, self.dim, &mut self.up.grad_mut());
         linear::backward_bias(&wide, &mut self.up_bias.grad_mut());
         linear::backward_input(&wide, &self.up.values(), self.dim, Update::Set, &mut h);
-        self.norm(&gain).backward(&tape.middle, dims, &h, d, &mut self.ff_gain.grad_mut());
+        self.normed_backward(&self.ff_gain, &tape.middle, context, &h, d);
     }
 
     /// Adds the attention half's gradient to `d`, which holds that of `middle` and becomes that of the input.
@@ -204,13 +249,11 @@ impl TransformerLayer {
         linear::backward_weight(d, &tape.attended, self.inner(), &mut self.to_out.grad_mut());
         linear::backward_input(d, &self.to_out.values(), self.inner(), Update::Set, &mut dattended);
         let mut dqkv = Buffer::take(tape.qkv.len());
-        self.attention(context).backward(&tape.qkv, &tape.attended, &tape.lse, &dattended, &mut dqkv);
-        self.rotate(&mut dqkv, dims.seq, true);
-        let gain = self.attn_gain.values();
-        let (mut h, mut dh) = (Buffer::take(dims.len()), Buffer::take(dims.len()));
-        self.norm(&gain).forward(x, dims, &mut h);
+        self.attend_backward(context, tape, &dattended, &mut dqkv);
+        self.rotate(&mut dqkv, context, true);
+        let (h, mut dh) = (self.normed(&self.attn_gain, x, context), Buffer::take(dims.len()));
         self.project_qkv_backward(&h, dims, &dqkv, &mut dh);
-        self.norm(&gain).backward(x, dims, &dh, d, &mut self.attn_gain.grad_mut());
+        self.normed_backward(&self.attn_gain, x, context, &dh, d);
     }
 }
 
@@ -268,8 +311,7 @@ impl Layer for TransformerLayer {
     fn forward(&self, x: &[f32], context: Context, y: &mut [f32]) -> Tape {
         let dims = context.dims;
         let rows = dims.rows();
-        let mut h = Buffer::take(dims.len());
-        self.norm(&self.attn_gain.values()).forward(x, dims, &mut h);
+        let h = self.normed(&self.attn_gain, x, context);
         let mut tape = Tape {
             qkv: Buffer::take(rows * 3 * self.inner()),
             lse: Buffer::take(rows * self.heads),
@@ -277,12 +319,12 @@ impl Layer for TransformerLayer {
             middle: Buffer::take(dims.len()),
             up: Buffer::take(rows * self.wide()),
         };
-        self.project_qkv(&h, dims, &mut tape.qkv);
-        self.attention(context).forward(&tape.qkv, &mut tape.attended, &mut tape.lse);
+        self.project_qkv(&h, context, &mut tape.qkv);
+        self.attend(context, &mut tape);
         parallel::copy(x, &mut tape.middle);
         linear::forward(&tape.attended, &self.to_out.values(), self.inner(), Update::Add, &mut tape.middle);
 
-        self.norm(&self.ff_gain.values()).forward(&tape.middle, dims, &mut h);
+        let h = self.normed(&self.ff_gain, &tape.middle, context);
         linear::forward(&h, &self.up.values(), self.dim, Update::Set, &mut tape.up);
         linear::add_bias(&self.up_bias.values(), &mut tape.up);
         let mut wide = Buffer::take(tape.up.len());

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use candle_core::Tensor;
 use layer::{Kind, TransformerLayer};
 use mblm_sdk::block::{Cost, FieldError, PosEmb, StageBlock, StageDecoder, StageModel, TensorDecoder, stacked, width};
-use mblm_sdk::layer::apply;
+use mblm_sdk::layer::{Group, apply, apply_packed};
 use mblm_sdk::mode::Mode;
 use mblm_sdk::ops::norm_layer::RmsNormLayer;
 use mblm_sdk::ops::rms_norm::Eps;
@@ -173,6 +173,11 @@ impl StageModel for TransformerModel {
             ));
         }
         let hidden = self.layers.iter().try_fold(x.clone(), |x, layer| apply(layer, &x, mask, mode))?;
+        apply(&self.norm, &hidden, None, mode)
+    }
+
+    fn forward_packed(&self, x: &Tensor, groups: &Arc<[Group]>, mode: Mode) -> Result<Tensor> {
+        let hidden = self.layers.iter().try_fold(x.clone(), |x, layer| apply_packed(layer, &x, groups, mode))?;
         apply(&self.norm, &hidden, None, mode)
     }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use candle_core::Tensor;
 use mblm_sdk::error::{Error, Result};
-use mblm_sdk::layer::param_like;
+use mblm_sdk::layer::{Group, param_like};
 use mblm_sdk::mode::Mode;
 use mblm_sdk::node::apply1;
 use mblm_sdk::ops::cross_entropy::{CrossEntropy, Target};
@@ -16,7 +16,6 @@ use mblm_sdk::transfer;
 use super::input::Ids;
 use super::layout::Bucket;
 use super::local_loss::LocalLoss;
-use super::recompute::chunk_mode;
 use super::stage::Stage;
 use super::stage_input::Positions;
 use super::watch::{NotFinite, Seen, What};
@@ -141,7 +140,7 @@ impl Hierarchy {
                 targets: own,
                 out: [self.out_weight.clone(), self.out_bias.clone()],
                 chunks,
-                mode: chunk_mode(mode, bucket.before),
+                mode: mode.part(bucket.before),
             };
             let loss = loss.apply(&above)?;
             let loss = if share == 1.0 { loss } else { (loss * share)? };
@@ -173,15 +172,22 @@ impl Hierarchy {
     ) -> Result<Tensor> {
         match &ids.layout.stages[n][..] {
             [all] => self.run_bucket(n, all, above, masks, mode),
-            buckets => {
-                let run = |bucket: &Bucket| -> Result<Tensor> {
-                    let mode = chunk_mode(mode, bucket.before);
-                    Ok(self.run_bucket(n, bucket, above, masks, mode)?.flatten_to(1)?)
-                };
-                let rows = buckets.iter().map(run).collect::<Result<Vec<_>>>()?;
-                Ok(Tensor::cat(&rows, 0)?.unsqueeze(0)?)
-            }
+            buckets => self.run_packed(n, buckets, above, mode),
         }
+    }
+
+    /// The output of all buckets of stage `n`, `(1, rows, D_n)`.
+    fn run_packed(&self, n: usize, buckets: &[Bucket], above: Option<&Tensor>, mode: Mode) -> Result<Tensor> {
+        let input = |bucket: &Bucket| -> Result<(Tensor, Group)> {
+            let input = self.input(n, bucket, above, mode)?;
+            let (batch, seq, dim) = input.dims3()?;
+            Ok((input.reshape((1, batch * seq, dim))?, Group { batch, seq }))
+        };
+        let (inputs, groups): (Vec<Tensor>, Vec<Group>) =
+            buckets.iter().map(input).collect::<Result<Vec<_>>>()?.into_iter().unzip();
+        let input = Tensor::cat(&inputs, 1)?;
+        let output = self.stages[n].run_packed(&input, &groups.into(), mode)?;
+        self.same_shape(n, &input, output)
     }
 
     /// The output of sequences of stage `n`, `(sequences, [1 +] tokens, D_n)`.
@@ -193,11 +199,21 @@ impl Hierarchy {
         masks: Option<&[Tensor]>,
         mode: Mode,
     ) -> Result<Tensor> {
+        let input = self.input(n, bucket, above, mode)?;
+        let output = self.stages[n].run(&input, masks.map(|m| &m[n]), mode)?;
+        self.same_shape(n, &input, output)
+    }
+
+    /// The input of sequences of stage `n`, `(sequences, [1 +] tokens, D_n)`.
+    fn input(&self, n: usize, bucket: &Bucket, above: Option<&Tensor>, mode: Mode) -> Result<Tensor> {
         let (stage, seq) = (&self.stages[n], bucket.len);
         let tokens = stage.embedding.forward(&bucket.ids, mode)?;
         let tokens = tokens.reshape((tokens.dim(0)? / seq, seq, stage.dim))?;
-        let input = stage.input.forward(&tokens, self.said(n, bucket, above, mode)?.as_ref(), mode)?;
-        let output = stage.run(&input, masks.map(|m| &m[n]), mode)?;
+        stage.input.forward(&tokens, self.said(n, bucket, above, mode)?.as_ref(), mode)
+    }
+
+    /// Refuses an output of stage `n` that does not have the shape of its input.
+    fn same_shape(&self, n: usize, input: &Tensor, output: Tensor) -> Result<Tensor> {
         match output.dims() == input.dims() {
             true => Ok(output),
             false => Err(Error::Block(format!(

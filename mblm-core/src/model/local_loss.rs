@@ -17,7 +17,6 @@ use mblm_sdk::transfer;
 
 use super::input::Tokens;
 use super::stage::Stage;
-use crate::model::recompute::chunk_mode;
 
 /// The mean loss as a function of what the stage above says.
 #[derive(Clone)]
@@ -67,7 +66,7 @@ impl LocalLoss {
     /// A chunk's share of the loss, if it has any; `above`: `(rows, S, D)`.
     fn chunk(&self, above: &Tensor, first: usize, keep: bool) -> Result<Option<Tensor>> {
         let (rows, seq, dim) = above.dims3()?;
-        let mode = chunk_mode(self.mode, first);
+        let mode = self.mode.part(first);
         let ids = self.ids.part(first * seq..(first + rows) * seq);
         let tokens = self.stage.embedding.forward(&ids, mode)?.reshape((rows, seq, dim))?;
         let input = self.stage.input.forward(&tokens, Some(above), mode)?;

@@ -6,7 +6,6 @@ use std::sync::Arc;
 
 use candle_core::backprop::GradStore;
 use candle_core::{Device, Shape, Tensor, Var};
-use mblm_base::random::spread;
 use mblm_sdk::backward::{backward_from, recomputed};
 use mblm_sdk::block::StageModel;
 use mblm_sdk::error::Result;
@@ -37,14 +36,6 @@ pub(crate) fn recompute(
     apply1(node, x, mode)
 }
 
-/// The mode of the chunk that begins with sequence `first`: training with a dropout seed of its own, or evaluation.
-pub(crate) fn chunk_mode(mode: Mode, first: usize) -> Mode {
-    match mode {
-        Mode::Train { seed } => Mode::train(seed.wrapping_add(spread(first as u64))),
-        Mode::Eval => Mode::Eval,
-    }
-}
-
 struct Recompute {
     model: Arc<dyn StageModel>,
     params: Vec<Arc<Param>>,
@@ -59,7 +50,7 @@ impl Recompute {
     /// The chunks as (first row, rows, mode).
     fn chunks(&self) -> impl Iterator<Item = (usize, usize, Mode)> + use<'_> {
         let batch = self.dims.batch;
-        let chunk = move |first| (first, self.rows.min(batch - first), chunk_mode(self.mode, first));
+        let chunk = move |first| (first, self.rows.min(batch - first), self.mode.part(first));
         (0..batch).step_by(self.rows).map(chunk)
     }
 
@@ -115,17 +106,5 @@ impl Node for Recompute {
             recomputed(&[&inputs[0].narrow(0, first, rows)?.contiguous()?], run, fold)
         };
         Ok(Tensor::cat(&self.chunks().map(chunk).collect::<Result<Vec<_>>>()?, 0)?)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn seeds_of_chunks_stay_as_they_are() {
-        let before = [3, 0x9E37_79B9_7F4A_7C18, 0xB54C_DA58_FBBE_E881];
-        assert_eq!([0, 1, 6].map(|first| chunk_mode(Mode::train(3), first)), before.map(Mode::train));
-        assert_eq!(chunk_mode(Mode::Eval, 1), Mode::Eval);
     }
 }

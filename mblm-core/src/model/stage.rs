@@ -5,6 +5,7 @@ use std::sync::Arc;
 use candle_core::Tensor;
 use mblm_sdk::block::{PosEmb, StageModel};
 use mblm_sdk::error::Result;
+use mblm_sdk::layer::{Group, by_group};
 use mblm_sdk::mode::Mode;
 use mblm_sdk::param::{Init, Param, ParamStore, Part};
 
@@ -89,6 +90,16 @@ impl Stage {
         self.watch.run(input, mode, |input| match self.chunks {
             Some(chunks) => recompute(&self.model, &self.params, input, mask, chunks, mode),
             None => self.model.forward(input, mask, mode),
+        })
+    }
+
+    /// Runs sequences of several lengths, `(1, rows, D)`. Chunks are of the sequences of one length.
+    pub(crate) fn run_packed(&self, input: &Tensor, groups: &Arc<[Group]>, mode: Mode) -> Result<Tensor> {
+        self.watch.run(input, mode, |input| match self.chunks {
+            Some(chunks) => {
+                by_group(input, groups, mode, |x, mode| recompute(&self.model, &self.params, x, None, chunks, mode))
+            }
+            None => self.model.forward_packed(input, groups, mode),
         })
     }
 }
