@@ -27,7 +27,7 @@ pub trait Dataset: Send + Sync {
         false
     }
 
-    /// Mean bytes of a sequence, padding at its end left out, if [`DatasetOptions::cut`] made them unlike.
+    /// Mean bytes of a sequence without its padding, if [`DatasetOptions::cut`] makes sequences differ in length.
     fn mean_len(&self) -> Option<f64> {
         None
     }

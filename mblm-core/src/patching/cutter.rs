@@ -1,4 +1,4 @@
-//! Cuts a sequence into patches, byte by byte: what the rules of all levels and the largest lengths make of it together.
+//! Cuts a sequence into patches, byte by byte, by the rules and the largest lengths of all levels.
 
 use std::sync::Arc;
 

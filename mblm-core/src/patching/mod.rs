@@ -6,7 +6,7 @@
 //! ```
 //! use mblm_core::patching::PatchRule;
 //!
-//! /// A patch ends before the byte that follows a zero.
+//! /// A patch ends after each zero byte.
 //! #[derive(Debug, serde::Serialize, serde::Deserialize, schemars::JsonSchema)]
 //! #[serde(deny_unknown_fields)]
 //! struct AfterZero {}
@@ -46,11 +46,11 @@ pub trait PatchRule: Debug + Send + Sync {
     /// special tokens.
     ///
     /// # Errors
-    /// What keeps the rule from being computed.
+    /// The rule cannot be computed.
     fn ends_patch(&self, bytes: &[u32]) -> Result<bool>;
 
-    /// The largest number of bytes (of an outer rule: of inner patches) in a patch, if it is to be smaller than the entry
-    /// of `seq_lens` that the patches have in any case.
+    /// The most bytes in a patch (in an outer one: inner patches), if fewer than the stage's entry of `seq_lens`, which
+    /// limits patches in any case.
     fn max_patch(&self) -> Option<usize> {
         None
     }

@@ -1,4 +1,4 @@
-//! The rules that are built in, but for those that need a trained model.
+//! The built-in rules.
 
 use mblm_sdk::block::FieldError;
 use mblm_sdk::error::Result;
@@ -34,7 +34,7 @@ impl PatchRule for Fixed {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Spacelike {
-    /// The largest patch, at most the stage's entry of `seq_lens`, which it is by default.
+    /// The most bytes in a patch (in an outer one: inner patches). Default and upper limit: the stage's entry of `seq_lens`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_patch: Option<usize>,
 }
@@ -64,7 +64,7 @@ impl PatchRule for Spacelike {
 pub struct Delimiters {
     /// The bytes that end a patch: ASCII characters such as `"\n"`, or a list of numbers from 0 to 255.
     pub bytes: ByteSet,
-    /// The largest patch, at most the stage's entry of `seq_lens`, which it is by default.
+    /// The most bytes in a patch (in an outer one: inner patches). Default and upper limit: the stage's entry of `seq_lens`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_patch: Option<usize>,
 }
