@@ -261,10 +261,10 @@ fn mistakes_are_named_with_their_line() {
         MblmConfig::from_document(&document, "", &BlockRegistry::builtin().unwrap())
     };
     for (patching, want) in [
-        ("spacelke", "patching: unknown rule of patching \"spacelke\"; did you mean `spacelike`? (line 6)"),
+        ("spacelke", "patching: unknown patching rule \"spacelke\"; did you mean `spacelike`? (line 6)"),
         (
             "{patching_type: words}",
-            "patching.patching_type: unknown rule of patching \"words\"; expected one of `delimiters`,",
+            "patching.patching_type: unknown patching rule \"words\"; expected one of `delimiters`,",
         ),
         ("{max_patch: 3}", "patching: missing field `patching_type`, which names the rule (line 6)"),
         ("3", "patching: expected a rule, such as `spacelike`, found 3 (line 6)"),

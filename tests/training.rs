@@ -289,3 +289,73 @@ fn a_loss_that_is_not_finite_names_the_stage() {
         assert!(line.contains(part), "{error}");
     }
 }
+
+const WORDS: [&str; 2] = ["--set", "params.patching=spacelike"];
+
+#[test]
+fn patches_that_follow_the_content_are_trained_on_resumed_and_evaluated() {
+    let folder = workplace(GENERATIVE, "pg19");
+    let (whole, said) = train(folder.path(), &["params.patching=spacelike"]);
+    assert!(said.contains("patches: ") && said.contains("sequences of 16 patches"), "{said}");
+    // All bytes of the test split are predicted once, whatever the batches.
+    let run = whole.to_str().unwrap();
+    let all = fs::metadata(folder.path().join("books/test/1.txt")).unwrap().len();
+    let (loss, bytes) = loss_of(folder.path(), run, &[]);
+    let (again, same) = loss_of(folder.path(), run, &["--batch", "3"]);
+    assert!(bytes == all && same == all && (loss - again).abs() < 1e-5, "{loss} {again} {bytes} {same} of {all}");
+    let (code, out, error) = mblm(folder.path(), &["eval", run, "books/test", "--positions", "--json"]);
+    assert_eq!(code, 0, "{error}");
+    let json: serde_json::Value = serde_json::from_str(&out).unwrap();
+    let of = |stage: usize| json["stages"][stage].as_array().unwrap().iter().map(|p| p["bytes"].as_u64().unwrap());
+    assert_eq!((of(0).sum::<u64>(), of(1).sum::<u64>(), of(1).count()), (all, all, 4));
+    assert!(of(1).next() > of(1).last(), "few patches are full");
+
+    // Stopped by its time and trained on, a run has the same bits.
+    let first = ["train.max_seconds=0.05", "params.patching=spacelike", "io.name_model=parts"];
+    let (parts, said) = train(folder.path(), &first);
+    assert!(said.contains("time limit reached"), "{said}");
+    let state = |run: &Path| -> serde_json::Value {
+        let newest = fs::read_dir(run.join("checkpoints")).unwrap().map(|entry| entry.unwrap().path()).max().unwrap();
+        serde_json::from_str(&fs::read_to_string(newest.join("state.json")).unwrap()).unwrap()
+    };
+    let seen = state(&parts)["batches"].as_u64().unwrap();
+    let parts = parts.to_str().unwrap();
+    let args = ["train", "--resume", parts, "--set", "train.max_seconds=null"];
+    let (code, _, error) = mblm(folder.path(), &[&args[..], &["--force"]].concat());
+    assert_eq!(code, 0, "{error}");
+    let (one, two) = (state(&whole), state(Path::new(parts)));
+    assert!(seen < one["batches"].as_u64().unwrap(), "{seen}");
+    for field in ["batches", "bytes_seen", "next", "sequence_bytes", "avg_grad"] {
+        assert_eq!(one[field], two[field], "{field}");
+    }
+    let bytes = one["sequence_bytes"].as_u64().unwrap();
+    assert!((20..60).contains(&bytes), "{bytes} bytes of 16 patches of at most 4");
+    assert_eq!(one["bytes_seen"], one["sequences_seen"].as_u64().unwrap() * bytes);
+
+    // Another rule is refused, here and as the beginning of a new run.
+    let (code, _, error) =
+        mblm(folder.path(), &["train", "--resume", run, "--force", "--set", "params.patching=fixed"]);
+    let want = "params.patching: found fixed, expected [{\"patching_type\":\"spacelike\"}], with which";
+    assert!(code == 2 && error.contains(want), "{error}");
+    let config = format!("{run}/config.yaml");
+    let (code, _, error) = mblm(folder.path(), &["train", &config, "--set", "params.patching=fixed"]);
+    assert!(code == 2 && error.contains(want), "{error}");
+}
+
+#[test]
+fn a_rule_that_does_not_fit_the_data_is_noticed() {
+    let folder = workplace(GENERATIVE, "pg19");
+    let never = ["--set", "params.patching={patching_type: delimiters, bytes: [0]}"];
+    let (code, out, error) = mblm(folder.path(), &[&["inspect", "run.yaml"][..], &never].concat());
+    assert!(code == 0 && out.contains("100.0% end because they are full"), "{out}{error}");
+    assert!(out.contains("warning: params.patching: 100% of the patches end because they are full"), "{out}");
+    let (code, out, error) = mblm(folder.path(), &[&["inspect", "run.yaml", "--json"][..], &WORDS].concat());
+    assert_eq!(code, 0, "{error}");
+    let json: serde_json::Value = serde_json::from_str(&out).unwrap();
+    let mean = json["patches"]["means"][0].as_f64().unwrap();
+    let histogram: Vec<f64> =
+        json["patches"]["histogram"].as_array().unwrap().iter().map(|count| count.as_f64().unwrap()).collect();
+    let weighed: f64 = histogram.iter().zip(1..).map(|(count, len)| count * f64::from(len)).sum();
+    assert!((weighed / histogram.iter().sum::<f64>() - mean).abs() < 0.05 && mean < 4.0, "{mean} {histogram:?}");
+    assert_eq!(json["stages"][1]["mean_len"].as_f64().unwrap(), mean);
+}

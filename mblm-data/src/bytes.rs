@@ -76,7 +76,7 @@ impl BytesSplit {
     ///
     /// # Errors
     /// Patches follow the content, and a file cannot be read or the rule fails.
-    pub(crate) fn new(
+    pub(crate) fn boxed(
         corpus: Arc<Corpus>,
         range: Range<u64>,
         options: &DatasetOptions,
@@ -183,7 +183,7 @@ fn open(options: &DatasetOptions) -> Result<Splits> {
     }
     check_vocabulary(&corpus, options.num_tokens)?;
     let cut = len - valid;
-    let split = |range, shifts| BytesSplit::new(corpus.clone(), range, options, shifts);
+    let split = |range, shifts| BytesSplit::boxed(corpus.clone(), range, options, shifts);
     Ok(Splits {
         train: split(0..cut, true)?,
         valid: split(cut..len, false)?,

@@ -33,7 +33,7 @@ fn open(options: &DatasetOptions) -> Result<Splits> {
     let test_size = test.as_ref().map_or_else(|| "nothing".into(), |books| size(books));
     let split = |books: Arc<Corpus>, shifts| {
         let range = 0..books.len();
-        BytesSplit::new(books, range, options, shifts)
+        BytesSplit::boxed(books, range, options, shifts)
     };
     let sums = [train.sums("train")?, valid.sums("validation")?].concat();
     Ok(Splits {

@@ -398,11 +398,10 @@ fn introduce(progress: &mut Progress, trainer: &Trainer, model: &dyn TrainModel,
     let (batches, hierarchy) = (trainer.training_data(), config.params.model.hierarchy());
     if let Some(patches) = PatchLengths::measure(hierarchy, &*batches.dataset, batches.seq_len)? {
         progress.line(&format!(
-            "patches: {:.2} bytes on average, {:.1}% of them full; sequences of {} patches, {} bytes on average",
+            "patches: {:.2} bytes on average, {:.1}% end because they are full; sequences of {} patches",
             patches.mean(),
             100.0 * patches.full,
             config.params.cut().map_or(0, |cut| cut.patches),
-            trainer.bytes_per_batch() / (config.train.batch_size * trainer.state().processes) as u64
         ));
         patches.warning().iter().for_each(|warning| progress.warn(warning));
     }
@@ -416,7 +415,7 @@ fn introduce(progress: &mut Progress, trainer: &Trainer, model: &dyn TrainModel,
         "training: {each}{} batches of {} x {} bytes, {} gradient steps, {} batches per epoch",
         plan.batches,
         config.train.batch_size,
-        config.params.input_seq_len,
+        trainer.sequence_bytes(),
         plan.steps,
         trainer.training_data().num_batches(0)
     ));

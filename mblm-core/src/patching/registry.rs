@@ -95,7 +95,7 @@ fn rule(document: &Document, path: &str, longest: usize) -> Result<Arc<dyn Patch
     };
     if known(&name).is_none() {
         let names: Vec<&str> = all().iter().map(|rule| rule.name).collect();
-        let message = format!("unknown rule of patching {name:?}; {}", suggestion(&name, &names));
+        let message = format!("unknown patching rule {name:?}; {}", suggestion(&name, &names));
         return Err(document.error(&name_path, message));
     }
     let tag = (Value::from(TAG), Value::from(name));

@@ -253,7 +253,7 @@ impl Planner<'_> {
         let splits = open_data(&config).map_err(|error| error.located(document))?;
         let hierarchy = config.params.model.hierarchy();
         let patches = PatchLengths::measure(hierarchy, &*splits.train, step.bytes);
-        let patches = patches.map_err(|error| Error::from(error).located(document))?;
+        let patches = patches.map_err(|error| error.located(document))?;
         let cost =
             cost::ModelCost::with_patches(hierarchy, model.params(), &model.stage_models(), step, patches.as_ref());
         let amount = cell.as_ref().map_or(self.spec.budget.amount, |cell| Amount::Flops(cell.flops));

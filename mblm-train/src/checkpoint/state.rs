@@ -334,9 +334,17 @@ pub struct Sizes {
 #[derive(Clone, Debug, Deserialize)]
 struct InputLength {
     input_seq_len: usize,
+    /// Absent where all patches are full.
+    #[serde(default)]
+    patching: serde_yaml::Value,
 }
 
 impl Sizes {
+    /// The rules of patching; null where all patches are full.
+    pub(crate) fn patching(&self) -> &serde_yaml::Value {
+        &self.params.patching
+    }
+
     /// Bytes of one training sequence.
     pub fn seq_len(&self) -> usize {
         self.params.input_seq_len

@@ -50,7 +50,7 @@ impl<'a> Page<'a> {
             let name = text(choice, "const");
             if !name.is_empty() {
                 let about = text(choice, "description");
-                self.section(&format!("Rule of patching `{name}`"), about, &self.definitions[format!("rule {name}")]);
+                self.section(&format!("Patching rule `{name}`"), about, &self.definitions[format!("rule {name}")]);
             }
         }
         self.text

@@ -238,7 +238,9 @@ impl<'a> Trainer<'a> {
 
     /// Takes over the weights and moments of another run, but not its place in the data and its schedule.
     pub fn take_over(&mut self, checkpoint: &Checkpoint) -> Result<()> {
-        restore::check_optimizer(checkpoint, &checkpoint.sizes()?, &self.config.train)?;
+        let before = checkpoint.sizes()?;
+        restore::check_optimizer(checkpoint, &before, &self.config.train)?;
+        restore::check_patching(checkpoint, &before, self.config)?;
         checkpoint.restore(self.model.params(), &mut self.optimizer)?;
         self.state.optimizer_step = self.optimizer.step_count();
         self.model.params().zero_grad();
@@ -383,6 +385,11 @@ impl<'a> Trainer<'a> {
         let TrainState { step, bytes_seen, .. } = self.state;
         let batch = self.state.cum_batch().saturating_sub(1); // a run may end before its first batch
         Point { batch, step, bytes_seen, kind, scalars }
+    }
+
+    /// Bytes that a training sequence counts for: its length, or the mean length where patches follow the content.
+    pub fn sequence_bytes(&self) -> usize {
+        self.sequence_bytes
     }
 
     /// Of all processes.

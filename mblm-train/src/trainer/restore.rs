@@ -41,6 +41,7 @@ impl Trainer<'_> {
             )));
         }
         check_optimizer(checkpoint, &before, &self.config.train)?;
+        check_patching(checkpoint, &before, self.config)?;
         let mut remarks = Remarks::default();
         let next = self.place(checkpoint, &saved, &before, &mut remarks)?;
         let plan = RunPlan::resumed(self.config, &saved, self.sequence_bytes, self.processes.size())?;
@@ -218,6 +219,29 @@ pub(super) fn check_optimizer(checkpoint: &Checkpoint, before: &Sizes, now: &Tra
              start a new run from the weights, export them as a .pth file and name it in resume.checkpoint_file",
             now.optimizer,
             before.train.optimizer,
+            checkpoint.path().display()
+        ))),
+    }
+}
+
+/// Refuses weights that were trained with patches cut by another rule.
+pub(super) fn check_patching(checkpoint: &Checkpoint, before: &Sizes, now: &RunConfig) -> Result<()> {
+    let rules = &now.params.model.hierarchy().patching;
+    let now = match now.params.model.hierarchy().is_fixed() {
+        true => serde_yaml::Value::Null,
+        false => rules.iter().map(|rule| serde_yaml::to_value(&**rule).unwrap_or_default()).collect(),
+    };
+    let shown = |rules: &serde_yaml::Value| match rules {
+        serde_yaml::Value::Null => "fixed".into(),
+        rules => serde_json::to_string(rules).unwrap_or_default(),
+    };
+    match *before.patching() == now {
+        true => Ok(()),
+        false => Err(Error::Config(format!(
+            "params.patching: found {}, expected {}, with which {} was trained; to start a new run from the weights, export them \
+             as a .pth file and name it in resume.checkpoint_file",
+            shown(&now),
+            shown(before.patching()),
             checkpoint.path().display()
         ))),
     }

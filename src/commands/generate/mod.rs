@@ -216,7 +216,10 @@ fn name(ended: Ended) -> &'static str {
 
 fn why(ended: Ended, model: &Mblm, args: &Args) -> String {
     match ended {
-        Ended::ContextLength => format!("the context of {} bytes is full", model.config().context_len()),
+        Ended::ContextLength if model.config().is_fixed() => {
+            format!("the context of {} bytes is full", model.config().context_len())
+        }
+        Ended::ContextLength => format!("the context of {} patches is full", model.config().seq_lens[0]),
         Ended::StopToken => format!("stop token {}", args.stop_token.unwrap_or_default()),
         Ended::MaxTokens | Ended::Receiver => "as many as asked for".into(),
     }
