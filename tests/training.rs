@@ -308,7 +308,7 @@ fn patches_that_follow_the_content_are_trained_on_resumed_and_evaluated() {
     let json: serde_json::Value = serde_json::from_str(&out).unwrap();
     let of = |stage: usize| json["stages"][stage].as_array().unwrap().iter().map(|p| p["bytes"].as_u64().unwrap());
     assert_eq!((of(0).sum::<u64>(), of(1).sum::<u64>(), of(1).count()), (all, all, 4));
-    assert!(of(1).next() > of(1).last(), "few patches are full");
+    assert!(of(1).next() > of(1).next_back(), "few patches are full");
 
     // Stopped by its time and trained on, a run has the same bits.
     let first = ["train.max_seconds=0.05", "params.patching=spacelike", "io.name_model=parts"];
