@@ -13,6 +13,7 @@ use mblm::base::random::noise;
 use mblm::block::StageDecoder;
 use mblm::config::MblmConfig;
 use mblm::model::Sequences;
+use mblm::patching::{PatchRule, Spacelike};
 use mblm::registry::BlockRegistry;
 use mblm::train::config::ModelConfig;
 use mblm::train::doctor::{Examination, Severity, examine, glance};
@@ -251,6 +252,37 @@ fn the_whole_model_is_held_to_the_same() {
         let found = found(fault);
         assert!(found.iter().any(|problem| problem.starts_with(want)), "{fault}: {found:#?}");
     }
+}
+
+/// Ends a patch at every seventh call, whatever the bytes are.
+#[derive(Debug, Default, Serialize, Deserialize, JsonSchema)]
+struct Counting {
+    #[serde(skip)]
+    calls: AtomicU32,
+}
+
+mblm::register_patching!(Counting, name = "counting");
+
+#[typetag::serde(name = "counting")]
+impl PatchRule for Counting {
+    fn ends_patch(&self, _: &[u32]) -> Result<bool> {
+        Ok(self.calls.fetch_add(1, Ordering::Relaxed).is_multiple_of(7))
+    }
+}
+
+#[test]
+fn a_patching_rule_that_keeps_a_state_is_found() {
+    let with = |rule: Arc<dyn PatchRule>| {
+        let model = MblmConfig { patching: vec![rule], seq_lens: vec![30, 4], ..config(2, TRANSFORMER) };
+        let ids: Vec<u32> = noise(2 * 30, 5).iter().map(|noise| ((noise + 1.0) * 127.9) as u32).collect();
+        let ids = Sequences { ids: &ids, len: 30, loss_mask: None };
+        examine(&ModelConfig::Generative(model), 0.0, 1, &ids, mblm::device::Place::default()).unwrap()
+    };
+    let report = with(Arc::new(Spacelike::default()));
+    assert!(report.findings.is_empty() && report.checks.len() == 14, "{:?}", report.findings);
+    let found = problems(&with(Arc::new(Counting::default())));
+    let want = "the model: causal patches: byte ";
+    assert!(found.iter().any(|problem| problem.starts_with(want)), "{found:#?}");
 }
 
 #[test]

@@ -280,6 +280,48 @@ mod tests {
     }
 
     #[test]
+    fn sequences_are_patches_and_begin_a_patch_later_with_every_epoch() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        // Patches end with a zero: 1 0 | 2 2 0 | 3 0 | 4 4 0 | 5 0 | 6, and then validation.
+        let train = [1, 0, 2, 2, 0, 3, 0, 4, 4, 0, 5, 0, 6];
+        std::fs::write(file.path(), [&train[..], &[7; 7]].concat()).unwrap();
+        let cut = crate::cut::tests::to_zeros(2);
+        let args = json!({"validation_fraction": 0.35});
+        let options = DatasetOptions {
+            dir: file.path(),
+            output_dir: None,
+            args: Some(&args),
+            seq_len: 6,
+            num_tokens: 256,
+            pad_token_id: 9,
+            cut: Some(&cut),
+        };
+        let splits = crate::registry::open("bytes", &options).unwrap();
+        let read = |split: &dyn Dataset, epoch, index| {
+            let mut ids = [0; 6];
+            split.sample(epoch, index, &mut ids, &mut []).unwrap();
+            ids
+        };
+        let split = &*splits.train;
+        assert_eq!((split.num_sequences(0), split.num_sequences(5), split.mean_len()), (3, 3, Some(13.0 / 3.0)));
+        assert_eq!([0, 1, 2].map(|i| read(split, 0, i)), [[1, 0, 2, 2, 0, 9], [3, 0, 4, 4, 0, 9], [5, 0, 6, 9, 9, 9]]);
+        assert_eq!([0, 1, 2].map(|i| read(split, 1, i)), [[2, 2, 0, 3, 0, 9], [4, 4, 0, 5, 0, 9], [6, 9, 9, 9, 9, 9]]);
+        assert_eq!(read(split, 2, 0), read(split, 0, 0), "modulo the patches of a sequence");
+        assert_eq!(
+            read(&*splits.valid, 1, 0),
+            [7; 6],
+            "validation does not move, and no patch is longer than a sequence"
+        );
+        assert_eq!(splits.valid.num_sequences(0), 2);
+        let part = crate::share::share(splits.train, Share { rank: 1, size: 3 });
+        assert_eq!(
+            (part.num_sequences(0), read(&*part, 0, 0)),
+            (1, [3, 0, 4, 4, 0, 9]),
+            "shares are of whole sequences"
+        );
+    }
+
+    #[test]
     fn mistakes_are_named() {
         let message = |len, seq_len, args, num_tokens| {
             let error = open_file(len, seq_len, args, num_tokens).err().unwrap();

@@ -97,3 +97,33 @@ impl Cutter {
         Ok(ids.len())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::patching::{ByteSet, Delimiters, Spacelike};
+
+    /// Levels of at most two patches of at most four bytes.
+    fn cutter(rules: &[Arc<dyn PatchRule>]) -> Cutter {
+        let level = |(rule, len): (&Arc<dyn PatchRule>, usize)| Level { rule: rule.clone(), len, most: len, tokens: 0 };
+        Cutter { levels: rules.iter().zip([2, 4]).map(level).collect(), bytes: vec![] }
+    }
+
+    fn ids(text: &str) -> Vec<u32> {
+        text.bytes().map(u32::from).collect()
+    }
+
+    #[test]
+    fn a_patch_ends_by_its_rule_by_that_of_a_larger_one_or_when_it_is_full() {
+        let lines = Delimiters { bytes: ByteSet::Characters(";".into()), max_patch: None };
+        let cutter = cutter(&[Arc::new(lines), Arc::new(Spacelike::default())]);
+        let ids = ids("ab cdefg;h ;");
+        let mut levels = cutter.clone();
+        let ended: Vec<usize> = ids.iter().map(|&id| levels.push(id).unwrap()).collect();
+        // The second word is full, and with it the line of two words; `;` after a space ends both by the outer rule.
+        assert_eq!(ended, [0, 0, 1, 0, 0, 0, 2, 0, 2, 0, 1, 2]);
+        assert_eq!(cutter.clone().places(&ids).unwrap(), [0, 1, 2, 4, 5, 6, 7, 8, 9, 16, 17, 20]);
+        let lens = [1, 2, 3, 4].map(|lines| cutter.clone().sequence_len(&ids, lines).unwrap());
+        assert_eq!(lens, [7, 9, 12, 12], "all of the bytes, if there are fewer lines");
+    }
+}

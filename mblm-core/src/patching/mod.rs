@@ -31,7 +31,7 @@ use std::fmt::Debug;
 pub use cutter::Cutter;
 use mblm_sdk::block::FieldError;
 use mblm_sdk::error::Result;
-pub use rules::{Delimiters, Fixed, Spacelike};
+pub use rules::{ByteSet, Delimiters, Fixed, Spacelike};
 
 /// The field that names a rule.
 pub const TAG: &str = "patching_type";

@@ -5,6 +5,7 @@ use candle_core::{Device, Tensor};
 use mblm_core::Mode;
 use mblm_core::generate::Decoder;
 use mblm_core::model::{Mblm, Sequences};
+use mblm_core::patching::Cutter;
 use mblm_core::testing::difference;
 use mblm_core::transfer;
 use serde::Serialize;
@@ -23,6 +24,7 @@ pub struct Check {
 }
 
 pub(super) const CAUSAL: &str = "causal";
+pub(super) const PATCHES: &str = "causal patches";
 pub(super) const CACHED: &str = "cached == full";
 pub(super) const INDEPENDENT: &str = "independent sequences";
 pub(super) const SAME_OUTPUTS: &str = "same outputs again";
@@ -44,11 +46,14 @@ pub(super) fn whole(model: &Mblm, sequences: &Sequences) -> Result<Vec<Check>> {
     };
     let logits = whole.logits(&whole.ids)?;
     let check = |name, fault| Check { name, stage: None, fault };
-    Ok(vec![
+    let patches = (!config.is_fixed()).then(|| whole.patches()).transpose()?;
+    let patches = patches.map(|fault| check(PATCHES, fault));
+    let checks = [
         check(CAUSAL, whole.causal(&logits)?),
         check(CACHED, or_not_finite(whole.cached(&logits))?),
         check(INDEPENDENT, whole.independent(&logits)?),
-    ])
+    ];
+    Ok(patches.into_iter().chain(checks).collect())
 }
 
 /// Positions to change something at: at both ends, in the middle, and around the end of the first patch.
@@ -98,6 +103,24 @@ impl Whole<'_> {
                 }
                 if row(after, t) == row(before, t) {
                     return Ok(Some(format!("the logits at byte {t} do not depend on that byte")));
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    /// Whether a changed byte moves no border of patches before it.
+    fn patches(&self) -> Result<Option<String>> {
+        let places = |ids: &[u32]| Cutter::new(self.model.config()).places(ids);
+        for ids in &self.ids {
+            let before = places(ids)?;
+            for t in spread(ids.len(), self.patch) {
+                let mut changed = ids.clone();
+                changed[t] = self.other(ids[t]);
+                let moved =
+                    places(&changed)?.iter().zip(&before).take(t + 1).position(|(after, before)| after != before);
+                if let Some(at) = moved {
+                    return Ok(Some(format!("byte {t} changes the place of byte {at}, which is not behind it")));
                 }
             }
         }

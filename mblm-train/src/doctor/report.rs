@@ -6,7 +6,7 @@ use mblm_core::testing::WITHOUT_GRADIENT;
 use mblm_core::{Param, ParamStore};
 use serde::Serialize;
 
-use super::checks::{CACHED, CAUSAL, Check, SAME_BITS, SAME_OUTPUTS};
+use super::checks::{CACHED, CAUSAL, Check, PATCHES, SAME_BITS, SAME_OUTPUTS};
 use crate::trainer::optimizer::sums;
 
 /// Norms of gradients, and activations, above this are not those of a model that trains.
@@ -219,6 +219,9 @@ pub(super) fn of_checks(checks: &[Check], block_types: &[&str]) -> Vec<Finding> 
             CAUSAL => {
                 "position t may only depend on positions up to t: look for a missing mask, a reversed scan or a mean over the \
                  sequence; a block that sees all on purpose says so in `is_causal`, and runs in encoders"
+            }
+            PATCHES => {
+                "a patching rule may look at the bytes that it is given and at nothing else: look for a state that it keeps"
             }
             CACHED => {
                 "make the decoder compute the same as `forward`, or remove it: without a decoder, `forward` runs again for each byte"
