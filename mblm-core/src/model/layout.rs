@@ -8,8 +8,8 @@ use std::sync::Arc;
 
 use mblm_sdk::error::Result;
 
-use super::input::Tokens;
 use super::projection::Parents;
+use super::tokens::Tokens;
 use crate::config::MblmConfig;
 use crate::patching::Cutter;
 

@@ -15,8 +15,8 @@ use mblm_sdk::ops::cross_entropy::{CrossEntropy, Target};
 use mblm_sdk::param::{Param, fold_gradients};
 use mblm_sdk::transfer;
 
-use super::input::Tokens;
 use super::stage::Stage;
+use super::tokens::Tokens;
 
 /// The mean loss as a function of what the stage above says.
 #[derive(Clone)]

@@ -10,6 +10,7 @@ mod recompute;
 mod stage;
 mod stage_input;
 mod token_embedding;
+mod tokens;
 mod watch;
 
 use candle_core::Tensor;
@@ -17,7 +18,6 @@ pub use encoder::MblmEncoder;
 pub(crate) use hierarchy::Hierarchy;
 use input::Ids;
 pub use input::Sequences;
-pub(crate) use input::Tokens;
 use layout::Bytes;
 use mblm_sdk::block::StageModel;
 use mblm_sdk::device::Place;
@@ -30,6 +30,7 @@ use mblm_sdk::transfer;
 pub(crate) use projection::Parents;
 pub(crate) use stage::Stage;
 pub(crate) use stage_input::{Positions, start_rows};
+pub(crate) use tokens::Tokens;
 pub use watch::{Mean, Seen};
 
 use crate::config::MblmConfig;

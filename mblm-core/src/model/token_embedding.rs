@@ -16,7 +16,7 @@ use mblm_sdk::parallel::{self, Shared, for_rows, reduce_rows};
 use mblm_sdk::param::{Init, Param, ParamScope};
 use mblm_sdk::simd;
 
-use super::input::Tokens;
+use super::tokens::Tokens;
 
 /// Floats of looked-up bytes that a projection works on at a time: enough rows for a fast product, and no more memory
 /// than a long sequence can afford.
