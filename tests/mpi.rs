@@ -139,42 +139,52 @@ fn fate(run: &Path) -> (BTreeMap<String, Vec<u32>>, Rows<u64>) {
 
 #[test]
 fn several_processes_are_one_that_accumulates_their_batches() {
-    for processes in [2, 3] {
-        let rounds = ACCUMULATE * STEPS;
-        let shares = bytes(BATCH * rounds * processes);
-        let folder = workplace(&shares);
-        let ranks: Vec<String> = (0..processes).map(|rank| rank.to_string()).collect();
-        let logged = format!("io.enabled_loss_log_for_gpus=[{}]", ranks.join(","));
-        let several = train(folder.path(), processes, "several", &[&logged]);
-        assert_eq!(fate(&several), fate(&train(folder.path(), processes, "again", &[&logged])), "the same bits");
+    [2, 3].into_iter().for_each(|processes| equals_one(processes, BATCH, bytes, "params.patching=fixed"));
+}
 
-        // Round by round, the batches of all shares.
-        let batch = |at: usize| &shares[(at % processes * rounds + at / processes) * BATCH..][..BATCH];
-        let in_turn: Vec<u8> = (0..processes * rounds).flat_map(batch).copied().collect();
-        fs::write(folder.path().join("data.bin"), [in_turn, bytes(shares.len())].concat()).unwrap();
-        let accumulate = format!("train.gradient_accumulate_every={}", ACCUMULATE * processes);
-        let one = folder.path().join("one");
-        succeed(mblm(
-            folder.path(),
-            1,
-            &["train", "run.yaml", "-q", "--out", "one", "--set", &accumulate, "--set", &target(processes)],
-        ));
+/// Sequences of 16 patches have 52 bytes each here: words with patches of 2, 3, 4 and 4 bytes.
+#[test]
+fn patches_that_follow_the_content_are_shared_too() {
+    let words = |len: usize| {
+        let letter = |(i, kind): (usize, u8)| if kind == b'x' { b'a' + (i * i % 23) as u8 } else { kind };
+        b"x xx xxx xxx ".iter().copied().cycle().take(len).enumerate().map(letter).collect()
+    };
+    equals_one(2, 4 * 52, words, "params.patching=spacelike");
+}
 
-        let (found, want) = (losses(&several), losses(&one));
-        for at in 0..processes * rounds {
-            let found = found[&("train".into(), at % processes, at / processes)];
-            let want = want[&("train".into(), 0, at)];
-            assert!((found - want).abs() <= 1e-5 * want, "batch {at}: {found}, want {want}");
-        }
-        let last = |losses: &Rows<f64>| *losses.iter().rfind(|(place, _)| place.0 == "valid").unwrap().1;
-        assert!((last(&found) - last(&want)).abs() <= 1e-5 * last(&want));
-        let (found, want) = (weights(&several), weights(&one));
-        assert!(found.len() > 10 && found.keys().eq(want.keys()));
-        for (name, want) in want {
-            let largest = want.iter().fold(0f32, |most, x| most.max(x.abs()));
-            let off = found[&name].iter().zip(&want).fold(0f32, |most, (a, b)| most.max((a - b).abs()));
-            assert!(off <= 1e-4 * largest, "{name} is off by {off} of {largest}");
-        }
+/// `batch` bytes make a batch of data that `bytes` makes.
+fn equals_one(processes: usize, batch: usize, bytes: impl Fn(usize) -> Vec<u8>, patching: &str) {
+    let (rounds, batch_bytes) = (ACCUMULATE * STEPS, batch);
+    let shares = bytes(batch_bytes * rounds * processes);
+    let folder = workplace(&shares);
+    let ranks: Vec<String> = (0..processes).map(|rank| rank.to_string()).collect();
+    let logged = format!("io.enabled_loss_log_for_gpus=[{}]", ranks.join(","));
+    let target = format!("train.target_elements={}", shares.len());
+    let set = [logged.as_str(), patching, &target];
+    let several = train(folder.path(), processes, "several", &set);
+    assert_eq!(fate(&several), fate(&train(folder.path(), processes, "again", &set)), "the same bits");
+
+    // Round by round, the batches of all shares.
+    let batch = |at: usize| &shares[(at % processes * rounds + at / processes) * batch_bytes..][..batch_bytes];
+    let in_turn: Vec<u8> = (0..processes * rounds).flat_map(batch).copied().collect();
+    fs::write(folder.path().join("data.bin"), [in_turn, bytes(shares.len())].concat()).unwrap();
+    let accumulate = format!("train.gradient_accumulate_every={}", ACCUMULATE * processes);
+    let one = train(folder.path(), 1, "one", &[&accumulate, patching, &target]);
+
+    let (found, want) = (losses(&several), losses(&one));
+    for at in 0..processes * rounds {
+        let found = found[&("train".into(), at % processes, at / processes)];
+        let want = want[&("train".into(), 0, at)];
+        assert!((found - want).abs() <= 1e-5 * want, "batch {at}: {found}, want {want}");
+    }
+    let last = |losses: &Rows<f64>| *losses.iter().rfind(|(place, _)| place.0 == "valid").unwrap().1;
+    assert!((last(&found) - last(&want)).abs() <= 1e-5 * last(&want));
+    let (found, want) = (weights(&several), weights(&one));
+    assert!(found.len() > 10 && found.keys().eq(want.keys()));
+    for (name, want) in want {
+        let largest = want.iter().fold(0f32, |most, x| most.max(x.abs()));
+        let off = found[&name].iter().zip(&want).fold(0f32, |most, (a, b)| most.max((a - b).abs()));
+        assert!(off <= 1e-4 * largest, "{name} is off by {off} of {largest}");
     }
 }
 
