@@ -113,6 +113,8 @@ impl Report {
         }
         let facts = study_facts(&plan, &variants);
         let ranked = Report::ranked(variants);
+        let names: Vec<&str> = ranked.variants.iter().filter_map(|variant| scaled_name(&plan, &variant.name)).collect();
+        let scaling = scaling.map(|scaling| scaling.coloured_as(&names));
         let tuning = tuning::of_study(&plan, &course, &ranked.variants);
         let looks = match plan.seeds {
             Seeds::Listed(_) => 1,
@@ -300,6 +302,12 @@ fn study_run(study: &Path, planned: &PlannedRun, seen: &mut Seen) -> Run {
 fn lost(study: &Path, plan: &PlanFile, about: &AboutVariant, unit: &Unit) -> Option<Run> {
     let why = why_lost(study, plan.tune.as_ref(), unit.lost.as_ref()?);
     Some(Run::absent(&about.name, plan.seeds.first()[0], Status::Failed(why)))
+}
+
+/// The variant of a scaling study that `name` is in one size under one budget.
+fn scaled_name<'a>(plan: &'a PlanFile, name: &str) -> Option<&'a str> {
+    let about = plan.variants.iter().find(|about| about.name == name)?;
+    about.cell.as_ref().map(|cell| &cell.variant[..])
 }
 
 /// Each variant of a scaling study in its best size for the largest budget.

@@ -192,9 +192,15 @@ impl Tuned {
             [one] => format!("seed {one}, which no scored run uses"),
             many => format!("seeds {}, which no scored run uses", many.join(", ")),
         };
+        // Sizes are tuned once, for all budgets.
+        let (whole, part) = if self.is_ranked {
+            ("the whole budget", "the budget")
+        } else {
+            ("the smallest budget", "the smallest budget")
+        };
         let budget = match self.share {
-            1.0 => "the whole budget".into(),
-            share => format!("{:.0}% of the budget", 100.0 * share),
+            1.0 => whole.into(),
+            share => format!("{:.0}% of {part}", 100.0 * share),
         };
         let tries = || self.variants.iter().map(|variant| variant.tries.len());
         let tries = match (tries().min().unwrap_or(0), tries().max().unwrap_or(0)) {
@@ -272,5 +278,7 @@ pub(super) mod tests {
         (part.seeds, part.share) = (vec![5, 6], 1.0);
         let want = "1 to 2 values were tried for each variant so far, on the whole budget, with seeds 5, 6, which no scored run uses.";
         assert_eq!(part.about(), want);
+        part.is_ranked = false;
+        assert!(part.about().contains(", on the smallest budget, "), "{}", part.about());
     }
 }

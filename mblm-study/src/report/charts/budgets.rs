@@ -37,11 +37,19 @@ pub(crate) fn losses(scaling: &Scaling, id: &str, format: Format) -> Svg {
                 (band.iter().map(|(x, i)| place(*x, i.0)), band.iter().rev().map(|(x, i)| place(*x, i.1)));
             group += &format!("<path class=\"band\" d=\"{}Z\"/>", path(low.chain(high)));
         }
-        group += &format!("<path class=\"curve\" d=\"{0}\"/><path class=\"hit\" d=\"{0}\"/>", path(law.into_iter()));
+        group += &match law.is_empty() {
+            false => {
+                format!("<path class=\"curve\" d=\"{0}\"/><path class=\"hit\" d=\"{0}\"/>", path(law.iter().copied()))
+            }
+            true => chart.without_law(v, &place),
+        };
+        // Bars of several variants must not cover each other; on a line, there are none.
+        let aside = if law.is_empty() { aside(v, scaling.variants.len()) } else { 0.0 };
         for (b, budget) in scaling.budgets.iter().enumerate() {
             let Some(best) = scaling.best(v, b) else { continue };
             let title = format!("{}: {:.3} bits per byte under {}", scaling.variants[v].name, best.loss, flop(*budget));
-            group += &mark(place(*budget, best.loss), best.parabola.is_ok(), &title);
+            let (x, y) = place(*budget, best.loss);
+            group += &mark((x + aside, y), best.parabola.is_ok(), &title);
         }
         inside += &chart.group(v, &group);
     }
@@ -132,14 +140,29 @@ impl<'a> Chart<'a> {
 
     fn group(&self, variant: usize, elements: &str) -> String {
         let title = escape(&self.scaling.variants[variant].name);
-        let colour = colour(variant);
+        let colour = colour(self.scaling.colours[variant]);
         format!("<g class=\"s {colour}\" data-v=\"{MARK}{variant}\"><title>{title}</title>{elements}</g>\n")
+    }
+
+    /// What stands for a variant's power law and its band: lines from point to point, and the interval of each.
+    fn without_law(&self, v: usize, place: &dyn Fn(f64, f64) -> (f64, f64)) -> String {
+        let Scaling { variants, budgets, .. } = self.scaling;
+        let aside = aside(v, variants.len());
+        let at = |b: usize, loss: f64| {
+            let (x, y) = place(budgets[b], loss);
+            (x + aside, y)
+        };
+        let all = || 0..budgets.len();
+        let line = path(all().filter_map(|b| Some(at(b, self.scaling.best(v, b)?.loss))));
+        let bars = all().filter_map(|b| Some(bar(self.scaling.best_interval(v, b)?, &|loss| at(b, loss))));
+        let bars: String = bars.collect();
+        format!("<path class=\"joint\" d=\"{line}\"/><path class=\"hit\" d=\"{line}\"/>{bars}")
     }
 
     /// The difference of a variant under a budget, with its interval.
     fn above(&self, v: usize, b: usize, above: &Above, place: &dyn Fn(f64, f64) -> (f64, f64)) -> String {
         let Scaling { variants, budgets, .. } = self.scaling;
-        let aside = (v as f64 - variants.len() as f64 / 2.0) * APART.min(160.0 / variants.len() as f64);
+        let aside = aside(v - 1, variants.len() - 1);
         let at = |difference: f64| {
             let (x, y) = place(budgets[b], difference);
             (x + aside, y)
@@ -147,9 +170,7 @@ impl<'a> Chart<'a> {
         let mut elements = String::new();
         let mut title = format!("{}: {:+.3} bits per byte under {}", variants[v].name, above.mean, flop(budgets[b]));
         if let Some((low, high)) = above.interval {
-            let ((x, from), (_, to)) = (at(low), at(high));
-            elements +=
-                &format!("<path class=\"range\" d=\"M{x:.1} {from:.1}V{to:.1}m-4 0h8M{:.1} {from:.1}h8\"/>", x - 4.0);
+            elements += &bar((low, high), &at);
             title += &format!(", 95% interval {low:+.3} to {high:+.3}");
         }
         let is_fitted = [0, v].iter().all(|&v| self.scaling.best(v, b).is_some_and(|best| best.parabola.is_ok()));
@@ -163,9 +184,23 @@ impl<'a> Chart<'a> {
         }
         let variants = &self.scaling.variants;
         let labelled = if variants.len() <= MAX_LABELS { variants.len() } else { COLOURS };
-        let end = |rank: usize| Some(End { rank, name: &variants[rank].name, at: at(rank)? });
+        let end = |rank: usize| {
+            let colour = self.scaling.colours[rank];
+            Some(End { rank, colour, name: &variants[rank].name, at: at(rank)? })
+        };
         label_ends(svg, &(first..labelled).filter_map(end).collect::<Vec<_>>(), MARK);
     }
+}
+
+/// How far one of several bars of a budget lies beside it.
+fn aside(bar: usize, bars: usize) -> f64 {
+    (bar as f64 - (bars - 1) as f64 / 2.0) * APART.min(160.0 / bars as f64)
+}
+
+/// An interval, with both its ends.
+fn bar((low, high): (f64, f64), at: &dyn Fn(f64) -> (f64, f64)) -> String {
+    let ((x, from), (_, to)) = (at(low), at(high));
+    format!("<path class=\"range\" d=\"M{x:.1} {from:.1}V{to:.1}m-4 0h8M{:.1} {from:.1}h8\"/>", x - 4.0)
 }
 
 /// A filled diamond for what was fitted, a hollow circle for what was measured.
@@ -214,5 +249,10 @@ mod tests {
         assert!(differences(&scaling, "d", Format::Wide).is_none());
         let text = losses(&scaling, "l", Format::Wide).inline("");
         assert!(!text.contains("NaN") && text.matches("class=\"dot\"").count() == 1, "{text}");
+        assert_eq!(
+            (text.matches("class=\"range\"").count(), text.matches("class=\"joint\"").count()),
+            (1, 1),
+            "{text}"
+        );
     }
 }

@@ -179,7 +179,9 @@ impl LineChart<'_> {
         if format == Format::Wide {
             let end = |one: &&Series| one.points.last().map(|point| (x.place(point.x), y.place(point.mean)));
             let labelled = series.iter().filter(|one| is_labelled(series, one));
-            let ends = labelled.filter_map(|one| Some(End { rank: one.rank, name: &one.variant.name, at: end(&one)? }));
+            let ends = labelled.filter_map(|one| {
+                Some(End { rank: one.rank, colour: one.rank, name: &one.variant.name, at: end(&one)? })
+            });
             label_ends(&mut svg, &ends.collect::<Vec<_>>(), "");
         }
         svg
@@ -245,6 +247,8 @@ fn is_labelled(all: &[Series], one: &Series) -> bool {
 /// The end of a curve, beside which a name is written.
 pub(super) struct End<'a> {
     pub(super) rank: usize,
+    /// The number of its colour.
+    pub(super) colour: usize,
     pub(super) name: &'a str,
     /// Its place, as a share of the axis along and of that up; above 1 it is outside of the frame.
     pub(super) at: (f64, f64),
@@ -256,8 +260,8 @@ pub(super) fn label_ends(svg: &mut Svg, ends: &[End], mark: &str) {
     let wanted: Vec<f64> = places.iter().map(|place| place.1).collect();
     let spread = spread_labels(&wanted, svg.y(1.0), svg.y(0.0));
     let label = svg.x(1.0) + 16.0;
-    for ((End { rank, name, at }, (x, y)), place) in ends.iter().zip(places).zip(spread) {
-        svg.add(&format!("<g class=\"s {}\" data-v=\"{mark}{rank}\">", colour(*rank)));
+    for ((End { rank, colour: number, name, at }, (x, y)), place) in ends.iter().zip(places).zip(spread) {
+        svg.add(&format!("<g class=\"s {}\" data-v=\"{mark}{rank}\">", colour(*number)));
         svg.add(&format!("<path class=\"lead\" d=\"M{:.1} {y:.1}L{:.1} {place:.1}\"/>", x + 5.0, label - 3.0));
         let name = fitting(name, LABEL_WIDTH - 44.0);
         svg.text(label, place + 4.0, "start", "label", &if at.1 > 1.0 { format!("{name} ↑") } else { name });

@@ -43,8 +43,9 @@ pub(crate) fn sensitivity(tuned: &Tuned, id: &str, format: Format) -> Option<Svg
         };
         let labelled = if tuned.variants.len() <= MAX_LABELS { MAX_LABELS } else { COLOURS };
         let ends = tuned.variants.iter().enumerate().take(labelled);
-        let ends: Vec<End> =
-            ends.filter_map(|(rank, variant)| Some(End { rank, name: &variant.name, at: end(variant)? })).collect();
+        let ends: Vec<End> = ends
+            .filter_map(|(rank, variant)| Some(End { rank, colour: rank, name: &variant.name, at: end(variant)? }))
+            .collect();
         label_ends(&mut svg, &ends, tuned.mark());
     }
     Some(svg)

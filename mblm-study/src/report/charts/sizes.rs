@@ -31,7 +31,7 @@ pub(crate) fn sizes(scaling: &Scaling, variant: usize, id: &str, format: Format)
         let share = b as f64 / (scaling.budgets.len() - 1).max(1) as f64;
         let opacity = if scaling.budgets.len() > 1 { PALE + (1.0 - PALE) * share } else { 1.0 };
         let Some((group, end)) = panel.curve() else { continue };
-        inside += &format!("<g class=\"{}\" opacity=\"{opacity:.2}\">{group}</g>", colour(variant));
+        inside += &format!("<g class=\"{}\" opacity=\"{opacity:.2}\">{group}</g>", colour(scaling.colours[variant]));
         ends.push((end, flop(*budget)));
     }
     svg.clipped(&format!("{id}-{format:?}"), &inside);
@@ -80,7 +80,7 @@ impl Panel<'_> {
             }
             Err(_) => {
                 let line = path(points.iter().map(|(size, loss)| self.at(*size, loss.mean)));
-                group += &format!("<path class=\"lead\" d=\"{line}\"/>");
+                group += &format!("<path class=\"joint\" d=\"{line}\"/>");
                 last.1.mean
             }
         };
@@ -144,7 +144,7 @@ mod tests {
         let mut few = points(20.0, 0.06, &[0.0]);
         few.retain(|point| !point.is_of(1e15) || point.parameters < 2e6);
         let text = sizes(&scaling(&[("a", few)]), 0, "p", Format::Wide).inline("");
-        assert_eq!((text.matches("class=\"curve\"").count(), text.matches("class=\"lead\"").count()), (2, 1));
+        assert_eq!((text.matches("class=\"curve\"").count(), text.matches("class=\"joint\"").count()), (2, 1));
         assert_eq!(text.matches("class=\"dot\"").count(), 2);
     }
 }

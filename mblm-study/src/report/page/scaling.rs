@@ -20,10 +20,7 @@ pub(super) fn section(report: &Report, charts: &Charts) -> Markup {
                         figure.panel style="display:block" { (chart) }
                     }
                 }
-                p.soft {
-                    "Diamonds are fitted optima; circles are the best measured sizes. Lines are power laws through the \
-                     diamonds, and bands are their 95% intervals. A cross marks where two laws are equal."
-                }
+                p.soft { (scaling.about_marks()) }
                 (legend(scaling))
                 div.panels {
                     @for chart in (0..scaling.variants.len()).filter_map(|v| charts.get(&sizes_id(v))) {
@@ -32,7 +29,7 @@ pub(super) fn section(report: &Report, charts: &Charts) -> Markup {
                 }
                 p.soft {
                     "Each curve is a parabola in the logarithm of the size, fitted to the mean losses of one budget. \
-                     Bars range from the best seed to the worst."
+                     Dashed lines only join points: no optimum was fitted. Bars range from the best seed to the worst."
                 }
                 (table(scaling))
             }
@@ -45,7 +42,9 @@ fn legend(scaling: &Scaling) -> Markup {
     html! {
         div.legend role="group" aria-label="Variants" {
             @for (i, variant) in scaling.variants.iter().enumerate() {
-                button.chip.(colour(i)) data-v={ "s" (i) } aria-pressed="false" { span.swatch {} (variant.name) }
+                button.chip.(colour(scaling.colours[i])) data-v={ "s" (i) } aria-pressed="false" {
+                    span.swatch {} (variant.name)
+                }
             }
         }
     }

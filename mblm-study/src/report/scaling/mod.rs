@@ -35,6 +35,8 @@ pub struct Scaling {
     /// One per variant.
     pub(super) fits: Vec<Fit>,
     bootstrap: Option<Bootstrap>,
+    /// The number of each variant's colour.
+    pub(super) colours: Vec<usize>,
 }
 
 /// How far a variant lies above the first.
@@ -83,7 +85,17 @@ impl Scaling {
         let fits = variants.iter().map(|variant| Fit::of(&variant.points, &budgets)).collect();
         let points: Vec<&[Point]> = variants.iter().map(|variant| &variant.points[..]).collect();
         let bootstrap = Bootstrap::of(&points, &budgets);
-        Some(Scaling { variants, budgets, fits, bootstrap })
+        let colours = (0..variants.len()).collect();
+        Some(Scaling { variants, budgets, fits, bootstrap, colours })
+    }
+
+    /// With the colours that the report's other charts have: `ranked` are the names of the variants there, best first.
+    pub(super) fn coloured_as(mut self, ranked: &[&str]) -> Self {
+        let place = |name: &str| ranked.iter().position(|ranked| *ranked == name);
+        let others = ranked.len()..;
+        let colours = self.variants.iter().zip(others).map(|(variant, other)| place(&variant.name).unwrap_or(other));
+        self.colours = colours.collect();
+        self
     }
 
     /// The best size of a variant under a budget, both by their numbers.
@@ -154,6 +166,13 @@ pub(super) mod tests {
         assert!(first.interval.unwrap().1 < 0.0 && last.interval.unwrap().0 > 0.0, "{first:?} {last:?}");
         assert!(scaling.law_above_first(1, budget).unwrap().abs() < 1e-9);
         assert_eq!(scaling.crossing(0), None, "a law does not cross itself");
+    }
+
+    #[test]
+    fn a_variant_has_the_colour_of_its_rank() {
+        assert_eq!(crossing(&NOISE).colours, [0, 1]);
+        assert_eq!(crossing(&NOISE).coloured_as(&["<b>", "<a>"]).colours, [1, 0]);
+        assert_eq!(crossing(&NOISE).coloured_as(&["<b>"]).colours, [1, 0]);
     }
 
     #[test]

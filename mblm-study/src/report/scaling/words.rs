@@ -29,16 +29,40 @@ impl Scaling {
     /// What intervals are, or why there are none.
     pub(in crate::report) fn about_intervals(&self) -> String {
         let seeds = count(self.most_seeds(), "seed");
+        // One resample in 27 has the lowest seed alone, and one the highest: more than the 2.5% beyond each end.
+        let of_three = match self.most_seeds() {
+            3 => {
+                " With 3 seeds, an interval is about the range of the seeds: it excludes 0 if all seeds agree on the \
+                  sign, which chance alone brings about one time in four."
+            }
+            _ => "",
+        };
         match &self.bootstrap {
             None => format!(
                 "There are no intervals, and nothing is tested: a bootstrap needs 3 seeds, and this study has {seeds}."
             ),
             Some(_) => format!(
                 "Intervals are 95% percentile intervals of a bootstrap over {seeds}, in which all variants get the same \
-                 seeds. With few seeds they are coarse and tend to be too narrow. They are not adjusted for the number \
-                 of budgets or variants."
+                 seeds. With few seeds they are coarse and tend to be too narrow.{of_three} They are not adjusted for the \
+                 number of budgets or variants."
             ),
         }
+    }
+
+    /// What the marks and lines of the charts against the budget are.
+    pub(in crate::report) fn about_marks(&self) -> String {
+        let laws = self.fits.iter().filter(|fit| fit.law.is_ok()).count();
+        let (law, none) = (
+            " Lines are power laws through the diamonds, and bands are their 95% intervals. A cross marks where two laws \
+             are equal.",
+            " Dashed lines only join points, and bars are 95% intervals: no power law was fitted.",
+        );
+        let lines = match laws {
+            0 => none.into(),
+            n if n == self.fits.len() => law.into(),
+            _ => format!("{law}{none}"),
+        };
+        format!("Diamonds are fitted optima; circles are the best measured sizes.{lines}")
     }
 
     /// What was found: the law of each variant, what could not be fitted, and how the variants compare.
@@ -120,7 +144,7 @@ impl Scaling {
         };
         let parts = [part("better", &better), part("worse", &worse), part("not distinguishable from it", &open)];
         let parts: Vec<String> = parts.into_iter().flatten().collect();
-        Some(format!("{} compared with {}: {}.", self.name(variant), self.name(0), parts.join("; ")))
+        Some(format!("{} compared with {}, by the intervals: {}.", self.name(variant), self.name(0), parts.join("; ")))
     }
 
     fn crossing_in_words(&self, variant: usize) -> Option<String> {
@@ -197,7 +221,11 @@ mod tests {
             findings[0].starts_with("<a>: ten times the budget multiplies the loss at the best size by 0.8"),
             "{findings:#?}"
         );
-        assert_eq!(findings[2], "<b> compared with <a>: better under 100 TFLOP and 300 TFLOP; worse under 1 PFLOP.");
+        assert_eq!(
+            findings[2],
+            "<b> compared with <a>, by the intervals: better under 100 TFLOP and 300 TFLOP; worse under 1 PFLOP."
+        );
+        assert!(scaling.about_intervals().contains("With 3 seeds, an interval is about the range of the seeds"));
         assert!(findings[3].ends_with("<b> is better below it, and <a> above."), "{findings:#?}");
     }
 
