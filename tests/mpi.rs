@@ -154,9 +154,11 @@ fn patches_that_follow_the_content_are_shared_too() {
 
 /// `batch` bytes make a batch of data that `bytes` makes.
 fn equals_one(processes: usize, batch: usize, bytes: impl Fn(usize) -> Vec<u8>, patching: &str) {
-    let (rounds, batch_bytes) = (ACCUMULATE * STEPS, batch);
-    let shares = bytes(batch_bytes * rounds * processes);
+    let (rounds, long) = (ACCUMULATE * STEPS, batch);
+    let shares = bytes(long * rounds * processes);
     let folder = workplace(&shares);
+    let write = |data: &[u8]| fs::write(folder.path().join("data.bin"), [data, &bytes(data.len())].concat()).unwrap();
+    write(&shares);
     let ranks: Vec<String> = (0..processes).map(|rank| rank.to_string()).collect();
     let logged = format!("io.enabled_loss_log_for_gpus=[{}]", ranks.join(","));
     let target = format!("train.target_elements={}", shares.len());
@@ -165,9 +167,9 @@ fn equals_one(processes: usize, batch: usize, bytes: impl Fn(usize) -> Vec<u8>, 
     assert_eq!(fate(&several), fate(&train(folder.path(), processes, "again", &set)), "the same bits");
 
     // Round by round, the batches of all shares.
-    let batch = |at: usize| &shares[(at % processes * rounds + at / processes) * batch_bytes..][..batch_bytes];
+    let batch = |at: usize| &shares[(at % processes * rounds + at / processes) * long..][..long];
     let in_turn: Vec<u8> = (0..processes * rounds).flat_map(batch).copied().collect();
-    fs::write(folder.path().join("data.bin"), [in_turn, bytes(shares.len())].concat()).unwrap();
+    write(&in_turn);
     let accumulate = format!("train.gradient_accumulate_every={}", ACCUMULATE * processes);
     let one = train(folder.path(), 1, "one", &[&accumulate, patching, &target]);
 
@@ -178,7 +180,8 @@ fn equals_one(processes: usize, batch: usize, bytes: impl Fn(usize) -> Vec<u8>, 
         assert!((found - want).abs() <= 1e-5 * want, "batch {at}: {found}, want {want}");
     }
     let last = |losses: &Rows<f64>| *losses.iter().rfind(|(place, _)| place.0 == "valid").unwrap().1;
-    assert!((last(&found) - last(&want)).abs() <= 1e-5 * last(&want));
+    let (got, expected) = (last(&found), last(&want));
+    assert!((got - expected).abs() <= 1e-5 * expected, "{got}, expected {expected}");
     let (found, want) = (weights(&several), weights(&one));
     assert!(found.len() > 10 && found.keys().eq(want.keys()));
     for (name, want) in want {
