@@ -191,6 +191,22 @@ fn nothing_depends_on_bytes_that_follow() {
     }
 }
 
+#[test]
+fn sequences_of_padding_alone_have_no_losses_and_change_no_others() {
+    let model = model(&config(3, "spacelike", false));
+    let losses = |ids: &[u32]| model.byte_losses(&Sequences { ids, len: 6, loss_mask: None }).unwrap();
+    let text: Vec<u32> = "a bc d".bytes().map(u32::from).collect();
+    let alone = losses(&text);
+    let padding = [PAD; 12];
+    assert!(losses(&padding).iter().all(|loss| loss.is_nan()));
+    let beside = losses(&[&padding[..6], &text].concat());
+    assert!(beside[..6].iter().all(|loss| loss.is_nan()));
+    assert_close("beside padding", &beside[6..], &alone, 1e-5);
+    let (loss, count) = model.counted_loss(&Sequences { ids: &padding, len: 6, loss_mask: None }, Mode::Eval).unwrap();
+    assert_eq!((loss.to_scalar::<f32>().unwrap(), count), (0.0, 0));
+    assert_eq!(logits(&model, &padding, 6).len(), 12 * 257);
+}
+
 /// Each sequence of a batch has patches of its own, and ends at other bytes.
 #[test]
 fn cached_decoding_equals_the_full_pass() {
@@ -272,6 +288,10 @@ fn mistakes_are_named_with_their_line() {
         ("{patching_type: spacelike, max_patch: 5}", "the stage's entry of seq_lens, found 5 (line 6)"),
         ("{patching_type: spacelike, most: 5}", "patching.most: unknown field; expected `max_patch` (line 6)"),
         ("{patching_type: delimiters, bytes: []}", "patching.bytes: expected at least one byte, found none (line 6)"),
+        (
+            "{patching_type: delimiters, bytes: [256]}",
+            "patching.bytes: expected ASCII characters or a list of numbers from 0 to",
+        ),
         ("[spacelike, spacelike]", "patching: expected at most 1, one rule per stage but the first, found 2 (line 6)"),
     ] {
         let error = read(patching, "4, 4").unwrap_err().to_string();

@@ -13,7 +13,7 @@
 //!
 //! Where patches follow the content (`params.patching`), a sequence is a number of patches, and is padded to
 //! `input_seq_len` bytes. They lie one after the other; in epoch `e`, each begins `e` patches later, modulo their number.
-//! No sequence crosses the borders of segments of 4,096 times `input_seq_len` bytes in the first epoch.
+//! In the first epoch, no sequence crosses the borders of segments of 4 MiB (or 16 times `input_seq_len`).
 
 use std::ops::Range;
 use std::sync::Arc;

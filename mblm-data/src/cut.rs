@@ -10,8 +10,10 @@ use rayon::prelude::*;
 use crate::error::Result;
 use crate::files::corpus::Corpus;
 
-/// Bytes whose sequences are found by one thread, in sequences of the greatest length; no sequence crosses its borders.
-const SEGMENT: u64 = 4096;
+/// Bytes whose sequences are found by one thread; no sequence crosses the borders of such a segment.
+const SEGMENT: u64 = 1 << 22;
+/// A segment has at least so many sequences.
+const LEAST_SEQUENCES: u64 = 16;
 
 /// How many of the ids fill so many patches, or all if they do not fill them.
 type PatchesLen = dyn Fn(&[u32], usize) -> Result<usize> + Send + Sync;
@@ -54,7 +56,7 @@ impl Cut {
     /// # Errors
     /// A file cannot be read, or the rule fails.
     pub fn starts(&self, corpus: &Corpus, range: Range<u64>, longest: usize) -> Result<Vec<u64>> {
-        let segment = SEGMENT * longest as u64;
+        let segment = SEGMENT.max(LEAST_SEQUENCES * longest as u64);
         let starts: Vec<Vec<u64>> = (0..(range.end - range.start).div_ceil(segment))
             .into_par_iter()
             .map(|n| {
@@ -99,10 +101,12 @@ pub(crate) mod tests {
     #[test]
     fn no_sequence_crosses_a_border_of_segments() {
         let file = tempfile::NamedTempFile::new().unwrap();
-        std::fs::write(file.path(), [9; 3 * 4096 + 5]).unwrap();
+        let end = 2 * SEGMENT + 5;
+        std::fs::write(file.path(), vec![9; end as usize]).unwrap();
         let corpus = Corpus::open(file.path(), &[]).unwrap();
-        let starts = to_zeros(1).starts(&corpus, 2..3 * 4096 + 5, 2).unwrap();
-        let want: Vec<u64> = (0..).map(|i| 2 + 2 * i).take_while(|at| *at < 3 * 4096 + 5).collect();
-        assert_eq!(starts, want);
+        let starts = to_zeros(1).starts(&corpus, 2..end, 1000).unwrap();
+        let border = starts.iter().position(|start| *start == 2 + SEGMENT).unwrap();
+        assert_eq!((starts[border] - starts[border - 1], starts[border + 1] - starts[border]), (SEGMENT % 1000, 1000));
+        assert_eq!(starts.last(), Some(&(2 + 2 * SEGMENT)));
     }
 }

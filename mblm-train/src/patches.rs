@@ -7,8 +7,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::Result;
 
-/// Sequences that are looked at, spread over the data.
+/// Sequences that are looked at, spread over the data: no more than so many, of so many bytes together.
 const LOOKED_AT: u64 = 256;
+const BYTES: u64 = 4 << 20;
 
 /// Above this share of patches that end only because they are full, a rule does not fit the data.
 const MOSTLY_FULL: f64 = 0.9;
@@ -36,8 +37,9 @@ impl PatchLengths {
         let (count, mut ids) = (dataset.num_sequences(0), vec![0; seq_len]);
         let mut mask = vec![0.0; if dataset.has_loss_mask() { seq_len } else { 0 }];
         let mut found = Counts { sequences: vec![0; config.num_stages()], ..Counts::default() };
-        for n in 0..count.min(LOOKED_AT) {
-            dataset.sample(0, n * count / count.min(LOOKED_AT), &mut ids, &mut mask)?;
+        let looked_at = count.min(LOOKED_AT).min((BYTES / seq_len as u64).max(1));
+        for n in 0..looked_at {
+            dataset.sample(0, n * count / looked_at, &mut ids, &mut mask)?;
             found.add(config, &ids)?;
         }
         Ok(Some(found.lengths()))
@@ -83,7 +85,7 @@ impl Counts {
                 self.sequences[n] += 1;
                 end += patch.len();
                 // The last one may have been cut off by the end of the sequence.
-                if n + 1 == levels && end < real {
+                if n + 1 == levels && (end < real || patch.len() == room) {
                     self.histogram.resize(self.histogram.len().max(patch.len()), 0);
                     self.histogram[patch.len() - 1] += 1;
                     let ends =

@@ -8,7 +8,6 @@ use anyhow::{Result, ensure};
 use candle_core::Device;
 use mblm::base::memory::Memory;
 use mblm::base::terminal::Output;
-use mblm::config::MblmConfig;
 use mblm::device::{self, DeviceName};
 use mblm::gemm::{self, autocast};
 use mblm::generate::Decoder;
@@ -120,6 +119,7 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
     if args.only.is_none_or(|only| only == Part::Train) {
         train::must_fit(&config, Step { batch: args.batch as usize, bytes: length }, optimizer)?;
     }
+    let (ids, length) = trial::sequences(config.hierarchy(), args.batch as usize, length)?;
     let model = Model::of(&config, MASKING_PROBA, 0, device.into())?;
     let mut report = Measurements {
         config: args.config.to_string_lossy().into_owned(),
@@ -141,7 +141,7 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
     if !args.json {
         begin(&report)?;
     }
-    let measure = || measure(args, config.hierarchy(), &model, precision, generation, &mut report);
+    let measure = || measure(args, &ids, &model, precision, generation, &mut report);
     let measured = if args.composed { device::composed(measure) } else { measure() };
     // What was measured before a failure is shown.
     end(&report, args.json)?;
@@ -151,17 +151,15 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
 /// Measures what is wanted, and notes each result in `report` as soon as it is there.
 fn measure(
     args: &Args,
-    hierarchy: &MblmConfig,
+    ids: &[u32],
     model: &Model,
     precision: gemm::Precision,
     generation: Option<Generation>,
     report: &mut Measurements,
 ) -> Result<()> {
     let wanted = |part| args.only.is_none_or(|only| only == part);
-    let (ids, len) = trial::sequences(hierarchy, report.batch, report.length)?;
-    report.length = len;
-    let shape = (report.batch, len);
-    let sequences = Sequences { ids: &ids, len: shape.1, loss_mask: None };
+    let shape = (report.batch, report.length);
+    let sequences = Sequences { ids, len: shape.1, loss_mask: None };
     if wanted(Part::Train) {
         let mut step = training_step(model, sequences, report.optimizer);
         let step = || autocast(precision, &mut step);
@@ -178,9 +176,9 @@ fn measure(
         report.forward_bytes_per_s = Some(show(args, "forward", rate(shape.0 * shape.1, args.steps, forward)?)?);
     }
     if let (Model::Generative(model), Some(generation)) = (model, generation) {
-        report.prefix = Some(generation.prefix);
-        let what = format!("generate at {}", generation.prefix);
-        report.generate_bytes_per_s = Some(show(args, &what, generation.rate(model, args)?)?);
+        let (prefix, rate) = generation.rate(model, args)?;
+        report.prefix = Some(prefix);
+        report.generate_bytes_per_s = Some(show(args, &format!("generate at {prefix}"), rate)?);
     }
     Ok(())
 }
@@ -214,8 +212,9 @@ impl Generation {
         }
     }
 
-    /// Bytes per second after the prefix, of all streams; the prefix itself is not timed.
-    fn rate(&self, model: &Mblm, args: &Args) -> Result<f64> {
+    /// The bytes of the prefix, and the bytes per second after it, of all streams; the prefix itself is not timed. Where
+    /// patches follow the content, fewer bytes may fit than were asked for.
+    fn rate(&self, model: &Mblm, args: &Args) -> Result<(usize, f64)> {
         let streams = args.streams as usize;
         let (ids, len) = trial::sequences(model.config(), 1, self.prefix + self.bytes)?;
         let (prompt, new) = ids.split_at(self.prefix.min(len.saturating_sub(1)));
@@ -227,7 +226,8 @@ impl Generation {
             Ok(start.elapsed().as_secs_f64())
         };
         run()?;
-        Ok((new.len() * streams) as f64 / median((0..args.steps).map(|_| run()).collect::<Result<_>>()?))
+        let seconds = median((0..args.steps).map(|_| run()).collect::<Result<_>>()?);
+        Ok((prompt.len(), (new.len() * streams) as f64 / seconds))
     }
 }
 

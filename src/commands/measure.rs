@@ -64,8 +64,7 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
 
 /// Continues `prompt`, or its end if it would leave no room in the context.
 fn sample(model: &Mblm, prompt: Vec<u32>) -> Result<Generation> {
-    let room = model.config().context_len() / 2;
-    let prompt = prompt[prompt.len().saturating_sub(room)..].to_vec();
+    let prompt = train::with_room(model.config(), prompt)?;
     let mut stream = TokenStream::new(Vec::new(), Format::Utf8);
     let mut samplers = [Sampler::new(Sampling { temperature: TEMPERATURE, ..Sampling::default() })?];
     let until = Until { max_tokens: Some(SAMPLE), stop_token: None };

@@ -68,6 +68,9 @@ fn read(folders: &[PathBuf]) -> Result<(Vec<Run>, usize)> {
 fn cost(run: &Path) -> Result<Cost> {
     let document = Document::parse(&RunFolder::config_yaml(run)?, &run.join("config.yaml").display().to_string())?;
     let config = RunConfig::from_document(&document, &BlockRegistry::builtin()?)?;
+    if !config.params.model.hierarchy().is_fixed() {
+        bail!("the cost depends on the lengths of patches in the data");
+    }
     let model = Model::outline(&config, 0)?;
     let step = Step { batch: config.train.batch_size, bytes: config.params.input_seq_len };
     Ok(Cost::new(config.params.model.hierarchy(), model.params(), &model.stage_models(), step))

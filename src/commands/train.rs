@@ -7,10 +7,12 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use mblm::base::memory::{Limit, Memory};
 use mblm::base::terminal::{self, Output};
+use mblm::config::MblmConfig;
 use mblm::data::{Splits, unigram_entropy};
 use mblm::device::{DeviceName, Place};
 use mblm::generate::{Format, Sampler, Sampling, TokenStream, Until, generate};
 use mblm::model::Mblm;
+use mblm::patching::Cutter;
 use mblm::train as training;
 use mblm::train::config::{ModelConfig, OptimizerKind, Params, RunConfig};
 use mblm::train::cost::{ModelCost, Step, bytes as shown_bytes, metric};
@@ -160,6 +162,15 @@ fn read_run(path: &Path, run: &RunFolder, args: &Args, plugins: &Plugins) -> Res
     changes.retain(|change| !change.starts_with("train.device:"));
     if !changes.is_empty() {
         let list = changes.iter().map(|change| format!("\n  {change}")).collect::<String>();
+        if changes.iter().any(|change| change.starts_with("params.patching")) {
+            let (run, saved) = (path.display(), checkpoint.path().display());
+            return Err(Usage(format!(
+                "{run}: the patches are not those of {saved}:{list}\nrestore the rule: weights do not fit other patches. To begin \
+                 a new run with them, export them with `mblm checkpoint export --pth-names` and name the file in \
+                 resume.checkpoint_file"
+            ))
+            .into());
+        }
         if !args.force {
             let (run, saved) = (path.display(), checkpoint.path().display());
             return Err(Usage(format!(
@@ -320,7 +331,24 @@ pub fn prompt(data: &Splits, params: &Params) -> Result<Vec<u32>> {
     data.valid.sample(0, 0, &mut ids, &mut mask)?;
     let end = ids.iter().rposition(|id| *id != pad).map_or(0, |last| last + 1);
     ids.truncate(PROMPT.min(seq_len / 2).min(end));
-    Ok(ids)
+    with_room(params.model.hierarchy(), ids)
+}
+
+/// A prompt, or its end if it would leave less than half of the context.
+///
+/// # Errors
+/// A rule of patching fails.
+pub fn with_room(model: &MblmConfig, mut prompt: Vec<u32>) -> Result<Vec<u32>> {
+    prompt.drain(..prompt.len().saturating_sub(model.context_len() / 2));
+    if model.is_fixed() {
+        return Ok(prompt);
+    }
+    let patches = |ids: &[u32], count: usize| Cutter::new(model).sequence_len(ids, count);
+    let half = (model.seq_lens[0] / 2).max(1);
+    while patches(&prompt, half)? < prompt.len() {
+        prompt.drain(..patches(&prompt, 1)?);
+    }
+    Ok(prompt)
 }
 
 fn sample(mut out: Output, model: &Mblm, prompt: &[u32]) -> Result<Output> {

@@ -107,7 +107,8 @@ struct Cut {
 impl Cut {
     fn new(ids: &[u32], config: &MblmConfig) -> Result<Self> {
         let pad = config.pad_token_id as u32;
-        let real = ids.iter().rposition(|&id| id != pad).map_or(0, |last| last + 1);
+        // A sequence of padding alone has one byte, which is not predicted: every stage has something to run.
+        let real = ids.iter().rposition(|&id| id != pad).map_or(1.min(ids.len()), |last| last + 1);
         let places = Cutter::new(config).places(&ids[..real])?;
         let len = places.last().map_or(0, |last| last + 1);
         Ok(Cut { places, len })

@@ -70,7 +70,9 @@ pub(crate) fn parse(
         return Err(document.error(path, message));
     }
     let longest = &seq_lens[seq_lens.len() - paths.len()..];
-    paths.iter().zip(longest).map(|(path, &longest)| rule(document, path, longest)).collect()
+    let rules = paths.iter().zip(longest).map(|(path, &longest)| rule(document, path, longest));
+    let rules: Vec<Arc<dyn PatchRule>> = rules.collect::<Result<_, _>>()?;
+    Ok(rules.into_iter().skip_while(|rule| rule.is_fixed()).collect())
 }
 
 /// Reads the rule at `path`, of patches of at most `longest` tokens.

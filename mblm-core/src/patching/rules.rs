@@ -36,6 +36,7 @@ impl PatchRule for Fixed {
 pub struct Spacelike {
     /// The most bytes in a patch (in an outer one: inner patches). Default and upper limit: the stage's entry of `seq_lens`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1))]
     pub max_patch: Option<usize>,
 }
 
@@ -66,12 +67,13 @@ pub struct Delimiters {
     pub bytes: ByteSet,
     /// The most bytes in a patch (in an outer one: inner patches). Default and upper limit: the stage's entry of `seq_lens`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1))]
     pub max_patch: Option<usize>,
 }
 
 /// A set of bytes.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected ASCII characters or a list of numbers from 0 to 255")]
 pub enum ByteSet {
     /// ASCII characters.
     Characters(String),

@@ -264,7 +264,7 @@ impl Planner<'_> {
         let trainer = Trainer::new(&model, splits, &config, &Solo).map_err(|error| error.located(document))?;
         let bytes = trainer.plan().batches * trainer.bytes_per_batch();
         if let Some(wanted) = wanted {
-            self.check_rounding(wanted, bytes, step)?;
+            self.check_rounding(wanted, bytes, Step { bytes: trainer.sequence_bytes(), ..step })?;
         }
         let mut differences = self.base.differences(&config)?;
         differences.retain(|line| !DECIDED.iter().any(|field| line.starts_with(&format!("{field}:"))));

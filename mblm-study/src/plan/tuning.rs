@@ -32,7 +32,9 @@ pub(super) fn base_values(
             return Err(refuse(format!("expected a field that is a number in every variant, found {found}")));
         };
         match &field.values {
-            _ if path == "train.batch_size" && config.train.max_eval_steps.is_some() => {
+            _ if (path == "train.batch_size" || path.starts_with("params.patching"))
+                && config.train.max_eval_steps.is_some() =>
+            {
                 return Err(refuse(
                     "cannot be tuned with train.max_eval_steps, which counts batches; remove train.max_eval_steps"
                         .into(),

@@ -109,7 +109,17 @@ fn validation(config: &Value) -> Option<String> {
             steps.saturating_mul(batch).saturating_mul(sequence)
         }
     };
-    Some(format!("the first {bytes} bytes (max_eval_steps x batch_size x input_seq_len)"))
+    // Sequences are padded where patches follow the content: how many bytes they have depends on the rule.
+    let params = hierarchy(config)?;
+    let cut = params.get("patching").filter(|rules| !rules.is_null());
+    let cut = cut.map_or_else(String::new, |rules| {
+        format!(
+            ", filled with patches of {} up to {}",
+            shown(rules),
+            params.get("seq_lens").map_or_else(String::new, shown)
+        )
+    });
+    Some(format!("the first {bytes} bytes (max_eval_steps x batch_size x input_seq_len){cut}"))
 }
 
 fn hierarchy(config: &Value) -> Option<&Value> {
@@ -159,6 +169,11 @@ mod tests {
                 "validation: all validation data, not the first 768 bytes (max_eval_steps x batch_size x input_seq_len)",
             ),
             (Some("2:aa"), config("x", 3, 300), "num_tokens: 300, not 257"),
+            (
+                Some("2:aa"),
+                config("x", 3, 257).replace("params: {", "params: {patching: spacelike, seq_lens: [8, 8], "),
+                "validation: the first 768 bytes (max_eval_steps x batch_size x input_seq_len), filled with patches of \"spacelike\" up to [8, 8], not the first 768 bytes (max_eval_steps x batch_size x input_seq_len)",
+            ),
         ];
         for (data, config, want) in cases {
             let mut variants = same();

@@ -46,11 +46,10 @@ impl<'a> Page<'a> {
                 self.section(&format!("Block `{name}`"), &format!("{}.", text(choice, "description")), block);
             }
         }
-        for choice in self.definitions["patching"]["anyOf"].as_array().into_iter().flatten() {
-            let name = text(choice, "const");
-            if !name.is_empty() {
-                let about = text(choice, "description");
-                self.section(&format!("Patching rule `{name}`"), about, &self.definitions[format!("rule {name}")]);
+        for (definition, rule) in self.definitions.as_object().into_iter().flatten() {
+            if let Some(name) = definition.strip_prefix("rule ").filter(|name| !name.contains('.')) {
+                let about = text(rule, "description").split("\n\n").next().unwrap_or_default().replace('\n', " ");
+                self.section(&format!("Patching rule `{name}`"), &about, rule);
             }
         }
         self.text

@@ -139,7 +139,10 @@ impl Definitions {
             let mut schema = (rule.schema)().to_value();
             schema["properties"][patching::TAG] = json!({"const": rule.name});
             let about = schema["description"].as_str().and_then(|text| text.lines().next()).unwrap_or_default();
-            choices.push(json!({"const": rule.name, "description": about}));
+            // A name alone is enough for a rule that needs no field.
+            if schema["required"].is_null() {
+                choices.push(json!({"const": rule.name, "description": about}));
+            }
             match &mut schema["required"] {
                 Value::Array(required) => required.push(patching::TAG.into()),
                 required => *required = json!([patching::TAG]),

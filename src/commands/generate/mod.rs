@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
+use mblm::PosEmb;
 use mblm::base::terminal::{self, Output};
 use mblm::generate::{Ended, Format, Sampler, Sampling, TokenStream, Until, generate};
 use mblm::model::Mblm;
@@ -216,7 +217,9 @@ fn name(ended: Ended) -> &'static str {
 
 fn why(ended: Ended, model: &Mblm, args: &Args) -> String {
     match ended {
-        Ended::ContextLength if model.config().is_fixed() => {
+        Ended::ContextLength
+            if model.config().is_fixed() || model.config().blocks[0].pos_emb_type() != Some(PosEmb::Fixed) =>
+        {
             format!("the context of {} bytes is full", model.config().context_len())
         }
         Ended::ContextLength => format!("the context of {} patches is full", model.config().seq_lens[0]),
