@@ -35,7 +35,7 @@ fn block(kind: usize) -> &'static str {
 fn config(seed: u64, rules: &str, chunks: bool) -> MblmConfig {
     let seq_lens = if rules.starts_with('[') { "[40, 3, 4]" } else { "[60, 4]" };
     let stages = seq_lens.split(',').count();
-    let blocks: Vec<&str> = (0..stages).map(|n| block(mix(seed ^ n as u64 * 77) as usize)).collect();
+    let blocks: Vec<&str> = (0..stages).map(|n| block(mix(seed ^ (n as u64 * 77)) as usize)).collect();
     let yaml = format!(
         "num_tokens: 257\npad_token_id: {PAD}\nhidden_dims: {:?}\nnum_layers: {:?}\nseq_lens: {seq_lens}\npatching: {rules}\n\
          train_checkpoint_chunks: {}\nblock: [{}]\n",

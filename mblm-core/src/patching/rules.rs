@@ -136,9 +136,9 @@ mod tests {
         assert_eq!(cut(&rule, "To be, or 42?  Yes."), "To |be,| or |42?|  Yes.|");
         assert_eq!(cut(&rule, "\n\nfn main() {"), "\n|\nfn |main(|) {");
         // The first byte of a character of several bytes is spacelike, those that follow it are not.
-        assert_eq!(rule.ends_patch(&[b'a'.into(), 0xC3]).unwrap(), true);
-        assert_eq!(rule.ends_patch(&[b'a'.into(), 0xA9]).unwrap(), false);
-        assert_eq!(rule.ends_patch(&[b'a'.into(), 256]).unwrap(), false, "a special token");
+        assert!(rule.ends_patch(&[b'a'.into(), 0xC3]).unwrap());
+        assert!(!rule.ends_patch(&[b'a'.into(), 0xA9]).unwrap());
+        assert!(!rule.ends_patch(&[b'a'.into(), 256]).unwrap(), "a special token");
     }
 
     #[test]
