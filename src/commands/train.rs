@@ -316,11 +316,13 @@ fn conclude(run: &Path, outcome: &Outcome, allow_plugin_change: bool, plugins: &
             None => writeln!(out)?,
         }
     }
+    let places = plugins.named().iter().map(|place| format!(" --plugin-dir {}", shell_word(place)));
+    let run = shell_word(run) + &places.collect::<String>();
     let Ok(model) = trained.generative() else {
-        return Ok(writeln!(out, "\nmore:\n  {} eval {} DATA", program(), shell_word(run))?);
+        return Ok(writeln!(out, "\nmore:\n  {} eval {run} DATA", program())?);
     };
     let mut out = sample(out, model, &prompt(&data, &trained.config.params)?)?;
-    Ok(writeln!(out, "\nmore:\n  {} generate {} --prompt \"//! \"", program(), shell_word(run))?)
+    Ok(writeln!(out, "\nmore:\n  {} generate {run} --prompt \"//! \"", program())?)
 }
 
 /// The beginning of the validation data.

@@ -25,6 +25,11 @@ pub struct Plugins {
 }
 
 impl Plugins {
+    /// The folders and libraries that the command line names.
+    pub fn named(&self) -> &[PathBuf] {
+        &self.plugin_dir
+    }
+
     /// The built-in block types. Plugins are looked for when a configuration asks for another type; those in the folder
     /// `plugins` beside `config` only if the user trusts that folder.
     pub fn registry(&self, config: Option<&Path>) -> Result<BlockRegistry> {
