@@ -58,6 +58,14 @@ pub fn sequences(hierarchy: &MblmConfig, batch: usize, len: usize) -> Result<(Ve
     }
 }
 
+/// The length of [`sequences`], which is known without them where all patches are full.
+///
+/// # Errors
+/// A rule of patching fails.
+pub fn length(hierarchy: &MblmConfig, batch: usize, len: usize) -> Result<usize> {
+    if hierarchy.is_fixed() { Ok(len) } else { Ok(sequences(hierarchy, batch, len)?.1) }
+}
+
 /// The beginnings of sequences of `len` bytes, all as long as the one whose patches fill the first stage first.
 ///
 /// # Errors

@@ -8,6 +8,7 @@ use anyhow::{Result, ensure};
 use candle_core::Device;
 use mblm::base::memory::Memory;
 use mblm::base::terminal::Output;
+use mblm::config::MblmConfig;
 use mblm::device::{self, DeviceName};
 use mblm::gemm::{self, autocast};
 use mblm::generate::Decoder;
@@ -119,7 +120,7 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
     if args.only.is_none_or(|only| only == Part::Train) {
         train::must_fit(&config, Step { batch: args.batch as usize, bytes: length }, optimizer)?;
     }
-    let (ids, length) = trial::sequences(config.hierarchy(), args.batch as usize, length)?;
+    let length = trial::length(config.hierarchy(), args.batch as usize, length)?;
     let model = Model::of(&config, MASKING_PROBA, 0, device.into())?;
     let mut report = Measurements {
         config: args.config.to_string_lossy().into_owned(),
@@ -141,7 +142,7 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
     if !args.json {
         begin(&report)?;
     }
-    let measure = || measure(args, &ids, &model, precision, generation, &mut report);
+    let measure = || measure(args, config.hierarchy(), &model, precision, generation, &mut report);
     let measured = if args.composed { device::composed(measure) } else { measure() };
     // What was measured before a failure is shown.
     end(&report, args.json)?;
@@ -151,15 +152,16 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
 /// Measures what is wanted, and notes each result in `report` as soon as it is there.
 fn measure(
     args: &Args,
-    ids: &[u32],
+    hierarchy: &MblmConfig,
     model: &Model,
     precision: gemm::Precision,
     generation: Option<Generation>,
     report: &mut Measurements,
 ) -> Result<()> {
     let wanted = |part| args.only.is_none_or(|only| only == part);
-    let shape = (report.batch, report.length);
-    let sequences = Sequences { ids, len: shape.1, loss_mask: None };
+    let (ids, length) = trial::sequences(hierarchy, report.batch, hierarchy.context_len())?;
+    let shape = (report.batch, length);
+    let sequences = Sequences { ids: &ids, len: shape.1, loss_mask: None };
     if wanted(Part::Train) {
         let mut step = training_step(model, sequences, report.optimizer);
         let step = || autocast(precision, &mut step);
