@@ -16,6 +16,7 @@ use std::ffi::OsString;
 use std::fs::{self, File, TryLockError};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use mblm_base::files;
 use mblm_core::plugin::host::blame;
@@ -36,6 +37,10 @@ const MAKING: &str = ".making-";
 /// more than 255.
 pub const LONGEST_NAME: usize = 200;
 const MADE_BY: &str = "made by ";
+
+/// How often, and how long apart, the maker of a run looks whether it can have the lock.
+const GLANCES: usize = 10;
+const GLANCE: Duration = Duration::from_millis(20);
 
 /// The folder of a run that this process alone writes to, or another one that trains with it.
 #[derive(Debug)]
@@ -220,17 +225,8 @@ impl Making {
         let mut name = OsString::from(MAKING);
         name.push(place.file_name().unwrap_or_default());
         let hidden = folder.join(name);
-        files::own_folder(&hidden)?;
-        if let Some(foreign) = foreign(&hidden)? {
-            let message = format!(
-                "{} does not belong to a run that is being created; move it away, or choose another folder",
-                foreign.display()
-            );
-            return Err(io::Error::new(io::ErrorKind::DirectoryNotEmpty, message));
-        }
-        let log = hidden.join(LOG);
-        // A maker may give the folder its name, and another one begin anew, before the lock is looked at.
-        let Some(mut locked) = lock(&log)?.filter(|locked| files::is_at(locked, &log)) else {
+        let (log, locked) = (hidden.join(LOG), Self::locked(&hidden)?);
+        let Some(mut locked) = locked else {
             let who = files::read_text(&log, files::SMALL).unwrap_or_default();
             let who = who.split_once(MADE_BY).map_or("another process", |(_, who)| who.trim());
             let message = format!("{who} is creating this run; wait for it, or choose another folder");
@@ -241,6 +237,34 @@ impl Making {
         // At once: half a line would not be known again.
         locked.write_all(format!("{} {MADE_BY}process {}\n", Timestamp::now(), std::process::id()).as_bytes())?;
         Ok(Making { hidden, place: place.into(), log: locked })
+    }
+
+    /// The lock of a hidden folder, which is made if it is not there. None if another process keeps it for longer than it
+    /// takes to look for abandoned folders.
+    fn locked(hidden: &Path) -> io::Result<Option<File>> {
+        for _ in 0..GLANCES {
+            match Self::try_lock(hidden) {
+                Ok(Some(locked)) => return Ok(Some(locked)),
+                // It may be deleted as abandoned before it has its lock.
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => std::thread::sleep(GLANCE),
+            }
+        }
+        Ok(None)
+    }
+
+    fn try_lock(hidden: &Path) -> io::Result<Option<File>> {
+        files::own_folder(hidden)?;
+        if let Some(foreign) = foreign(hidden)? {
+            let message = format!(
+                "{} does not belong to a run that is being created; move it away, or choose another folder",
+                foreign.display()
+            );
+            return Err(io::Error::new(io::ErrorKind::DirectoryNotEmpty, message));
+        }
+        let log = hidden.join(LOG);
+        // A maker may give the folder its name, and another one begin anew, before the lock is looked at.
+        Ok(lock(&log)?.filter(|locked| files::is_at(locked, &log)))
     }
 
     /// Fills the folder and gives it its name.
@@ -269,9 +293,12 @@ fn remove_abandoned(folder: &Path) {
         let is_folder = entry.file_type().is_ok_and(|kind| kind.is_dir());
         // Without a log its maker has only just begun.
         if is_hidden && is_folder && files::size(&log).is_ok() && foreign(&hidden).is_ok_and(|found| found.is_none()) {
-            let log = files::append(&log);
-            if log.is_ok_and(|log| log.try_lock().is_ok() && files::is_at(&log, &hidden.join(LOG))) {
-                let _ = fs::remove_dir_all(hidden);
+            // The lock is held until the folder is gone: its maker may have only just begun, and then begins again.
+            if let Ok(log) = files::append(&log)
+                && log.try_lock().is_ok()
+                && files::is_at(&log, &hidden.join(LOG))
+            {
+                let _ = fs::remove_dir_all(&hidden);
             }
         }
     }
@@ -524,6 +551,20 @@ mod tests {
         assert!(at(".making-S").exists(), "it is not deleted while its maker lives");
         drop(alive);
         make(&at("S")).unwrap();
+    }
+
+    #[test]
+    fn runs_that_begin_at_the_same_time_do_not_hinder_each_other() {
+        for _ in 0..20 {
+            let output = tempfile::tempdir().unwrap();
+            let begin =
+                |n: usize| Making::begin(&output.path().join(format!("run-{n}"))).map(|made| made.hidden.exists());
+            let made: Vec<_> = std::thread::scope(|scope| {
+                let makers: Vec<_> = (0..8).map(|n| scope.spawn(move || begin(n))).collect();
+                makers.into_iter().map(|maker| maker.join().unwrap()).collect()
+            });
+            assert!(made.iter().all(|made| matches!(made, Ok(true))), "{made:?}");
+        }
     }
 
     #[test]
