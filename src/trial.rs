@@ -46,8 +46,8 @@ pub fn training_step<'a>(
     }
 }
 
-/// Sequences for a model, `batch` of `len` bytes, and their length: where patches follow the content, words of one to seven
-/// letters, and no more bytes than have as many patches as `len` bytes have patches of full length.
+/// `batch` sequences for a model, and their length. It is `len` if patches are full. Otherwise, they are made-up words of one
+/// to seven letters, cut to the number of patches that `len` bytes have with full patches.
 ///
 /// # Errors
 /// A rule of patching fails.
@@ -66,7 +66,8 @@ pub fn length(hierarchy: &MblmConfig, batch: usize, len: usize) -> Result<usize>
     if hierarchy.is_fixed() { Ok(len) } else { Ok(sequences(hierarchy, batch, len)?.1) }
 }
 
-/// The beginnings of sequences of `len` bytes, all as long as the one whose patches fill the first stage first.
+/// Shortens sequences of `len` bytes to the number of patches that `len` bytes have with full patches. All get the length of
+/// the shortest.
 ///
 /// # Errors
 /// A rule of patching fails.

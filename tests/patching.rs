@@ -8,11 +8,13 @@ use mblm::config::MblmConfig;
 use mblm::device::composed;
 use mblm::generate::{Decoder, Ended, Sampler, Sampling, Until, generate};
 use mblm::model::{Mblm, Sequences};
-use mblm::patching::Cutter;
+use mblm::patching::{Cutter, PatchRule};
 use mblm::registry::BlockRegistry;
 use mblm::testing::{assert_close, perturb};
 use mblm::yaml::Document;
 use mblm_lstm as _;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 
 const PAD: u32 = 256;
 const RULES: [&str; 4] = [
@@ -262,6 +264,20 @@ fn generation_ends_where_the_patches_do() {
     assert!(made[0] == 0 && (1..=4).contains(&made[1]), "{made:?}");
 }
 
+/// Registered under one name at two places.
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+struct Twice {}
+
+mblm::register_patching!(Twice, name = "twice");
+mblm::register_patching!(Twice, name = "twice");
+
+#[typetag::serde(name = "twice")]
+impl PatchRule for Twice {
+    fn ends_patch(&self, _: &[u32]) -> mblm::Result<bool> {
+        Ok(false)
+    }
+}
+
 #[test]
 fn mistakes_are_named_with_their_line() {
     let read = |patching: &str, seq_lens: &str| {
@@ -282,6 +298,7 @@ fn mistakes_are_named_with_their_line() {
             "{patching_type: words}",
             "patching.patching_type: unknown patching rule \"words\"; expected one of `delimiters`,",
         ),
+        ("twice", "patching: the patching rule \"twice\" is registered twice: in tests/patching.rs:"),
         ("{max_patch: 3}", "patching: missing field `patching_type`, which names the rule (line 6)"),
         ("3", "patching: expected a rule, such as `spacelike`, found 3 (line 6)"),
         ("{patching_type: spacelike, max_patch: 0}", "patching.max_patch: expected a number from 1 to 4,"),

@@ -36,8 +36,7 @@ pub struct MblmConfig {
     pub train_checkpoint_chunks: Option<Vec<usize>>,
     /// Where patches end: a rule for the innermost patches, or a list of rules from the outside in, at most one per stage
     /// but the first. Patches without a rule have the full length of their stage (`fixed`).
-    #[serde(skip_serializing_if = "all_fixed")]
-    #[serde(serialize_with = "serialize_rules")]
+    #[serde(skip_serializing_if = "all_fixed", serialize_with = "serialize_rules")]
     #[schemars(with = "serde_json::Value", default)]
     pub patching: Vec<Arc<dyn PatchRule>>,
     /// What runs at each stage.

@@ -11,9 +11,10 @@
 //! the `input_seq_len` bytes from `e mod input_seq_len + i * input_seq_len` on; what is left at the end is not used.
 //! Validation has no such offset.
 //!
-//! Where patches follow the content (`params.patching`), a sequence is a number of patches, and is padded to
-//! `input_seq_len` bytes. They lie one after the other; in epoch `e`, each begins `e` patches later, modulo their number.
-//! In the first epoch, no sequence crosses the borders of segments of 4 MiB (or 16 times `input_seq_len`).
+//! Where patches follow the content (`params.patching`), a sequence has a fixed number of patches and is padded to
+//! `input_seq_len` bytes. The sequences of the first epoch follow each other; in epoch `e`, each begins `e` patches later,
+//! modulo the number of patches. The data are cut in segments of 4 MiB (or of 16 times `input_seq_len`, if that is more). The
+//! last sequence of a segment may have fewer patches.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -97,7 +98,7 @@ impl BytesSplit {
         let read = |at: u64, ids: &mut [u32]| self.corpus.read(at, ids);
         let available = room(start);
         read(start, &mut ids[..available])?;
-        // The last sequence of all has nothing behind it to begin with: it keeps its first patches.
+        // Nothing may be left of the last sequence. It then begins where it does in the first epoch.
         let skipped = match sequences.cut.len(&ids[..available], later)? {
             skipped if start + skipped as u64 == self.end => 0,
             skipped => skipped as u64,

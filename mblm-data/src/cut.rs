@@ -1,5 +1,4 @@
-//! Sequences whose length follows the content: each is a number of patches, as the model cuts them, and is padded to the
-//! length of the longest.
+//! Sequences whose length follows the content: each has a fixed number of patches, which end where the model cuts them.
 
 use std::fmt;
 use std::ops::Range;
@@ -10,12 +9,12 @@ use rayon::prelude::*;
 use crate::error::Result;
 use crate::files::corpus::Corpus;
 
-/// Bytes whose sequences are found by one thread; no sequence crosses the borders of such a segment.
+/// Bytes of a segment, whose sequences one thread finds. No sequence goes on into the next segment.
 const SEGMENT: u64 = 1 << 22;
 /// A segment has at least so many sequences.
 const LEAST_SEQUENCES: u64 = 16;
 
-/// How many of the ids fill so many patches, or all if they do not fill them.
+/// The number of ids in the first so many patches; all ids if there are fewer patches.
 type PatchesLen = dyn Fn(&[u32], usize) -> Result<usize> + Send + Sync;
 
 /// Cuts a run of bytes into sequences of a number of patches.
@@ -33,13 +32,13 @@ impl fmt::Debug for Cut {
 }
 
 impl Cut {
-    /// Sequences of `patches`. `len(ids, n)` says how many of the ids fill n patches, or all if they do not; patches begin
-    /// with the first id.
+    /// Sequences of `patches`. `len(ids, n)` is the number of ids in the first `n` patches, which begin with the first id; it
+    /// is the number of all ids if there are fewer patches.
     pub fn new(patches: usize, len: impl Fn(&[u32], usize) -> Result<usize> + Send + Sync + 'static) -> Self {
         Cut { patches, len: Arc::new(len) }
     }
 
-    /// How many of `ids` are `patches` patches.
+    /// The number of ids in the first `patches` patches; of all ids if there are fewer patches.
     ///
     /// # Errors
     /// The rule fails.
@@ -50,8 +49,8 @@ impl Cut {
         }
     }
 
-    /// Where each sequence of `range` begins, which are of at most `longest` bytes. Sequences before a border of segments
-    /// may have fewer patches.
+    /// Where each sequence of `range` begins. A sequence has at most `longest` bytes, and the last one of a segment may have
+    /// fewer patches than the others.
     ///
     /// # Errors
     /// A file cannot be read, or the rule fails.

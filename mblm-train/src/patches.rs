@@ -1,7 +1,7 @@
 //! How long the patches of data are, where they follow the content.
 
 use mblm_core::config::MblmConfig;
-use mblm_core::patching::Cutter;
+use mblm_core::patching::{Cutter, without_padding};
 use mblm_data::Dataset;
 use serde::{Deserialize, Serialize};
 
@@ -72,9 +72,8 @@ struct Counts {
 
 impl Counts {
     fn add(&mut self, config: &MblmConfig, ids: &[u32]) -> Result<()> {
-        let pad = config.pad_token_id as u32;
-        let real = ids.iter().rposition(|&id| id != pad).map_or(0, |last| last + 1);
-        let places = Cutter::new(config).places(&ids[..real])?;
+        let ids = without_padding(ids, config.pad_token_id as u32);
+        let (real, places) = (ids.len(), Cutter::new(config).places(ids)?);
         // Of the sequences of stage n, each has its first token where the number of whole patches before it changes.
         let (levels, mut room, rules) = (self.sequences.len() - 1, 1, config.rules());
         self.sequences[levels] += real as u64;

@@ -12,7 +12,7 @@ use mblm::data::{Splits, unigram_entropy};
 use mblm::device::{DeviceName, Place};
 use mblm::generate::{Format, Sampler, Sampling, TokenStream, Until, generate};
 use mblm::model::Mblm;
-use mblm::patching::Cutter;
+use mblm::patching::{Cutter, without_padding};
 use mblm::train as training;
 use mblm::train::config::{ModelConfig, OptimizerKind, Params, RunConfig};
 use mblm::train::cost::{ModelCost, Step, bytes as shown_bytes, metric};
@@ -331,7 +331,7 @@ pub fn prompt(data: &Splits, params: &Params) -> Result<Vec<u32>> {
     let mut ids = vec![0; seq_len];
     let mut mask = vec![0.0; if data.valid.has_loss_mask() { seq_len } else { 0 }];
     data.valid.sample(0, 0, &mut ids, &mut mask)?;
-    let end = ids.iter().rposition(|id| *id != pad).map_or(0, |last| last + 1);
+    let end = without_padding(&ids, pad).len();
     ids.truncate(PROMPT.min(seq_len / 2).min(end));
     with_room(params.model.hierarchy(), ids)
 }

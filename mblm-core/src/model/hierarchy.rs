@@ -128,7 +128,7 @@ impl Hierarchy {
             let of_bucket = |row: usize| targets.partition_point(|target| (target.row as usize) < row);
             let mut own = targets[of_bucket(bucket.first_row)..of_bucket(end)].to_vec();
             own.iter_mut().for_each(|target| target.row -= bucket.first_row as u32);
-            let Some(above) = self.said(local, bucket, Some(above), mode)?.filter(|_| !own.is_empty()) else {
+            let Some(above) = self.projected(local, bucket, Some(above), mode)?.filter(|_| !own.is_empty()) else {
                 continue;
             };
             let share = own.len() as f64 / targets.len() as f64;
@@ -209,7 +209,7 @@ impl Hierarchy {
         let (stage, seq) = (&self.stages[n], bucket.len);
         let tokens = stage.embedding.forward(&bucket.ids, mode)?;
         let tokens = tokens.reshape((tokens.dim(0)? / seq, seq, stage.dim))?;
-        stage.input.forward(&tokens, self.said(n, bucket, above, mode)?.as_ref(), mode)
+        stage.input.forward(&tokens, self.projected(n, bucket, above, mode)?.as_ref(), mode)
     }
 
     /// Refuses an output of stage `n` that does not have the shape of its input.
@@ -225,8 +225,8 @@ impl Hierarchy {
         }
     }
 
-    /// What the output `above` of the stage above says of the tokens of a bucket, `(sequences, tokens, D_n)`.
-    fn said(&self, n: usize, bucket: &Bucket, above: Option<&Tensor>, mode: Mode) -> Result<Option<Tensor>> {
+    /// The output `above` of the stage above, projected to the tokens of a bucket: `(sequences, tokens, D_n)`.
+    fn projected(&self, n: usize, bucket: &Bucket, above: Option<&Tensor>, mode: Mode) -> Result<Option<Tensor>> {
         let next = n.checked_sub(1).and_then(|above| self.stages[above].next.as_ref());
         next.zip(above).map(|(next, above)| next.forward(above, &bucket.parents, bucket.len, mode)).transpose()
     }

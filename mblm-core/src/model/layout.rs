@@ -1,8 +1,8 @@
-//! Where the bytes of a batch lie in the stages: which place each byte has, and which sequences of a stage run together.
+//! Where the bytes of a batch lie in the stages: the place of each byte, and the sequences of a stage that run together.
 //!
-//! A patch that ends before it is full is padded right with the pad token, and a larger patch with empty ones, so that the
-//! places of a batch are `(B, patches, P_2, …, P_N)` whatever the patches are. Padding exists in the layout alone: a stage
-//! runs sequences of equal length together, and none of the tokens behind their ends.
+//! A patch that ends before it is full is padded on the right with the pad token, and a larger patch with empty patches. So
+//! the places of a batch always have the shape `(B, patches, P_2, …, P_N)`. Padding exists only in this layout: a stage runs
+//! its sequences without the padding behind them, those of equal length together.
 
 use std::sync::Arc;
 
@@ -11,7 +11,7 @@ use mblm_sdk::error::Result;
 use super::projection::Parents;
 use super::tokens::Tokens;
 use crate::config::MblmConfig;
-use crate::patching::Cutter;
+use crate::patching::{Cutter, without_padding};
 
 /// The layout of a batch.
 pub(crate) struct Layout {
@@ -36,7 +36,7 @@ pub(crate) struct Bytes {
 pub(crate) struct Bucket {
     /// Tokens of each, without the start token.
     pub(crate) len: usize,
-    /// Which outputs of the stage above speak of them; at the first stage, of nothing.
+    /// The outputs of the stage above that are projected to them. The first stage has none above.
     pub(crate) parents: Parents,
     /// The bytes of their tokens, padding within tokens included.
     pub(crate) ids: Tokens,
@@ -77,7 +77,7 @@ pub(crate) fn cut(flat: &[u32], len: usize, config: &MblmConfig, starts: usize) 
     for (n, lens) in lens.iter().enumerate() {
         let (buckets, first_rows) = buckets(n, lens, &above, &places, config, starts);
         stages.push(buckets);
-        // Position i of a sequence speaks of its token i.
+        // The output at position i of a sequence is projected to its token i.
         let per_sequence = if n == 0 { lens[0] } else { config.seq_lens[n] };
         above = first_rows.iter().flat_map(|first| (0..per_sequence as u32).map(move |i| first + i)).collect();
     }
@@ -106,9 +106,8 @@ struct Cut {
 
 impl Cut {
     fn new(ids: &[u32], config: &MblmConfig) -> Result<Self> {
-        let pad = config.pad_token_id as u32;
-        // A sequence of padding alone has one byte, which is not predicted: every stage has something to run.
-        let real = ids.iter().rposition(|&id| id != pad).map_or(1.min(ids.len()), |last| last + 1);
+        // A sequence of padding alone keeps one token, which is not predicted, so that every stage has something to run.
+        let real = without_padding(ids, config.pad_token_id as u32).len().max(ids.len().min(1));
         let places = Cutter::new(config).places(&ids[..real])?;
         let len = places.last().map_or(0, |last| last + 1);
         Ok(Cut { places, len })
@@ -132,7 +131,8 @@ fn lengths(cuts: &[Cut], padded_len: usize, config: &MblmConfig) -> Vec<Vec<usiz
     lens
 }
 
-/// The buckets of stage `n`, and the first row of each sequence; `above`: the row that speaks of each sequence.
+/// The buckets of stage `n`, and the first row of each sequence; `above`: the row of the stage above that is
+/// projected to each sequence.
 fn buckets(
     n: usize,
     lens: &[usize],

@@ -34,7 +34,7 @@ impl NextStage {
         })
     }
 
-    /// What the positions `parents` of `x` say of the first `len` tokens of the stage below.
+    /// Projects the positions `parents` of `x`, each to the first `len` tokens of its sequence in the stage below.
     ///
     /// # Shapes
     /// - `x`: `(R, S, D_n)`; returns `(parents, len, D_{n+1})`
@@ -49,7 +49,7 @@ impl NextStage {
     }
 }
 
-/// Which positions of a stage's output speak of sequences of the stage below.
+/// The positions of a stage's output that are projected, one for each sequence of the stage below.
 #[derive(Clone, Debug)]
 pub(crate) enum Parents {
     /// The first so many positions of each sequence.
@@ -63,7 +63,7 @@ struct Project {
     /// Of the input.
     dims: Dims,
     parents: Parents,
-    /// Tokens that each position speaks of.
+    /// Tokens that each position is projected to.
     len: usize,
 }
 

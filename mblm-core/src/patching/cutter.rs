@@ -82,7 +82,7 @@ impl Cutter {
         Ok(places)
     }
 
-    /// How many of the first `ids` fill `patches` tokens of the first stage, or all if they do not fill them.
+    /// The number of ids in the first `patches` tokens of the first stage; of all ids if there are fewer tokens.
     ///
     /// # Errors
     /// A rule fails.

@@ -36,6 +36,12 @@ pub use rules::{ByteSet, Delimiters, Fixed, Spacelike};
 /// The field that names a rule.
 pub const TAG: &str = "patching_type";
 
+/// A sequence without the pad tokens at its end.
+pub fn without_padding(ids: &[u32], pad: u32) -> &[u32] {
+    let end = ids.iter().rposition(|&id| id != pad).map_or(0, |last| last + 1);
+    &ids[..end]
+}
+
 /// A rule that says where patches end.
 ///
 /// It must be causal: whether a patch ends after a byte follows from that byte and those before it. Otherwise generation

@@ -95,10 +95,18 @@ fn rule(document: &Document, path: &str, longest: usize) -> Result<Arc<dyn Patch
             return Err(document.error(path, message));
         }
     };
-    if known(&name).is_none() {
-        let names: Vec<&str> = all().iter().map(|rule| rule.name).collect();
-        let message = format!("unknown patching rule {name:?}; {}", suggestion(&name, &names));
-        return Err(document.error(&name_path, message));
+    match all().into_iter().filter(|rule| rule.name == name).collect::<Vec<_>>()[..] {
+        [_] => {}
+        [] => {
+            let names: Vec<&str> = all().iter().map(|rule| rule.name).collect();
+            let message = format!("unknown patching rule {name:?}; {}", suggestion(&name, &names));
+            return Err(document.error(&name_path, message));
+        }
+        [one, other, ..] => {
+            let (one, other) = (one.location, other.location);
+            let message = format!("the patching rule {name:?} is registered twice: in {one} and in {other}");
+            return Err(document.error(&name_path, message));
+        }
     }
     let tag = (Value::from(TAG), Value::from(name));
     let fields = MapDeserializer::new(std::iter::once(tag).chain(fields));

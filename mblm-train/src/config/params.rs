@@ -51,8 +51,8 @@ impl ModelConfig {
 }
 
 impl Params {
-    /// How sequences are cut whose patches follow the content: each has as many patches of the first stage as
-    /// `input_seq_len` bytes have patches of full length. None where all patches are full.
+    /// How training data are cut into sequences, if patches follow the content: each sequence has as many tokens of the first
+    /// stage as `input_seq_len` bytes have with full patches. None if all patches are full.
     pub fn cut(&self) -> Option<Cut> {
         let hierarchy = self.model.hierarchy();
         if hierarchy.is_fixed() {

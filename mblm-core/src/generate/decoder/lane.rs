@@ -145,7 +145,7 @@ impl<'m> Lane<'m> {
         for n in opened.clone().rev() {
             let patch = self.hierarchy().patch_len(n - 1);
             self.pad_to(patch);
-            // The last output of a stage whose own sequence ended speaks of nothing.
+            // If the sequence of stage n - 1 ended too, nothing is projected from this output.
             self.feed_tokens(n - 1, self.places() - patch, 1)?;
         }
         opened.into_iter().try_for_each(|n| self.begin_sequence(n))
