@@ -8,7 +8,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize, Serializer};
 use serde_yaml::Value;
 
-use crate::patching::{self, Fixed, PatchRule};
+use crate::patching::{self, Fixed, PatchRule, RuleModel};
 use crate::registry::BlockRegistry;
 
 /// The maximum number of stages. With more stages of at least two tokens, the context length would not fit in 64 bits.
@@ -92,7 +92,8 @@ impl MblmConfig {
         let numbers: Numbers = document.section(path)?;
         let section = Section { document, path };
         section.check_numbers(&numbers)?;
-        let patching = patching::registry::parse(document, &join(path, "patching"), &numbers.seq_lens)?;
+        let model = RuleModel { num_tokens: numbers.num_tokens, registry };
+        let patching = patching::registry::parse(document, &join(path, "patching"), &numbers.seq_lens, &model)?;
         let blocks = section.blocks(&numbers.hidden_dims, registry)?;
         let Numbers { num_tokens, pad_token_id, hidden_dims, num_layers, seq_lens, train_checkpoint_chunks } = numbers;
         let train_checkpoint_chunks = train_checkpoint_chunks.filter(|chunks| !chunks.is_empty());

@@ -75,7 +75,13 @@ impl Counts {
         let ids = without_padding(ids, config.pad_token_id as u32);
         let (real, places) = (ids.len(), Cutter::new(config).places(ids)?);
         // Of the sequences of stage n, each has its first token where the number of whole patches before it changes.
-        let (levels, mut room, rules) = (self.sequences.len() - 1, 1, config.rules());
+        let (levels, mut room) = (self.sequences.len() - 1, 1);
+        let mut ends = vec![false; real];
+        for rule in config.rules() {
+            for (ends, by_rule) in ends.iter_mut().zip(rule.ends(ids)) {
+                *ends |= by_rule?;
+            }
+        }
         self.sequences[levels] += real as u64;
         for n in (0..levels).rev() {
             room *= config.seq_lens[n + 1];
@@ -87,9 +93,7 @@ impl Counts {
                 if n + 1 == levels && (end < real || patch.len() == room) {
                     self.histogram.resize(self.histogram.len().max(patch.len()), 0);
                     self.histogram[patch.len() - 1] += 1;
-                    let ends =
-                        rules.iter().map(|rule| rule.ends_patch(&ids[..end])).collect::<mblm_core::Result<Vec<_>>>()?;
-                    self.full += u64::from(!ends.contains(&true));
+                    self.full += u64::from(!ends[end - 1]);
                 }
             }
         }

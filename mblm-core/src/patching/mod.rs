@@ -28,10 +28,12 @@ mod rules;
 
 use std::fmt::Debug;
 
-pub use cutter::Cutter;
+pub use cutter::{Cutter, Following};
 use mblm_sdk::block::FieldError;
 use mblm_sdk::error::Result;
 pub use rules::{ByteSet, Delimiters, Fixed, Spacelike};
+
+use crate::registry::BlockRegistry;
 
 /// The field that names a rule.
 pub const TAG: &str = "patching_type";
@@ -55,17 +57,32 @@ pub trait PatchRule: Debug + Send + Sync {
     /// The rule cannot be computed.
     fn ends_patch(&self, bytes: &[u32]) -> Result<bool>;
 
+    /// Whether a patch ends after each of `bytes`, the first ids of a sequence: what [`ends_patch`](Self::ends_patch) says, for
+    /// rules that find it faster together. The caller may stop before the end.
+    fn ends<'a>(&'a self, bytes: &'a [u32]) -> Box<dyn Iterator<Item = Result<bool>> + 'a> {
+        Box::new((1..=bytes.len()).map(|len| self.ends_patch(&bytes[..len])))
+    }
+
+    /// Follows a sequence from its start, for rules that find [`ends_patch`](Self::ends_patch) faster with a state. None if
+    /// there is nothing to keep.
+    ///
+    /// # Errors
+    /// The rule cannot be computed.
+    fn follow(&self) -> Result<Option<Box<dyn Follow>>> {
+        Ok(None)
+    }
+
     /// The most bytes in a patch (in an outer one: inner patches), if fewer than the stage's entry of `seq_lens`, which
     /// limits patches in any case.
     fn max_patch(&self) -> Option<usize> {
         None
     }
 
-    /// Checks the fields beyond their types.
+    /// Checks the fields beyond their types. Called once, before anything else.
     ///
     /// # Errors
     /// Names the field, what was found and what was expected.
-    fn validate(&self) -> std::result::Result<(), FieldError> {
+    fn validate(&self, _model: &RuleModel) -> std::result::Result<(), FieldError> {
         Ok(())
     }
 
@@ -73,4 +90,22 @@ pub trait PatchRule: Debug + Send + Sync {
     fn is_fixed(&self) -> bool {
         false
     }
+}
+
+/// The state of a rule that follows one sequence.
+pub trait Follow: Send {
+    /// Takes the next id. Returns whether a patch ends after it.
+    ///
+    /// # Errors
+    /// The rule cannot be computed.
+    fn push(&mut self, id: u32) -> Result<bool>;
+}
+
+/// What a rule is checked against: the model whose patches it ends.
+#[derive(Clone, Copy)]
+pub struct RuleModel<'a> {
+    /// Tokens of its vocabulary.
+    pub num_tokens: usize,
+    /// The blocks that it is built from.
+    pub registry: &'a BlockRegistry,
 }

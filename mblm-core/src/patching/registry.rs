@@ -8,7 +8,7 @@ use mblm_yaml::{ConfigError, Document, describe, join};
 use serde::de::value::MapDeserializer;
 use serde_yaml::Value;
 
-use super::{PatchRule, TAG};
+use super::{PatchRule, RuleModel, TAG};
 
 /// A rule that is linked in. Made by [`register_patching!`](crate::register_patching).
 pub struct RuleInfo {
@@ -55,6 +55,7 @@ pub(crate) fn parse(
     document: &Document,
     path: &str,
     seq_lens: &[usize],
+    model: &RuleModel,
 ) -> Result<Vec<Arc<dyn PatchRule>>, ConfigError> {
     let levels = seq_lens.len().saturating_sub(1);
     let paths: Vec<String> = match document.get(path) {
@@ -70,13 +71,13 @@ pub(crate) fn parse(
         return Err(document.error(path, message));
     }
     let longest = &seq_lens[seq_lens.len() - paths.len()..];
-    let rules = paths.iter().zip(longest).map(|(path, &longest)| rule(document, path, longest));
+    let rules = paths.iter().zip(longest).map(|(path, &longest)| rule(document, path, longest, model));
     let rules: Vec<Arc<dyn PatchRule>> = rules.collect::<Result<_, _>>()?;
     Ok(rules.into_iter().skip_while(|rule| rule.is_fixed()).collect())
 }
 
 /// Reads the rule at `path`, of patches of at most `longest` tokens.
-fn rule(document: &Document, path: &str, longest: usize) -> Result<Arc<dyn PatchRule>, ConfigError> {
+fn rule(document: &Document, path: &str, longest: usize, model: &RuleModel) -> Result<Arc<dyn PatchRule>, ConfigError> {
     let (name, fields, name_path) = match document.require(path)? {
         Value::String(name) => (name.clone(), Default::default(), path.to_string()),
         Value::Mapping(fields) => {
@@ -111,7 +112,7 @@ fn rule(document: &Document, path: &str, longest: usize) -> Result<Arc<dyn Patch
     let tag = (Value::from(TAG), Value::from(name));
     let fields = MapDeserializer::new(std::iter::once(tag).chain(fields));
     let rule: Box<dyn PatchRule> = from_deserializer(fields).map_err(|error| document.error_in(path, error))?;
-    if let Err(error) = rule.validate() {
+    if let Err(error) = rule.validate(model) {
         return Err(document.error(&join(path, &error.field), error.message));
     }
     match rule.max_patch() {

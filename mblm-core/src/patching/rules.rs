@@ -5,7 +5,7 @@ use mblm_sdk::error::Result;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::PatchRule;
+use super::{PatchRule, RuleModel};
 
 crate::register_patching!(Fixed, name = "fixed");
 crate::register_patching!(Spacelike, name = "spacelike");
@@ -101,7 +101,7 @@ impl PatchRule for Delimiters {
         self.max_patch
     }
 
-    fn validate(&self) -> std::result::Result<(), FieldError> {
+    fn validate(&self, _: &RuleModel) -> std::result::Result<(), FieldError> {
         match &self.bytes {
             set if set.as_slice().is_empty() => Err(FieldError::new("bytes", "expected at least one byte, found none")),
             ByteSet::Characters(text) if !text.is_ascii() => {
@@ -152,7 +152,9 @@ mod tests {
 
     #[test]
     fn sets_without_a_byte_or_beyond_ascii_are_refused() {
-        let message = |bytes| Delimiters { bytes, max_patch: None }.validate().unwrap_err().message;
+        let registry = crate::registry::BlockRegistry::builtin().unwrap();
+        let model = RuleModel { num_tokens: 256, registry: &registry };
+        let message = |bytes| Delimiters { bytes, max_patch: None }.validate(&model).unwrap_err().message;
         assert_eq!(message(ByteSet::Numbers(vec![])), "expected at least one byte, found none");
         assert!(message(ByteSet::Characters("é".into())).contains("found \"é\""));
     }

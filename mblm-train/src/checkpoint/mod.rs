@@ -163,6 +163,11 @@ impl Checkpoint {
         FILES.iter().map(|&name| self.manifest[name].bytes).sum()
     }
 
+    /// The SHA-256 of the file of the weights, in hexadecimal digits.
+    pub(crate) fn weights_sum(&self) -> &str {
+        &self.manifest[WEIGHTS].sha256
+    }
+
     /// Checks the sum of every file.
     pub fn verify(&self) -> Result<()> {
         if let Some(name) = self.manifest.keys().find(|name| !FILES.contains(&name.as_str())) {

@@ -1,6 +1,6 @@
 //! What a run leaves behind: its folder, with a log, losses, metrics and the cost of its first batches.
 
-mod crc32c;
+pub(crate) mod crc32c;
 pub mod folder;
 mod line_log;
 pub mod metrics;

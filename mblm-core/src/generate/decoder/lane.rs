@@ -7,7 +7,7 @@ use super::Stages;
 use super::slices::Slices;
 use super::tensors::Tensors;
 use crate::model::{Hierarchy, Mblm, Positions};
-use crate::patching::Cutter;
+use crate::patching::{Cutter, Following};
 
 /// The state of sequences that have the same length and grow together.
 pub(super) struct Lane<'m> {
@@ -18,7 +18,7 @@ pub(super) struct Lane<'m> {
     /// The ids so far in their places, `(places, B)`: where a patch ended early, it was padded when the next one began. Only
     /// those of the current sequence of stage 2 on are ever read again.
     history: Vec<u32>,
-    cutter: Cutter,
+    patches: Following,
     /// The levels of patches that ended with the last byte, which are completed by the byte that follows.
     ended: usize,
     /// Of each stage, the tokens of the current sequence that were fed, not counting the start token.
@@ -36,8 +36,8 @@ impl<'m> Lane<'m> {
             false => Box::new(Tensors::new(hierarchy, batch)?),
         };
         let positions = vec![0; hierarchy.stages.len()];
-        let cutter = Cutter::new(model.config());
-        Ok(Lane { model, batch, bytes: 0, history: vec![], cutter, ended: 0, positions, stages, logits })
+        let patches = Cutter::new(model.config()).follow()?;
+        Ok(Lane { model, batch, bytes: 0, history: vec![], patches, ended: 0, positions, stages, logits })
     }
 
     pub(super) fn batch(&self) -> usize {
@@ -122,7 +122,7 @@ impl<'m> Lane<'m> {
         self.history.extend_from_slice(ids);
         self.bytes += 1;
         // Where there are several, their patches do not depend on the bytes.
-        self.ended = self.cutter.push(ids[0])?;
+        self.ended = self.patches.push(ids[0])?;
         Ok(())
     }
 

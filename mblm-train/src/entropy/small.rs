@@ -1,0 +1,188 @@
+//! The small model of the rule `entropy`, which is loaded once per process, and the entropies of its predictions.
+
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+
+use candle_core::{Device, Tensor};
+use mblm_core::error::{Error, Result};
+use mblm_core::model::Mblm;
+use mblm_core::registry::BlockRegistry;
+use mblm_core::{Mode, transfer};
+use mblm_yaml::Document;
+
+use crate::checkpoint::{self, Checkpoint, Which};
+use crate::config::{ModelConfig, RunConfig};
+
+/// Digits of the weights' SHA-256 that tell models apart.
+const DIGITS: usize = 16;
+
+/// All that were loaded. They live as long as the process, like the decoders that read them.
+static LOADED: Mutex<Vec<&'static Small>> = Mutex::new(Vec::new());
+
+/// A trained model with one stage.
+pub(super) struct Small {
+    model: Mblm,
+    checkpoint: PathBuf,
+    sum: String,
+    window: usize,
+}
+
+impl std::fmt::Debug for Small {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Small({} {})", self.checkpoint.display(), self.sum)
+    }
+}
+
+impl Small {
+    /// The model of the run or checkpoint at `path`.
+    ///
+    /// # Errors
+    /// There is no such run, or its model has several stages, or is an encoder.
+    pub(super) fn load(path: &Path, registry: &BlockRegistry) -> std::result::Result<&'static Self, String> {
+        if !path.exists() {
+            return Err(format!(
+                "expected the folder of a run, but {} does not exist; train a model with one stage first, or restore the folder",
+                path.display()
+            ));
+        }
+        let found = checkpoint::find(path, Which::Best).or_else(|_| checkpoint::find(path, Which::Newest));
+        let checkpoint = found.map_err(|error| error.to_string())?;
+        let sum: String = checkpoint.weights_sum().chars().take(DIGITS).collect();
+        let mut loaded = LOADED.lock().unwrap_or_else(|poison| poison.into_inner());
+        if let Some(small) = loaded.iter().find(|small| small.sum == sum && small.checkpoint == checkpoint.path()) {
+            return Ok(small);
+        }
+        let small: &'static Small = Box::leak(Box::new(Self::read(&checkpoint, sum, registry)?));
+        loaded.push(small);
+        Ok(small)
+    }
+
+    fn read(checkpoint: &Checkpoint, sum: String, registry: &BlockRegistry) -> std::result::Result<Self, String> {
+        let path = checkpoint.path();
+        let name = path.join("config.yaml").display().to_string();
+        let yaml = checkpoint.config_yaml().map_err(|error| error.to_string())?;
+        let document = Document::parse(&yaml, &name).map_err(|error| error.to_string())?;
+        let config = RunConfig::from_document(&document, registry).map_err(|error| error.to_string())?;
+        let model = match &config.params.model {
+            ModelConfig::Encoder(_) => {
+                return Err(format!("{name}: expected a model that predicts bytes, found an encoder"));
+            }
+            ModelConfig::Generative(model) if model.num_stages() > 1 => {
+                return Err(format!("{name}: expected a model with one stage, found {} stages", model.num_stages()));
+            }
+            ModelConfig::Generative(model) => model,
+        };
+        let load = || -> crate::Result<Mblm> {
+            let state = checkpoint.state()?;
+            state.check_plugins(&config.plugins())?;
+            let model = Mblm::new(model, 0)?;
+            model.params().load(&checkpoint.weights()?)?;
+            Ok(model)
+        };
+        let model = load().map_err(|error| error.to_string())?;
+        Ok(Small { model, checkpoint: path.into(), sum, window: config.params.input_seq_len.max(2) })
+    }
+
+    /// The first digits of the sum of its weights.
+    pub(super) fn sum(&self) -> &str {
+        &self.sum
+    }
+
+    /// Its checkpoint's folder.
+    pub(super) fn checkpoint(&self) -> &Path {
+        &self.checkpoint
+    }
+
+    pub(super) fn model(&self) -> &Mblm {
+        &self.model
+    }
+
+    pub(super) fn num_tokens(&self) -> usize {
+        self.model.config().num_tokens
+    }
+
+    /// The most bytes that it sees: those of a training sequence.
+    pub(super) fn window(&self) -> usize {
+        self.window
+    }
+
+    /// Where the window begins that ends behind byte `t` of a sequence, or later.
+    pub(super) fn window_start(&self, t: usize) -> usize {
+        let step = self.window / 2;
+        match t.checked_sub(self.window) {
+            None => 0,
+            Some(past) => (past / step + 1) * step,
+        }
+    }
+
+    /// The places of a window that are computed for its byte `place`: a quarter, half or all of it, since most sequences are
+    /// shorter than a window.
+    fn computed(&self, place: usize) -> usize {
+        let parts = [self.window / 4, self.window / 2, self.window];
+        parts.into_iter().find(|len| place < *len).unwrap_or(self.window)
+    }
+
+    /// The entropies of the bytes behind `from`, `from + 1`, … of a sequence, as many as one pass gives, in bits.
+    ///
+    /// # Errors
+    /// An id lies outside the vocabulary, or the model's output is not finite.
+    pub(super) fn window_from(&self, bytes: &[u32], from: usize) -> Result<Vec<f64>> {
+        let start = self.window_start(from);
+        // The same length for the same byte, so that what follows it does not change a bit of the result.
+        let len = self.computed(from - start);
+        let end = bytes.len().min(start + len);
+        let mut ids = bytes[start..end].to_vec();
+        ids.resize(len, 0);
+        if let Some(id) = ids.iter().find(|id| **id as usize >= self.num_tokens()) {
+            return Err(Error::Input(format!("id {id} lies outside the vocabulary of {} tokens", self.num_tokens())));
+        }
+        let ids = Tensor::from_vec(ids, (1, len), &Device::Cpu)?;
+        let logits = transfer::to_vec::<f32>(&self.model.logits(&ids, Mode::Eval)?.flatten_all()?)?;
+        let rows = logits.chunks_exact(self.num_tokens()).take(end - start).skip(from - start);
+        rows.map(|row| self.entropy(row)).collect()
+    }
+
+    /// The entropy of the byte behind `t` of a sequence, as [`window_from`](Self::window_from) computes it.
+    pub(super) fn entropy_behind(&self, bytes: &[u32], t: usize) -> Result<f64> {
+        Ok(self.window_from(&bytes[..=t], t)?[0])
+    }
+
+    /// The entropy of the distribution with these logits, in bits.
+    ///
+    /// # Errors
+    /// The logits are not finite.
+    pub(super) fn entropy(&self, logits: &[f32]) -> Result<f64> {
+        let bits = entropy(logits);
+        match bits.is_finite() {
+            true => Ok(bits),
+            false => Err(Error::NotFinite(format!("the entropy of the model {} is {bits}", self.checkpoint.display()))),
+        }
+    }
+}
+
+/// `-Σ p log2 p` of `p = softmax(logits)`.
+fn entropy(logits: &[f32]) -> f64 {
+    let most = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let (mut sum, mut weighted) = (0.0, 0.0);
+    for &logit in logits {
+        let below = f64::from(logit - most);
+        let weight = below.exp();
+        sum += weight;
+        weighted += weight * below;
+    }
+    (sum.ln() - weighted / sum) / std::f64::consts::LN_2
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn entropies_are_those_of_the_distribution() {
+        assert!((entropy(&[3.0; 8]) - 3.0).abs() < 1e-12);
+        assert!(entropy(&[100.0, 0.0]) < 1e-9);
+        // Probabilities 1/2, 1/4 and 1/4.
+        assert!((entropy(&[2f32.ln(), 0.0, 0.0]) - 1.5).abs() < 1e-6);
+        assert!(entropy(&[f32::NAN, 0.0]).is_nan());
+    }
+}
