@@ -4,4 +4,5 @@
 
 pub mod mamba1;
 pub mod mamba2;
+mod passes;
 pub mod transformer;

@@ -91,6 +91,14 @@ impl<'a> RowsMut<'a> {
     }
 }
 
+/// Writes rows `(a, b)` of `width` floats to `y` as `(b, a)`.
+pub fn swap(x: &[f32], a: usize, width: usize, y: &mut [f32]) {
+    let b = x.len() / (a * width).max(1);
+    for (i, x) in x.chunks_exact(width).enumerate() {
+        y[(i % b * a + i / b) * width..][..width].copy_from_slice(x);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

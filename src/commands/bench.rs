@@ -101,6 +101,8 @@ struct Measurements {
     #[serde(skip_serializing_if = "Option::is_none")]
     prefix: Option<usize>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    prefix_bytes_per_s: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     generate_bytes_per_s: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     peak_rss_mb: Option<u64>,
@@ -135,6 +137,7 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
         train_bytes_per_s: None,
         forward_bytes_per_s: None,
         prefix: None,
+        prefix_bytes_per_s: None,
         generate_bytes_per_s: None,
         peak_rss_mb: None,
         peak_device_mb: None,
@@ -178,9 +181,12 @@ fn measure(
         report.forward_bytes_per_s = Some(show(args, "forward", rate(shape.0 * shape.1, args.steps, forward)?)?);
     }
     if let (Model::Generative(model), Some(generation)) = (model, generation) {
-        let (prefix, rate) = generation.rate(model, args)?;
+        let (prefix, [reading, writing]) = generation.rates(model, args)?;
         report.prefix = Some(prefix);
-        report.generate_bytes_per_s = Some(show(args, &format!("generate at {prefix}"), rate)?);
+        if prefix > 0 {
+            report.prefix_bytes_per_s = Some(show(args, &format!("read {prefix}"), reading)?);
+        }
+        report.generate_bytes_per_s = Some(show(args, &format!("generate at {prefix}"), writing)?);
     }
     Ok(())
 }
@@ -214,22 +220,26 @@ impl Generation {
         }
     }
 
-    /// The bytes of the prefix, and the bytes per second after it, of all streams; the prefix itself is not timed. Where
-    /// patches follow the content, fewer bytes may fit than were asked for.
-    fn rate(&self, model: &Mblm, args: &Args) -> Result<(usize, f64)> {
+    /// The bytes of the prefix, and the bytes per second with which it is read and with which bytes are added to it, of all
+    /// streams. Where patches follow the content, fewer bytes may fit than were asked for.
+    fn rates(&self, model: &Mblm, args: &Args) -> Result<(usize, [f64; 2])> {
         let streams = args.streams as usize;
         let (ids, len) = trial::sequences(model.config(), 1, self.prefix + self.bytes)?;
         let (prompt, new) = ids.split_at(self.prefix.min(len.saturating_sub(1)));
-        let run = || -> Result<f64> {
+        let run = || -> Result<[f64; 2]> {
             let mut decoder = Decoder::new(model, streams)?;
-            decoder.prefill(&prompt.repeat(streams))?;
             let start = Instant::now();
+            decoder.prefill(&prompt.repeat(streams))?;
+            let read = start.elapsed().as_secs_f64();
             new.iter().try_for_each(|byte| decoder.step(&vec![*byte; streams]))?;
-            Ok(start.elapsed().as_secs_f64())
+            Ok([read, start.elapsed().as_secs_f64() - read])
         };
         run()?;
-        let seconds = median((0..args.steps).map(|_| run()).collect::<Result<_>>()?);
-        Ok((prompt.len(), (new.len() * streams) as f64 / seconds))
+        let runs: Vec<[f64; 2]> = (0..args.steps).map(|_| run()).collect::<Result<_>>()?;
+        let rate = |bytes: usize, part: usize| {
+            (bytes * streams) as f64 / median(runs.iter().map(|seconds| seconds[part]).collect())
+        };
+        Ok((prompt.len(), [rate(prompt.len(), 0), rate(new.len(), 1)]))
     }
 }
 

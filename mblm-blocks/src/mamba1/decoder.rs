@@ -6,13 +6,15 @@ use mblm_sdk::Result;
 use mblm_sdk::block::StageDecoder;
 use mblm_sdk::buffer::Buffer;
 use mblm_sdk::gemm::Update;
-use mblm_sdk::layer::Dims;
+use mblm_sdk::layer::{Context, Dims};
+use mblm_sdk::mode::Mode;
 use mblm_sdk::ops::conv1d::Conv1d;
 use mblm_sdk::ops::linear;
 use mblm_sdk::ops::selective_scan::SelectiveScan;
 
 use super::Sizes;
 use super::layer::MambaLayer;
+use crate::passes::prefill;
 
 /// What a layer keeps from one position to the next.
 struct LayerState<'a> {
@@ -76,6 +78,13 @@ impl StageDecoder for Decoder<'_> {
         self.layers.iter_mut().for_each(|layer| layer.step(self.sizes, &mut self.scratch, y));
         Ok(())
     }
+
+    fn prefill(&mut self, x: &[f32], y: &mut [f32], seq: usize) -> Result<()> {
+        prefill(self, x, y, seq, self.sizes.dim, |decoder, dims, mut x| {
+            decoder.layers.iter_mut().for_each(|layer| layer.pass(decoder.sizes, dims, &mut x));
+            x
+        })
+    }
 }
 
 impl LayerState<'_> {
@@ -94,5 +103,18 @@ impl LayerState<'_> {
         linear::step(low, &self.layer.dt_weight.values(), None, dt_rank, Update::Set, dt);
         self.scan.step(&sizes.inputs(xz, u, dt, dbc), &mut self.state, y);
         linear::step(y, &self.layer.out_proj.values(), None, inner, Update::Add, x);
+    }
+
+    /// Adds the mixer's output to the next positions `x`, `(batch, seq, D)`.
+    fn pass(&mut self, sizes: Sizes, dims: Dims, x: &mut [f32]) {
+        let Sizes { dim, inner, .. } = sizes;
+        let context = Context { dims, packed: &[], mask: None, mode: Mode::Eval };
+        let take = |width: usize| Buffer::take(dims.rows() * width);
+        let (mut xz, mut u, mut gated) = (take(2 * inner), take(inner), take(inner));
+        linear::forward(&self.layer.normed(x, context), &self.layer.in_proj.values(), dim, Update::Set, &mut xz);
+        self.conv.advance(sizes.conv_input(&xz), dims.seq, &mut self.window, &mut u);
+        let (dbc, dt) = self.layer.steps(&u);
+        self.scan.advance(&sizes.inputs(&xz, &u, &dt, &dbc), dims.seq, &mut self.state, &mut gated);
+        linear::forward(&gated, &self.layer.out_proj.values(), inner, Update::Add, x);
     }
 }

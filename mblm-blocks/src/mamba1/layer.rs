@@ -80,7 +80,7 @@ impl MambaLayer {
     }
 
     /// The layer's norm of the whole input.
-    fn normed(&self, x: &[f32], context: Context) -> Buffer {
+    pub(super) fn normed(&self, x: &[f32], context: Context) -> Buffer {
         let mut normed = Buffer::take(x.len());
         self.norm(&self.norm.values()).forward(x, context.dims, &mut normed);
         normed
@@ -168,7 +168,7 @@ impl Layer for MambaLayer {
     }
 
     fn forward(&self, x: &[f32], context: Context, y: &mut [f32]) -> Tape {
-        let sizes @ Sizes { dim, inner, dt_rank, .. } = self.sizes;
+        let sizes @ Sizes { dim, inner, .. } = self.sizes;
         let rows = context.dims.rows();
         let mut xz = Buffer::take(rows * 2 * inner);
         linear::forward(&self.normed(x, context), &self.in_proj.values(), dim, Update::Set, &mut xz);
@@ -177,13 +177,7 @@ impl Layer for MambaLayer {
             let of = |width: usize| row * width..(row + dims.rows()) * width;
             self.conv().forward(sizes.conv_input(&xz[of(2 * inner)]), dims.seq, &mut u[of(inner)]);
         }
-        let mut dbc = Buffer::take(rows * sizes.dbc());
-        linear::forward(&u, &self.x_proj.values(), inner, Update::Set, &mut dbc);
-        let mut dt = Buffer::take(rows * inner);
-        let dt_weight = self.dt_weight.values();
-        let low = Rows::columns(&dbc, sizes.dbc(), 0..dt_rank).all();
-        let wide = Mat::new(&dt_weight, inner, dt_rank).t();
-        matmul(MatMut::new(&mut dt, rows, inner), Update::Set, low, wide, Threads::All);
+        let (dbc, dt) = self.steps(&u);
         let mut gated = Buffer::take(rows * inner);
         let scan = |(row, Context { dims, .. }): (usize, Context)| {
             let of = |width: usize| row * width..(row + dims.rows()) * width;
@@ -225,6 +219,19 @@ impl Layer for MambaLayer {
 }
 
 impl MambaLayer {
+    /// From the convolution's output: the low-rank steps with B and C, and the step sizes before bias and softplus.
+    pub(super) fn steps(&self, u: &[f32]) -> (Buffer, Buffer) {
+        let Sizes { inner, dt_rank, .. } = self.sizes;
+        let rows = u.len() / inner;
+        let (mut dbc, mut dt) = (Buffer::take(rows * self.sizes.dbc()), Buffer::take(rows * inner));
+        linear::forward(u, &self.x_proj.values(), inner, Update::Set, &mut dbc);
+        let weight = self.dt_weight.values();
+        let low = Rows::columns(&dbc, self.sizes.dbc(), 0..dt_rank).all();
+        let wide = Mat::new(&weight, inner, dt_rank).t();
+        matmul(MatMut::new(&mut dt, rows, inner), Update::Set, low, wide, Threads::All);
+        (dbc, dt)
+    }
+
     /// From the gradient of the scan's gated output to those of its inputs: the gate's half of `dxz`, and `du`.
     fn backward_scan(&self, tape: &Tape, context: Context, dgated: &[f32], dxz: &mut [f32], du: &mut [f32]) {
         let sizes @ Sizes { inner, d_state, dt_rank, .. } = self.sizes;

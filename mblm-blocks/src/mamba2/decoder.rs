@@ -6,13 +6,15 @@ use mblm_sdk::Result;
 use mblm_sdk::block::StageDecoder;
 use mblm_sdk::buffer::Buffer;
 use mblm_sdk::gemm::Update;
-use mblm_sdk::layer::Dims;
+use mblm_sdk::layer::{Context, Dims};
+use mblm_sdk::mode::Mode;
 use mblm_sdk::ops::conv1d::Conv1d;
 use mblm_sdk::ops::linear;
 use mblm_sdk::ops::norm_layer::RmsNormLayer;
 
 use super::Sizes;
 use super::layer::Mamba2Layer;
+use crate::passes::prefill;
 
 /// What a layer keeps from one position to the next.
 struct LayerState<'a> {
@@ -76,6 +78,15 @@ impl StageDecoder for Decoder<'_> {
         self.norm_f.step(&self.scratch.x, self.sizes.dim, y);
         Ok(())
     }
+
+    fn prefill(&mut self, x: &[f32], y: &mut [f32], seq: usize) -> Result<()> {
+        prefill(self, x, y, seq, self.sizes.dim, |decoder, dims, mut x| {
+            decoder.layers.iter_mut().for_each(|layer| layer.pass(decoder.sizes, dims, &mut x));
+            let mut normed = Buffer::take(x.len());
+            decoder.norm_f.step(&x, dims.dim, &mut normed);
+            normed
+        })
+    }
 }
 
 impl LayerState<'_> {
@@ -89,5 +100,23 @@ impl LayerState<'_> {
         self.layer.with_ssd(|ssd| ssd.step(&sizes.inputs(proj, xbc), &mut self.state, y));
         self.layer.with_gate(|gate| gate.forward(y, sizes.gate(proj), gated));
         linear::step(gated, &self.layer.out_proj.values(), None, sizes.inner(), Update::Add, x);
+    }
+
+    /// Adds the mixer's output to the residual stream of the next positions, `(batch, seq, D)`.
+    fn pass(&mut self, sizes: Sizes, dims: Dims, x: &mut [f32]) {
+        let context = Context { dims, packed: &[], mask: None, mode: Mode::Eval };
+        let take = |width: usize| Buffer::take(dims.rows() * width);
+        let (mut proj, mut xbc, mut y) = (take(sizes.proj()), take(sizes.conv()), take(sizes.inner()));
+        linear::forward(
+            &self.layer.normed(x, context),
+            &self.layer.in_proj.values(),
+            sizes.dim,
+            Update::Set,
+            &mut proj,
+        );
+        self.conv.advance(sizes.conv_input(&proj), dims.seq, &mut self.window, &mut xbc);
+        self.layer.with_ssd(|ssd| ssd.advance(&sizes.inputs(&proj, &xbc), dims.seq, &mut self.state, &mut y));
+        let gated = self.layer.gated(&proj, &y);
+        linear::forward(&gated, &self.layer.out_proj.values(), sizes.inner(), Update::Add, x);
     }
 }

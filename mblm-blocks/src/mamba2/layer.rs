@@ -94,14 +94,14 @@ impl Mamba2Layer {
     }
 
     /// The layer's norm of the whole input.
-    fn normed(&self, x: &[f32], context: Context) -> Buffer {
+    pub(super) fn normed(&self, x: &[f32], context: Context) -> Buffer {
         let mut normed = Buffer::take(x.len());
         self.norm(&self.norm.values()).forward(x, context.dims, &mut normed);
         normed
     }
 
     /// The gated norm of `y`.
-    fn gated(&self, proj: &[f32], y: &[f32]) -> Buffer {
+    pub(super) fn gated(&self, proj: &[f32], y: &[f32]) -> Buffer {
         let mut gated = Buffer::take(y.len());
         self.with_gate(|gate| gate.forward(y, self.sizes.gate(proj), &mut gated));
         gated

@@ -181,6 +181,37 @@ impl Conv1d {
             },
         );
     }
+
+    /// Advances by `seq` positions, as [`step`](Self::step) does by one.
+    ///
+    /// # Shapes
+    /// - `x`: `(B * S, C)`, `window`: `(B, K - 1, C)`, oldest first; `y`: `(B, S, C)`, overwritten
+    pub fn advance(&self, x: Rows, seq: usize, window: &mut [f32], y: &mut [f32]) {
+        let (channels, reach) = (self.channels(), self.reach());
+        self.forward(x, seq, y);
+        vectorize(
+            #[inline(always)]
+            || {
+                for (b, window) in window.chunks_exact_mut((reach * channels).max(1)).enumerate() {
+                    let first = b * seq;
+                    // The first positions also see inputs before them, from the newest back.
+                    for t in 0..reach.min(seq) {
+                        let y = &mut y[(first + t) * channels..][..channels];
+                        self.sum(x, first + t, seq, y);
+                        for (past, back) in window.chunks_exact(channels).rev().zip(t + 1..=reach) {
+                            add_product(self.tap(back), past, y);
+                        }
+                        y.iter_mut().for_each(|y| *y = silu(*y));
+                    }
+                    let new = reach.min(seq);
+                    window.copy_within(new * channels.., 0);
+                    for (past, t) in window.chunks_exact_mut(channels).skip(reach - new).zip(seq - new..) {
+                        past.copy_from_slice(x.row(first + t));
+                    }
+                }
+            },
+        );
+    }
 }
 
 /// `y += a ∘ x`.
@@ -250,20 +281,26 @@ mod tests {
     }
 
     #[test]
-    fn steps_give_forward() {
-        for (batch, seq, dim, width) in [(1, 6, 5, 4), (3, 5, 18, 3), (2, 3, 4, 1)] {
-            let conv = Conv::new(dim, width).1.kernel();
+    fn steps_and_longer_pieces_give_forward() {
+        for (batch, dim, width) in [(1, 5, 4), (3, 18, 3), (2, 4, 1), (2, 3, 9)] {
+            let (seq, conv) = (12, Conv::new(dim, width).1.kernel());
             let x = noise(batch * seq * dim, 1);
             let mut want = vec![f32::NAN; x.len()];
             conv.forward(Rows::new(&x, dim), seq, &mut want);
-            let mut window = vec![0.0; conv.window_len(batch)];
-            for t in 0..seq {
-                let at = |v: &[f32]| -> Vec<f32> {
-                    (0..batch).flat_map(|b| v[(b * seq + t) * dim..][..dim].to_vec()).collect()
-                };
-                let mut y = vec![f32::NAN; batch * dim];
-                conv.step(Rows::new(&at(&x), dim), &mut window, &mut y);
-                assert_close("step", &y, &at(&want), 1e-6);
+            for pieces in [vec![1; seq], vec![2, 1, 5, 4], vec![12], vec![3, 9]] {
+                let (mut window, mut first) = (vec![0.0; conv.window_len(batch)], 0);
+                for len in pieces {
+                    let at = |v: &[f32]| -> Vec<f32> {
+                        (0..batch).flat_map(|b| v[(b * seq + first) * dim..][..len * dim].to_vec()).collect()
+                    };
+                    let (now, mut y) = (at(&x), vec![f32::NAN; batch * len * dim]);
+                    match len {
+                        1 => conv.step(Rows::new(&now, dim), &mut window, &mut y),
+                        _ => conv.advance(Rows::new(&now, dim), len, &mut window, &mut y),
+                    }
+                    assert_close(&format!("{len} from {first} on"), &y, &at(&want), 1e-6);
+                    first += len;
+                }
             }
         }
     }

@@ -145,7 +145,7 @@ impl SelectiveScan {
 
     /// Advances a group's state by one position; returns `C · h + D x`, before the gate.
     #[inline(always)]
-    fn advance(&self, at: &Position, b: &[f32], c: &[f32], group: usize, h: &mut [Lanes]) -> Lanes {
+    fn update(&self, at: &Position, b: &[f32], c: &[f32], group: usize, h: &mut [Lanes]) -> Lanes {
         let d = load(&self.d, group);
         let (mut y, mut input) = ([0.0; LANES], [0.0; LANES]);
         for l in 0..LANES {
@@ -170,7 +170,7 @@ impl SelectiveScan {
         let columns = self.columns(group);
         for row in rows {
             let at = self.position(inputs, row, group);
-            let mut out = self.advance(&at, inputs.b.row(row), inputs.c.row(row), group, h);
+            let mut out = self.update(&at, inputs.b.row(row), inputs.c.row(row), group, h);
             out.iter_mut().zip(at.z).for_each(|(out, z)| *out *= silu(z));
             // SAFETY: the caller's promise.
             let y = unsafe { y.slice(row * self.channels + columns.start..row * self.channels + columns.end) };
@@ -241,19 +241,31 @@ impl SelectiveScan {
     /// # Shapes
     /// - `inputs`: of `B` rows; `state`: `(B, G, N, 16)`; `y`: `(B, E)`, overwritten
     pub fn step(&self, inputs: &Inputs, state: &mut [f32], y: &mut [f32]) {
-        let (batch, len) = (y.len() / self.channels, self.d_state * LANES);
+        self.advance(inputs, 1, state, y);
+    }
+
+    /// Advances by `seq` positions.
+    ///
+    /// # Shapes
+    /// - `inputs`: of `B S` rows; `state`: `(B, G, N, 16)`, zeros at first; `y`: `(B, S, E)`, overwritten
+    pub fn advance(&self, inputs: &Inputs, seq: usize, state: &mut [f32], y: &mut [f32]) {
+        let (batch, len) = (y.len() / self.channels / seq, self.d_state * LANES);
         let (state, y) = (Shared::new(state), Shared::new(y));
         // A thread is worth waking for about 64 K exponentials.
-        for_rows(batch * self.groups(), len * MIN_PARALLEL / (64 * 1024), |range| {
+        for_rows(batch * self.groups(), seq * len * MIN_PARALLEL / (64 * 1024), |range| {
             vectorize(
                 #[inline(always)]
                 || {
-                    for i in range {
-                        let (b, group) = (i / self.groups(), i % self.groups());
-                        // SAFETY: a group of a sequence is in one range only.
-                        let h = unsafe { state.slice(i * len..(i + 1) * len) };
-                        // SAFETY: as above.
-                        unsafe { self.run(inputs, b..b + 1, group, h.as_chunks_mut().0, y) };
+                    // All groups of a chunk, before the rows of the next one take its place in the cache.
+                    for first in (0..seq).step_by(CHUNK) {
+                        for i in range.clone() {
+                            let (b, group) = (i / self.groups(), i % self.groups());
+                            let rows = b * seq + first..b * seq + seq.min(first + CHUNK);
+                            // SAFETY: a group of a sequence is in one range only.
+                            let h = unsafe { state.slice(i * len..(i + 1) * len) };
+                            // SAFETY: as above.
+                            unsafe { self.run(inputs, rows, group, h.as_chunks_mut().0, y) };
+                        }
                     }
                 },
             );

@@ -94,6 +94,8 @@ struct Sizes {
     heads: usize,
     headdim: usize,
     d_state: usize,
+    /// Whether sequences begin with a state, and leave one at their end.
+    carries: bool,
 }
 
 impl Sizes {
@@ -103,6 +105,11 @@ impl Sizes {
 
     fn chunks(&self) -> usize {
         self.seq.div_ceil(CHUNK)
+    }
+
+    /// The states of a sequence: at the start of each chunk, and at the end if it is carried on.
+    fn states(&self) -> usize {
+        self.chunks() + usize::from(self.carries)
     }
 
     /// The rows of a chunk, counted over all sequences.
@@ -115,9 +122,10 @@ impl Sizes {
         heads.start * self.headdim..heads.end * self.headdim
     }
 
-    /// Where the state `(N, columns)` of a part of the heads at a chunk's start lies.
+    /// Where the state `(N, columns)` of a part of the heads at a chunk's start lies; that behind the last chunk, if it is
+    /// carried on.
     fn state(&self, sequence: usize, chunk: usize, heads: &Range<usize>) -> Range<usize> {
-        let (index, columns) = (sequence * self.chunks() + chunk, self.columns(heads));
+        let (index, columns) = (sequence * self.states() + chunk, self.columns(heads));
         let start = index * self.d_state * self.inner();
         start + columns.start * self.d_state..start + columns.end * self.d_state
     }
@@ -138,7 +146,7 @@ impl Ssd<'_> {
     fn sizes(&self, inputs: &Inputs, seq: usize) -> Sizes {
         let heads = self.d.len();
         let (batch, headdim) = (inputs.x.rows() / seq, inputs.x.width() / heads);
-        Sizes { batch, seq, heads, headdim, d_state: inputs.b.width() }
+        Sizes { batch, seq, heads, headdim, d_state: inputs.b.width(), carries: false }
     }
 
     /// Step sizes, and their sums times `a` from the start of each chunk.
@@ -187,11 +195,25 @@ impl Ssd<'_> {
     /// # Shapes
     /// - `y`: `(B, S, H P)`, overwritten
     pub fn forward(&self, inputs: &Inputs, seq: usize, y: &mut [f32]) -> Tape {
-        let sizes = self.sizes(inputs, seq);
+        self.run(inputs, self.sizes(inputs, seq), None, y)
+    }
+
+    /// Advances by `seq` positions, as [`step`](Self::step) does by one.
+    ///
+    /// # Shapes
+    /// - `inputs`: of `B S` rows; `state`: `(B, H P, N)`, zeros at first; `y`: `(B, S, H P)`, overwritten
+    pub fn advance(&self, inputs: &Inputs, seq: usize, state: &mut [f32], y: &mut [f32]) {
+        let sizes = Sizes { carries: true, ..self.sizes(inputs, seq) };
+        self.run(inputs, sizes, Some(Shared::new(state)), y);
+    }
+
+    /// Runs sequences from zero states, or from those in `carried`, which become those at the ends.
+    fn run(&self, inputs: &Inputs, sizes: Sizes, carried: Option<Shared>, y: &mut [f32]) -> Tape {
+        let seq = sizes.seq;
         let (delta, logs) = self.steps(inputs, sizes);
         let cb = Self::products(inputs, sizes);
         // A sequence of one chunk starts from zeros, and its last state is nobody's start.
-        let kept = if sizes.chunks() > 1 { sizes.batch * sizes.chunks() * sizes.d_state * sizes.inner() } else { 0 };
+        let kept = if sizes.states() > 1 { sizes.batch * sizes.states() * sizes.d_state * sizes.inner() } else { 0 };
         let mut states = Buffer::take(kept);
         let pass = Forward {
             inputs,
@@ -209,8 +231,14 @@ impl Ssd<'_> {
             let (weights, wide, out) = (Buffer::take(CHUNK * CHUNK), Buffer::take(wide), Buffer::take(wide));
             let mut scratch = Scratch { weights, wide, out };
             for sequence in sequences {
+                if let Some(carried) = carried {
+                    pass.carry(sequence, &heads, 0, carried, |state, carried| *state = *carried);
+                }
                 for chunk in 0..sizes.chunks() {
                     pass.chunk(sequence, chunk, &heads, &mut scratch);
+                }
+                if let Some(carried) = carried {
+                    pass.carry(sequence, &heads, sizes.chunks(), carried, |state, carried| *carried = *state);
                 }
             }
         });
@@ -275,6 +303,30 @@ struct Scratch {
 }
 
 impl Forward<'_> {
+    /// Copies between the state `(N, columns)` of some heads at a chunk's start and that in `carried`, `(B, H P, N)`.
+    fn carry(
+        &self,
+        sequence: usize,
+        heads: &Range<usize>,
+        chunk: usize,
+        carried: Shared,
+        copy: impl Fn(&mut f32, &mut f32),
+    ) {
+        let (n, columns) = (self.sizes.d_state, self.sizes.columns(heads));
+        let first = (sequence * self.sizes.inner() + columns.start) * n;
+        // SAFETY: the states of these heads of this sequence are this task's alone, and taken once at a time.
+        let (state, carried) = unsafe {
+            (
+                self.states.slice(self.sizes.state(sequence, chunk, heads)),
+                carried.slice(first..first + columns.len() * n),
+            )
+        };
+        for (column, carried) in carried.chunks_exact_mut(n).enumerate() {
+            let state = state[column..].iter_mut().step_by(columns.len());
+            state.zip(carried).for_each(|(state, carried)| copy(state, carried));
+        }
+    }
+
     /// One chunk of a sequence, for some heads.
     fn chunk(&self, sequence: usize, chunk: usize, heads: &Range<usize>, scratch: &mut Scratch) {
         let sizes = self.sizes;
@@ -297,19 +349,20 @@ impl Forward<'_> {
             // SAFETY: the state of these heads of this sequence is this task's alone, and taken once at a time.
             unsafe { self.states.slice(sizes.state(sequence, chunk, heads)) }
         };
-        if chunk > 0 {
+        let starts_at_zero = chunk == 0 && !sizes.carries;
+        if !starts_at_zero {
             let c = self.inputs.c.mat(rows.clone(), 0..n);
             matmul(MatMut::new(wide, q, width), Update::Set, c, Mat::new(state(chunk), n, width), Threads::One);
         }
         vectorize(
             #[inline(always)]
-            || self.finish(&rows, heads, (chunk > 0).then_some(&*wide), out),
+            || self.finish(&rows, heads, (!starts_at_zero).then_some(&*wide), out),
         );
-        if chunk + 1 < sizes.chunks() {
+        if chunk + 1 < sizes.states() {
             let next = state(chunk + 1);
-            match chunk {
-                0 => next.fill(0.0),
-                _ => next.copy_from_slice(state(chunk)),
+            match starts_at_zero {
+                true => next.fill(0.0),
+                false => next.copy_from_slice(state(chunk)),
             }
             vectorize(
                 #[inline(always)]

@@ -101,21 +101,24 @@ fn fused_equals_composed() {
 }
 
 #[test]
-fn steps_give_forward() {
-    let (batch, seq, channels, d_state) = (2, 5, 19, 3);
+fn steps_and_longer_pieces_give_forward() {
+    let (batch, seq, channels, d_state) = (2, 75, 19, 3);
     let layer = Packed::new(channels, d_state).1;
     let (kernel, dim) = (layer.kernel(), layer.dim());
     let packed = noise(batch * seq * dim, 1);
     let mut want = vec![f32::NAN; batch * seq * channels];
     kernel.forward(&layer.inputs(&packed, &layer.split(&packed)), seq, &mut want);
-    let mut state = vec![0.0; batch * kernel.state_len()];
-    for t in 0..seq {
-        let at = |v: &[f32], width: usize| -> Vec<f32> {
-            (0..batch).flat_map(|b| v[(b * seq + t) * width..][..width].to_vec()).collect()
-        };
-        let (now, mut y) = (at(&packed, dim), vec![f32::NAN; batch * channels]);
-        kernel.step(&layer.inputs(&now, &layer.split(&now)), &mut state, &mut y);
-        assert_close("step", &y, &at(&want, channels), 1e-6);
+    for pieces in [vec![1; seq], vec![1, 33, 2, 39]] {
+        let (mut state, mut first) = (vec![0.0; batch * kernel.state_len()], 0);
+        for len in pieces {
+            let at = |v: &[f32], width: usize| -> Vec<f32> {
+                (0..batch).flat_map(|b| v[(b * seq + first) * width..][..len * width].to_vec()).collect()
+            };
+            let (now, mut y) = (at(&packed, dim), vec![f32::NAN; batch * len * channels]);
+            kernel.advance(&layer.inputs(&now, &layer.split(&now)), len, &mut state, &mut y);
+            assert_close(&format!("{len} from {first} on"), &y, &at(&want, channels), 1e-6);
+            first += len;
+        }
     }
 }
 

@@ -101,21 +101,27 @@ fn fused_equals_composed() {
 }
 
 #[test]
-fn steps_give_forward() {
-    let (batch, seq, heads, headdim, d_state) = (2, 67, 3, 5, 4);
+fn steps_and_longer_pieces_give_forward() {
+    let (batch, seq, heads, headdim, d_state) = (2, 150, 3, 5, 4);
     let layer = Packed::new(heads, headdim, d_state).1;
     let (dim, inner) = (layer.dim(), layer.inner);
     let packed = noise(batch * seq * dim, 1);
     let mut want = vec![f32::NAN; batch * seq * inner];
     layer.run(|ssd| ssd.forward(&layer.inputs(&packed), seq, &mut want));
-    let mut state = vec![0.0; batch * inner * d_state];
-    for t in 0..seq {
-        let at = |v: &[f32], width: usize| -> Vec<f32> {
-            (0..batch).flat_map(|b| v[(b * seq + t) * width..][..width].to_vec()).collect()
-        };
-        let mut y = vec![f32::NAN; batch * inner];
-        layer.run(|ssd| ssd.step(&layer.inputs(&at(&packed, dim)), &mut state, &mut y));
-        assert_close("step", &y, &at(&want, inner), 5e-6);
+    for pieces in [vec![1; seq], vec![1, 1, 66, 64, 1, 17], vec![150]] {
+        let (mut state, mut first) = (vec![0.0; batch * inner * d_state], 0);
+        for len in pieces {
+            let at = |v: &[f32], width: usize| -> Vec<f32> {
+                (0..batch).flat_map(|b| v[(b * seq + first) * width..][..len * width].to_vec()).collect()
+            };
+            let (now, mut y) = (at(&packed, dim), vec![f32::NAN; batch * len * inner]);
+            layer.run(|ssd| match len {
+                1 => ssd.step(&layer.inputs(&now), &mut state, &mut y),
+                _ => ssd.advance(&layer.inputs(&now), len, &mut state, &mut y),
+            });
+            assert_close(&format!("{len} from {first} on"), &y, &at(&want, inner), 1e-5);
+            first += len;
+        }
     }
 }
 
