@@ -169,35 +169,54 @@ fn runs_remember_where_patches_end_and_refuse_another_small_model() {
     let last = |run: &Path| losses(run).lines().last().map(String::from);
     assert_eq!(last(&parts), last(&first));
 
+    // From elsewhere too, and with a copy of the small model.
+    let elsewhere = folder.path().join("elsewhere");
+    fs::create_dir(&elsewhere).unwrap();
+    let run = first.to_str().unwrap();
+    let generate = |from: &Path| mblm(from, &["generate", run, "--prompt", "1 times", "--max-bytes", "5"]);
+    assert_eq!(generate(&elsewhere).1, generate(folder.path()).1);
+    let copy = folder.path().join("runs/copy");
+    fs::rename(folder.path().join("runs/small"), &copy).unwrap();
+    let set = "params.patching[0].model=runs/copy";
+    let (code, _, error) = mblm(folder.path(), &["train", "--resume", run, "--set", set]);
+    std::os::unix::fs::symlink(&copy, folder.path().join("runs/small")).unwrap();
+    assert!(code == 0 && error.contains("batches are trained"), "{error}");
+
+    // The small model may be trained further, if its checkpoint stays.
     let config = fs::read_to_string(first.join("config.yaml")).unwrap();
     let sum = config.lines().find_map(|line| line.trim().strip_prefix("weights: ")).expect("the run names the weights");
-    fs::remove_dir_all(folder.path().join("runs/small")).unwrap();
-    let run = first.to_str().unwrap();
-    let (code, _, error) = mblm(folder.path(), &["generate", run, "--prompt", "1 times", "--max-bytes", "5"]);
+    let more = ["--set", "train.target_elements=80000", "--set", "io.num_models_to_save=4", "--force"];
+    let (code, _, error) = mblm(folder.path(), &[&["train", "--resume", "runs/copy"], &more[..]].concat());
+    assert_eq!(code, 0, "{error}");
+    assert_eq!(generate(folder.path()).0, 0);
+
+    fs::remove_file(folder.path().join("runs/small")).unwrap();
+    let (code, _, error) = generate(folder.path());
     assert!(
-        code != 0 && error.contains("model: expected the folder of a run, but runs/small does not exist"),
+        code != 0 && error.contains("model: expected the folder of a run, but \"runs/small\" does not exist"),
         "{error}"
     );
     small(folder.path(), BLOCKS[0], "small", 50_000);
     let (code, _, error) = mblm(folder.path(), &["train", "--resume", run]);
-    assert!(
-        code != 0 && error.contains("whose weights have the sum") && error.contains(sum.trim_matches('\'')),
-        "{error}"
-    );
+    assert!(code != 0 && error.contains("whose weights have the sum") && error.contains(sum), "{error}");
 }
 
 #[test]
 fn what_is_no_small_model_is_refused() {
     let folder = workplace(BLOCKS[0]);
-    let (large, _) = train(folder.path(), "large.yaml", &[]);
-    fs::rename(large, folder.path().join("runs/large")).unwrap();
+    for (name, rule) in [("large", "fixed"), ("itself", "{patching_type: entropy, model: runs/small, threshold: 2}")] {
+        let (run, _) = train(folder.path(), "large.yaml", &[&format!("params.patching={rule}")]);
+        fs::rename(run, folder.path().join("runs").join(name)).unwrap();
+    }
     let refused = |fields: &str, more: &[&str], want: &str| {
         let rule = format!("params.patching={{patching_type: entropy, {fields}}}");
         let (code, _, error) = mblm(folder.path(), &[&["check", "large.yaml", "--set", &rule], more].concat());
         assert!(code != 0 && error.contains(want), "{fields}: {error}");
     };
-    refused("model: runs/none, threshold: 1", &[], "runs/none does not exist");
+    refused("model: runs/none, threshold: 1", &[], "\"runs/none\" does not exist");
+    refused("model: '', threshold: 1", &[], "\"\" does not exist");
     refused("model: runs/large, threshold: 1", &[], "expected a model with one stage, found 2 stages");
+    refused("model: runs/itself, threshold: 1", &[], "expected a model with one stage, found 2 stages");
     refused("model: text.txt, threshold: 1", &[], "params.patching.model: ");
     refused("model: runs/small", &[], "expected either threshold or jump, found neither");
     refused("model: runs/small, threshold: 1, jump: 1", &[], "expected either threshold or jump, found both");

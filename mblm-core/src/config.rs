@@ -1,5 +1,6 @@
 //! The model's configuration. Its fields are those of the Python package.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use mblm_sdk::block::{MAX_LAYERS, MAX_WIDTH, PosEmb, StageBlock};
@@ -92,7 +93,8 @@ impl MblmConfig {
         let numbers: Numbers = document.section(path)?;
         let section = Section { document, path };
         section.check_numbers(&numbers)?;
-        let model = RuleModel { num_tokens: numbers.num_tokens, registry };
+        let folder = Path::new(document.name()).parent().unwrap_or(Path::new(""));
+        let model = RuleModel { num_tokens: numbers.num_tokens, registry, folder };
         let patching = patching::registry::parse(document, &join(path, "patching"), &numbers.seq_lens, &model)?;
         let blocks = section.blocks(&numbers.hidden_dims, registry)?;
         let Numbers { num_tokens, pad_token_id, hidden_dims, num_layers, seq_lens, train_checkpoint_chunks } = numbers;

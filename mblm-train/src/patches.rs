@@ -13,6 +13,8 @@ const BYTES: u64 = 4 << 20;
 
 /// Above this share of patches that end only because they are full, a rule does not fit the data.
 const MOSTLY_FULL: f64 = 0.9;
+/// Below so many bytes, the stages above run for nearly every byte.
+const SHORT: f64 = 1.5;
 
 /// The lengths of patches in some sequences of a data set.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -52,13 +54,17 @@ impl PatchLengths {
 
     /// What is wrong with the rule for these data.
     pub fn warning(&self) -> Option<String> {
-        (self.full > MOSTLY_FULL).then(|| {
-            format!(
-                "params.patching: {:.0}% of the patches end because they are full, not by the rule; another rule may fit these \
-                 data better",
-                100.0 * self.full
-            )
-        })
+        match (100.0 * self.full, self.mean()) {
+            (full, _) if self.full > MOSTLY_FULL => Some(format!(
+                "params.patching: {full:.0}% of the patches end because they are full, not by the rule; another rule may fit these \
+                 data better"
+            )),
+            (_, mean) if mean < SHORT => Some(format!(
+                "params.patching: patches have {mean:.2} bytes on average, so that the stages above run for nearly every byte; \
+                 another rule may fit these data better"
+            )),
+            _ => None,
+        }
     }
 }
 

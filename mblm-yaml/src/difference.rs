@@ -9,7 +9,7 @@ use crate::error::describe;
 const TAG: &str = "block_type";
 
 /// Longer lists are not written out.
-const MAX_SHOWN: usize = 60;
+const MAX_SHOWN: usize = 120;
 
 /// A line for each field of two values that differs: `train.batch_size: 8, now 16`.
 pub fn differences(old: &Value, new: &Value) -> Vec<String> {

@@ -156,7 +156,10 @@ fn read_run(path: &Path, run: &RunFolder, args: &Args, plugins: &Plugins) -> Res
     if !args.allow_plugin_change {
         state.check_plugins(&config.plugins())?;
     }
-    let before = read(&checkpoint.config_yaml()?, &checkpoint.path().join("config.yaml"), &[])?;
+    // A small model that was moved is looked for where it is now.
+    let places: Vec<String> =
+        assignments.into_iter().filter(|set| set.starts_with("params.patching") && set.contains(".model=")).collect();
+    let before = read(&checkpoint.config_yaml()?, &checkpoint.path().join("config.yaml"), &places)?;
     let mut changes = before.differences(&config)?;
     // Allowed: training says whether the device is another one than the checkpoint's.
     changes.retain(|change| !change.starts_with("train.device:"));

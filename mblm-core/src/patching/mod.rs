@@ -27,6 +27,7 @@ pub mod registry;
 mod rules;
 
 use std::fmt::Debug;
+use std::path::Path;
 
 pub use cutter::{Cutter, Following};
 use mblm_sdk::block::FieldError;
@@ -108,4 +109,6 @@ pub struct RuleModel<'a> {
     pub num_tokens: usize,
     /// The blocks that it is built from.
     pub registry: &'a BlockRegistry,
+    /// The folder of its configuration's file.
+    pub folder: &'a Path,
 }

@@ -153,7 +153,7 @@ mod tests {
     #[test]
     fn sets_without_a_byte_or_beyond_ascii_are_refused() {
         let registry = crate::registry::BlockRegistry::builtin().unwrap();
-        let model = RuleModel { num_tokens: 256, registry: &registry };
+        let model = RuleModel { num_tokens: 256, registry: &registry, folder: std::path::Path::new("") };
         let message = |bytes| Delimiters { bytes, max_patch: None }.validate(&model).unwrap_err().message;
         assert_eq!(message(ByteSet::Numbers(vec![])), "expected at least one byte, found none");
         assert!(message(ByteSet::Characters("é".into())).contains("found \"é\""));

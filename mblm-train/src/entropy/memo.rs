@@ -1,13 +1,16 @@
 //! Where the patches of sequences end by the rule `entropy`, remembered from one epoch and one run to the next: an entry for
 //! every sequence, in memory and in a file of the small model's run.
 //!
+//! An entry is found by the beginning of its sequence: by as many ids as the largest power of two that is not above its length.
+//! So a sequence is found at the start of longer ones, in a time that does not depend on how many sequences begin alike.
+//!
 //! The file is a row of records, each written at once and so by several processes side by side:
-//! `length (u32), first (u64), all (u128), ceil(length / 8) bytes of bits, CRC-32C (u32)`, all little-endian. `first` and `all`
-//! are the beginnings of the SHA-256 of the first ids and of all ids, each id as a u32.
+//! `length (u32), beginning (u64), all (u128), ceil(length / 8) bytes of bits, CRC-32C (u32)`, all little-endian. `beginning` and
+//! `all` are the first bytes of the SHA-256 of the beginning and of all ids, each id as a u32.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::fs::{self, File, OpenOptions};
-use std::io::Write;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
@@ -18,12 +21,10 @@ use super::small::Small;
 use crate::checkpoint;
 use crate::journal::crc32c::crc32c;
 
-/// By so many ids an entry is found.
-const FIRST: usize = 64;
 /// No more than this is kept in memory and in the file: the sequences of about five times as many bytes.
 const MOST_BYTES: u64 = 1 << 30;
 /// Changes when anything does on which the ends depend, or the form of the file.
-const VERSION: &str = "mblm patches 1";
+const VERSION: &str = "mblm patches 2";
 
 static MEMOS: Mutex<Vec<&'static Memo>> = Mutex::new(Vec::new());
 
@@ -36,7 +37,10 @@ pub(super) struct Memo {
 
 #[derive(Default)]
 struct Kept {
-    entries: HashMap<u64, Vec<Entry>>,
+    /// The lengths of the sequences with a beginning.
+    lens: HashMap<u64, BTreeSet<u32>>,
+    /// By all ids.
+    entries: HashMap<u128, Box<[u8]>>,
     bytes: u64,
     file: Option<File>,
 }
@@ -44,6 +48,7 @@ struct Kept {
 /// One sequence.
 struct Entry {
     len: u32,
+    beginning: u64,
     all: u128,
     bits: Box<[u8]>,
 }
@@ -68,13 +73,16 @@ impl Memo {
         memo
     }
 
-    /// Whether a patch ends after each of the first of `ids`: of as many as a sequence has that begins like them.
+    /// Whether a patch ends after each of the first of `ids`: of as many as the longest sequence has that they begin with.
     pub(super) fn find(&self, ids: &[u32]) -> Option<Vec<bool>> {
         let kept = self.lock();
-        let entries = kept.entries.get(&first(ids))?;
-        let is_it = |entry: &&Entry| ids.get(..entry.len as usize).is_some_and(|ids| all(ids) == entry.all);
-        let Entry { len, bits, .. } = entries.iter().filter(is_it).max_by_key(|entry| entry.len)?;
-        Some((0..*len as usize).map(|i| bits[i / 8] >> (i % 8) & 1 == 1).collect())
+        let powers = (0..usize::BITS).map(|n| 1usize << n).take_while(|len| *len <= ids.len());
+        powers.collect::<Vec<_>>().into_iter().rev().find_map(|len| {
+            let lens = kept.lens.get(&start(&ids[..len]))?;
+            let found = |&len: &u32| Some((len, kept.entries.get(&all(ids.get(..len as usize)?))?));
+            let (len, bits) = lens.iter().rev().find_map(found)?;
+            Some((0..len as usize).map(|i| bits[i / 8] >> (i % 8) & 1 == 1).collect())
+        })
     }
 
     /// Remembers where the patches of a sequence end.
@@ -84,7 +92,8 @@ impl Memo {
         }
         let mut bits = vec![0; ids.len().div_ceil(8)];
         ends.iter().enumerate().filter(|(_, ends)| **ends).for_each(|(i, _)| bits[i / 8] |= 1 << (i % 8));
-        self.lock().keep(first(ids), Entry { len: ids.len() as u32, all: all(ids), bits: bits.into() });
+        let beginning = start(&ids[..1 << ids.len().ilog2()]);
+        self.lock().keep(Entry { len: ids.len() as u32, beginning, all: all(ids), bits: bits.into() });
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Kept> {
@@ -99,13 +108,12 @@ impl Kept {
         let mut kept = Kept::default();
         if let Ok(bytes) = fs::read(path) {
             let mut rest = &bytes[..];
-            while let Some((first, entry, after)) = Entry::read(rest) {
-                kept.insert(first, entry);
+            while let Some((entry, after)) = Entry::read(rest) {
+                kept.insert(entry);
                 rest = after;
             }
             if !rest.is_empty() {
-                // Another process may still write to the damaged one.
-                let _ = fs::remove_file(path);
+                let _ = replace(path, &bytes[..bytes.len() - rest.len()]);
             }
         }
         let create = || {
@@ -116,49 +124,54 @@ impl Kept {
         kept
     }
 
-    fn keep(&mut self, first: u64, entry: Entry) {
-        if self.bytes >= MOST_BYTES {
+    fn keep(&mut self, entry: Entry) {
+        if self.bytes >= MOST_BYTES || self.entries.contains_key(&entry.all) {
             return;
         }
-        let known = self.entries.get(&first).is_some_and(|all| all.iter().any(|old| old.all == entry.all));
-        if known {
-            return;
-        }
-        let written = self.file.as_mut().map(|file| file.write_all(&entry.record(first)));
+        let written = self.file.as_mut().map(|file| file.write_all(&entry.record()));
         if written.is_some_and(|written| written.is_err()) {
             self.file = None;
         }
-        self.insert(first, entry);
+        self.insert(entry);
     }
 
-    fn insert(&mut self, first: u64, entry: Entry) {
+    fn insert(&mut self, entry: Entry) {
         self.bytes += (entry.bits.len() + size_of::<Entry>()) as u64;
-        self.entries.entry(first).or_default().push(entry);
+        self.lens.entry(entry.beginning).or_default().insert(entry.len);
+        self.entries.insert(entry.all, entry.bits);
     }
 }
 
+/// Puts a file with `bytes` in the place of a damaged one, to which another process may still write.
+fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let folder = path.parent().unwrap_or(Path::new(""));
+    let mut whole = tempfile::NamedTempFile::new_in(folder)?;
+    whole.write_all(bytes)?;
+    whole.persist(path)?;
+    Ok(())
+}
+
 impl Entry {
-    fn record(&self, first: u64) -> Vec<u8> {
-        let mut record =
-            [&self.len.to_le_bytes()[..], &first.to_le_bytes(), &self.all.to_le_bytes(), &self.bits].concat();
+    fn record(&self) -> Vec<u8> {
+        let (len, beginning, all) = (self.len.to_le_bytes(), self.beginning.to_le_bytes(), self.all.to_le_bytes());
+        let mut record = [&len[..], &beginning, &all, &self.bits].concat();
         let sum = crc32c(&record);
         record.extend_from_slice(&sum.to_le_bytes());
         record
     }
 
     /// The record at the start of `bytes`, and what follows it; none if it is damaged or cut off.
-    fn read(bytes: &[u8]) -> Option<(u64, Self, &[u8])> {
+    fn read(bytes: &[u8]) -> Option<(Self, &[u8])> {
         let (len, rest) = bytes.split_first_chunk()?;
-        let (first, rest) = rest.split_first_chunk()?;
+        let (beginning, rest) = rest.split_first_chunk()?;
         let (all, rest) = rest.split_first_chunk()?;
         let len = u32::from_le_bytes(*len);
         let (bits, rest) = rest.split_at_checked(len.div_ceil(8) as usize)?;
         let (sum, rest) = rest.split_first_chunk()?;
         let body = &bytes[..bytes.len() - rest.len() - sum.len()];
-        (u32::from_le_bytes(*sum) == crc32c(body)).then(|| {
-            let entry = Entry { len, all: u128::from_le_bytes(*all), bits: bits.into() };
-            (u64::from_le_bytes(*first), entry, rest)
-        })
+        let (beginning, all) = (u64::from_le_bytes(*beginning), u128::from_le_bytes(*all));
+        let entry = Entry { len, beginning, all, bits: bits.into() };
+        (u32::from_le_bytes(*sum) == crc32c(body)).then_some((entry, rest))
     }
 }
 
@@ -169,16 +182,18 @@ fn folder(checkpoint: &Path) -> Option<PathBuf> {
 }
 
 fn file_name(small: &Small, cut: Criterion) -> String {
-    let rule = format!("{VERSION} {} {} {cut:?}", small.sum(), small.window());
-    format!("{:016x}.ends", u64::from_le_bytes(start(&Sha256::digest(rule))))
+    let rule = format!("{VERSION} {} {cut:?}", small.sum());
+    format!("{:016x}.ends", u64::from_le_bytes(first_of(&Sha256::digest(rule))))
 }
 
-fn first(ids: &[u32]) -> u64 {
-    u64::from_le_bytes(start(&hash(&ids[..ids.len().min(FIRST)])))
+/// Of the ids of a beginning.
+fn start(ids: &[u32]) -> u64 {
+    u64::from_le_bytes(first_of(&hash(ids)))
 }
 
+/// Of the ids of a whole sequence.
 fn all(ids: &[u32]) -> u128 {
-    u128::from_le_bytes(start(&hash(ids)))
+    u128::from_le_bytes(first_of(&hash(ids)))
 }
 
 fn hash(ids: &[u32]) -> impl AsRef<[u8]> + use<> {
@@ -186,10 +201,10 @@ fn hash(ids: &[u32]) -> impl AsRef<[u8]> + use<> {
     Sha256::digest(bytes)
 }
 
-fn start<const N: usize>(hash: &impl AsRef<[u8]>) -> [u8; N] {
-    let mut start = [0; N];
-    start.copy_from_slice(&hash.as_ref()[..N]);
-    start
+fn first_of<const N: usize>(hash: &impl AsRef<[u8]>) -> [u8; N] {
+    let mut first = [0; N];
+    first.copy_from_slice(&hash.as_ref()[..N]);
+    first
 }
 
 #[cfg(test)]
@@ -230,15 +245,35 @@ mod tests {
     }
 
     #[test]
-    fn a_damaged_file_begins_anew() {
+    fn sequences_of_any_length_are_found_and_the_longest_first() {
+        let folder = tempfile::tempdir().unwrap();
+        let memo = memo(&folder.path().join("x.ends"));
+        let zeros = vec![0; 300];
+        for len in [1, 5, 7, 100, 120] {
+            memo.keep(&zeros[..len], &ends(&zeros[..len]));
+            assert_eq!(memo.find(&zeros), Some(ends(&zeros[..len])), "{len}");
+        }
+        assert_eq!(memo.find(&zeros[..119]), Some(ends(&zeros[..100])));
+        assert_eq!(memo.find(&zeros[..4]), Some(ends(&zeros[..1])));
+        assert_eq!((memo.find(&[1, 0, 0]), memo.find(&[])), (None, None));
+    }
+
+    #[test]
+    fn of_a_damaged_file_what_is_whole_is_kept() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("x.ends");
-        let a = sequence(1, 80);
+        let (a, b) = (sequence(1, 80), sequence(2, 80));
         memo(&path).keep(&a, &ends(&a));
         let whole = fs::read(&path).unwrap();
-        fs::write(&path, [&whole[..], &whole[..7]].concat()).unwrap();
-        assert_eq!(memo(&path).find(&a), Some(ends(&a)), "what is whole is read");
-        assert_eq!(fs::read(&path).unwrap().len(), 0);
+        memo(&path).keep(&b, &ends(&b));
+        let both = fs::read(&path).unwrap();
+        fs::write(&path, &both[..both.len() - 7]).unwrap();
+        for _ in 0..2 {
+            assert_eq!((memo(&path).find(&a), memo(&path).find(&b)), (Some(ends(&a)), None));
+            assert_eq!(fs::read(&path).unwrap(), whole);
+        }
+        memo(&path).keep(&b, &ends(&b));
+        assert_eq!(fs::read(&path).unwrap(), both);
         fs::write(&path, [&whole[..9], b"x", &whole[10..]].concat()).unwrap();
         assert_eq!(memo(&path).find(&a), None);
     }

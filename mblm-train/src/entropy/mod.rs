@@ -30,7 +30,8 @@ mblm_core::register_patching!(Entropy, name = "entropy");
 #[serde(deny_unknown_fields)]
 pub struct Entropy {
     /// The small model: the run folder of a trained model with one stage, or one of its checkpoints. Of a run, the checkpoint
-    /// with the lowest validation loss is used. A relative path starts at the current directory.
+    /// with the lowest validation loss is used, or the one with the sum `weights`. A relative path starts at the current
+    /// directory, or else at one of the folders around the configuration file.
     pub model: PathBuf,
     /// A patch ends where the entropy of the next byte is above this many bits.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -44,7 +45,8 @@ pub struct Entropy {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1))]
     pub max_patch: Option<usize>,
-    /// The first 16 digits of the SHA-256 of the small model's weights. A run fills it in, so that another model is refused.
+    /// The sum of the small model's weights and fields, `sha256:` and 16 digits. A run fills it in, so that another model is
+    /// refused.
     #[serde(default, serialize_with = "write_sum", deserialize_with = "read_sum")]
     #[schemars(with = "Option<String>")]
     pub weights: OnceLock<String>,
@@ -112,26 +114,35 @@ impl Entropy {
 
     fn load(&self, model: &RuleModel) -> Result<Loaded, FieldError> {
         let cut = self.criterion()?;
-        let small = Small::load(&self.model, model.registry).map_err(|message| FieldError::new("model", message))?;
+        let wanted = self.weights.get().map(String::as_str);
+        let small = Small::load(&self.model, model, wanted).map_err(|message| FieldError::new("model", message))?;
         let (found, wanted) = (small.num_tokens(), model.num_tokens);
         if found != wanted {
             let message = format!(
-                "{} has a vocabulary of {found} tokens, but params.num_tokens is {wanted}; expected a model of the same vocabulary",
-                self.model.display()
+                "{:?} has a vocabulary of {found} tokens, but params.num_tokens is {wanted}; expected a model of the same vocabulary",
+                self.model
             );
             return Err(FieldError::new("model", message));
         }
         let sum = self.weights.get_or_init(|| small.sum().into());
         if sum != small.sum() {
             let message = format!(
-                "expected the model with which patches were cut so far, whose weights have the sum {sum}, but those of {} have the \
-                 sum {}; restore them, or remove `weights` for a new model",
-                self.model.display(),
-                small.sum()
+                "expected the model with which patches were cut so far, whose weights have the sum {sum:?}, but no checkpoint of \
+                 {:?} has it: it was trained further, or is another run; restore the checkpoint, or begin a new run",
+                self.model
             );
             return Err(FieldError::new("weights", message));
         }
         Ok(Loaded { small, cut, memo: Memo::of(small, cut) })
+    }
+}
+
+/// Removes what does not matter from `patching`, rules as they are written: a model whose weights are known may lie anywhere.
+pub(crate) fn forget_places(patching: &mut serde_yaml::Value) {
+    for rule in patching.as_sequence_mut().into_iter().flatten().filter_map(|rule| rule.as_mapping_mut()) {
+        if rule.get("weights").is_some_and(|sum| !sum.is_null()) {
+            rule.remove("model");
+        }
     }
 }
 
@@ -186,6 +197,7 @@ impl<'a> Ends<'a> {
     /// Computes one more window.
     fn compute(&mut self) -> Result<(), Error> {
         let Loaded { small, cut, .. } = self.rule;
+        small.say_that_it_takes_time();
         if !self.is_new {
             // The sequence goes on where what was remembered ends.
             self.known.clear();

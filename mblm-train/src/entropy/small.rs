@@ -1,20 +1,27 @@
 //! The small model of the rule `entropy`, which is loaded once per process, and the entropies of its predictions.
 
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, OnceLock};
+use std::time::{Duration, Instant};
 
 use candle_core::{Device, Tensor};
+use mblm_base::terminal;
 use mblm_core::error::{Error, Result};
 use mblm_core::model::Mblm;
+use mblm_core::patching::RuleModel;
 use mblm_core::registry::BlockRegistry;
 use mblm_core::{Mode, transfer};
 use mblm_yaml::Document;
+use sha2::{Digest, Sha256};
 
-use crate::checkpoint::{self, Checkpoint, Which};
-use crate::config::{ModelConfig, RunConfig};
+use crate::checkpoint::{self, Checkpoint, Shelf, Which};
+use crate::config::RunConfig;
 
-/// Digits of the weights' SHA-256 that tell models apart.
+/// Digits of the SHA-256 that tell models apart.
 const DIGITS: usize = 16;
+/// After so long, what is waited for is said.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// All that were loaded. They live as long as the process, like the decoders that read them.
 static LOADED: Mutex<Vec<&'static Small>> = Mutex::new(Vec::new());
@@ -34,25 +41,28 @@ impl std::fmt::Debug for Small {
 }
 
 impl Small {
-    /// The model of the run or checkpoint at `path`.
+    /// The model of the run or checkpoint at `path`: of a run, the checkpoint whose sum is `wanted`, or else the best one.
     ///
     /// # Errors
     /// There is no such run, or its model has several stages, or is an encoder.
-    pub(super) fn load(path: &Path, registry: &BlockRegistry) -> std::result::Result<&'static Self, String> {
-        if !path.exists() {
-            return Err(format!(
-                "expected the folder of a run, but {} does not exist; train a model with one stage first, or restore the folder",
-                path.display()
-            ));
-        }
-        let found = checkpoint::find(path, Which::Best).or_else(|_| checkpoint::find(path, Which::Newest));
-        let checkpoint = found.map_err(|error| error.to_string())?;
-        let sum: String = checkpoint.weights_sum().chars().take(DIGITS).collect();
+    pub(super) fn load(
+        path: &Path,
+        large: &RuleModel,
+        wanted: Option<&str>,
+    ) -> std::result::Result<&'static Self, String> {
+        let path = resolve(path, large.folder).ok_or_else(|| {
+            format!(
+                "expected the folder of a run, but {path:?} does not exist, neither in the current directory nor in a folder \
+                 around {:?}; train a model with one stage first, or restore the folder",
+                large.folder
+            )
+        })?;
+        let (checkpoint, sum) = choose(&path, wanted).map_err(|error| error.to_string())?;
         let mut loaded = LOADED.lock().unwrap_or_else(|poison| poison.into_inner());
         if let Some(small) = loaded.iter().find(|small| small.sum == sum && small.checkpoint == checkpoint.path()) {
             return Ok(small);
         }
-        let small: &'static Small = Box::leak(Box::new(Self::read(&checkpoint, sum, registry)?));
+        let small: &'static Small = Box::leak(Box::new(Self::read(&checkpoint, sum, large.registry)?));
         loaded.push(small);
         Ok(small)
     }
@@ -62,28 +72,43 @@ impl Small {
         let name = path.join("config.yaml").display().to_string();
         let yaml = checkpoint.config_yaml().map_err(|error| error.to_string())?;
         let document = Document::parse(&yaml, &name).map_err(|error| error.to_string())?;
+        // Before a rule of that model is read, which could name this one.
+        if let Some(lens) =
+            document.get("params.seq_lens").and_then(|lens| lens.as_sequence()).filter(|lens| lens.len() != 1)
+        {
+            return Err(format!("{name}: expected a model with one stage, found {} stages", lens.len()));
+        }
+        if document.get("params.mblm_config").is_some() {
+            return Err(format!("{name}: expected a model that predicts bytes, found an encoder"));
+        }
         let config = RunConfig::from_document(&document, registry).map_err(|error| error.to_string())?;
-        let model = match &config.params.model {
-            ModelConfig::Encoder(_) => {
-                return Err(format!("{name}: expected a model that predicts bytes, found an encoder"));
-            }
-            ModelConfig::Generative(model) if model.num_stages() > 1 => {
-                return Err(format!("{name}: expected a model with one stage, found {} stages", model.num_stages()));
-            }
-            ModelConfig::Generative(model) => model,
-        };
+        let (window, hierarchy) = (config.params.input_seq_len, config.params.model.hierarchy());
+        if window < 2 {
+            return Err(format!("{name}: expected an input_seq_len of at least 2, found {window}"));
+        }
         let load = || -> crate::Result<Mblm> {
-            let state = checkpoint.state()?;
-            state.check_plugins(&config.plugins())?;
-            let model = Mblm::new(model, 0)?;
+            checkpoint.state()?.check_plugins(&config.plugins())?;
+            let model = Mblm::new(hierarchy, 0)?;
             model.params().load(&checkpoint.weights()?)?;
             Ok(model)
         };
         let model = load().map_err(|error| error.to_string())?;
-        Ok(Small { model, checkpoint: path.into(), sum, window: config.params.input_seq_len.max(2) })
+        Ok(Small { model, checkpoint: path.into(), sum, window })
     }
 
-    /// The first digits of the sum of its weights.
+    /// Says once what the program waits for, if it waits.
+    pub(super) fn say_that_it_takes_time(&self) {
+        static BEGUN: OnceLock<Instant> = OnceLock::new();
+        static SAID: AtomicBool = AtomicBool::new(false);
+        if BEGUN.get_or_init(Instant::now).elapsed() > PATIENCE && !SAID.swap(true, Ordering::Relaxed) {
+            terminal::line(format!(
+                "patches: {} reads the data, to find where patches end; the next run with these data will know",
+                self.checkpoint.display()
+            ));
+        }
+    }
+
+    /// What tells it from other models.
     pub(super) fn sum(&self) -> &str {
         &self.sum
     }
@@ -158,6 +183,38 @@ impl Small {
             false => Err(Error::NotFinite(format!("the entropy of the model {} is {bits}", self.checkpoint.display()))),
         }
     }
+}
+
+/// The folder that `path` names: from the current directory, or from one of the folders around `folder`.
+fn resolve(path: &Path, folder: &Path) -> Option<PathBuf> {
+    if path.as_os_str().is_empty() {
+        return None;
+    }
+    let around = std::path::absolute(folder).unwrap_or_default();
+    let around = around.ancestors().map(|folder| folder.join(path));
+    std::iter::once(path.to_path_buf()).chain(around).find(|path| path.exists())
+}
+
+/// The checkpoint of `path` with the sum `wanted`; if there is none, the best one. And its sum.
+fn choose(path: &Path, wanted: Option<&str>) -> crate::Result<(Checkpoint, String)> {
+    if let (Some(wanted), Ok(shelf)) = (wanted, Shelf::of_run(path)) {
+        let readable =
+            shelf.list()?.into_iter().rev().filter_map(|path| Checkpoint::open(&path).and_then(with_sum).ok());
+        if let Some(found) = readable.into_iter().find(|(_, sum)| sum == wanted) {
+            return Ok(found);
+        }
+    }
+    with_sum(checkpoint::find(path, Which::Best).or_else(|_| checkpoint::find(path, Which::Newest))?)
+}
+
+/// The sum of a model's weights and of the fields that say how they are used.
+fn with_sum(checkpoint: Checkpoint) -> crate::Result<(Checkpoint, String)> {
+    let yaml = checkpoint.config_yaml()?;
+    let config: serde_yaml::Value = serde_yaml::from_str(&yaml).unwrap_or_default();
+    let params = serde_json::to_string(&config.get("params")).unwrap_or_default();
+    let sum = Sha256::new().chain_update(checkpoint.weights_sum()).chain_update(params).finalize();
+    let digits: String = sum.iter().map(|byte| format!("{byte:02x}")).collect();
+    Ok((checkpoint, format!("sha256:{}", &digits[..DIGITS])))
 }
 
 /// `-Σ p log2 p` of `p = softmax(logits)`.

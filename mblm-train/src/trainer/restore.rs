@@ -8,6 +8,7 @@ use mblm_data::files::record::DataRecord;
 use super::Trainer;
 use crate::checkpoint::{Checkpoint, Sizes, TrainState, Window};
 use crate::config::{LossAverage, RunConfig, TrainSection};
+use crate::entropy::forget_places;
 use crate::error::{Error, Result};
 use crate::trainer::plan::RunPlan;
 use crate::trainer::schedule::Schedule;
@@ -227,21 +228,23 @@ pub(super) fn check_optimizer(checkpoint: &Checkpoint, before: &Sizes, now: &Tra
 /// Refuses weights that were trained with patches cut by another rule.
 pub(super) fn check_patching(checkpoint: &Checkpoint, before: &Sizes, now: &RunConfig) -> Result<()> {
     let rules = &now.params.model.hierarchy().patching;
-    let now = match now.params.model.hierarchy().is_fixed() {
+    let mut before = before.patching().clone();
+    let mut now = match now.params.model.hierarchy().is_fixed() {
         true => serde_yaml::Value::Null,
         false => rules.iter().map(|rule| serde_yaml::to_value(&**rule).unwrap_or_default()).collect(),
     };
+    [&mut before, &mut now].into_iter().for_each(forget_places);
     let shown = |rules: &serde_yaml::Value| match rules {
         serde_yaml::Value::Null => "fixed".into(),
         rules => serde_json::to_string(rules).unwrap_or_default(),
     };
-    match *before.patching() == now {
+    match before == now {
         true => Ok(()),
         false => Err(Error::Config(format!(
             "params.patching: found {}, expected {}, with which {} was trained; to start a new run from the weights, export them \
              as a .pth file and name it in resume.checkpoint_file",
             shown(&now),
-            shown(before.patching()),
+            shown(&before),
             checkpoint.path().display()
         ))),
     }
