@@ -247,7 +247,8 @@ pub fn evaluate_parts(
     })
 }
 
-fn open(place: &str, options: &EvaluateOptions) -> Result<Corpus> {
+/// Opens what is to be evaluated.
+pub(crate) fn open(place: &str, options: &EvaluateOptions) -> Result<Corpus> {
     let corpus = Corpus::open(place, &[]).map_err(|error| match error.into() {
         // Here the place is an argument, and no field of a configuration.
         Error::Config(text) => Error::Config(text.strip_prefix("io.dataset_dir: ").unwrap_or(&text).into()),

@@ -8,6 +8,7 @@ pub mod checkpoint;
 pub mod config;
 pub mod cost;
 pub mod doctor;
+pub mod documents;
 pub mod entropy;
 pub mod error;
 pub mod evaluate;

@@ -12,6 +12,7 @@ use mblm_sdk::ops::{attention, gelu};
 
 use super::layer::{Tape, TransformerLayer};
 use super::{EPS, TransformerModel};
+use crate::passes::prefill;
 
 pub(super) struct TransformerDecoder<'m> {
     model: &'m TransformerModel,
@@ -117,6 +118,60 @@ impl LayerState {
 }
 
 impl LayerState {
+    /// The next positions `x`, `(batch, seq, D)`, through a layer, in place: products over all of them, and attention of one
+    /// after the other to the cache.
+    fn pass(&mut self, layer: &TransformerLayer, position: usize, dims: Dims, x: &mut [f32]) {
+        let (inner, rows) = (layer.inner(), dims.rows());
+        let [mut q, mut attended] = [(); 2].map(|()| Buffer::take(rows * inner));
+        let mut kv = Buffer::take(rows * 2 * inner);
+        let h = self.norm_of_all(0, &layer.attn_gain.values(), x, dims);
+        linear::forward(&h, &layer.to_q.values(), dims.dim, Update::Set, &mut q);
+        linear::forward(&h, &layer.to_kv.values(), dims.dim, Update::Set, &mut kv);
+        if let Some(rotary) = &layer.rotary {
+            rotary.rotate(&mut q, inner, layer.heads, dims.seq, position, false);
+            rotary.rotate(&mut kv, 2 * inner, layer.heads, dims.seq, position, false);
+        }
+        for t in 0..dims.seq {
+            let Scratch { query, attended: now, .. } = &mut self.scratch;
+            for (b, query) in query.chunks_exact_mut(inner).enumerate() {
+                let row = b * dims.seq + t;
+                query.copy_from_slice(&q[row * inner..][..inner]);
+                let (key, value) = kv[row * 2 * inner..][..2 * inner].split_at(inner);
+                self.keys[b].extend_from_slice(key);
+                self.values[b].extend_from_slice(value);
+            }
+            attention::step(query, &self.keys, &self.values, layer.heads, layer.head_dim, now);
+            for (b, now) in now.chunks_exact(inner).enumerate() {
+                attended[(b * dims.seq + t) * inner..][..inner].copy_from_slice(now);
+            }
+        }
+        linear::forward(&attended, &layer.to_out.values(), inner, Update::Add, x);
+
+        let h = self.norm_of_all(1, &layer.ff_gain.values(), x, dims);
+        let [mut up, mut wide] = [(); 2].map(|()| Buffer::take(rows * layer.wide()));
+        linear::forward(&h, &layer.up.values(), dims.dim, Update::Set, &mut up);
+        linear::add_bias(&layer.up_bias.values(), &mut up);
+        gelu::forward(&up, None, &mut wide);
+        linear::forward(&wide, &layer.down.values(), layer.wide(), Update::Add, x);
+        linear::add_bias(&layer.down_bias.values(), x);
+    }
+
+    /// [`norm`](Self::norm) of the next positions, `(batch, seq, D)`.
+    fn norm_of_all(&mut self, which: usize, gain: &[f32], x: &[f32], dims: Dims) -> Buffer {
+        let Dims { seq, dim, .. } = dims;
+        let mut normed = Buffer::take(x.len());
+        let [mut rows, mut out] = [(); 2].map(|()| Buffer::take((seq + 1) * dim));
+        let sequences = x.chunks_exact(seq * dim).zip(normed.chunks_exact_mut(seq * dim));
+        for ((x, normed), before) in sequences.zip(self.before[which].chunks_exact_mut(dim)) {
+            rows[..dim].copy_from_slice(before);
+            rows[dim..].copy_from_slice(x);
+            RmsNorm { gain, eps: EPS, shift: true }.forward(&rows, Dims { batch: 1, seq: seq + 1, dim }, &mut out);
+            normed.copy_from_slice(&out[dim..]);
+            before.copy_from_slice(&rows[seq * dim..]);
+        }
+        normed
+    }
+
     /// Takes over what a pass over the first positions of all sequences computed.
     fn keep(&mut self, layer: &TransformerLayer, x: &[f32], tape: &Tape, dims: Dims) {
         let (dim, inner) = (layer.dim, layer.inner());
@@ -157,10 +212,15 @@ impl StageDecoder for TransformerDecoder<'_> {
     fn prefill(&mut self, x: &[f32], y: &mut [f32], seq: usize) -> Result<()> {
         let (batch, dim, first) = (self.batch, self.model.dim, self.position);
         if first > 1 || seq < 2 {
-            return x
-                .chunks_exact(batch * dim)
-                .zip(y.chunks_exact_mut(batch * dim))
-                .try_for_each(|(x, y)| self.step(x, y));
+            return prefill(self, x, y, seq, dim, |decoder, dims, mut x| {
+                for (state, layer) in decoder.layers.iter_mut().zip(&decoder.model.layers) {
+                    state.pass(layer, decoder.position, dims, &mut x);
+                }
+                decoder.position += dims.seq;
+                let mut normed = Buffer::take(x.len());
+                decoder.model.norm.step(&x, dim, &mut normed);
+                normed
+            });
         }
         let dims = Dims { batch, seq: first + seq, dim };
         let mut hidden = Buffer::take(dims.len());

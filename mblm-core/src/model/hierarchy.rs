@@ -162,7 +162,7 @@ impl Hierarchy {
     }
 
     /// The output of stage `n`: of its buckets one after the other. `above`: the output of the stage above.
-    fn run_stage(
+    pub(crate) fn run_stage(
         &self,
         n: usize,
         ids: &Ids,

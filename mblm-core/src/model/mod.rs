@@ -6,6 +6,7 @@ mod input;
 mod layout;
 mod local_loss;
 mod projection;
+mod reader;
 mod recompute;
 mod stage;
 mod stage_input;
@@ -28,6 +29,7 @@ use mblm_sdk::ops::cross_entropy::{CrossEntropy, Target};
 use mblm_sdk::param::ParamStore;
 use mblm_sdk::transfer;
 pub(crate) use projection::Parents;
+pub use reader::Reader;
 pub(crate) use stage::Stage;
 pub(crate) use stage_input::{Positions, start_rows};
 pub(crate) use tokens::Tokens;
@@ -185,14 +187,7 @@ impl Mblm {
         let ids = self.take(sequences)?;
         let targets = self.targets(&ids, None);
         let local = self.hierarchy.run(&ids, None, Mode::Eval)?.flatten_to(1)?;
-        let mut known = Vec::with_capacity(targets.len());
-        for targets in targets.chunks(LOGIT_ROWS) {
-            let rows: Vec<u32> = targets.iter().map(|target| target.row).collect();
-            let hidden = local.index_select(&transfer::to_tensor(&rows, rows.len(), local.device())?, 0)?;
-            let logits = transfer::to_vec::<f32>(&self.hierarchy.logits(&hidden, Mode::Eval)?)?;
-            let logits = logits.chunks_exact(self.config().num_tokens);
-            known.extend(logits.zip(targets).map(|(logits, target)| surprise(logits, target.token)));
-        }
+        let known = self.losses_at(&local, &targets)?;
         if let Some(loss) = known.iter().find(|loss| !loss.is_finite()) {
             let pass = || self.hierarchy.run(&ids, None, Mode::Eval);
             return Err(self.hierarchy.not_finite(&format!("the loss of a byte is {loss}"), pass));
@@ -203,6 +198,19 @@ impl Mblm {
             false => known.next().unwrap_or(f32::NAN),
         };
         Ok(sequences.ids.iter().map(loss).collect())
+    }
+
+    /// The losses of targets, in nats, from rows of the local stage's output, `(rows, D_N)`.
+    fn losses_at(&self, hidden: &Tensor, targets: &[Target]) -> Result<Vec<f32>> {
+        let mut losses = Vec::with_capacity(targets.len());
+        for targets in targets.chunks(LOGIT_ROWS) {
+            let rows: Vec<u32> = targets.iter().map(|target| target.row).collect();
+            let hidden = hidden.index_select(&transfer::to_tensor(&rows, rows.len(), hidden.device())?, 0)?;
+            let logits = transfer::to_vec::<f32>(&self.hierarchy.logits(&hidden, Mode::Eval)?)?;
+            let logits = logits.chunks_exact(self.config().num_tokens);
+            losses.extend(logits.zip(targets).map(|(logits, target)| surprise(logits, target.token)));
+        }
+        Ok(losses)
     }
 
     fn read(&self, ids: &Tensor) -> Result<Ids> {
