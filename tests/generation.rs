@@ -156,6 +156,22 @@ fn every_prompt_length_continues_alike() {
     }
 }
 
+/// Sequences that share a prompt, which is read once, and go on apart.
+#[test]
+fn samples_of_one_prompt_equal_the_full_pass() {
+    for kind in 0..5 {
+        let model = model(&[40, 3, 4], &[block(kind, 0), block(kind + 1, 1), block(kind + 2, 1)], 2);
+        let prompt = bytes(29, 3);
+        let ends: Vec<Vec<u32>> = (0..3).map(|b| bytes(20, 11 + b)).collect();
+        let mut decoder = Decoder::after(&model, &prompt, 3).unwrap();
+        for len in 0..20 {
+            let sequences: Vec<Vec<u32>> = ends.iter().map(|end| [&prompt[..], &end[..len]].concat()).collect();
+            assert_close(&format!("{kind}: {len}"), decoder.logits(), &full(&model, &sequences), 2e-5);
+            decoder.step(&ends.iter().map(|end| end[len]).collect::<Vec<_>>()).unwrap();
+        }
+    }
+}
+
 #[test]
 fn without_fixed_positions_a_sequence_may_grow_past_the_context() {
     let model = model(&[2, 3], &[block(3, 0), block(0, 1)], 1);

@@ -148,6 +148,13 @@ impl Buffer {
         buffer.fill(0.0);
         buffer
     }
+
+    /// The same floats so many times, one after another.
+    pub fn repeated(&self, times: usize) -> Self {
+        let mut buffer = Self::take(self.len() * times);
+        buffer.chunks_exact_mut(self.len().max(1)).for_each(|part| part.copy_from_slice(self));
+        buffer
+    }
 }
 
 impl Drop for Buffer {

@@ -51,8 +51,14 @@ impl<'a> Decoder<'a> {
             let (window, state) = (Buffer::zeros(conv.window_len(batch)), Buffer::zeros(batch * scan.state_len()));
             LayerState { layer, conv, scan, window, state }
         };
+        Decoder { layers: layers.iter().map(state).collect(), sizes, scratch: Scratch::new(sizes, batch) }
+    }
+}
+
+impl Scratch {
+    fn new(sizes: Sizes, batch: usize) -> Self {
         let take = |width: usize| Buffer::take(batch * width);
-        let scratch = Scratch {
+        Scratch {
             normed: take(sizes.dim),
             xz: take(2 * sizes.inner),
             x: take(sizes.inner),
@@ -60,8 +66,7 @@ impl<'a> Decoder<'a> {
             low: take(sizes.dt_rank),
             dt: take(sizes.inner),
             y: take(sizes.inner),
-        };
-        Decoder { layers: layers.iter().map(state).collect(), sizes, scratch }
+        }
     }
 }
 
@@ -84,6 +89,15 @@ impl StageDecoder for Decoder<'_> {
             decoder.layers.iter_mut().for_each(|layer| layer.pass(decoder.sizes, dims, &mut x));
             x
         })
+    }
+
+    fn repeat(&mut self, times: usize) -> bool {
+        for layer in &mut self.layers {
+            layer.window = layer.window.repeated(times);
+            layer.state = layer.state.repeated(times);
+        }
+        self.scratch = Scratch::new(self.sizes, times);
+        true
     }
 }
 

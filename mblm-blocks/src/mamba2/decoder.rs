@@ -51,16 +51,21 @@ impl<'a> Decoder<'a> {
             let window = Buffer::zeros(conv.window_len(batch));
             LayerState { layer, conv, window, state: Buffer::zeros(batch * sizes.inner() * sizes.d_state) }
         };
+        Decoder { layers: layers.iter().map(state).collect(), norm_f, sizes, scratch: Scratch::new(sizes, batch) }
+    }
+}
+
+impl Scratch {
+    fn new(sizes: Sizes, batch: usize) -> Self {
         let take = |width: usize| Buffer::take(batch * width);
-        let scratch = Scratch {
+        Scratch {
             x: take(sizes.dim),
             normed: take(sizes.dim),
             proj: take(sizes.proj()),
             xbc: take(sizes.conv()),
             y: take(sizes.inner()),
             gated: take(sizes.inner()),
-        };
-        Decoder { layers: layers.iter().map(state).collect(), norm_f, sizes, scratch }
+        }
     }
 }
 
@@ -86,6 +91,15 @@ impl StageDecoder for Decoder<'_> {
             decoder.norm_f.step(&x, dims.dim, &mut normed);
             normed
         })
+    }
+
+    fn repeat(&mut self, times: usize) -> bool {
+        for layer in &mut self.layers {
+            layer.window = layer.window.repeated(times);
+            layer.state = layer.state.repeated(times);
+        }
+        self.scratch = Scratch::new(self.sizes, times);
+        true
     }
 }
 

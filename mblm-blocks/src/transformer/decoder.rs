@@ -49,23 +49,30 @@ impl<'m> TransformerDecoder<'m> {
     }
 }
 
-impl LayerState {
+impl Scratch {
     fn new(layer: &TransformerLayer, batch: usize) -> Self {
         let zeros = |width: usize| vec![0.0; batch * width];
         let (dim, inner) = (layer.dim, layer.inner());
+        Scratch {
+            shifted: zeros(dim),
+            normed: zeros(dim),
+            qkv: zeros(3 * inner),
+            query: zeros(inner),
+            attended: zeros(inner),
+            up: zeros(layer.wide()),
+            wide: zeros(layer.wide()),
+        }
+    }
+}
+
+impl LayerState {
+    fn new(layer: &TransformerLayer, batch: usize) -> Self {
+        let (dim, zeros) = (layer.dim, |width: usize| vec![0.0; batch * width]);
         LayerState {
             keys: vec![vec![]; batch],
             values: vec![vec![]; batch],
             before: [zeros(dim), zeros(dim)],
-            scratch: Scratch {
-                shifted: zeros(dim),
-                normed: zeros(dim),
-                qkv: zeros(3 * inner),
-                query: zeros(inner),
-                attended: zeros(inner),
-                up: zeros(layer.wide()),
-                wide: zeros(layer.wide()),
-            },
+            scratch: Scratch::new(layer, batch),
         }
     }
 
@@ -244,5 +251,17 @@ impl StageDecoder for TransformerDecoder<'_> {
         }
         self.position += seq;
         Ok(())
+    }
+
+    fn repeat(&mut self, times: usize) -> bool {
+        for (state, layer) in self.layers.iter_mut().zip(&self.model.layers) {
+            for cache in [&mut state.keys, &mut state.values] {
+                *cache = vec![cache[0].clone(); times];
+            }
+            state.before.iter_mut().for_each(|before| *before = before.repeat(times));
+            state.scratch = Scratch::new(layer, times);
+        }
+        self.batch = times;
+        true
     }
 }

@@ -43,6 +43,12 @@ trait Stages: Send {
 
     /// A copy of the newest output of stage `n`, `(B, D_n)`.
     fn output(&self, n: usize) -> Result<Vec<f32>>;
+
+    /// Goes on as `times` sequences with the state of the only one so far. Returns false, and is not used any more, if a
+    /// block cannot do this.
+    fn repeat(&mut self, _times: usize) -> bool {
+        false
+    }
 }
 
 impl<'m> Decoder<'m> {
@@ -114,6 +120,24 @@ impl<'m> Decoder<'m> {
         });
         let prompts: Vec<Vec<u32>> = prompts.collect();
         self.advance(|n, lane| lane.prefill(&prompts[n]))
+    }
+
+    /// The state after a prompt that all of `batch` sequences begin with. It is read once, if the blocks can copy their state.
+    ///
+    /// # Errors
+    /// Those of [`prefill`](Self::prefill).
+    pub fn after(model: &'m Mblm, prompt: &[u32], batch: usize) -> Result<Self> {
+        if batch > 1 && !prompt.is_empty() && model.config().is_fixed() {
+            let mut decoder = Decoder::new(model, 1)?;
+            decoder.prefill(prompt)?;
+            if decoder.lanes[0].repeat(batch) {
+                decoder.logits = decoder.lanes[0].logits.clone();
+                return Ok(Decoder { batch, ..decoder });
+            }
+        }
+        let mut decoder = Decoder::new(model, batch)?;
+        decoder.prefill(&prompt.repeat(batch))?;
+        Ok(decoder)
     }
 
     /// Feeds the next byte of each sequence, `(B)`.

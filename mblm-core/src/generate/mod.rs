@@ -55,6 +55,7 @@ pub fn generate(
             samplers.len()
         )));
     }
+    let is_one_prompt = prompts.windows(2).all(|pair| pair[0] == pair[1]);
     let mut decoder = Decoder::new(model, prompts.len())?;
     // Without fixed positions a sequence may grow past the context, but only if told how far.
     let context = decoder.limit().or(until.max_tokens.is_none().then(|| model.config().context_len()));
@@ -64,7 +65,10 @@ pub fn generate(
              say for how many bytes (--max-bytes), or shorten the prompt"
         )));
     }
-    decoder.prefill(&prompts.concat())?;
+    match prompts.first() {
+        Some(prompt) if is_one_prompt => decoder = Decoder::after(model, prompt, prompts.len())?,
+        _ => decoder.prefill(&prompts.concat())?,
+    }
     let mut ended = vec![None; prompts.len()];
     let vocab = model.config().num_tokens;
     let mut made = 0;

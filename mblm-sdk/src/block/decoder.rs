@@ -32,6 +32,12 @@ pub trait StageDecoder: Send {
         }
         Ok(())
     }
+
+    /// Goes on as `times` sequences, each with the state of the only one so far. Returns false, and is not used any more, if
+    /// the block cannot do this; the prompt is then read by each of them.
+    fn repeat(&mut self, _times: usize) -> bool {
+        false
+    }
 }
 
 /// Decodes a batch of sequences by tensors. Its state lies where the model's parameters do.

@@ -80,6 +80,15 @@ impl StageDecoder for Decoder<'_> {
         }
         Ok(())
     }
+
+    fn repeat(&mut self, times: usize) -> bool {
+        for layer in &mut self.layers {
+            (layer.h, layer.c) = (layer.h.repeated(times), layer.c.repeated(times));
+        }
+        self.batch = times;
+        self.gates = Buffer::take(times * GATES * self.units);
+        true
+    }
 }
 
 impl LayerState<'_> {

@@ -107,6 +107,15 @@ impl<'m> Lane<'m> {
         self.output_layer()
     }
 
+    /// Goes on as `times` sequences that begin as the only one so far. Returns false, and is not used any more, if a block
+    /// cannot do this.
+    pub(super) fn repeat(&mut self, times: usize) -> bool {
+        self.batch = times;
+        self.history = self.history.iter().flat_map(|id| std::iter::repeat_n(*id, times)).collect();
+        self.logits = self.logits.repeat(times);
+        self.stages.repeat(times)
+    }
+
     fn check_room(&self) -> Result<()> {
         let (bytes, patches) = (self.bytes + 1, self.hierarchy().stages[0].seq_len);
         match self.is_full() {

@@ -82,4 +82,13 @@ impl Stages for Slices<'_> {
     fn output(&self, n: usize) -> Result<Vec<f32>> {
         Ok(self.states[n].output.clone())
     }
+
+    fn repeat(&mut self, times: usize) -> bool {
+        self.batch = times;
+        self.states.iter_mut().all(|state| {
+            state.above = state.above.repeat(times);
+            state.output = state.output.repeat(times);
+            state.decoder.repeat(times)
+        })
+    }
 }
