@@ -411,6 +411,18 @@ fn what_cannot_be_is_said_before_anything_runs() {
 }
 
 #[test]
+fn rules_that_would_not_be_ranked_together_are_noticed() {
+    let study = "base: base.yaml\ngrid: {params.patching: {fixed: fixed, words: spacelike}}\nseeds: [1]\n\
+                 budget: {bytes: 20000}\noutput_dir: out\n";
+    let folder = workplace(study);
+    let dry = |more: &[&str]| mblm(folder.path(), &[&["compare", "study.yaml", "--dry-run"], more].concat());
+    let (code, _, error) = dry(&[]);
+    assert!(code == 0 && error.contains("variants with different patching will not be ranked together"), "{error}");
+    let (code, _, error) = dry(&["--set", "train.max_eval_steps=null"]);
+    assert!(code == 0 && !error.contains("ranked together"), "{error}");
+}
+
+#[test]
 fn a_study_and_a_configuration_are_told_apart() {
     let folder = workplace("base: base.yaml\nbudget: {bytes: 512}\n");
     let cases = [

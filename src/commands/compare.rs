@@ -74,9 +74,7 @@ pub fn run(args: &Args, plugins: &Plugins) -> Result<()> {
     plan.check_earlier_runs(args.force)?;
     let mut out = Output::new();
     let shown = writeln!(out, "{plan}");
-    if let Some(warning) = plan.memory_warning() {
-        terminal::line(warning);
-    }
+    [plan.memory_warning(), plan.patching_warning()].into_iter().flatten().for_each(terminal::line);
     if args.dry_run {
         shown?;
         return hours(&plan);

@@ -148,6 +148,23 @@ impl<'a> Plan<'a> {
         self.file().write(self.folder())
     }
 
+    /// A warning if variants cut patches by different rules, and so would validate on different bytes and not be ranked together.
+    pub fn patching_warning(&self) -> Option<String> {
+        let cut = |variant: &PlannedVariant| {
+            let hierarchy = variant.config.params.model.hierarchy();
+            let rules = hierarchy.patching.iter().map(|rule| serde_json::to_string(&**rule).unwrap_or_default());
+            let lens = if hierarchy.is_fixed() { vec![] } else { hierarchy.seq_lens.clone() };
+            (rules.collect::<Vec<_>>(), lens)
+        };
+        let limited = self.variants.iter().any(|variant| variant.config.train.max_eval_steps.is_some());
+        let differ = self.variants.windows(2).any(|pair| cut(&pair[0]) != cut(&pair[1]));
+        (limited && differ).then(|| {
+            "warning: train.max_eval_steps counts batches, which other patches fill with other bytes: variants with different \
+             patching will not be ranked together; set it to null"
+                .into()
+        })
+    }
+
     /// A warning if the runs at a time need more memory than there is; none if they are on other machines.
     pub fn memory_warning(&self) -> Option<String> {
         if self.spec.launcher.is_some() {
