@@ -2,7 +2,7 @@
 //! 2024, arXiv 2412.09871, section 2.3).
 //!
 //! The entropy of the byte behind `t` is that of the small model's distribution over its vocabulary, `-Σ p log2 p`, in bits. The
-//! small model sees the sequence up to `t` and nothing else: at most [`Small::window`] bytes of it, so that a sequence is read
+//! small model sees the sequence up to `t` and nothing else: at most its `input_seq_len` bytes, so that a sequence is read
 //! in windows that move by half their length. What was found for a sequence is kept in the folder of the small model's run.
 
 mod follower;
