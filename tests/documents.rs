@@ -149,11 +149,18 @@ fn documents_are_evaluated_with_the_context_that_is_asked_for() {
         let perplexity = (loss(json) * 7040.0 / words as f64).exp();
         assert!(json["words"] == words && (json["word_perplexity"].as_f64().unwrap() / perplexity - 1.0).abs() < 1e-9);
     }
+    // No further than asked, whatever the file.
+    for context in ["whole", "slide"] {
+        for (most, files) in [(1000, 1), (6405, 2)] {
+            let json = eval(&model, &["--context", context, "--max-bytes", &most.to_string()]);
+            assert_eq!((json["bytes"].as_u64(), json["files"].as_array().map(Vec::len)), (Some(most), Some(files)));
+        }
+    }
     // A window of all that the fixed positions reach, moved by that: whole documents.
     let fixed = "params.block[0]={block_type: transformer, attn_head_dims: 8, attn_num_heads: 4, attn_use_rot_embs: true, pos_emb_type: fixed}";
     let limited = run_of(&[fixed, "params.input_seq_len=128"]);
     let (whole, none) = (eval(&limited, &["--context", "whole"]), eval(&limited, &[]));
-    assert!((loss(&whole) - loss(&none)).abs() < 1e-5, "{whole} {none}");
+    assert!((loss(&whole) - loss(&none)).abs() < 1e-5 && whole["begins_anew_after"] == 128, "{whole} {none}");
     let (_, out, _) = mblm(folder.path(), &["eval", &limited, "books", "--context", "whole", "--csv", "depths.csv"]);
     assert!(out.contains("files longer than 128 bytes") && out.contains("perplexity per word"), "{out}");
     let csv = fs::read_to_string(folder.path().join("depths.csv")).unwrap();

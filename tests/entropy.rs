@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use assert_cmd::Command;
 use candle_core::{Device, Tensor};
@@ -199,6 +200,20 @@ fn runs_remember_where_patches_end_and_refuse_another_small_model() {
     small(folder.path(), BLOCKS[0], "small", 50_000);
     let (code, _, error) = mblm(folder.path(), &["train", "--resume", run]);
     assert!(code != 0 && error.contains("whose weights have the sum") && error.contains(sum), "{error}");
+}
+
+/// The only thread waits for a batch, which is read ahead with the small model: later epochs begin at bytes that nobody has
+/// looked at before.
+#[test]
+fn one_thread_reads_ahead_over_several_epochs() {
+    let folder = workplace(BLOCKS[1]);
+    let rule = "params.patching={patching_type: entropy, model: runs/small, threshold: 1.5}";
+    let args = ["train", "large.yaml", "--set", rule, "--set", "train.target_elements=90000"];
+    let mut command = Command::cargo_bin("mblm").unwrap();
+    command.current_dir(folder.path()).args(args).env("RAYON_NUM_THREADS", "1").timeout(Duration::from_secs(120));
+    let output = command.output().unwrap();
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && error.contains("finished: saved"), "{error}");
 }
 
 #[test]

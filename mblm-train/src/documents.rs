@@ -14,7 +14,7 @@ use crate::evaluate::{EvaluateOptions, Evaluation, open};
 use crate::model::LossSum;
 
 /// About so many bytes are read at once.
-const PIECE: usize = 1 << 14;
+const PIECE: usize = 1 << 15;
 
 /// The context that a byte of a document is predicted from.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -72,16 +72,17 @@ pub fn evaluate_documents(model: &Mblm, place: &str, options: &EvaluateOptions, 
     let mut sums = Sums::default();
     let limit = Reader::new(model)?.limit();
     let mut exceeded = false;
-    for (&(path, start), end) in files.iter().zip(ends) {
-        let file = start..end.min(corpus.len()).max(start);
+    for (&(path, start), next) in files.iter().zip(ends) {
+        let file = start.min(end)..next.min(end);
         sums.begin(path);
-        match reach {
+        let done = match reach {
             Reach::Whole => {
                 exceeded |= limit.is_some_and(|limit| file.end - file.start > limit as u64);
-                whole(model, &corpus, file, limit, &mut sums)?;
+                whole(model, &corpus, file, limit, &mut sums)
             }
-            Reach::Slide(stride) => slide(model, &corpus, file, options, stride, &mut sums)?,
-        }
+            Reach::Slide(stride) => slide(model, &corpus, file, options, stride, &mut sums),
+        };
+        done.map_err(|error| sums.locate(error))?;
     }
     if sums.all.count == 0 {
         return Err(Error::Config(format!("{place:?} has no byte to predict: all bytes are the pad token")));
@@ -155,6 +156,17 @@ impl Sums {
     fn begin(&mut self, path: &Path) {
         self.files.push((path.into(), LossSum::default()));
         (self.place, self.in_word) = (0, false);
+    }
+
+    /// Says where a loss is not finite.
+    fn locate(&self, error: Error) -> Error {
+        match (error, self.files.last()) {
+            (Error::Core(mblm_core::Error::NotFinite(message)), Some((path, _))) => {
+                let (path, place) = (path.display(), self.place);
+                Error::Core(mblm_core::Error::NotFinite(format!("{path}, behind byte {place}: {message}")))
+            }
+            (other, _) => other,
+        }
     }
 
     /// Takes the next bytes of the document in.

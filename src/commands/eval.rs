@@ -149,6 +149,9 @@ fn with_context(
         )
         .into());
     }
+    if matches!(trained.model, Model::Masked(_)) {
+        return Err(Usage("--context does not support encoders".into()).into());
+    }
     if joined.all().size() > 1 {
         return Err(Usage("--context runs in one process".into()).into());
     }
@@ -163,6 +166,7 @@ fn with_context(
         json["checkpoint"] = json!(trained.checkpoint.to_string_lossy());
         json["data"] = json!(args.data);
         json["context"] = json!(args.context.to_possible_value().map(|value| value.get_name().to_owned()));
+        json["begins_anew_after"] = json!(limit);
         json["words"] = json!(words);
         json["word_perplexity"] = json!(documents.word_perplexity());
         json["depths"] = depths.iter().map(|(from, found)| with(of(found), "from", json!(from))).collect();
@@ -175,7 +179,9 @@ fn with_context(
         small if small < 1e6 => format!("{small:.1}"),
         large => format!("{large:.3e}"),
     };
-    writeln!(out, "{perplexity} perplexity per word, of {words} words")?;
+    if *words > 0 {
+        writeln!(out, "{perplexity} perplexity per word, of {words} word{}", if *words == 1 { "" } else { "s" })?;
+    }
     if let Some(limit) = limit {
         writeln!(
             out,

@@ -58,11 +58,18 @@ impl Small {
             )
         })?;
         let (checkpoint, sum) = choose(&path, wanted).map_err(|error| error.to_string())?;
-        let mut loaded = LOADED.lock().unwrap_or_else(|poison| poison.into_inner());
-        if let Some(small) = loaded.iter().find(|small| small.sum == sum && small.checkpoint == checkpoint.path()) {
+        let is_it = |small: &&&Small| small.sum == sum && small.checkpoint == checkpoint.path();
+        let loaded = || LOADED.lock().unwrap_or_else(|poison| poison.into_inner());
+        if let Some(small) = loaded().iter().find(is_it) {
             return Ok(small);
         }
-        let small: &'static Small = Box::leak(Box::new(Self::read(&checkpoint, sum, large.registry)?));
+        // Not under the lock: a thread that waits for others may begin to read another configuration.
+        let read = Self::read(&checkpoint, sum.clone(), large.registry)?;
+        let mut loaded = loaded();
+        if let Some(small) = loaded.iter().find(is_it) {
+            return Ok(small);
+        }
+        let small: &'static Small = Box::leak(Box::new(read));
         loaded.push(small);
         Ok(small)
     }
